@@ -1,0 +1,83 @@
+"""The global batch: a list of T texts with what the loss must know about each.
+
+Shapes: N queries, K hard negatives per query, T = N (2 + K) texts, M = N (1 + K) documents.
+Texts stand in this order: N queries, N positives, then the K hard negatives of query 0, of query 1, ...
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ds_embed.data.order import key_of, mix, sample_records
+from ds_embed.data.store import TrainingStore
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    first_sample: int
+    records: np.ndarray  # (N,) record numbers in the store
+    texts: np.ndarray  # (T,) text numbers in the store
+    lengths: np.ndarray  # (T,) tokens
+    document_keys: np.ndarray  # (M, 3) documents that agree in a key are equal
+    num_queries: int
+
+
+def assemble_batch(
+    store: TrainingStore, *, seed: int, first_sample: int, num_queries: int, hard_negatives: int
+) -> GlobalBatch:
+    """Samples first_sample .. first_sample + N of a run as a global batch."""
+    records = sample_records(seed, store.num_records, first_sample, num_queries)
+    first_text = np.asarray(store.first_text[records])
+    num_available = np.asarray(store.first_text[records + 1]) - first_text - 2
+    choice = _choose_negatives(seed, first_sample, num_available, hard_negatives)
+    negatives = (first_text + 2)[:, None] + choice
+    texts = np.concatenate([first_text, first_text + 1, negatives.ravel()])
+    return GlobalBatch(
+        first_sample=first_sample,
+        records=records,
+        texts=texts,
+        lengths=store.lengths_of(texts),
+        document_keys=_document_keys(store, records, texts, num_queries),
+        num_queries=num_queries,
+    )
+
+
+def _choose_negatives(seed: int, first_sample: int, num_available: np.ndarray, wanted: int) -> np.ndarray:
+    """Which of its negatives each query uses, (N, K): the first K; with fewer, all and then draws from them."""
+    number = np.arange(wanted)[None, :]
+    sample = np.arange(first_sample, first_sample + len(num_available), dtype=np.uint64)[:, None]
+    draws = mix(mix(sample ^ key_of(seed, 1)) + number.astype(np.uint64))
+    available = num_available[:, None]
+    return np.where(number < available, number, (draws % np.maximum(available, 1).astype(np.uint64)).astype(np.int64))
+
+
+def _document_keys(store: TrainingStore, records: np.ndarray, texts: np.ndarray, num_queries: int) -> np.ndarray:
+    """Keys (M, 3): text, doc_id, and query_id of the query that a positive answers.
+
+    A document equals a query's positive when it has its text or its doc_id, or when it is a
+    positive of the same query_id. A missing id gets a number that no other document has.
+    """
+    documents = texts[num_queries:]
+    keys = np.empty((len(documents), 3), dtype=np.int64)
+    keys[:, 0] = store.text_keys[documents]
+    unique = -1 - np.arange(len(documents), dtype=np.int64)
+    for column, ids in ((1, store.document_keys), (2, store.query_keys)):
+        own = np.asarray(ids[records])
+        keys[:, column] = unique
+        keys[:num_queries, column] = np.where(own == 0, unique[:num_queries], own)
+    return keys
+
+
+def collate(store: TrainingStore, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (b, S), padded on the right with 0, and lengths (b,) of the given texts.
+
+    With no text at all: one dummy text of one token.
+    """
+    if len(texts) == 0:
+        return np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64)
+    rows = [store.tokens_of(int(text)) for text in texts]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
+    for row, tokens in zip(ids, rows):
+        row[: len(tokens)] = tokens
+    return ids, lengths

@@ -1,0 +1,106 @@
+"""The DeepSpeed engine around the encoder: the only caller of deepspeed.initialize.
+
+Training and encoding both stand on it, so it is a room of its own, above both.
+"""
+
+import contextlib
+from typing import Any, Iterator
+
+import torch
+
+from ds_embed.config import OptimizerArguments
+from ds_embed.distributed import World
+from ds_embed.models.encoder import TextEncoder
+
+
+@contextlib.contextmanager
+def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, models loaded inside are partitioned while loading: no rank holds one whole."""
+    if deepspeed_config["zero_optimization"].get("stage", 0) < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep = HfDeepSpeedConfig(deepspeed_config)  # transformers looks it up as long as it lives
+    yield
+    del keep
+
+
+def start_engine(
+    encoder: TextEncoder, deepspeed_config: dict[str, Any], arguments: OptimizerArguments, world: World
+) -> Any:
+    """Wrap the encoder and an AdamW over its trained weights in a DeepSpeed engine."""
+    import deepspeed
+
+    offload = "offload_optimizer" in deepspeed_config["zero_optimization"]
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(encoder, arguments.weight_decay),
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        fused=world.device.type == "cuda" or offload or None,
+    )
+    with _exact_buffers(encoder):
+        engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=deepspeed_config)
+    return engine
+
+
+def start_inference_engine(encoder: TextEncoder, deepspeed_config: dict[str, Any]) -> Any:
+    """Wrap the encoder for forward passes only; under ZeRO-3 its weights stay partitioned."""
+    import deepspeed
+
+    with _exact_buffers(encoder):
+        engine, *_ = deepspeed.initialize(model=encoder, config=deepspeed_config)
+    return engine
+
+
+@contextlib.contextmanager
+def _exact_buffers(encoder: TextEncoder) -> Iterator[None]:
+    """Keep float buffers as they are while DeepSpeed casts the module.
+
+    Rotary frequencies in bfloat16 would put far tokens at the wrong angle, and whoever loads the
+    trained model later would run it with other ones.
+    """
+    buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers() if buffer.is_floating_point()}
+    yield
+    for name, buffer in encoder.named_buffers():
+        if name in buffers:
+            buffer.data = buffers[name].to(buffer.device)
+
+
+def _parameter_groups(encoder: TextEncoder, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: biases and norms, which are vectors, are not decayed."""
+    groups: dict[float, list[torch.nn.Parameter]] = {weight_decay: [], 0.0: []}
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 `parameter` is an empty shard; ds_shape has its true shape.
+            is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+            groups[0.0 if is_vector else weight_decay].append(parameter)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Give every parameter group the rate of the coming step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gather_weights(encoder: torch.nn.Module, names: set[str] | None, world: World) -> dict[str, torch.Tensor]:
+    """CPU copies of the named parameters (all if None) and buffers on rank 0; an empty dict elsewhere.
+
+    Every rank must call it. Under ZeRO-3 one parameter at a time is made whole.
+    """
+    from deepspeed import zero
+
+    weights = {}
+    for name, parameter in encoder.named_parameters():
+        if names is not None and name not in names:
+            continue
+        partitioned = hasattr(parameter, "ds_id")
+        with zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
+            if world.is_main:
+                weights[name] = parameter.detach().cpu().clone()
+    if names is None and world.is_main:
+        persistent = encoder.state_dict(keep_vars=True).keys()
+        weights |= {n: b.detach().cpu().clone() for n, b in encoder.named_buffers() if n in persistent}
+    return weights

@@ -1,0 +1,73 @@
+"""What a model folder says about how to use it: `ds_embed.json` beside the weights."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from ds_embed.config import TextArguments
+from ds_embed.config.arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX
+from ds_embed.data.tokenize import TextFormat
+
+CARD_NAME = "ds_embed.json"
+
+
+@dataclass(frozen=True)
+class EmbeddingCard:
+    """Everything that decides a text's vector apart from the weights, so that no flag needs repeating."""
+
+    pooling: str
+    query_prefix: str
+    doc_prefix: str
+    query_max_length: int  # tokens
+    doc_max_length: int  # tokens
+    append_eos: bool
+    base_model: str  # folder or hub name that an adapter belongs to
+    consumed_samples: int  # samples the model was trained on; 0 for a base model
+
+    @classmethod
+    def choose(
+        cls, text: TextArguments, pooling: str | None, *, decoder: bool, base: str, known: "EmbeddingCard | None"
+    ) -> "EmbeddingCard":
+        """The card of a model: what the flags say, else what its own card `known` says, else our defaults."""
+
+        def first(*choices):
+            return next(choice for choice in choices if choice is not None)
+
+        def of_known(name):
+            return None if known is None else getattr(known, name)
+
+        return cls(
+            pooling=first(pooling, of_known("pooling"), "last" if decoder else "mean"),
+            query_prefix=first(text.query_prefix, of_known("query_prefix"), DEFAULT_QUERY_PREFIX),
+            doc_prefix=first(text.doc_prefix, of_known("doc_prefix"), DEFAULT_DOC_PREFIX),
+            query_max_length=first(
+                text.query_max_length, text.max_length, of_known("query_max_length"), DEFAULT_MAX_LENGTH
+            ),
+            doc_max_length=first(text.doc_max_length, text.max_length, of_known("doc_max_length"), DEFAULT_MAX_LENGTH),
+            append_eos=decoder,
+            base_model=base,
+            consumed_samples=first(of_known("consumed_samples"), 0),
+        )
+
+    def text_formats(self) -> tuple[TextFormat, TextFormat]:
+        """How queries and how documents become tokens."""
+        return (
+            TextFormat(self.query_prefix, self.query_max_length, self.append_eos),
+            TextFormat(self.doc_prefix, self.doc_max_length, self.append_eos),
+        )
+
+    def save(self, folder: Path) -> None:
+        (folder / CARD_NAME).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "EmbeddingCard | None":
+        """The card in `folder`, or None where there is none. ValueError when it can't be understood."""
+        path = folder / CARD_NAME
+        if not path.exists():
+            return None
+        content = json.loads(path.read_text("utf-8"))
+        known = {field.name for field in fields(cls)}
+        if set(content) != known:
+            odd = ", ".join(sorted(set(content) ^ known))
+            raise ValueError(f"{path}: missing or unknown keys ({odd}): written by another version of ds_embed?")
+        return cls(**content)

@@ -1,0 +1,128 @@
+"""Backbones and tokenizers from folders or hub names: base model, adapter on a base, or a finished run."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.encoder import TextEncoder
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's parts are: `base` weights, an optional PEFT `adapter`, the tokenizer, the card."""
+
+    base: str
+    adapter: Path | None
+    tokenizer: str
+    card: EmbeddingCard | None
+
+
+def find_model(model_name_or_path: str, adapter_path: str | None = None) -> ModelSource:
+    """Resolve a base model, a run folder, a PEFT folder, or a base plus an adapter.
+
+    Raises ValueError naming the flag when a folder does not exist or holds no model.
+    """
+    folder = _model_folder("model_name_or_path", model_name_or_path)
+    if adapter_path is not None:
+        adapter = _model_folder("adapter_path", adapter_path)
+        if adapter is None or not (adapter / "adapter_config.json").exists():
+            raise ValueError(f"--adapter_path {adapter_path}: no adapter_config.json there; give a LoRA run or adapter")
+        return ModelSource(str(folder or model_name_or_path), adapter, str(adapter), EmbeddingCard.load(adapter))
+    if folder is None:
+        return ModelSource(model_name_or_path, None, model_name_or_path, None)
+    if not (folder / "adapter_config.json").exists():
+        return ModelSource(str(folder), None, str(folder), EmbeddingCard.load(folder))
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base_folder = _model_folder("model_name_or_path", base, hint=f" (the base model that {folder} names)")
+    return ModelSource(str(base_folder or base), folder, str(folder), EmbeddingCard.load(folder))
+
+
+def _model_folder(flag: str, name: str, hint: str = "") -> Path | None:
+    """The folder with the model's files, or None when `name` is to be looked up on the hub."""
+    path = Path(name).expanduser()
+    for folder in (path, path / "model"):
+        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+            return folder.resolve()
+    if path.is_dir():
+        unfinished = (path / "config.yaml").exists()
+        reason = "a run that has not finished: no model/ in it" if unfinished else "no config.json in this folder"
+        raise ValueError(f"--{flag} {name}{hint}: {reason}")
+    if path.exists():
+        raise ValueError(f"--{flag} {name}{hint}: is a file; give the folder that holds config.json")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        if name.count("/") or name.startswith((".", "~")):
+            raise ValueError(f"--{flag} {name}{hint}: no such folder")
+    return None
+
+
+def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
+    """The transformers config of the base model. ValueError when it is not one we can embed with."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
+        ) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"--model_name_or_path {source.base}: encoder-decoder models ({config.model_type}) are not supported"
+        )
+    return config
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether the model is a causal decoder; models with a masked-language-model head are not."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
+    """The fast tokenizer that belongs to the model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ValueError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
+    return tokenizer
+
+
+def load_encoder(
+    source: ModelSource, *, pooling: str, bf16: bool, attn_implementation: str, trust_remote_code: bool
+) -> TextEncoder:
+    """The encoder with its base weights (and adapter, frozen, where the source has one).
+
+    Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
+    """
+    from transformers import MODEL_MAPPING, AutoModel
+
+    config = load_config(source, trust_remote_code)
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if bf16 else torch.float32}
+    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False  # BERT's pooler would be trained without ever being used
+    try:
+        backbone = AutoModel.from_pretrained(
+            source.base,
+            config=config,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except ImportError as error:
+        raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
+    if source.adapter is not None:
+        from peft import PeftModel
+
+        backbone = PeftModel.from_pretrained(backbone, str(source.adapter))
+        backbone = backbone.to(options["dtype"])
+    return TextEncoder(backbone, pooling, causal=is_decoder(config))

@@ -1,0 +1,44 @@
+"""The token store of a training run: built once by rank 0, mapped by all, checked against the settings."""
+
+import logging
+from typing import Any
+
+from ds_embed.config import DataArguments, StepArguments
+from ds_embed.data.store import TrainingStore, build_training_store
+from ds_embed.distributed import World
+from ds_embed.models.card import EmbeddingCard
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_store(
+    world: World, data: DataArguments, step: StepArguments, tokenizer: Any, card: EmbeddingCard
+) -> TrainingStore:
+    """Build or find the store of the training files and check that every setting fits it."""
+    query_format, document_format = card.text_formats()
+
+    def build() -> str:
+        path = build_training_store(
+            data.train_files, tokenizer, query_format, document_format, data.hard_negatives, data.cache_dir
+        )
+        _check(TrainingStore.open(path), data, step)
+        return str(path)
+
+    return TrainingStore.open(world.on_main("token store", build))
+
+
+def _check(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
+    first = store.manifest["first_record_without_negatives"]
+    if data.hard_negatives and first:
+        raise ValueError(
+            f"{first}: has no neg_doc, and --hard_negatives {data.hard_negatives} needs one in every record "
+            f"({store.manifest['records_without_negatives']:,} records have none); set --hard_negatives 0 or add them"
+        )
+    longest = store.manifest["longest_text"]
+    if longest["num_tokens"] > step.micro_batch_tokens:
+        raise ValueError(
+            f"--micro_batch_tokens {step.micro_batch_tokens}: smaller than the text of {longest['num_tokens']} tokens "
+            f"at {longest['location']}; raise it to at least {longest['num_tokens']} or lower --max_length"
+        )
+    if step.negatives == "pair" and data.hard_negatives == 0:
+        raise ValueError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")

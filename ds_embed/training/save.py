@@ -1,0 +1,42 @@
+"""A trained model as users load it: a PEFT adapter or a whole Hugging Face model, with the card beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_embed.distributed import World
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.encoder import TextEncoder
+from ds_embed.engine import gather_weights
+from ds_embed.training.run_folder import RunFolder
+
+_PREFIX = "backbone."
+
+
+def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder: RunFolder, world: World) -> None:
+    """Write RUN/model/. Every rank must call it: under ZeRO the weights are gathered first."""
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    is_adapter = len(trained) < sum(1 for _ in encoder.parameters())
+    weights = gather_weights(encoder, trained if is_adapter else None, world)
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+
+    def fill(target: Path) -> None:
+        if is_adapter:
+            _check_adapter(weights)
+            # "auto" would ask the hub whether the base model's embeddings were resized.
+            encoder.backbone.save_pretrained(target, state_dict=weights, save_embedding_layers=False)
+        else:
+            encoder.backbone.save_pretrained(target, state_dict=weights)
+        tokenizer.save_pretrained(target)
+        card.save(target)
+
+    world.on_main("save model", lambda: folder.publish_model(fill))
+
+
+def _check_adapter(weights: dict[str, torch.Tensor]) -> None:
+    """Adapters saved empty or untrained under ZeRO-3 are a common bug elsewhere: notice before the run ends."""
+    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
+    assert weights and not empty, f"LoRA weights gathered empty: {empty[:3]}"
+    outputs = [tensor for name, tensor in weights.items() if "lora_B" in name]
+    assert any(bool(tensor.any()) for tensor in outputs), "every lora_B is still zero after training"

@@ -1,0 +1,18 @@
+"""Encode queries and documents to OUT/consumed_samplesX/test_queries and test_docs.
+
+    deepspeed recipes/generate.py --deepspeed ds_configs/zero3.json --model_name_or_path MODEL_OR_RUN \
+        --query_files queries.jsonl --doc_files docs.jsonl --output_prefix OUT
+"""
+
+from ds_embed.config import EncodeArguments, ModelArguments, TextArguments, parse_arguments
+from ds_embed.distributed import initialize, run_recipe
+from ds_embed.retrieval.generate import generate
+
+
+def main() -> None:
+    world = initialize()
+    generate(world, *parse_arguments(ModelArguments, TextArguments, EncodeArguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))

@@ -1,0 +1,34 @@
+"""Package metadata of ds_embed. Exact versions that were tested together are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ds-embed",
+    version="0.1.0",
+    description="Train text-embedding models on DeepSpeed, from one CPU to many nodes of GPUs",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ds_embed", "ds_embed.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.8",
+        "transformers>=5",
+        "peft>=0.21",
+        "numpy",
+        "jsonlines",
+        "ijson",
+        "orjson",
+        "PyYAML",
+        "safetensors",
+        "tqdm",
+        "tensorboard",
+        "ir-measures",
+    ],
+    extras_require={
+        # The quickstart's model is stored as GGUF; its tests need pytest alone.
+        "quickstart": ["gguf"],
+        "test": ["pytest"],
+    },
+)

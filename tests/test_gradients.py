@@ -1,0 +1,147 @@
+"""The gradient contract: any ranks, ZeRO stage, micro-batches and grad_cache give one process's float64 gradient."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_loss import reference
+from tiny import check, launch, make_model, make_training_file
+
+from ds_embed.config import LoraArguments
+from ds_embed.data.batch import assemble_batch, collate
+from ds_embed.data.store import TrainingStore, build_training_store
+from ds_embed.data.tokenize import TextFormat
+from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
+from ds_embed.models.lora import add_lora
+
+TOLERANCE = 1e-5
+BASE = dict(
+    model="llama", lora=0, zero=0, budget=64, grad_cache=False, negatives="all", hard_negatives=2, queries=8,
+    checkpointing=False,
+)  # fmt: skip
+
+
+def cases(num_ranks: int) -> dict[str, dict]:
+    """Each setting in every stage at least once; the risky pairs (stage x grad_cache x LoRA) all."""
+    found = {}
+
+    def add(**changes):
+        case = BASE | changes
+        found["_".join(f"{k}-{v}" for k, v in changes.items())] = case
+
+    for zero in (0, 1, 2, 3):
+        for grad_cache in (False, True):
+            for lora in (0, 4):
+                model = "bert" if (zero + grad_cache + lora // 4) % 2 else "llama"
+                add(zero=zero, grad_cache=grad_cache, lora=lora, model=model)
+    for zero, budget in ((2, 32), (3, 200), (3, 10_000), (0, 27)):
+        for grad_cache in (False, True):
+            add(zero=zero, budget=budget, grad_cache=grad_cache)
+    add(zero=2, grad_cache=True, negatives="own", lora=4)
+    add(zero=3, grad_cache=False, negatives="own", model="bert")
+    add(zero=3, grad_cache=True, negatives="pair", lora=4)
+    add(zero=1, grad_cache=False, negatives="pair", hard_negatives=1)
+    add(zero=2, grad_cache=False, hard_negatives=0, queries=7)
+    add(zero=3, grad_cache=True, checkpointing=True, lora=4)
+    add(zero=2, grad_cache=False, checkpointing=True)
+    # Fewer texts than ranks: some ranks encode dummies only.
+    add(zero=3, grad_cache=True, queries=1, hard_negatives=0, model="bert")
+    add(zero=2, grad_cache=False, queries=1, hard_negatives=1)
+    return found
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """Model folders and token stores by kind of model."""
+    root = tmp_path_factory.mktemp("gradients")
+    data = make_training_file(root / "train.jsonl", 40, num_negatives=2)
+    found = {"root": root}
+    for kind in ("llama", "bert"):
+        folder = make_model(root / kind, kind)
+        tokenizer = load_tokenizer(find_model(str(folder)), False)
+        formats = [TextFormat(prefix, 24, kind == "llama") for prefix in ("query: ", "passage: ")]
+        found[kind] = str(folder), str(build_training_store([data], tokenizer, *formats, 2, root / "cache"))
+    return found
+
+
+def complete(case: dict, material) -> dict:
+    model, store = material[case["model"]]
+    return case | {"model": model, "store": store, "pooling": "last" if case["model"] == "llama" else "mean"}
+
+
+def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Tensor]]:
+    """The whole batch in one padded forward of a float64 model, the reference loss, plain autograd."""
+    case = complete(case, material)
+    store = TrainingStore.open(case["store"])
+    encoder = load_encoder(
+        find_model(case["model"]), pooling=case["pooling"], bf16=False, attn_implementation="eager",
+        trust_remote_code=False,
+    )  # fmt: skip
+    if case["lora"]:
+        add_lora(encoder, LoraArguments(lora_rank=case["lora"]), seed=1, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in encoder.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    encoder = encoder.double()
+    n = case["queries"]
+    batch = assemble_batch(store, seed=3, first_sample=4, num_queries=n, hard_negatives=case["hard_negatives"])
+    ids, lengths = map(torch.from_numpy, collate(store, batch.texts))
+    mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
+    states = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    if case["pooling"] == "last":
+        pooled = states[torch.arange(len(ids)), lengths - 1]
+    else:
+        pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    table = torch.nn.functional.normalize(pooled, dim=1)
+    loss = reference(table[:n], table[n:], torch.from_numpy(batch.document_keys), 0.1, case["negatives"])
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in encoder.named_parameters() if p.requires_grad}
+
+
+def relative_error(result, expected: dict[str, torch.Tensor]) -> float:
+    """Of the whole gradient as one vector."""
+    got = torch.cat([torch.from_numpy(result[name]).double().flatten() for name in expected])
+    want = torch.cat([gradient.flatten() for gradient in expected.values()])
+    return float((got - want).norm() / want.norm())
+
+
+def run_cases(num_ranks: int, chosen: dict[str, dict], material):
+    out = material["root"] / f"out{num_ranks}-{len(chosen)}"
+    out.mkdir()
+    listing = out / "cases.json"
+    listing.write_text(json.dumps({name: complete(case, material) for name, case in chosen.items()}))
+    check(launch(num_ranks, "tests/workers/gradients.py", listing, out))
+    return {name: np.load(out / f"{name}.npz") for name in chosen}
+
+
+@pytest.fixture(scope="session", params=[1, 2, 4])
+def results(request, material):
+    return request.param, run_cases(request.param, cases(request.param), material)
+
+
+_references: dict[str, tuple] = {}
+
+
+@pytest.mark.parametrize("name", cases(1))
+def test_gradient_equals_float64_reference(name, results, material):
+    num_ranks, found = results
+    case = cases(num_ranks)[name]
+    key = json.dumps({k: case[k] for k in ("model", "lora", "negatives", "hard_negatives", "queries")})
+    if key not in _references:
+        _references[key] = reference_gradients(case, material)
+    loss, gradients = _references[key]
+    if case["queries"] * (1 + case["hard_negatives"]) == 1:  # no negatives: nothing to learn from
+        assert found[name]["loss"] == 0 and all(not found[name][n].any() for n in gradients)
+        return
+    assert found[name]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert relative_error(found[name], gradients) <= TOLERANCE
+
+
+def test_the_contract_notices_a_factor_of_the_number_of_ranks(material):
+    chosen = {f"scale{scale}_zero{zero}": BASE | dict(zero=zero, scale=scale) for zero in (2, 3) for scale in (0.5, 2)}
+    found = run_cases(2, chosen, material)
+    _, gradients = reference_gradients(BASE, material)
+    for name in chosen:
+        assert relative_error(found[name], gradients) > 0.4

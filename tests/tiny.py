@@ -1,0 +1,101 @@
+"""Tiny models, tokenizers and data that tests make themselves: real Hugging Face folders, random weights."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORDS = [f"w{i}" for i in range(90)]
+
+
+def make_tokenizer(folder: Path, *, bert: bool) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<unk>", "<eos>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *WORDS, "query:", "passage:"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=specials[1] if bert else "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bert:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    else:
+        names = dict(unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")  # pad equals eos, as many have it
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def make_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
+    """A folder with a random tiny model: "llama" (causal decoder) or "bert" (encoder), without dropout."""
+    import torch
+    from transformers import AutoModel, BertConfig, LlamaConfig
+
+    size = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    if kind == "llama":
+        config = LlamaConfig(
+            **(size | dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3) | changes)
+        )
+    else:
+        drop = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        config = BertConfig(**(size | drop | dict(max_position_embeddings=128, initializer_range=0.3) | changes))
+    torch.manual_seed(seed)
+    options = {"add_pooling_layer": False} if kind == "bert" else {}
+    model = AutoModel.from_config(config, **options)
+    model.save_pretrained(folder)
+    make_tokenizer(folder, bert=kind == "bert")
+    return folder
+
+
+def sentence(rng: random.Random, low: int = 1, high: int = 24) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+
+def make_training_file(path: Path, num_records: int, num_negatives: int = 2, seed: int = 0) -> Path:
+    """Records whose query is a few words of its document, so that there is something to learn."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(num_records):
+            document = sentence(rng, 4)
+            query = " ".join(rng.sample(document.split(), k=min(4, len(document.split()))))
+            record = {"query": query, "pos_doc": document, "query_id": f"q{number}", "doc_id": f"d{number}"}
+            if num_negatives:
+                record["neg_doc"] = [sentence(rng) for _ in range(num_negatives)]
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def launch(num_ranks: int, script: Path | str, *flags, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0."""
+    script = str(REPOSITORY / script)
+    arguments = [str(flag) for flag in flags]
+    command = [sys.executable, script, *arguments]
+    if num_ranks:
+        port = 20000 + (os.getpid() * 7 + launch.count) % 20000
+        launch.count += 1
+        command = [
+            sys.executable, "-m", "deepspeed.launcher.runner",
+            "--num_gpus", str(num_ranks), "--master_port", str(port), script, *arguments,
+        ]  # fmt: skip
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        # Four ranks on two cores: one thread each, whatever the machine.
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, text=True, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+launch.count = 0
+
+
+def check(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    """Fail the test with the job's own output when the job failed."""
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result

@@ -1,0 +1,81 @@
+"""Gradients of one contrastive step, for many settings, on however many ranks the launcher starts.
+
+    deepspeed --num_gpus W tests/workers/gradients.py CASES.json OUT_DIR
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ds_embed.config import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
+from ds_embed.data.batch import assemble_batch
+from ds_embed.data.store import TrainingStore
+from ds_embed.distributed import initialize, run_recipe
+from ds_embed.engine import partitioned_loading, start_engine
+from ds_embed.models.loading import find_model, load_encoder
+from ds_embed.models.lora import add_lora
+from ds_embed.training.step import ContrastiveStep
+
+
+def run_case(world, case: dict) -> dict[str, np.ndarray]:
+    config = resolve_deepspeed_config(f"ds_configs/zero{case['zero']}.json", bf16=False, max_grad_norm=0.0)
+    store = TrainingStore.open(case["store"])
+    with partitioned_loading(config):
+        encoder = load_encoder(
+            find_model(case["model"]),
+            pooling=case["pooling"],
+            bf16=False,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+        )
+    if case["checkpointing"]:
+        encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if case["lora"]:
+        add_lora(encoder, LoraArguments(lora_rank=case["lora"]), seed=1, dtype=torch.float32)
+        # lora_B starts at zero, which would hide the gradient of lora_A.
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in encoder.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    engine = start_engine(encoder, config, OptimizerArguments(), world)
+    arguments = StepArguments(
+        global_batch_size=case["queries"],
+        micro_batch_tokens=case["budget"],
+        grad_cache=case["grad_cache"],
+        negatives=case["negatives"],
+        temperature=0.1,
+    )
+    batch = assemble_batch(
+        store, seed=3, first_sample=4, num_queries=case["queries"], hard_negatives=case["hard_negatives"]
+    )
+    engine.train()
+    step = ContrastiveStep(engine, store, world, arguments, seed=3)
+    if case.get("scale"):  # a deliberate error, to see the contract test notice
+        surrogate = step._surrogate
+        step._surrogate = lambda e, g: surrogate(e, g) * case["scale"]
+    result = step.run(batch)
+    from deepspeed.utils import safe_get_full_grad
+
+    gradients = {}
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad if case["zero"] == 0 else safe_get_full_grad(parameter)
+            gradients[name] = gradient.detach().float().numpy().copy()
+    engine.destroy()
+    return gradients | {"loss": np.array(result.loss)}
+
+
+def main() -> None:
+    world = initialize()
+    for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
+        results = run_case(world, case)
+        if world.is_main:
+            np.savez(Path(sys.argv[2]) / f"{name}.npz", **results)
+
+
+if __name__ == "__main__":
+    sys.argv = [a for a in sys.argv if not a.startswith("--local_rank")]
+    raise SystemExit(run_recipe(main))
