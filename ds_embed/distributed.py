@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -189,6 +190,9 @@ def _reduce_scatter(own, all_rows) -> None:
 
 def _join_deepspeed(device) -> None:
     """Let DeepSpeed adopt the process group that exists."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it warns that it had to find out
+    # Notices about calls between these libraries, which a user can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|transformers.modeling_utils")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())

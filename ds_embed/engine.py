@@ -4,6 +4,7 @@ Training and encoding both stand on it, so it is a room of its own, above both.
 """
 
 import contextlib
+import io
 from typing import Any, Iterator
 
 import torch
@@ -40,7 +41,8 @@ def start_engine(
         eps=arguments.adam_epsilon,
         fused=world.device.type == "cuda" or offload or None,
     )
-    with _exact_buffers(encoder):
+    # Its bfloat16 optimizer prints memory readings of its own start.
+    with _exact_buffers(encoder), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=deepspeed_config)
     return engine
 
@@ -79,10 +81,19 @@ def _parameter_groups(encoder: TextEncoder, weight_decay: float) -> list[dict[st
     return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
 
 
-def set_learning_rate(engine: Any, rate: float) -> None:
-    """Give every parameter group the rate of the coming step."""
+def take_step(engine: Any, rate: float) -> float:
+    """Clip, let AdamW change the weights with learning rate `rate`, and return the gradient's norm before clipping.
+
+    Under ZeRO-0 DeepSpeed keeps no norm, and every rank has the whole averaged gradient: take it from there.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    norm = None
+    if engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm([g.float() for g in gradients]))
+    engine.step()
+    return float(engine.get_global_grad_norm()) if norm is None else norm
 
 
 def gather_weights(encoder: torch.nn.Module, names: set[str] | None, world: World) -> dict[str, torch.Tensor]:

@@ -75,7 +75,11 @@ def collate(store: TrainingStore, texts: np.ndarray) -> tuple[np.ndarray, np.nda
     """
     if len(texts) == 0:
         return np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64)
-    rows = [store.tokens_of(int(text)) for text in texts]
+    return pad([store.tokens_of(int(text)) for text in texts])
+
+
+def pad(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (b, S), padded on the right with 0, and lengths (b,) of token arrays."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
     for row, tokens in zip(ids, rows):

@@ -104,7 +104,9 @@ def load_encoder(
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
     from transformers import MODEL_MAPPING, AutoModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one bar per rank for reading a file
     config = load_config(source, trust_remote_code)
     options: dict[str, Any] = {"dtype": torch.bfloat16 if bf16 else torch.float32}
     model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None

@@ -22,6 +22,7 @@ from ds_embed.distributed import World
 logger = logging.getLogger(__name__)
 
 BLOCK_TEXTS = 16384
+MIN_MICRO_BATCHES = 16  # of a block
 
 Encode = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
@@ -61,16 +62,20 @@ def _encode_block(
     store: TextStore, texts: np.ndarray, encode: Encode, world: World, micro_batch_tokens: int, progress: Any
 ) -> np.ndarray | None:
     """Vectors (T, D) of the block's texts in file order, on rank 0."""
-    batches = cut_by_length(store.lengths_of(texts), micro_batch_tokens)
+    lengths = store.lengths_of(texts)
+    # A small block is cut finer than it must be, so that several ranks share it; by how much must not
+    # depend on their number, or the rows' last bits would.
+    budget = max(int(lengths.max()), min(micro_batch_tokens, int(lengths.sum()) // MIN_MICRO_BATCHES))
+    batches = cut_by_length(lengths, budget)
     own = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     pieces = []
     for number in range(rounds):
         chosen = own[number] if number < len(own) else np.empty(0, np.int64)
-        ids, lengths = collate(store, texts[chosen])
-        has_padding = bool(lengths.min() < ids.shape[1])
+        ids, token_counts = collate(store, texts[chosen])
+        has_padding = bool(token_counts.min() < ids.shape[1])
         with torch.inference_mode():
-            inputs = torch.from_numpy(ids).to(world.device), torch.from_numpy(lengths).to(world.device)
+            inputs = torch.from_numpy(ids).to(world.device), torch.from_numpy(token_counts).to(world.device)
             pieces.append(encode(*inputs, has_padding)[: len(chosen)].float())
         if progress is not None:
             progress.update(sum(len(b) for b in batches[number * world.size : (number + 1) * world.size]))

@@ -22,7 +22,7 @@ from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import find_model, is_decoder, load_config, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
-from ds_embed.engine import partitioned_loading, set_learning_rate, start_engine
+from ds_embed.engine import partitioned_loading, start_engine, take_step
 from ds_embed.training.prepare import prepare_store
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
@@ -87,13 +87,12 @@ class TrainingRun:
             started = time.perf_counter()
             batch = self._batch((number - 1) * size)
             rate = learning_rate(number, self.max_steps, self.optimizer)
-            set_learning_rate(engine, rate)
             result = contrastive.run(batch)
             if not result.is_finite:
                 raise ValueError(_non_finite_message(number, result, batch, self.store))
-            engine.step()
+            norm = take_step(engine, rate)
             seconds = time.perf_counter() - started
-            self._log(engine, number, rate, result, seconds, progress)
+            self._log(number, rate, norm, result, seconds, progress)
         if progress is not None:
             progress.close()
 
@@ -159,7 +158,9 @@ class TrainingRun:
 
         return tqdm(total=self.max_steps, unit="step", desc="training", dynamic_ncols=True)
 
-    def _log(self, engine: Any, number: int, rate: float, result: StepResult, seconds: float, progress: Any) -> None:
+    def _log(
+        self, number: int, rate: float, norm: float, result: StepResult, seconds: float, progress: Any
+    ) -> None:
         if not self.world.is_main:
             return
         tokens_per_second = result.num_tokens / seconds
@@ -172,7 +173,6 @@ class TrainingRun:
         )
         if number % self.run.log_interval and number != self.max_steps:
             return
-        norm = engine.get_global_grad_norm()
         self.folder.log(
             {
                 "step": number,
@@ -181,7 +181,7 @@ class TrainingRun:
                 "positive_similarity": result.positive_similarity,
                 "negative_similarity": result.negative_similarity,
                 "learning_rate": rate,
-                "grad_norm": None if norm is None else float(norm),
+                "grad_norm": norm,
                 "consumed_samples": number * self.step_arguments.global_batch_size,
                 "tokens_per_second": tokens_per_second,
                 "padding_share": result.padding_share,

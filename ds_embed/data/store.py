@@ -1,0 +1,134 @@
+"""Token stores: tokenized records on disk, memory-mapped, shared by all ranks of a machine.
+
+A store is a folder of plain .npy files, a manifest.json, and for texts with ids an ids.txt. Letters:
+R records, T texts, S tokens. Opening maps the arrays and reads none of them, whatever R is.
+
+    tokens.npy         (S,) int32       all texts, one after the other
+    offsets.npy        (T + 1,) int64   text t owns tokens[offsets[t] : offsets[t + 1]]
+    lengths.npy        (T,) int32       tokens of each text
+    lines.npy          (R,) int64       line (JSONL) or element (array) of each record in its file, from 1
+  training only:
+    first_text.npy     (R + 1,) int64   record r owns texts first_text[r] to first_text[r + 1] - 1:
+                                        its query, its positive, then its negatives
+    text_keys.npy      (T,) int64       content_key of each text as it stands in the data (no prefix)
+    query_keys.npy     (R,) int64       content_key of query_id, 0 where it is missing
+    document_keys.npy  (R,) int64       content_key of doc_id, 0 where it is missing
+  queries and documents only (one text a record):
+    ids.txt                             UTF-8, line i is the id of row i
+
+They are built by build_training_store and build_text_store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_embed.data.records import format_location
+from ds_embed.data.store_build import build_text_store, build_training_store
+from ds_embed.data.store_files import read_manifest
+from ds_embed.data.store_writer import IDS_NAME, content_key, content_keys
+
+__all__ = [
+    "TextStore",
+    "TrainingStore",
+    "build_text_store",
+    "build_training_store",
+    "content_key",
+    "content_keys",
+]
+
+
+class _Store:
+    """What the stores share. Arrays are read-only memory maps, named as their files are."""
+
+    kinds: tuple[str, ...] = ()
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = read_manifest(self.path)
+        if self.manifest["kind"] not in self.kinds:
+            raise ValueError(f"{self.path}: holds {self.manifest['kind']}, want {' or '.join(self.kinds)}")
+        self.num_records: int = self.manifest["num_records"]
+        self.num_texts: int = self.manifest["num_texts"]
+        self.num_tokens: int = self.manifest["num_tokens"]
+        self.tokens = self._map("tokens", self.num_tokens)
+        self.offsets = self._map("offsets", self.num_texts + 1)
+        self.lengths = self._map("lengths", self.num_texts)
+        self.lines = self._map("lines", self.num_records)
+        self._file_ends = np.cumsum([file["num_records"] for file in self.manifest["files"]])
+
+    @classmethod
+    def open(cls, path: str | os.PathLike):
+        """Map the store in folder `path`. ValueError, with the cure, if it is not whole."""
+        return cls(path)
+
+    def tokens_of(self, text: int) -> np.ndarray:
+        """The token ids of a text: a read-only view, (lengths[text],) int32."""
+        start, end = self.offsets[text : text + 2].tolist()
+        return self.tokens[start:end]
+
+    def lengths_of(self, texts: np.ndarray) -> np.ndarray:
+        """The token counts of texts, in memory: same shape as `texts`, int64."""
+        return np.asarray(self.lengths[texts], np.int64)
+
+    def location(self, record: int) -> str:
+        """Where a record stands in the data: "path:17", or "path:record 17" of a JSON array."""
+        if not 0 <= record < self.num_records:
+            raise IndexError(f"record {record} of a store with {self.num_records}")
+        file = self.manifest["files"][int(np.searchsorted(self._file_ends, record, side="right"))]
+        return format_location(file["path"], file["unit"], int(self.lines[record]))
+
+    def _map(self, name: str, num_items: int) -> np.ndarray:
+        array = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if array.shape != (num_items,):
+            raise ValueError(
+                f"{self.path}: {name}.npy holds {array.shape} items, and the manifest says {num_items}; "
+                "delete that folder and build the store again"
+            )
+        # A plain array over the map: slicing the memmap class costs several times more per text.
+        return array.view(np.ndarray)
+
+
+class TrainingStore(_Store):
+    """Training records. Record r's texts are consecutive: query, positive, then its negatives."""
+
+    kinds = ("training",)
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self.first_text = self._map("first_text", self.num_records + 1)
+        self.text_keys = self._map("text_keys", self.num_texts)
+        self.query_keys = self._map("query_keys", self.num_records)
+        self.document_keys = self._map("document_keys", self.num_records)
+
+    def text_range(self, record: int) -> range:
+        """The texts of a record: its query first, its positive second, its negatives after them."""
+        start, end = self.first_text[record : record + 2].tolist()
+        return range(start, end)
+
+    def text_ranges(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(first text, number of texts) of each record, as int64 arrays of the shape of `records`."""
+        first = np.asarray(self.first_text[records])
+        return first, self.first_text[np.asarray(records) + 1] - first
+
+
+class TextStore(_Store):
+    """Queries or documents to encode: row i is text i and record i."""
+
+    kinds = ("queries", "documents")
+
+    @property
+    def ids_path(self) -> Path:
+        """The file of ids, one a line, in row order."""
+        return self.path / IDS_NAME
+
+    def ids(self) -> Iterator[str]:
+        """The ids in row order, one at a time."""
+        with open(self.ids_path, encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line[:-1]

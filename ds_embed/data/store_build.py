@@ -1,0 +1,176 @@
+"""Building token stores: a pass over the records, chunk by chunk, into arrays on disk.
+
+A store is named by a hash of all that decides its contents, so building twice is reusing once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ds_embed.data.records import (
+    JsonRecords,
+    format_location,
+    parse_document_record,
+    parse_query_record,
+    parse_training_record,
+)
+from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
+from ds_embed.data.store_writer import Progress, StoreWriter
+from ds_embed.data.tokenize import TextEncoder, TextFormat, tokenizer_fingerprint
+
+
+def build_training_store(
+    files: Sequence[str | os.PathLike] | str | os.PathLike,
+    tokenizer: Any,
+    query_format: TextFormat,
+    document_format: TextFormat,
+    num_negatives: int | None,
+    cache_dir: str | os.PathLike,
+    progress: Progress | None = None,
+) -> Path:
+    """Tokenize training records into a store under `cache_dir`, or reuse the one that is there.
+
+    `num_negatives` keeps the first so many negatives of each record (fewer: all that there are; None:
+    all). `progress` is told how many records were added since it was last called. Returns the store's
+    folder; open it with TrainingStore.open. ValueError for bad data, with file and line.
+    """
+    if num_negatives is not None and num_negatives < 0:
+        raise ValueError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
+    sources = [_Source(path) for path in _listed(files)]
+    sides = {
+        "queries": TextEncoder(tokenizer, query_format, "query_max_length"),
+        "documents": TextEncoder(tokenizer, document_format, "doc_max_length"),
+    }
+    queries, documents = range(2)
+    settings = {
+        "query_format": asdict(query_format),
+        "document_format": asdict(document_format),
+        "num_negatives": num_negatives,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+
+    def write(folder: Path) -> None:
+        with StoreWriter(folder, sides, progress, with_ids=False) as writer:
+            for source in sources:
+                for number, value in source.records(writer):
+                    where = source.location(number)
+                    record = parse_training_record(where, value)
+                    writer.add_text(queries, "query", record.query)
+                    writer.add_text(documents, "pos_doc", record.pos_doc)
+                    for negative in record.neg_docs[:num_negatives]:
+                        writer.add_text(documents, "neg_doc", negative)
+                    if not record.neg_docs:
+                        writer.count_record_without_negatives(where)
+                    writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)
+            writer.finish(_manifest_start("training", settings, sources))
+
+    return obtain_store(Path(cache_dir), f"training-{_store_key('training', settings, sources)}", write)
+
+
+def build_text_store(
+    files: Sequence[str | os.PathLike] | str | os.PathLike,
+    text_key: str,
+    id_key: str,
+    tokenizer: Any,
+    text_format: TextFormat,
+    cache_dir: str | os.PathLike,
+    progress: Progress | None = None,
+) -> Path:
+    """Tokenize queries ("query", "query_id") or documents ("pos_doc", "doc_id") into a store.
+
+    Rows stand in the order of the files and their records; ids.txt holds their ids, one a line.
+    Otherwise as build_training_store; open it with TextStore.open.
+    """
+    kinds = {
+        ("query", "query_id"): ("queries", parse_query_record, "query_max_length"),
+        ("pos_doc", "doc_id"): ("documents", parse_document_record, "doc_max_length"),
+    }
+    if (text_key, id_key) not in kinds:
+        raise ValueError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
+    kind, parse, setting = kinds[text_key, id_key]
+    sources = [_Source(path) for path in _listed(files)]
+    sides = {kind: TextEncoder(tokenizer, text_format, setting)}
+    settings = {
+        "text_format": asdict(text_format),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+
+    def write(folder: Path) -> None:
+        with StoreWriter(folder, sides, progress, with_ids=True) as writer:
+            for source in sources:
+                for number, value in source.records(writer):
+                    record = parse(source.location(number), value)
+                    writer.add_text(0, text_key, getattr(record, text_key))
+                    writer.end_record(number, row_id=getattr(record, id_key))
+            writer.finish(_manifest_start(kind, settings, sources))
+
+    return obtain_store(Path(cache_dir), f"{kind}-{_store_key(kind, settings, sources)}", write)
+
+
+class _Source:
+    """One input file and what identifies its contents."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._digest = hashlib.sha256()
+        self._records = JsonRecords(path, self._digest.update)
+        self.location = self._records.location
+        # Read before the first record, so that a later change shows.
+        self.stamp = self._stamp()
+        self.num_records = 0
+
+    def _stamp(self) -> dict:
+        status = os.stat(self._records.path)
+        return {
+            "path": os.path.realpath(self._records.path),
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+        }
+
+    def records(self, writer: StoreWriter) -> Iterator[tuple[int, dict]]:
+        """The records of the file; when they end, `writer` has put them all into its arrays."""
+        # What a store remembers must hold for readers in any working directory: the real path.
+        real_path, unit = self.stamp["path"], self._records.unit
+        writer.start_source(lambda number: format_location(real_path, unit, number))
+        for number, value in self._records:
+            self.num_records += 1
+            yield number, value
+        writer.flush()
+        if self._stamp() != self.stamp:
+            raise ValueError(f"{self._records.path}: changed while it was read; run again once it is whole")
+
+    def describe(self) -> dict:
+        return {
+            **self.stamp,
+            "sha256": self._digest.hexdigest(),
+            "num_records": self.num_records,
+            "unit": self._records.unit,
+        }
+
+
+def _listed(files: Any) -> list:
+    """A lone path is a list of one (a string would otherwise be taken for a list of letters)."""
+    listed = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    if not listed:
+        raise ValueError("no data files were given; name at least one")
+    return listed
+
+
+def _store_key(kind: str, settings: dict, sources: list[_Source]) -> str:
+    stamps = [source.stamp for source in sources]
+    text = json.dumps([FORMAT_VERSION, kind, settings, stamps], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _manifest_start(kind: str, settings: dict, sources: list[_Source]) -> dict:
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "settings": settings,
+        "files": [source.describe() for source in sources],
+    }

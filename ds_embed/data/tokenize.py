@@ -1,0 +1,203 @@
+"""Texts to token ids: prefix, right truncation, and the tokenizer's own special tokens around the rest.
+
+Letters: T texts, S tokens of all of them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+# Any would do: they only show what the tokenizer puts around a text.
+_PROBE_TEXTS = ("a probe of the tokenizer", "one", "1")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a text of one kind (query or document) becomes tokens.
+
+    prefix: put in front as it is, such as "query: "; the whole is then stripped of blanks.
+    max_length: most tokens of one text, special tokens and EOS included.
+    append_eos: end every text with the tokenizer's EOS (for decoders pooled at the last token).
+    """
+
+    prefix: str
+    max_length: int
+    append_eos: bool
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids that stand before (head) and after (tail) the tokens of every text."""
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, append_eos: bool) -> SpecialTokens:
+        """See what `tokenizer` puts around a text, by trying; then add EOS if asked and not there.
+
+        BERT gives [CLS] and [SEP], Llama gives BOS in front, SmolLM2 nothing.
+        ValueError if EOS is wanted and the tokenizer has none.
+        """
+        head, tail = _probe_surroundings(tokenizer)
+        if append_eos:
+            eos = tokenizer.eos_token_id
+            if eos is None:
+                raise ValueError(
+                    f"append_eos is true, but the tokenizer {_name_of(tokenizer)} has no eos_token; "
+                    "set append_eos to false, or choose a tokenizer that has one"
+                )
+            if not tail or tail[-1] != eos:
+                tail = (*tail, eos)
+        return cls(head, tail)
+
+
+class TextEncoder:
+    """Turns texts into token ids by one TextFormat.
+
+    The prefix is put in front and the whole stripped; what is too long loses its end; head and tail
+    come after that, so that EOS or [SEP] is always there. Special tokens spelled out in a text (or in
+    the prefix), such as "</s>", are plain text: data cannot smuggle in control tokens. Where a
+    tokenizer's own vocabulary still maps the spelling to the control id (Unigram does), that id is
+    dropped. What the tokenizer says about padding and truncation plays no part and is left as it was.
+    `setting` is the name of the length setting, for errors (ValueError).
+    """
+
+    def __init__(self, tokenizer: Any, text_format: TextFormat, setting: str = "max_length"):
+        self._backend = _backend_of(tokenizer)
+        self._prefix = text_format.prefix
+        self.special_tokens = SpecialTokens.of(tokenizer, text_format.append_eos)
+        num_special = len(self.special_tokens.head) + len(self.special_tokens.tail)
+        if text_format.max_length < num_special + 1:
+            raise ValueError(
+                f"{setting}={text_format.max_length} leaves no room for text beside the {num_special} "
+                f"special tokens that stand around it; set {setting} to {num_special + 1} or more"
+            )
+        self._max_body_tokens = text_format.max_length - num_special
+        self._is_control = _control_ids(tokenizer, self._backend)
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Encode T texts into one flat array.
+
+        Returns tokens (S, int32), text after text; lengths (T, int64); and the lengths that the texts
+        would have had without truncation (T, int64).
+        """
+        if not texts:
+            return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)
+        with _plain_settings(self._backend) as backend:
+            encodings = backend.encode_batch_fast(
+                [(self._prefix + text).strip() for text in texts], add_special_tokens=False
+            )
+        id_lists = [encoding.ids for encoding in encodings]
+        counts = np.fromiter(map(len, id_lists), np.int64, len(id_lists))
+        body = np.fromiter(itertools.chain.from_iterable(id_lists), np.int32, int(counts.sum()))
+        is_control = self._is_control[body]
+        if is_control.any():
+            text_of_token = np.repeat(np.arange(len(counts)), counts)
+            counts -= np.bincount(text_of_token[is_control], minlength=len(counts))
+            body = body[~is_control]
+
+        kept = np.minimum(counts, self._max_body_tokens)
+        position = np.arange(len(body)) - np.repeat(np.cumsum(counts) - counts, counts)
+        body = body[position < self._max_body_tokens]
+        head, tail = self.special_tokens.head, self.special_tokens.tail
+        num_special = len(head) + len(tail)
+        lengths = kept + num_special
+        ends = np.cumsum(lengths)
+        tokens = np.empty(int(ends[-1]), np.int32)
+        is_body = np.ones(len(tokens), bool)
+        for index, token in enumerate(head):
+            tokens[ends - lengths + index] = token
+            is_body[ends - lengths + index] = False
+        for index, token in enumerate(tail):
+            tokens[ends - len(tail) + index] = token
+            is_body[ends - len(tail) + index] = False
+        tokens[is_body] = body
+        return tokens, lengths, counts + num_special
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], text_format: TextFormat) -> list[np.ndarray]:
+    """The token ids (int32) of each text, in order; see TextEncoder."""
+    tokens, lengths, _ = TextEncoder(tokenizer, text_format).encode_flat(texts)
+    return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash (32 hex digits) of all that decides the ids of a text, the same in every process.
+
+    Padding and truncation are left out: earlier calls of the tokenizer change them.
+    """
+    parts = orjson.loads(_backend_of(tokenizer).to_str())
+    parts["truncation"] = parts["padding"] = None
+    digest = hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
+    digest.update(json.dumps([tokenizer.eos_token_id]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _backend_of(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "encode_batch_fast"):
+        raise ValueError(
+            f"the tokenizer {_name_of(tokenizer)} has no fast version (tokenizer.json), which is needed to "
+            "encode whole corpora; convert it, or choose a model that has one"
+        )
+    return backend
+
+
+def _name_of(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+@contextmanager
+def _plain_settings(backend: Any) -> Iterator[Any]:
+    """The tokenizer without padding and truncation, and blind to special tokens; put back afterwards."""
+    saved = backend.encode_special_tokens, backend.truncation, backend.padding
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        encode_special_tokens, truncation, padding = saved
+        backend.encode_special_tokens = encode_special_tokens
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def _probe_surroundings(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    with _plain_settings(_backend_of(tokenizer)) as backend:
+        for text in _PROBE_TEXTS:
+            bare = backend.encode(text, add_special_tokens=False).ids
+            dressed = backend.encode(text, add_special_tokens=True).ids
+            for start in range(len(dressed) - len(bare) + 1):
+                if bare and dressed[start : start + len(bare)] == bare:
+                    return tuple(dressed[:start]), tuple(dressed[start + len(bare) :])
+    raise ValueError(
+        f"the tokenizer {_name_of(tokenizer)} changes the tokens of a text when it adds special tokens, "
+        "so texts cannot be cut to length first; choose a tokenizer with a plain post-processor"
+    )
+
+
+def _control_ids(tokenizer: Any, backend: Any) -> np.ndarray:
+    """Which ids a text may never produce: (vocabulary,) bool. The unknown token is not among them."""
+    # By the largest id, not the size: vocabularies may have holes.
+    is_control = np.zeros(max(backend.get_vocab(with_added_tokens=True).values()) + 1, bool)
+    added = backend.get_added_tokens_decoder()
+    is_control[[index for index, token in added.items() if token.special]] = True
+    model = json.loads(backend.model.__getstate__())
+    unknown_ids = [getattr(tokenizer, "unk_token_id", None), model.get("unk_id")]
+    if model.get("unk_token") is not None:
+        unknown_ids.append(backend.token_to_id(model["unk_token"]))
+    is_control[[index for index in unknown_ids if index is not None]] = False
+    return is_control

@@ -1,0 +1,61 @@
+"""Search a corpus that recipes/generate.py encoded with a query typed by hand.
+
+    python recipes/search.py "how do I sort a list" --model_name_or_path RUN \
+        --embeddings OUT/consumed_samplesX --doc_files docs.jsonl
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from ds_embed.config import ModelArguments, TextArguments, parse_arguments
+from ds_embed.config.arguments import setting
+from ds_embed.config.checks import above_zero, existing_files
+from ds_embed.distributed import run_recipe
+
+
+@dataclass
+class SearchArguments:
+    query: str = setting("the text to search for; may also stand first, without the flag")
+    embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
+    doc_files: list[str] = setting("files the documents came from, to show their text", default_factory=list)
+    adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
+    top_k: int = setting("documents shown", default=5)
+    show_characters: int = setting("characters of each document shown", default=300)
+    bf16: bool = setting("encode the query in bfloat16, as generate does by default", default=True)
+
+    def __post_init__(self):
+        above_zero(self, "top_k", "show_characters")
+        if not self.query.strip():
+            raise ValueError("--query: is empty; type what to search for")
+        if self.doc_files:
+            existing_files("doc_files", self.doc_files)
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--query", *argv]
+    model, text, arguments = parse_arguments(ModelArguments, TextArguments, SearchArguments, argv=argv)
+    from ds_embed.data.records import read_document_texts
+    from ds_embed.retrieval.generate import encode_queries
+    from ds_embed.retrieval.search import search
+    from ds_embed.retrieval.vectors import read_vectors
+
+    documents = read_vectors(arguments.embeddings, "doc")
+    query = encode_queries(
+        [arguments.query], model, text, adapter_path=arguments.adapter_path, bf16=arguments.bf16
+    )
+    top_k = min(arguments.top_k, len(documents))
+    scores, rows = search(query, documents.rows, top_k, tie_rank=documents.ids.ranks)
+    ids = [documents.ids[row] for row in rows[0]]
+    texts = read_document_texts(arguments.doc_files, set(ids)) if arguments.doc_files else {}
+    print(f'query: "{arguments.query}"')
+    for place, (name, score) in enumerate(zip(ids, scores[0]), start=1):
+        print(f"\n{place}. {name}  (cosine {score:.3f})")
+        if name in texts:
+            shown = texts[name][: arguments.show_characters]
+            print("   " + shown.replace("\n", "\n   ") + (" ..." if len(shown) < len(texts[name]) else ""))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))

@@ -1,0 +1,130 @@
+"""Mistakes end all ranks with one clear message, a non-zero exit code, and nothing half-written."""
+
+import json
+import os
+
+import pytest
+from tiny import launch, make_model, make_training_file
+
+SECONDS = 60  # a job that hangs instead of ending fails by this limit
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    make_model(root / "llama", "llama")
+    make_model(root / "bert", "bert")
+    make_training_file(root / "good.jsonl", 30, num_negatives=1)
+    good = (root / "good.jsonl").read_text().splitlines()
+    (root / "empty.jsonl").write_text("")
+    (root / "not_json.jsonl").write_text("\n".join([*good[:4], '{"query": "w1", ', *good[4:]]))
+    (root / "no_query.jsonl").write_text("\n".join([*good[:2], '{"pos_doc": "w1 w2"}']))
+    record = json.loads(good[0]) | {"query_id": 17}
+    (root / "number_id.jsonl").write_text(json.dumps(record) + "\n")
+    (root / "no_negative.jsonl").write_text("\n".join([*good[:3], '{"query": "w1", "pos_doc": "w2"}']))
+    (root / "bad_key.yaml").write_text("max_steps: 3\nlearning_rat: 0.1\n")
+    (root / "bad.yaml").write_text("max_steps: [3\n")
+    (root / "no_model").mkdir()
+    (root / "gas.json").write_text('{"gradient_accumulation_steps": 4}')
+    return root
+
+
+# Changed flags of an otherwise good command, and what the message must say.
+CASES = {
+    "missing file": ({"train_files": "{}/absent.jsonl"}, ["--train_files", "absent.jsonl", "no such file"]),
+    "empty file": ({"train_files": "{}/empty.jsonl"}, ["empty.jsonl", "empty"]),
+    "not JSON": ({"train_files": "{}/not_json.jsonl"}, ["not_json.jsonl:5:"]),
+    "no query": ({"train_files": "{}/no_query.jsonl"}, ["no_query.jsonl:3:", "query"]),
+    "number as id": ({"train_files": "{}/number_id.jsonl"}, ["number_id.jsonl:1:", "query_id", "string"]),
+    "directory": ({"train_files": "{}"}, ["--train_files", "directory"]),
+    "no negatives": (
+        {"train_files": "{}/no_negative.jsonl", "global_batch_size": 4},
+        ["no_negative.jsonl:4", "neg_doc", "--hard_negatives"],
+    ),
+    "unknown flag": ({"learning_rat": "0.1"}, ["--learning_rat", "did you mean --learning_rate"]),
+    "unknown key": ({"config": "{}/bad_key.yaml"}, ["bad_key.yaml", "learning_rat", "did you mean learning_rate"]),
+    "broken YAML": ({"config": "{}/bad.yaml"}, ["bad.yaml:", "YAML"]),
+    "wrong type": ({"max_steps": "many"}, ["max_steps", "many"]),
+    "no such model": ({"model_name_or_path": "{}/absent"}, ["--model_name_or_path", "absent", "no such folder"]),
+    "no model in folder": ({"model_name_or_path": "{}/no_model"}, ["no_model", "config.json"]),
+    "BERT as decoder": ({"model_name_or_path": "{}/bert"}, ["BERT", "decoders"]),
+    "tiny budget": ({"micro_batch_tokens": "8"}, ["--micro_batch_tokens 8", "good.jsonl:", "raise it to at least"]),
+    "too few samples": ({"global_batch_size": "31"}, ["--global_batch_size 31", "30"]),
+    "no such JSON": ({"deepspeed": "ds_configs/zero9.json"}, ["--deepspeed", "zero9.json", "no such file"]),
+    "JSON decides ours": ({"deepspeed": "{}/gas.json"}, ["gradient_accumulation_steps", "--global_batch_size"]),
+    "unknown module": ({"lora_target_modules": "q_projj"}, ["--lora_target_modules", "q_projj", "q_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training(name, place, tmp_path):
+    changes, words = CASES[name]
+    flags = {
+        "deepspeed": "ds_configs/zero2.json", "model_name_or_path": "{}/llama", "train_files": "{}/good.jsonl",
+        "max_steps": "2", "max_length": "32", "global_batch_size": "8", "hard_negatives": "1", "report_to": "none",
+    } | changes  # fmt: skip
+    command = [word for key, value in flags.items() for word in (f"--{key}", value.replace("{}", str(place)))]
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    result = launch(
+        2, "recipes/train_gpt.py", *command, "--output_dir", out, "--cache_dir", cache, timeout=SECONDS
+    )  # fmt: skip
+    assert_one_clear_error(result, words)
+    assert not out.exists()
+    # A store that was finished before the mistake was found may stay; nothing unfinished may.
+    assert all((folder / "manifest.json").exists() for folder in (cache.iterdir() if cache.exists() else []))
+
+
+GENERATE_CASES = {
+    "nothing to encode": ([], ["--query_files", "--doc_files"]),
+    "id missing": (["--doc_files", "{}/bad_docs.jsonl"], ["bad_docs.jsonl:2", "doc_id"]),
+    "no such run": (["--doc_files", "{}/docs.jsonl", "--model_name_or_path", "./absent"], ["absent", "no such folder"]),
+    "adapter is no adapter": (["--doc_files", "{}/docs.jsonl", "--adapter_path", "{}/bert"], ["--adapter_path"]),
+    "tiny budget": (["--doc_files", "{}/docs.jsonl", "--micro_batch_tokens", "3"], ["--micro_batch_tokens 3"]),
+}
+
+
+@pytest.mark.parametrize("name", GENERATE_CASES)
+def test_generate(name, place, tmp_path):
+    (place / "docs.jsonl").write_text('{"pos_doc": "w1 w2 w3", "doc_id": "a"}\n')
+    (place / "bad_docs.jsonl").write_text('{"pos_doc": "w1 w2 w3", "doc_id": "a"}\n{"pos_doc": "w1"}\n')
+    changes, words = GENERATE_CASES[name]
+    flags = [word.replace("{}", str(place)) for word in changes]
+    if "--model_name_or_path" not in flags:
+        flags += ["--model_name_or_path", place / "llama"]
+    result = launch(
+        2, "recipes/generate.py", *flags, "--output_prefix", tmp_path / "out", "--cache_dir", tmp_path / "cache",
+        timeout=SECONDS,
+    )  # fmt: skip
+    assert_one_clear_error(result, words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_second_run_in_the_same_folder_is_refused(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("max_steps: 1\n")
+    result = launch(
+        0, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", place / "llama",
+        "--train_files", place / "good.jsonl", "--output_dir", tmp_path / "run", timeout=SECONDS,
+    )  # fmt: skip
+    assert_one_clear_error(result, ["--output_dir", "holds a run that was stopped"])
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root can write anywhere")
+def test_folder_that_cannot_be_written(place, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    result = launch(
+        0, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", place / "llama",
+        "--train_files", place / "good.jsonl", "--output_dir", locked / "run", timeout=SECONDS,
+    )  # fmt: skip
+    assert_one_clear_error(result, ["--output_dir", "can't be written"])
+
+
+def assert_one_clear_error(result, words):
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
+    missing = [word for word in words if word not in errors[0]]
+    assert not missing, errors[0]

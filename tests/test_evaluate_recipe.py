@@ -1,0 +1,188 @@
+"""recipes/evaluate.py run as a user runs it, on small real files; every mistake is one line and code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "evaluate.py"
+
+
+def run_recipe(*flags):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(RECIPE), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def write_vectors(folder, kind, rows, ids):
+    subfolder = folder / {"query": "test_queries", "doc": "test_docs"}[kind]
+    subfolder.mkdir(parents=True, exist_ok=True)
+    np.save(subfolder / f"{kind}.npy", np.asarray(rows, dtype=np.float32))
+    (subfolder / f"{kind}.ids").write_text("".join(f"{name}\n" for name in ids))
+
+
+def write_queries(path, pairs):
+    lines = [{"query": f"text of {name}", "query_id": name, "doc_id": document} for name, document in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """120 documents on a quarter circle, the first nearest to every query; d0 and d1 are one vector.
+
+    So q0, whose right document is d1, finds it first; q1 (d0) second, for ties rank by descending id;
+    q2 (d5 and d11) at ranks 6 and 12; q3 (d119) at rank 120.
+    """
+    angles = np.linspace(0, np.pi / 2, 119)
+    angles = np.concatenate([angles[:1], angles])
+    documents = np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
+    folder = tmp_path / "OUT" / "consumed_samples640"
+    write_vectors(folder, "doc", documents, [f"d{i}" for i in range(120)])
+    write_vectors(folder, "query", [[1, 0, 0]] * 4, ["q0", "q1", "q2", "q3"])
+    queries = tmp_path / "queries.jsonl"
+    write_queries(queries, [("q0", "d1"), ("q1", "d0"), ("q2", "d5"), ("q2", "d11"), ("q3", "d119")])
+    return folder, queries
+
+
+def test_measures_are_right_and_written(files):
+    folder, queries = files
+    result = run_recipe("--embeddings", folder, "--query_files", queries)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((folder / "metrics.json").read_text())
+    ideal = 1 + 1 / np.log2(3)  # of q2, which has two right documents
+    expected = {
+        "nDCG@10": (1 + 1 / np.log2(3) + (1 / np.log2(7)) / ideal + 0) / 4,
+        "RR@10": (1 + 1 / 2 + 1 / 6 + 0) / 4,
+        "R@1": (1 + 0 + 0 + 0) / 4,
+        "R@10": (1 + 1 + 1 / 2 + 0) / 4,
+        "R@100": (1 + 1 + 1 + 0) / 4,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert list(metrics)[:5] == list(expected)
+    counts = {"num_queries": 4, "num_documents": 120, "num_queries_without_qrels": 0, "top_k": 100}
+    assert {name: metrics[name] for name in counts} == counts
+    per_query = [json.loads(line) for line in (folder / "per_query.jsonl").read_text().splitlines()]
+    assert [line["query_id"] for line in per_query] == ["q0", "q1", "q2", "q3"]
+    assert [line["RR@10"] for line in per_query] == pytest.approx([1, 1 / 2, 1 / 6, 0])
+    run = (folder / "run.trec").read_text().splitlines()
+    assert len(run) == 400
+    assert run[:2] == ["q0 Q0 d1 1 1 ds_embed", "q0 Q0 d0 2 1 ds_embed"]
+    assert f"nDCG@10  {expected['nDCG@10']:.4f}\nRR@10    0.4167\n" in result.stdout
+    assert "documents  120, vectors of 3 dimensions" in result.stdout
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "metrics.json", "per_query.jsonl", "run.trec", "test_docs", "test_queries"
+    ]
+
+
+def test_a_tie_at_the_last_place_kept_goes_to_the_larger_id(files):
+    folder, queries = files
+    result = run_recipe("--embeddings", folder, "--query_files", queries, "--top_k", 1, "--measures", "R@1")
+    assert result.returncode == 0, result.stderr
+    assert {line.split()[2] for line in (folder / "run.trec").read_text().splitlines()} == {"d1"}
+    assert json.loads((folder / "metrics.json").read_text())["R@1"] == 0.25
+
+
+def test_qrels_file_measures_output_dir_and_small_corpus(files, tmp_path):
+    folder, _ = files
+    write_vectors(folder, "doc", [[1, 0, 0], [0.6, 0.8, 0], [0, 1, 0]], ["New York", "b", "c"])
+    qrels = tmp_path / "test.tsv"
+    qrels.write_text("query-id\tcorpus-id\tscore\nq0\tb\t2\nq2\tNew York\t1\n")
+    flags = ["--embeddings", folder, "--qrels", qrels, "--output_dir", tmp_path / "new"]
+    flags += ["--measures", "MRR@10", "R@2"]
+    result = run_recipe(*flags)
+    assert result.returncode == 2
+    assert "doc.ids: id 'New York' holds white space" in result.stderr
+    assert "--write_run false" in result.stderr
+    result = run_recipe(*flags, "--write_run", "false")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["metrics.json", "per_query.jsonl"]
+    assert json.loads((tmp_path / "new/metrics.json").read_text()) == {
+        "RR@10": 0.75, "R@2": 1.0,
+        "num_queries": 2, "num_documents": 3, "num_queries_without_qrels": 2, "top_k": 3,
+    }
+    assert "top_k      3 (all documents)" in result.stdout
+    assert "2 without judgments, such as 'q1'" in result.stdout
+
+
+def dimensions(folder, queries):
+    write_vectors(folder, "query", np.ones((4, 5)), ["q0", "q1", "q2", "q3"])
+
+
+def ids_without_rows(folder, queries):
+    with open(folder / "test_docs/doc.ids", "a") as file:
+        file.write("d120\n")
+
+
+def unknown_documents(folder, queries):
+    write_queries(queries, [("q0", "elsewhere"), ("q1", "d0")])
+
+
+def unknown_queries(folder, queries):
+    write_queries(queries, [("q0", "d0"), ("q9", "d0")])
+
+
+def nan(folder, queries):
+    rows = np.ones((120, 3))
+    rows[77, 2] = np.nan
+    write_vectors(folder, "doc", rows, [f"d{i}" for i in range(120)])
+
+
+def empty_corpus(folder, queries):
+    write_vectors(folder, "doc", np.ones((0, 3)), [])
+
+
+def no_folder(folder, queries):
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def no_right_document(folder, queries):
+    queries.write_text('{"query": "x", "query_id": "q0"}\n')
+
+
+def broken_queries(folder, queries):
+    queries.write_text('{"query": "x", \n')
+
+
+def nothing(folder, queries):
+    pass
+
+
+@pytest.mark.parametrize(
+    "spoil, flags, message",
+    [
+        (dimensions, [], "query.npy has 5 dimensions and "),
+        (ids_without_rows, [], "doc.ids has 121 ids and "),
+        (unknown_documents, [], "1 of 2 relevant document ids are not in the corpus, such as 'elsewhere'"),
+        (unknown_queries, [], "1 of 2 judged queries have no vector, such as 'q9'"),
+        (nan, [], "doc.npy: row 77 (id 'd77') holds NaN"),
+        (empty_corpus, [], "doc.npy has no rows"),
+        (no_folder, [], "consumed_samples640: no such folder"),
+        (no_right_document, [], "queries.jsonl:1: doc_id is missing"),
+        (broken_queries, [], "queries.jsonl:1: not JSON"),
+        (nothing, ["--top_k", "50"], "measure R@100 looks at 100 documents but top_k keeps 50"),
+        (nothing, ["--top_k", "0"], "--top_k 0: must be at least 1"),
+        (nothing, ["--measures", "recall"], "measure 'recall': not known here"),
+        (nothing, ["--qrels", "nowhere.tsv"], "nowhere.tsv: no such file"),
+        (nothing, ["--device", "abacus"], "device 'abacus'"),
+        (nothing, ["--topk", "10"], "--topk"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_leave_nothing(files, spoil, flags, message):
+    folder, queries = files
+    spoil(folder, queries)
+    before = sorted(folder.rglob("*"))
+    result = run_recipe("--embeddings", folder, "--query_files", queries, *flags)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_judgments_are_required(files):
+    result = run_recipe("--embeddings", files[0])
+    assert result.returncode == 2 and "--query_files and --qrels are both missing" in result.stderr

@@ -1,0 +1,296 @@
+"""Records: both file forms read alike, a bounded memory, and errors that name file, line and key."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+
+import pytest
+
+from ds_embed.data.records import (
+    JsonRecords,
+    parse_document_record,
+    parse_query_record,
+    parse_training_record,
+    read_json_objects,
+)
+
+RECORDS = [
+    {
+        "query": "what is a lake?",
+        "pos_doc": "water, inland",
+        "neg_doc": ["a hill", "ein Hügel 丘"],
+        "n": 0.1,
+    },
+    {"query": 'a "quoted" one\n', "pos_doc": "[", "item": [{"item": [1, None, True]}], "neg_doc": "x"},
+    {"query": "\u2028 and \x00", "pos_doc": "]", "query_id": "q 3", "doc_id": "d3", "big": 2**53},
+]
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def jsonl(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def read_error(path):
+    with pytest.raises(ValueError) as caught:
+        list(read_json_objects(path))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \r\n\t", b"\xef\xbb\xbf\n"])
+def test_array_and_jsonl_give_the_same_records(tmp_path, indent, before):
+    lines = write(tmp_path / "a.jsonl", before + jsonl(RECORDS).encode())
+    array = write(tmp_path / "a.json", before + json.dumps(RECORDS, indent=indent).encode())
+    assert [record for _, record in read_json_objects(lines)] == RECORDS
+    assert list(read_json_objects(array)) == [
+        (f"{array}:record {number}", record) for number, record in enumerate(RECORDS, 1)
+    ]
+
+
+def test_the_content_decides_not_the_name(tmp_path):
+    assert list(read_json_objects(write(tmp_path / "a.json", '{"a": 1}\n'))) == [
+        (f"{tmp_path}/a.json:1", {"a": 1})
+    ]
+    assert JsonRecords(write(tmp_path / "a.jsonl", '[{"a": 1}]')).unit == "record"
+
+
+def test_blank_lines_are_skipped_but_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'\n{"a": 1}\r\n  \t\n\r\n{"a": 2}')
+    assert list(read_json_objects(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:5", {"a": 2})]
+
+
+def test_files_joined_with_cat_keep_their_byte_order_marks(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
+    assert [record for _, record in read_json_objects(path)] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "words"),
+    [
+        ('{"a": 1}\n\n{"a": }\n', ":3: not JSON", "one whole JSON object a line"),
+        ('{"a": 1}\n{"a": 2', ":2: not JSON", "end of data"),
+        ('{\n "a": 1\n}\n', ":1: not JSON", "one whole JSON object a line"),
+        ('{"a": 1} {"a": 2}\n', ":1: not JSON", ""),
+        ('{"a": NaN}\n', ":1: not JSON", ""),
+        ('{"a": 1}\n[{"a": 2}]\n', ":2: found a list", "want a JSON object"),
+        ('{"a": 1}\n"text"\n', ":2: found a string", "want a JSON object"),
+        ('{"a": 1}\nnull\n', ":2: found null", "want a JSON object"),
+        ('{"a": 1}\n12\n', ":2: found a number", "want a JSON object"),
+        ('{"a": 1}\ntrue\n', ":2: found a boolean", "want a JSON object"),
+        (b'{"a": 1}\n{"a": "\xff"}\n', ":2: not UTF-8", "save the file as UTF-8"),
+        ('[{"a": 1}, 7]', ":record 2: found a number", "want a JSON object"),
+        ('[{"a": 1}, null]', ":record 2: found null", "want a JSON object"),
+        ('[{"a": 1},\n [{"a": 2}]]', ":record 2: found a list", "want a JSON object"),
+        ('[{"a": 1}, {"a": }]', ":record 2: not JSON", "read as one JSON array"),
+        ('[{"a": 1}, {"a": 2}', ":record 3: the file ends before", "cut short"),
+        ('[{"a": 1}, {"a": 2', ":record 2: the file ends before", "cut short"),
+        ('[{"a": 1}]\n[{"a": 2}]\n', ":record 2: not JSON", "trailing garbage"),
+        (b'[{"a": 1}, {"a": "\xff"}]', ":record 2: not UTF-8", "save the file as UTF-8"),
+    ],
+)
+def test_a_bad_place_is_named(tmp_path, content, place, words):
+    path = write(tmp_path / "bad.jsonl", content)
+    message = read_error(path)
+    assert message.startswith(f"{path}{place}")
+    assert words in message
+
+
+def test_records_before_the_bad_one_are_given(tmp_path):
+    for content in ('{"a": 1}\n{"a": 2}\nx\n', '[{"a": 1}, {"a": 2}, x]'):
+        records = read_json_objects(write(tmp_path / "a", content))
+        assert [next(records)[1], next(records)[1]] == [{"a": 1}, {"a": 2}]
+        with pytest.raises(ValueError, match=":(record )?3: not JSON"):
+            next(records)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty; remove it"),
+        (b"\n \t\r\n", "is empty; remove it"),
+        (b"\xef\xbb\xbf", "is empty; remove it"),
+        (b" [ ]\n", "holds no record; remove it"),
+        ('{"a": 1}\n'.encode("utf-16"), "is UTF-16 text, want UTF-8 JSON; save it as UTF-8"),
+        (b"\x1f\x8b\x08\x00", "is gzip data, want UTF-8 JSON; unpack it"),
+        (b"PAR1....", "is Parquet data, want UTF-8 JSON; write it as JSONL"),
+    ],
+)
+def test_a_file_without_records_is_named_with_a_cure(tmp_path, content, words):
+    path = write(tmp_path / "bad.jsonl", content)
+    assert read_error(path).startswith(f"{path}: {words}")
+
+
+def test_what_is_not_a_file_is_named_with_a_cure(tmp_path):
+    assert read_error(tmp_path / "none.jsonl").startswith(
+        f"{tmp_path}/none.jsonl: no such file; check the path"
+    )
+    assert (
+        read_error(tmp_path)
+        == f"{tmp_path}: is a folder, want a file; name the files in it, such as {tmp_path}/*.jsonl"
+    )
+    os.mkfifo(tmp_path / "pipe")
+    assert read_error(tmp_path / "pipe").startswith(
+        f"{tmp_path}/pipe: is not a regular file; write the records"
+    )
+
+
+def test_many_blanks_before_the_array(tmp_path):
+    path = write(tmp_path / "a", b"\n" * 3_000_000 + b'[{"a": 1}]')
+    assert list(read_json_objects(path)) == [(f"{path}:record 1", {"a": 1})]
+
+
+@pytest.mark.parametrize("content", ["\ufeff" + jsonl(RECORDS) + "\n\n", json.dumps(RECORDS) + "\n \n"])
+def test_the_observer_sees_every_byte_once(tmp_path, content):
+    path = write(tmp_path / "a", content)
+    digest = hashlib.sha256()
+    assert len(list(JsonRecords(path, digest.update))) == len(RECORDS)
+    assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("form", ["array", "jsonl"])
+def test_reading_holds_one_record_at_a_time(tmp_path, form):
+    record = json.dumps({"query": "q" * 50, "pos_doc": "d" * 400, "neg_doc": ["n" * 400] * 2})
+    num_records = 16_000
+    parts = [record] * num_records
+    content = "[" + ",\n".join(parts) + "]" if form == "array" else "\n".join(parts)
+    path = write(tmp_path / "big", content)
+    size = path.stat().st_size
+    del parts, content
+    assert size > 20_000_000
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_json_objects(path)) == num_records
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+def training(**keys):
+    return {"query": "q", "pos_doc": "p", **keys}
+
+
+@pytest.mark.parametrize(
+    ("record", "num_negatives", "expected"),
+    [
+        (training(), None, ("q", "p", (), None, None)),
+        (training(neg_doc="abc"), None, ("q", "p", ("abc",), None, None)),
+        (training(neg_doc=[]), 3, ("q", "p", (), None, None)),
+        (training(neg_doc=["a", "b", "c"]), None, ("q", "p", ("a", "b", "c"), None, None)),
+        (training(neg_doc=["a", "b", "c"]), 2, ("q", "p", ("a", "b"), None, None)),
+        (training(neg_doc=["a"]), 2, ("q", "p", ("a",), None, None)),
+        (training(neg_doc="abc"), 0, ("q", "p", (), None, None)),
+        (training(query_id="1", doc_id="é", more=[1], title=None), 1, ("q", "p", (), "1", "é")),
+        (training(query=" q\n"), None, (" q\n", "p", (), None, None)),
+    ],
+)
+def test_training_records(record, num_negatives, expected):
+    assert parse_training_record("f:1", record, num_negatives=num_negatives) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"pos_doc": "p"}, "query is missing, want a string; the keys here are 'pos_doc'"),
+        ({"query": "q"}, "pos_doc is missing, want a string; the keys here are 'query'"),
+        ({}, "query is missing, want a string; the keys here are none"),
+        (training(query=7), "query is a number, want a string"),
+        (training(query=None), "query is null, want a string"),
+        (training(pos_doc=["p"]), "pos_doc is a list, want a string"),
+        (training(query=""), "query is blank; remove the record or give it text"),
+        (training(pos_doc=" \n\t\u3000"), "pos_doc is blank; remove the record or give it text"),
+        (
+            training(neg_doc=3),
+            "neg_doc is a number, want a string or a list of strings (or leave the key out)",
+        ),
+        (
+            training(neg_doc=None),
+            "neg_doc is null, want a string or a list of strings (or leave the key out)",
+        ),
+        (
+            training(neg_doc={"a": 1}),
+            "neg_doc is an object, want a string or a list of strings (or leave the key out)",
+        ),
+        (training(neg_doc=["a", ["b"]]), "neg_doc[1] is a list, want a string"),
+        (training(neg_doc=["a", "b", 5]), "neg_doc[2] is a number, want a string"),
+        (training(neg_doc=["a", ""]), "neg_doc[1] is blank; remove it or give it text"),
+        (training(neg_doc=""), "neg_doc[0] is blank; remove it or give it text"),
+        (training(query_id=12), "query_id is a number, want a string in quotes"),
+        (training(doc_id=1.5), "doc_id is a number, want a string in quotes"),
+        (training(doc_id=True), "doc_id is a boolean, want a string (or leave the key out)"),
+        (training(doc_id=None), "doc_id is null, want a string (or leave the key out)"),
+        (training(doc_id=""), "doc_id is empty, want a name on one line"),
+        (training(query_id="a\nb"), "query_id holds a line break, want a name on one line"),
+    ],
+)
+def test_bad_training_records_name_place_key_and_type(record, message):
+    # One negative is kept, and a bad one beyond it is still an error.
+    with pytest.raises(ValueError) as caught:
+        parse_training_record("f:17", record, num_negatives=1)
+    assert str(caught.value) == f"f:17: {message}"
+
+
+def test_query_and_document_records():
+    assert parse_query_record("f:1", {"query": "q", "query_id": "1"}) == ("q", "1", None)
+    assert parse_query_record("f:1", {"query": "q", "query_id": "1", "doc_id": "2"}) == ("q", "1", "2")
+    assert parse_document_record("f:1", {"pos_doc": "", "doc_id": "a b"}) == ("", "a b")
+
+
+@pytest.mark.parametrize(
+    ("parse", "record", "message"),
+    [
+        (
+            parse_query_record,
+            {"query": "", "query_id": "1"},
+            "query is blank; remove the record or give it text",
+        ),
+        (parse_query_record, {"query": "q"}, "query_id is missing, want a string; the keys here are 'query'"),
+        (parse_query_record, {"query": "q", "query_id": 1}, "query_id is a number, want a string in quotes"),
+        (
+            parse_query_record,
+            {"query": "q", "query_id": "1", "doc_id": 2},
+            "doc_id is a number, want a string in quotes",
+        ),
+        (
+            parse_document_record,
+            {"doc_id": "1"},
+            "pos_doc is missing, want a string; the keys here are 'doc_id'",
+        ),
+        (parse_document_record, {"pos_doc": None, "doc_id": "1"}, "pos_doc is null, want a string"),
+        (
+            parse_document_record,
+            {"pos_doc": "p"},
+            "doc_id is missing, want a string; the keys here are 'pos_doc'",
+        ),
+        (parse_document_record, {"pos_doc": "p", "doc_id": ""}, "doc_id is empty, want a name on one line"),
+        *(
+            (
+                parse_document_record,
+                {"pos_doc": "p", "doc_id": f"a{end}"},
+                "doc_id holds a line break, want a name on one line",
+            )
+            for end in ("\n", "\r", "\u2028b", "\x85b")
+        ),
+    ],
+)
+def test_bad_query_and_document_records(parse, record, message):
+    with pytest.raises(ValueError) as caught:
+        parse("f:2", record)
+    assert str(caught.value) == f"f:2: {message}"
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, ds_embed.data.records, ds_embed.data.tokenize, ds_embed.data.store\n"
+        "print({'torch', 'transformers', 'deepspeed', 'tokenizers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")

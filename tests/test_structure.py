@@ -1,0 +1,70 @@
+"""The house: imports run one way, files stay small, importing starts nothing."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from tiny import REPOSITORY
+
+PACKAGE = REPOSITORY / "ds_embed"
+# A room may import the rooms that stand before it, and only those listed here.
+ROOMS = {
+    "config": set(),
+    "distributed": set(),
+    "losses": set(),
+    "data": {"config"},
+    "models": {"config", "data"},
+    "engine": {"config", "distributed", "models"},
+    "retrieval": {"config", "distributed", "data", "models", "engine"},
+    "training": {"config", "distributed", "losses", "data", "models", "engine", "retrieval"},
+}
+
+
+def python_files():
+    return [path for path in REPOSITORY.rglob("*.py") if not {".venv", "build"} & set(path.relative_to(REPOSITORY).parts)]
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "ds_embed" and len(parts) > 1:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"], ids=str)
+def test_imports_run_one_way(path):
+    room = room_of(path)
+    assert set(imported_rooms(path)) <= ROOMS[room] | {room}
+
+
+def test_recipes_do_not_import_each_other():
+    for path in (REPOSITORY / "recipes").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and "recipes" in (node.module or "")), path
+
+
+def test_files_are_small_and_well_named():
+    long = {str(p): n for p in python_files() if (n := len(p.read_text(encoding="utf-8").splitlines())) > 330}
+    assert not long
+    assert not [p for p in python_files() if p.stem in ("utils", "helpers", "common")]
+
+
+def test_importing_the_package_starts_nothing():
+    code = (
+        "import sys, ds_embed; loaded = {'torch', 'transformers', 'deepspeed', 'peft'} & set(sys.modules); "
+        "assert not loaded, loaded"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
