@@ -38,7 +38,7 @@ CASES = {
     "number as id": ({"train_files": "{}/number_id.jsonl"}, ["number_id.jsonl:1:", "query_id", "string"]),
     "directory": ({"train_files": "{}"}, ["--train_files", "directory"]),
     "no negatives": (
-        {"train_files": "{}/no_negative.jsonl", "global_batch_size": 4},
+        {"train_files": "{}/no_negative.jsonl", "global_batch_size": "4"},
         ["no_negative.jsonl:4", "neg_doc", "--hard_negatives"],
     ),
     "unknown flag": ({"learning_rat": "0.1"}, ["--learning_rat", "did you mean --learning_rate"]),
@@ -71,7 +71,8 @@ def test_training(name, place, tmp_path):
     assert_one_clear_error(result, words)
     assert not out.exists()
     # A store that was finished before the mistake was found may stay; nothing unfinished may.
-    assert all((folder / "manifest.json").exists() for folder in (cache.iterdir() if cache.exists() else []))
+    folders = [path for path in cache.glob("**/") if path != cache]
+    assert all((folder / "manifest.json").exists() for folder in folders)
 
 
 GENERATE_CASES = {

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from ds_embed.data.tokenize import SpecialTokens, TextEncoder, TextFormat, encode_texts, tokenizer_fingerprint
+from ds_embed.data.tokenize import SpecialTokens, TextTokenizer, TextFormat, encode_texts, tokenizer_fingerprint
 
 TEXTS = [
     "the water of the lake is cold",
@@ -115,7 +115,7 @@ def test_eos_and_sep_survive_truncation_and_the_left_end_stays(tokenizer, max_le
     append_eos = tokenizer.eos_token is not None
     last = 2 if append_eos else 3
     text_format = TextFormat("query: ", max_length, append_eos)
-    encoder = TextEncoder(tokenizer, text_format)
+    encoder = TextTokenizer(tokenizer, text_format)
     tokens, lengths, full_lengths = encoder.encode_flat(TEXTS)
     assert tokens.dtype == np.int32
     encoded = np.split(tokens, np.cumsum(lengths)[:-1])
@@ -165,7 +165,7 @@ def test_special_tokens_spelled_out_in_data_are_plain_text(tokenizer, spelling, 
 def test_a_vocabulary_that_spells_control_tokens_loses_them_and_keeps_the_unknown_token():
     for names in ({"unk_token": "<unk>"}, {}):
         tokenizer = unigram_tokenizer(**names)
-        tokens, lengths, full_lengths = TextEncoder(tokenizer, TextFormat("", 5, True)).encode_flat(
+        tokens, lengths, full_lengths = TextTokenizer(tokenizer, TextFormat("", 5, True)).encode_flat(
             ["a</s>b", "b", "</s>", "aZb", "a</s>b</s>ab"]
         )
         ids = [tokenizer.convert_ids_to_tokens(part) for part in np.split(tokens, np.cumsum(lengths)[:-1])]
@@ -184,18 +184,18 @@ def test_a_vocabulary_that_spells_control_tokens_loses_them_and_keeps_the_unknow
     [(bert_tokenizer(), False, 3), (byte_level_tokenizer(), True, 2), (byte_level_tokenizer(), False, 1)],
 )
 def test_too_small_a_length_names_the_setting(tokenizer, append_eos, shortest):
-    TextEncoder(tokenizer, TextFormat("", shortest, append_eos))
+    TextTokenizer(tokenizer, TextFormat("", shortest, append_eos))
     with pytest.raises(
         ValueError, match=rf"doc_max_length={shortest - 1} .* set doc_max_length to {shortest} or"
     ):
-        TextEncoder(tokenizer, TextFormat("", shortest - 1, append_eos), "doc_max_length")
+        TextTokenizer(tokenizer, TextFormat("", shortest - 1, append_eos), "doc_max_length")
 
 
 def test_a_tokenizer_that_cannot_do_it_is_an_error():
     with pytest.raises(
         ValueError, match="append_eos is true, but .* has no eos_token; set append_eos to false"
     ):
-        TextEncoder(bert_tokenizer(), TextFormat("", 10, True))
+        TextTokenizer(bert_tokenizer(), TextFormat("", 10, True))
     with pytest.raises(ValueError, match="object has no fast version"):
         encode_texts(object(), ["a"], TextFormat("", 10, False))
 

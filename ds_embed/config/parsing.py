@@ -37,6 +37,8 @@ def _make_parser(types):
 
     class Parser(HfArgumentParser):
         def error(self, message):
+            # Every flag is known with dashes too; naming both would only make the message longer.
+            message = re.sub(r"/--[a-z0-9-]+", "", message)
             raise ValueError(message.replace("the following arguments are required:", "missing required flag(s)"))
 
     description = "Settings come as flags or as keys of one YAML file (--config FILE.yaml); flags win."

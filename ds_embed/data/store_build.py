@@ -22,7 +22,7 @@ from ds_embed.data.records import (
 )
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
-from ds_embed.data.tokenize import TextEncoder, TextFormat, tokenizer_fingerprint
+from ds_embed.data.tokenize import TextTokenizer, TextFormat, tokenizer_fingerprint
 
 
 def build_training_store(
@@ -44,8 +44,8 @@ def build_training_store(
         raise ValueError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
     sources = [_Source(path) for path in _listed(files)]
     sides = {
-        "queries": TextEncoder(tokenizer, query_format, "query_max_length"),
-        "documents": TextEncoder(tokenizer, document_format, "doc_max_length"),
+        "queries": TextTokenizer(tokenizer, query_format, "query_max_length"),
+        "documents": TextTokenizer(tokenizer, document_format, "doc_max_length"),
     }
     queries, documents = range(2)
     settings = {
@@ -95,7 +95,7 @@ def build_text_store(
         raise ValueError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
     kind, parse, setting = kinds[text_key, id_key]
     sources = [_Source(path) for path in _listed(files)]
-    sides = {kind: TextEncoder(tokenizer, text_format, setting)}
+    sides = {kind: TextTokenizer(tokenizer, text_format, setting)}
     settings = {
         "text_format": asdict(text_format),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),

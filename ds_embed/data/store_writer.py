@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_embed.data.store_files import NpyWriter, sync_and_close, write_manifest
-from ds_embed.data.tokenize import TextEncoder
+from ds_embed.data.tokenize import TextTokenizer
 
 IDS_NAME = "ids.txt"
 # A chunk ends at whichever comes first. These are enough texts for the tokenizer's threads, and about
@@ -46,7 +46,7 @@ class StoreWriter:
     """Gathers records into chunks and appends each chunk to the arrays of a store."""
 
     def __init__(
-        self, folder: Path, sides: dict[str, TextEncoder], progress: Progress | None, with_ids: bool
+        self, folder: Path, sides: dict[str, TextTokenizer], progress: Progress | None, with_ids: bool
     ):
         """`sides` are the kinds of texts, with their encoders; `with_ids` says text store, not training."""
         self._folder = folder

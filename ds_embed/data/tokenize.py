@@ -61,7 +61,7 @@ class SpecialTokens:
         return cls(head, tail)
 
 
-class TextEncoder:
+class TextTokenizer:
     """Turns texts into token ids by one TextFormat.
 
     The prefix is put in front and the whole stripped; what is too long loses its end; head and tail
@@ -126,8 +126,8 @@ class TextEncoder:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], text_format: TextFormat) -> list[np.ndarray]:
-    """The token ids (int32) of each text, in order; see TextEncoder."""
-    tokens, lengths, _ = TextEncoder(tokenizer, text_format).encode_flat(texts)
+    """The token ids (int32) of each text, in order; see TextTokenizer."""
+    tokens, lengths, _ = TextTokenizer(tokenizer, text_format).encode_flat(texts)
     return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
