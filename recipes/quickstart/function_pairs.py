@@ -91,7 +91,7 @@ def functions_of(tree):
 
 
 def document_of(node, lines):
-    """The function's source without its docstring, moved to the left margin, and its number of body lines.
+    """The function's source without its docstring, moved to the left margin.
 
     Starts at `def`: decorators are boilerplate that would use up the first tokens of a truncated text, and
     some carry the documentation as an argument. Returns None if the docstring shares a line with code.
