@@ -112,7 +112,9 @@ def _load(
     if deepspeed_config["zero_optimization"]["stage"] < 3:
         # Only ZeRO-3 changes a forward pass; the other stages would just cost a wrapper.
         return encoder.to(world.device)
-    return start_inference_engine(encoder, deepspeed_config).eval()
+    engine = start_inference_engine(encoder, deepspeed_config)
+    engine.eval()
+    return engine
 
 
 def _link(target: Path) -> None:
