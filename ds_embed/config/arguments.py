@@ -24,7 +24,10 @@ class ModelArguments:
         f"how token states become one vector: {', '.join(POOLINGS)} (default: last for decoders, mean for BERT)",
         default=None,
     )
-    attn_implementation: str = setting("attention kernel: sdpa, eager, flash_attention_2, ...", default="sdpa")
+    attn_implementation: str | None = setting(
+        "attention kernel: sdpa, eager, flash_attention_2, ... (default: sdpa where the model has it, else eager)",
+        default=None,
+    )
     trust_remote_code: bool = setting("run Python code that comes with the model", default=False)
 
     def __post_init__(self):
@@ -46,6 +49,13 @@ class LoraArguments:
         above_zero(self, "lora_alpha")
         if not self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: must be below 1")
+
+
+@dataclass
+class BertLoraArguments(LoraArguments):
+    """BERT-family models are small: all weights are trained unless LoRA is asked for."""
+
+    lora_rank: int = setting("rank of the LoRA matrices; 0 trains all weights", default=0)
 
 
 @dataclass
@@ -106,6 +116,17 @@ class StepArguments:
 
 
 @dataclass
+class BertStepArguments(StepArguments):
+    """The loss that BERT bi-encoders are usually trained with: in-batch positives and own hard negatives."""
+
+    negatives: str = setting(
+        "documents a query is scored against: own (all positives of the batch and its own hard negatives), all "
+        "(every document of the batch), pair (its positive against each own hard negative, two at a time)",
+        default="own",
+    )
+
+
+@dataclass
 class OptimizerArguments:
     max_steps: int | None = setting("optimizer steps to train (default: what num_train_epochs gives)", default=None)
     num_train_epochs: float | None = setting(
@@ -135,6 +156,13 @@ class OptimizerArguments:
             raise ValueError(
                 f"--min_learning_rate {self.min_learning_rate}: must not exceed --learning_rate {self.learning_rate}"
             )
+
+
+@dataclass
+class BertOptimizerArguments(OptimizerArguments):
+    """All weights of a pretrained model want a smaller rate than LoRA matrices that start at zero."""
+
+    learning_rate: float = setting("peak learning rate", default=2e-5)
 
 
 @dataclass

@@ -26,9 +26,20 @@ class EmbeddingCard:
 
     @classmethod
     def choose(
-        cls, text: TextArguments, pooling: str | None, *, decoder: bool, base: str, known: "EmbeddingCard | None"
+        cls,
+        text: TextArguments,
+        pooling: str | None,
+        *,
+        decoder: bool,
+        base: str,
+        known: "EmbeddingCard | None",
+        longest: int | None,
     ) -> "EmbeddingCard":
-        """The card of a model: what the flags say, else what its own card `known` says, else our defaults."""
+        """The card of a model: what the flags say, else what its own card `known` says, else our defaults.
+
+        longest: tokens that the model has positions for, None where nothing limits them. ValueError
+        when a length exceeds it.
+        """
 
         def first(*choices):
             return next(choice for choice in choices if choice is not None)
@@ -36,14 +47,22 @@ class EmbeddingCard:
         def of_known(name):
             return None if known is None else getattr(known, name)
 
+        default_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+        lengths = {
+            name: first(getattr(text, name), text.max_length, of_known(name), default_length)
+            for name in ("query_max_length", "doc_max_length")
+        }
+        for name, length in lengths.items():
+            if longest is not None and length > longest:
+                flag = "max_length" if getattr(text, name) is None else name
+                raise ValueError(
+                    f"--{flag} {length}: {base} has positions for {longest} tokens; set it to at most {longest}"
+                )
         return cls(
             pooling=first(pooling, of_known("pooling"), "last" if decoder else "mean"),
             query_prefix=first(text.query_prefix, of_known("query_prefix"), DEFAULT_QUERY_PREFIX),
             doc_prefix=first(text.doc_prefix, of_known("doc_prefix"), DEFAULT_DOC_PREFIX),
-            query_max_length=first(
-                text.query_max_length, text.max_length, of_known("query_max_length"), DEFAULT_MAX_LENGTH
-            ),
-            doc_max_length=first(text.doc_max_length, text.max_length, of_known("doc_max_length"), DEFAULT_MAX_LENGTH),
+            **lengths,
             append_eos=decoder,
             base_model=base,
             consumed_samples=first(of_known("consumed_samples"), 0),

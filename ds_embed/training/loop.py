@@ -19,8 +19,14 @@ from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.data.store import TrainingStore
 from ds_embed.distributed import World
-from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.loading import find_model, is_decoder, load_config, load_encoder, load_tokenizer
+from ds_embed.models.loading import (
+    choose_card,
+    find_model,
+    is_decoder,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
 from ds_embed.models.lora import add_lora
 from ds_embed.engine import partitioned_loading, start_engine, take_step
 from ds_embed.training.prepare import prepare_store
@@ -53,11 +59,8 @@ class TrainingRun:
         self.folder = RunFolder(run.output_dir)
         world.on_main("check output_dir", self.folder.check_is_new)
         self.source = find_model(model.model_name_or_path)
-        config = load_config(self.source, model.trust_remote_code)
-        self.is_decoder = decoder = is_decoder(config)
-        self.card = EmbeddingCard.choose(
-            data, model.pooling, decoder=decoder, base=self.source.base, known=self.source.card
-        )
+        self.is_decoder = is_decoder(load_config(self.source, model.trust_remote_code))
+        self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         self.store = prepare_store(world, data, step, self.tokenizer, self.card)
         self.max_steps = count_steps(self.store.num_records, step.global_batch_size, optimizer)
@@ -67,7 +70,15 @@ class TrainingRun:
         if not self.is_decoder:
             raise ValueError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a BERT-style encoder; "
-                "recipes/train_gpt.py trains decoders"
+                "recipes/train_gpt.py trains decoders, recipes/train_bert.py encoders"
+            )
+
+    def require_encoder(self) -> None:
+        """ValueError unless the base model is a BERT-style encoder."""
+        if self.is_decoder:
+            raise ValueError(
+                f"--model_name_or_path {self.model.model_name_or_path}: is a causal decoder; "
+                "recipes/train_bert.py trains encoders, recipes/train_gpt.py decoders"
             )
 
     def train(self) -> None:

@@ -28,7 +28,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
             find_model(case["model"]),
             pooling=case["pooling"],
             bf16=False,
-            attn_implementation="sdpa",
+            attn_implementation=None,
             trust_remote_code=False,
         )
     if case["checkpointing"]:
