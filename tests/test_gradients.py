@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_loss import reference
-from tiny import check, launch, make_model, make_training_file
+from loss_reference import reference
+from tiny import check, launch, make_model, make_training_file, write_teacher_scores
 
 from ds_embed.config import LoraArguments
 from ds_embed.data.batch import assemble_batch, collate
@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
 BASE = dict(
     model="llama", lora=0, zero=0, budget=64, grad_cache=False, negatives="all", hard_negatives=2, queries=8,
-    checkpointing=False,
+    checkpointing=False, loss={},
 )  # fmt: skip
 
 
@@ -29,7 +29,8 @@ def cases(num_ranks: int) -> dict[str, dict]:
 
     def add(**changes):
         case = BASE | changes
-        found["_".join(f"{k}-{v}" for k, v in changes.items())] = case
+        named = changes | {"loss": "+".join(changes["loss"])} if "loss" in changes else changes
+        found["_".join(f"{k}-{v}" for k, v in named.items())] = case
 
     for zero in (0, 1, 2, 3):
         for grad_cache in (False, True):
@@ -49,6 +50,12 @@ def cases(num_ranks: int) -> dict[str, dict]:
     # Fewer texts than ranks: some ranks encode dummies only.
     add(zero=3, grad_cache=True, queries=1, hard_negatives=0, model="bert")
     add(zero=2, grad_cache=False, queries=1, hard_negatives=1)
+    add(zero=2, grad_cache=True, loss=dict(label_smoothing=0.1, symmetric=True))
+    add(zero=3, grad_cache=False, loss=dict(symmetric=True, false_negative_margin=-0.02), negatives="own")
+    add(zero=3, grad_cache=True, loss=dict(matryoshka_dims=[32, 8], matryoshka_weights=[1.0, 0.5]))
+    add(zero=1, grad_cache=False, loss=dict(distillation_weight=0.5, distillation_temperature=2.0))
+    for zero, grad_cache in ((0, True), (2, False), (2, True), (3, False), (3, True)):
+        add(zero=zero, grad_cache=grad_cache, lora=4 * (zero == 2), loss=dict(learnable_temperature=True))
     for number, model in enumerate(FAMILIES):
         add(zero=2 + number % 2, grad_cache=number % 2 == 0, negatives="own", model=model)
     return found
@@ -58,7 +65,7 @@ def cases(num_ranks: int) -> dict[str, dict]:
 def material(tmp_path_factory):
     """Model folders and token stores by kind of model."""
     root = tmp_path_factory.mktemp("gradients")
-    data = make_training_file(root / "train.jsonl", 40, num_negatives=2)
+    data = write_teacher_scores(make_training_file(root / "train.jsonl", 40, num_negatives=2))
     found = {"root": root}
     for kind in ("llama", "bert", *FAMILIES):
         folder = make_model(root / kind, kind)
@@ -100,9 +107,17 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     else:
         pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
     table = torch.nn.functional.normalize(pooled, dim=1)
-    loss = reference(table[:n], table[n:], torch.from_numpy(batch.document_keys), 0.1, case["negatives"])
+    options = {name: value for name, value in case["loss"].items() if name != "learnable_temperature"}
+    change = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    loss = reference(
+        table, torch.from_numpy(batch.document_keys), n, 0.1 * torch.exp(-change), case["negatives"],
+        teacher_scores=torch.from_numpy(batch.teacher_scores).double(), **options,
+    )  # fmt: skip
     loss.backward()
-    return loss.item(), {n: p.grad for n, p in encoder.named_parameters() if p.requires_grad}
+    gradients = {n: p.grad for n, p in encoder.named_parameters() if p.requires_grad}
+    if "learnable_temperature" in case["loss"]:
+        gradients["log_scale_change"] = change.grad
+    return loss.item(), gradients
 
 
 def relative_error(result, expected: dict[str, torch.Tensor]) -> float:
@@ -133,7 +148,7 @@ _references: dict[str, tuple] = {}
 def test_gradient_equals_float64_reference(name, results, material):
     num_ranks, found = results
     case = cases(num_ranks)[name]
-    key = json.dumps({k: case[k] for k in ("model", "lora", "negatives", "hard_negatives", "queries")})
+    key = json.dumps({k: case[k] for k in ("model", "lora", "negatives", "hard_negatives", "queries", "loss")})
     if key not in _references:
         _references[key] = reference_gradients(case, material)
     loss, gradients = _references[key]
@@ -142,6 +157,8 @@ def test_gradient_equals_float64_reference(name, results, material):
         return
     assert found[name]["loss"] == pytest.approx(loss, rel=1e-5)
     assert relative_error(found[name], gradients) <= TOLERANCE
+    if "log_scale_change" in gradients:  # a single number, which the norm of all would hide
+        assert found[name]["log_scale_change"] == pytest.approx(gradients["log_scale_change"].numpy(), rel=1e-4)
 
 
 def test_the_contract_notices_a_factor_of_the_number_of_ranks(material):

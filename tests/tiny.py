@@ -83,6 +83,18 @@ def make_training_file(path: Path, num_records: int, num_negatives: int = 2, see
     return path
 
 
+def write_teacher_scores(path: Path, seed: int = 0) -> Path:
+    """Give every record of a JSONL training file a teacher's pos_score and neg_scores."""
+    rng = random.Random(seed)
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            record["pos_score"] = rng.gauss(1, 1)
+            record["neg_scores"] = [rng.gauss(0, 1) for _ in record["neg_doc"]]
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
 def launch(num_ranks: int, script: Path | str, *flags, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0."""
     script = str(REPOSITORY / script)

@@ -19,6 +19,7 @@ class GlobalBatch:
     texts: np.ndarray  # (T,) text numbers in the store
     lengths: np.ndarray  # (T,) tokens
     document_keys: np.ndarray  # (M, 3) documents that agree in a key are equal
+    teacher_scores: np.ndarray  # (M,) float32, NaN where a record has none
     num_queries: int
 
 
@@ -38,6 +39,7 @@ def assemble_batch(
         texts=texts,
         lengths=store.lengths_of(texts),
         document_keys=_document_keys(store, records, texts, num_queries),
+        teacher_scores=store.scores[texts[num_queries:]],
         num_queries=num_queries,
     )
 

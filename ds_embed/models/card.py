@@ -23,6 +23,7 @@ class EmbeddingCard:
     append_eos: bool
     base_model: str  # folder or hub name that an adapter belongs to
     consumed_samples: int  # samples the model was trained on; 0 for a base model
+    temperature: float | None = None  # of the loss at the end of training; None for a base model
 
     @classmethod
     def choose(
@@ -66,6 +67,7 @@ class EmbeddingCard:
             append_eos=decoder,
             base_model=base,
             consumed_samples=first(of_known("consumed_samples"), 0),
+            temperature=of_known("temperature"),
         )
 
     def text_formats(self) -> tuple[TextFormat, TextFormat]:

@@ -29,7 +29,7 @@ from ds_embed.models.loading import (
 )
 from ds_embed.models.lora import add_lora
 from ds_embed.engine import partitioned_loading, start_engine, take_step
-from ds_embed.training.prepare import prepare_store
+from ds_embed.training.prepare import check_prefixes, prepare_store
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
 from ds_embed.training.schedule import learning_rate
@@ -59,7 +59,9 @@ class TrainingRun:
         self.folder = RunFolder(run.output_dir)
         world.on_main("check output_dir", self.folder.check_is_new)
         self.source = find_model(model.model_name_or_path)
-        self.is_decoder = is_decoder(load_config(self.source, model.trust_remote_code))
+        config = load_config(self.source, model.trust_remote_code)
+        self.is_decoder = is_decoder(config)
+        check_prefixes(step, config.get_text_config().hidden_size)
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         self.store = prepare_store(world, data, step, self.tokenizer, self.card)
@@ -107,7 +109,9 @@ class TrainingRun:
         if progress is not None:
             progress.close()
 
-        card = replace(self.card, consumed_samples=self.max_steps * size)
+        card = replace(
+            self.card, consumed_samples=self.max_steps * size, temperature=self.step_arguments.temperature
+        )
         save_model(encoder, self.tokenizer, card, self.folder, self.world)
         self.folder.close()
         if self.world.is_main:
@@ -130,6 +134,8 @@ class TrainingRun:
         if self.lora.lora_rank:
             dtype = torch.bfloat16 if self.run.bf16 else torch.float32
             add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
+        if self.step_arguments.learnable_temperature:
+            encoder.learn_temperature()
         return encoder
 
     def _batch(self, first_sample: int) -> GlobalBatch:
@@ -191,6 +197,7 @@ class TrainingRun:
                 "accuracy": result.accuracy,
                 "positive_similarity": result.positive_similarity,
                 "negative_similarity": result.negative_similarity,
+                "temperature": result.temperature,
                 "learning_rate": rate,
                 "grad_norm": norm,
                 "consumed_samples": number * self.step_arguments.global_batch_size,

@@ -42,3 +42,29 @@ def _check(store: TrainingStore, data: DataArguments, step: StepArguments) -> No
         )
     if step.negatives == "pair" and data.hard_negatives == 0:
         raise ValueError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
+    if step.distillation_weight:
+        _check_scores(store, data)
+
+
+def _check_scores(store: TrainingStore, data: DataArguments) -> None:
+    if data.hard_negatives == 0:
+        raise ValueError(
+            "--distillation_weight: the teacher ranks a query's hard negatives; set --hard_negatives 1 or more"
+        )
+    first = store.manifest["first_record_without_scores"]
+    if first:
+        raise ValueError(
+            f"{first}: has no pos_score and neg_scores, which --distillation_weight needs in every record "
+            f"({store.manifest['records_without_scores']:,} records lack them); add them or set --distillation_weight 0"
+        )
+
+
+def check_prefixes(step: StepArguments, num_dims: int) -> None:
+    """ValueError unless the Matryoshka prefixes lie in the D dimensions of the model and include all D."""
+    dims = step.matryoshka_dims
+    if dims and max(dims) != num_dims:
+        shown = " ".join(map(str, dims))
+        raise ValueError(
+            f"--matryoshka_dims {shown}: the model's embeddings have {num_dims} dimensions; the largest must be "
+            f"{num_dims}, so that the whole embedding is trained too"
+        )

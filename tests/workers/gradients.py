@@ -40,14 +40,17 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
         for name, parameter in encoder.named_parameters():
             if "lora_B" in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    engine = start_engine(encoder, config, OptimizerArguments(), world)
     arguments = StepArguments(
         global_batch_size=case["queries"],
         micro_batch_tokens=case["budget"],
         grad_cache=case["grad_cache"],
         negatives=case["negatives"],
         temperature=0.1,
+        **case["loss"],
     )
+    if arguments.learnable_temperature:
+        encoder.learn_temperature()
+    engine = start_engine(encoder, config, OptimizerArguments(), world)
     batch = assemble_batch(
         store, seed=3, first_sample=4, num_queries=case["queries"], hard_negatives=case["hard_negatives"]
     )
@@ -55,7 +58,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
     step = ContrastiveStep(engine, store, world, arguments, seed=3)
     if case.get("scale"):  # a deliberate error, to see the contract test notice
         surrogate = step._surrogate
-        step._surrogate = lambda e, g: surrogate(e, g) * case["scale"]
+        step._surrogate = lambda *parts: surrogate(*parts) * case["scale"]
     result = step.run(batch)
     from deepspeed.utils import safe_get_full_grad
 
