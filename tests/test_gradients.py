@@ -10,6 +10,7 @@ from tiny import check, launch, make_model, make_training_file, write_teacher_sc
 
 from ds_embed.config import LoraArguments
 from ds_embed.data.batch import assemble_batch, collate
+from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
@@ -98,7 +99,8 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     encoder = encoder.double()
     n = case["queries"]
-    batch = assemble_batch(store, seed=3, first_sample=4, num_queries=n, hard_negatives=case["hard_negatives"])
+    order = SampleOrder(3, store.file_sizes)
+    batch = assemble_batch(store, order, first_sample=4, num_queries=n, hard_negatives=case["hard_negatives"])
     ids, lengths = map(torch.from_numpy, collate(store, batch.texts))
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
     states = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -91,7 +91,19 @@ class TextArguments:
 @dataclass
 class DataArguments(TextArguments):
     train_files: list[str] = setting("JSON or JSONL training files", default_factory=list)
+    sampling_probabilities: list[float] = setting(
+        "share of the samples that comes from each of train_files, in any unit; a pass is then as many samples as "
+        "there are records in all (default: every record once per pass)",
+        default_factory=list,
+    )
+    batching: str = setting(
+        "mixed (a global batch holds samples of all files) or homogeneous (of one file)", default="mixed"
+    )
     hard_negatives: int = setting("hard negatives (neg_doc) used per query", default=0)
+    hard_negatives_sampling: str = setting(
+        "which of a record's negatives are used: first (the first ones) or random (others in every pass)",
+        default="first",
+    )
     cache_dir: str = setting(
         "folder for prepared tokens, seen by all nodes and reused by later runs", default="~/.cache/ds_embed"
     )
@@ -100,6 +112,16 @@ class DataArguments(TextArguments):
         super().__post_init__()
         existing_files("train_files", self.train_files)
         at_least(self, 0, "hard_negatives")
+        one_of(self, "batching", ("mixed", "homogeneous"))
+        one_of(self, "hard_negatives_sampling", ("first", "random"))
+        shares, shown = self.sampling_probabilities, _listed(self.sampling_probabilities)
+        if shares and len(shares) != len(self.train_files):
+            raise ValueError(
+                f"--sampling_probabilities {shown}: there are {len(shares)}, and --train_files has "
+                f"{len(self.train_files)} files"
+            )
+        if any(not 0 < share < float("inf") for share in shares):
+            raise ValueError(f"--sampling_probabilities {shown}: each must be greater than 0; leave a file out instead")
 
 
 @dataclass
@@ -153,7 +175,7 @@ class StepArguments:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label_smoothing {self.label_smoothing}: must be in [0, 1)")
         if self.false_negative_margin is not None and not -2 <= self.false_negative_margin <= 2:
-            raise ValueError(f"--false_negative_margin {self.false_negative_margin}: must be in [-2, 2], as cosines are")
+            raise ValueError(f"--false_negative_margin {self.false_negative_margin}: must be in [-2, 2]")
         if self.learnable_temperature and self.temperature < MIN_LEARNED_TEMPERATURE:
             raise ValueError(
                 f"--temperature {self.temperature}: with --learnable_temperature true it must be at least "
@@ -164,7 +186,8 @@ class StepArguments:
             raise ValueError(f"--matryoshka_dims {_listed(dims)}: must be different numbers of at least 1")
         if weights and len(weights) != len(dims):
             raise ValueError(
-                f"--matryoshka_weights {_listed(weights)}: there are {len(weights)}, and --matryoshka_dims has {len(dims)}"
+                f"--matryoshka_weights {_listed(weights)}: there are {len(weights)}, "
+                f"and --matryoshka_dims has {len(dims)}"
             )
         if any(not weight > 0 for weight in weights):
             raise ValueError(f"--matryoshka_weights {_listed(weights)}: each must be greater than 0")

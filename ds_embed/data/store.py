@@ -73,6 +73,11 @@ class _Store:
         start, end = self.offsets[text : text + 2].tolist()
         return self.tokens[start:end]
 
+    @property
+    def file_sizes(self) -> tuple[int, ...]:
+        """Records of each file, in the order in which they stand here."""
+        return tuple(file["num_records"] for file in self.manifest["files"])
+
     def lengths_of(self, texts: np.ndarray) -> np.ndarray:
         """The token counts of texts, in memory: same shape as `texts`, int64."""
         return np.asarray(self.lengths[texts], np.int64)

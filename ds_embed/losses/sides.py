@@ -119,7 +119,9 @@ class Sums:
         return cls(*like.new_zeros(6))
 
 
-def finish_tile(side: Side, loss: Tensor, grad_anchors: Tensor, positive: Tensor, highest: Tensor, scale: float) -> Sums:
+def finish_tile(
+    side: Side, loss: Tensor, grad_anchors: Tensor, positive: Tensor, highest: Tensor, scale: float
+) -> Sums:
     """Add the tile's gradient by its anchors, and sum up loss () and scores (n,) of positives and best negatives.
 
     Every score is the scale times a cosine, so d loss / d log(scale) is sum_ij (d loss / d s_ij) s_ij, which is

@@ -29,7 +29,7 @@ from ds_embed.models.loading import (
 )
 from ds_embed.models.lora import add_lora
 from ds_embed.engine import partitioned_loading, start_engine, take_step
-from ds_embed.training.prepare import check_prefixes, prepare_store
+from ds_embed.training.prepare import check_prefixes, prepare_store, sample_order
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
 from ds_embed.training.schedule import learning_rate
@@ -65,6 +65,7 @@ class TrainingRun:
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         self.store = prepare_store(world, data, step, self.tokenizer, self.card)
+        self.order = sample_order(self.store, data, step, run.seed)
         self.max_steps = count_steps(self.store.num_records, step.global_batch_size, optimizer)
 
     def require_decoder(self) -> None:
@@ -141,10 +142,11 @@ class TrainingRun:
     def _batch(self, first_sample: int) -> GlobalBatch:
         return assemble_batch(
             self.store,
-            seed=self.run.seed,
+            self.order,
             first_sample=first_sample,
             num_queries=self.step_arguments.global_batch_size,
             hard_negatives=self.data.hard_negatives,
+            hard_negatives_sampling=self.data.hard_negatives_sampling,
         )
 
     def _print_arithmetic(self, encoder: Any) -> None:
@@ -166,6 +168,10 @@ class TrainingRun:
             f"micro-batches  {plan.num_micro_batches} per rank of at most {self.step_arguments.micro_batch_tokens:,} "
             f"tokens, padding {plan.padding_share:.1%}",
         ]
+        if self.order.probabilities is not None:
+            unit = "batches" if self.order.batch_size else "samples"
+            shares = zip(self.data.train_files, self.store.file_sizes, self.order.probabilities)
+            lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
         logger.info("\n".join(lines))
 
     def _progress_bar(self) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 from ds_embed.config import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
 from ds_embed.data.batch import assemble_batch
+from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore
 from ds_embed.distributed import initialize, run_recipe
 from ds_embed.engine import partitioned_loading, start_engine
@@ -51,8 +52,9 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
     if arguments.learnable_temperature:
         encoder.learn_temperature()
     engine = start_engine(encoder, config, OptimizerArguments(), world)
+    order = SampleOrder(3, store.file_sizes)
     batch = assemble_batch(
-        store, seed=3, first_sample=4, num_queries=case["queries"], hard_negatives=case["hard_negatives"]
+        store, order, first_sample=4, num_queries=case["queries"], hard_negatives=case["hard_negatives"]
     )
     engine.train()
     step = ContrastiveStep(engine, store, world, arguments, seed=3)
