@@ -57,6 +57,14 @@ CASES = {
 }
 
 
+# Noticed by every rank, by rank 0 alone, before and after the model is loaded: with two ranks. The rest, which
+# differ from these in the message alone, as one plain process, which starts twice as fast.
+ON_TWO_RANKS = [
+    "missing file", "empty file", "not JSON", "number as id", "unknown flag", "unknown key", "no such model",
+    "tiny budget", "too few samples", "unknown module",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_training(name, place, tmp_path):
     changes, words = CASES[name]
@@ -67,7 +75,8 @@ def test_training(name, place, tmp_path):
     command = [word for key, value in flags.items() for word in (f"--{key}", value.replace("{}", str(place)))]
     out, cache = tmp_path / "run", tmp_path / "cache"
     result = launch(
-        2, "recipes/train_gpt.py", *command, "--output_dir", out, "--cache_dir", cache, timeout=SECONDS
+        2 if name in ON_TWO_RANKS else 0, "recipes/train_gpt.py", *command,
+        "--output_dir", out, "--cache_dir", cache, timeout=SECONDS,
     )  # fmt: skip
     assert_one_clear_error(result, words)
     assert not out.exists()
@@ -120,7 +129,7 @@ def test_generate(name, place, tmp_path):
     if "--model_name_or_path" not in flags:
         flags += ["--model_name_or_path", place / "llama"]
     result = launch(
-        2, "recipes/generate.py", *flags, "--output_prefix", tmp_path / "out", "--cache_dir", tmp_path / "cache",
+        2 if name == "id missing" else 0, "recipes/generate.py", *flags, "--output_prefix", tmp_path / "out", "--cache_dir", tmp_path / "cache",
         timeout=SECONDS,
     )  # fmt: skip
     assert_one_clear_error(result, words)

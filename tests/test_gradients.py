@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
 BASE = dict(
     model="llama", lora=0, zero=0, budget=64, grad_cache=False, negatives="all", hard_negatives=2, queries=8,
-    checkpointing=False, loss={},
+    checkpointing=False, bf16=False, dropout=0.0, loss={},
 )  # fmt: skip
 
 
@@ -127,6 +127,29 @@ def relative_error(result, expected: dict[str, torch.Tensor]) -> float:
     got = torch.cat([torch.from_numpy(result[name]).double().flatten() for name in expected])
     want = torch.cat([gradient.flatten() for gradient in expected.values()])
     return float((got - want).norm() / want.norm())
+
+
+def test_dropout_is_drawn_again_by_the_second_pass(material):
+    """With dropout, grad_cache on equals off: each micro-batch draws the same noise in both passes."""
+    chosen = {f"cache{on}_zero{z}": BASE | dict(zero=z, lora=4, dropout=0.3, grad_cache=on)
+              for on in (False, True) for z in (2, 3)}  # fmt: skip
+    found = run_cases(2, chosen, material)
+    _, without = reference_gradients(BASE | dict(lora=4), material)
+    for zero in (2, 3):
+        plain = {name: torch.from_numpy(found[f"cacheFalse_zero{zero}"][name]).double() for name in without}
+        assert relative_error(found[f"cacheTrue_zero{zero}"], plain) <= TOLERANCE
+        assert relative_error(found[f"cacheTrue_zero{zero}"], without) > 0.1  # there was noise
+
+
+def test_many_micro_batches_lose_nothing_in_bf16(material):
+    """Gradients of micro-batches are summed in float32: cutting the batch fine is as exact as not cutting it."""
+    chosen = {f"zero{zero}_budget{budget}": BASE | dict(zero=zero, budget=budget, grad_cache=True, bf16=True, queries=16)
+              for zero in (1, 2, 3) for budget in (27, 100_000)}  # fmt: skip
+    found = run_cases(2, chosen, material)
+    _, exact = reference_gradients(BASE | dict(queries=16), material)
+    errors = {name: relative_error(found[name], exact) for name in chosen}
+    for zero in (1, 2, 3):
+        assert errors[f"zero{zero}_budget27"] < 1.5 * errors[f"zero{zero}_budget100000"] < 0.1, errors
 
 
 def run_cases(num_ranks: int, chosen: dict[str, dict], material):

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 
+# What one more micro-batch costs, as a share of a full one: launches, and under ZeRO-3 a gather of the weights.
+# More and smaller micro-batches pad less, so a few more than must be often pay.
+ROUND_COST = 1 / 64
+
+
 @dataclass(frozen=True)
 class Plan:
     """Micro-batches of text positions (0..T-1); micro_batches[r][p] is what rank r encodes p-th.
@@ -41,29 +46,44 @@ class Plan:
 def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: int) -> Plan:
     """Cut texts of `lengths` (T,) tokens into micro-batches of at most micro_batch_tokens padded tokens.
 
-    Texts are sorted by length and cut, longest first, into the fewest micro-batches whose number
-    is a multiple of W. The budget is then lowered as far as that number allows, so that all take
-    about the same time; neighbours in length go to different ranks at the same time.
+    Texts are sorted by length and cut, longest first, into at most W P micro-batches of about the
+    same padded size, for P from the fewest that fit upwards; the P with the least padding and
+    idling is taken. Neighbours in length go to different ranks at the same time.
     Raises ValueError when one text is longer than micro_batch_tokens.
     """
     lengths = np.asarray(lengths)
     longest = _check_budget(lengths, micro_batch_tokens)
     order = np.argsort(-lengths, kind="stable")
     descending = lengths[order]
-    wanted = -(-len(_cut(descending, micro_batch_tokens)) // num_ranks) * num_ranks
-    low, high = longest, micro_batch_tokens
+    fewest = -(-len(_cut(descending, micro_batch_tokens)) // num_ranks)
+    cuts = [
+        _even_cut(descending, per_rank * num_ranks, longest, micro_batch_tokens)
+        for per_rank in range(fewest, fewest + 1 + max(4, fewest // 2))
+    ]
+    starts = min(cuts, key=lambda cut: _cost(descending, cut, num_ranks, micro_batch_tokens))
+    batches = np.split(order, starts[1:])
+    padded = sum(len(batch) * int(lengths[batch[0]]) for batch in batches)
+    batches += [order[:0]] * (-len(batches) % num_ranks)
+    return Plan([batches[rank::num_ranks] for rank in range(num_ranks)], int(lengths.sum()), padded)
+
+
+def _even_cut(descending: np.ndarray, num_batches: int, low: int, high: int) -> list[int]:
+    """The cut into at most num_batches whose largest micro-batch is smallest, so that all take about as long."""
     while low < high:
         middle = (low + high) // 2
-        if len(_cut(descending, middle)) <= wanted:
+        if len(_cut(descending, middle)) <= num_batches:
             high = middle
         else:
             low = middle + 1
-    starts = _cut(descending, high)
-    bounds = [*starts, len(order)]
-    batches = [order[a:b] for a, b in zip(bounds, bounds[1:])]
-    padded = sum(len(batch) * int(lengths[batch[0]]) for batch in batches)
-    batches += [order[:0]] * (wanted - len(batches))
-    return Plan([batches[rank::num_ranks] for rank in range(num_ranks)], int(lengths.sum()), padded)
+    return _cut(descending, high)
+
+
+def _cost(descending: np.ndarray, starts: list[int], num_ranks: int, micro_batch_tokens: int) -> float:
+    """Tokens that the slowest rank of each round computes, plus the fixed cost of a round."""
+    bounds = [*starts, len(descending)]
+    padded = [(b - a) * int(descending[a]) for a, b in zip(bounds, bounds[1:])]
+    rounds = [max(padded[i : i + num_ranks]) for i in range(0, len(padded), num_ranks)]
+    return sum(rounds) + len(rounds) * micro_batch_tokens * ROUND_COST
 
 
 def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:

@@ -7,24 +7,21 @@ same versions of Python and the packages give the same bytes. Packages are read 
 """
 
 import argparse
-import ast
 import collections
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import multiprocessing
 import os
 import platform
-import re
 import sysconfig
 import tempfile
 import time
-import tokenize
-import warnings
 from pathlib import Path
 from typing import NamedTuple
+
+from function_pairs import LIMITS, Pair, read_file
 
 # Raise it when the same sources would give other pairs, so that older folders are told apart.
 FORMAT_VERSION = 2
@@ -35,43 +32,12 @@ PACKAGES = (STDLIB, "numpy", "torch", "transformers", "peft")
 # or dropped by newer versions: without them, machines agree on more.
 SKIPPED_DIRS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 SKIPPED_DIRS |= {"distutils", "ensurepip", "idlelib", "lib2to3", "turtledemo"}
-# What makes a usable pair. Body lines are those that hold code.
-LIMITS = {"min_query_words": 3, "max_query_words": 40, "min_body_lines": 1, "max_doc_characters": 8000}
-LIMITS |= {"max_test_per_file": 10}
-
-# A full stop after one of these does not end a sentence, even in front of a capital letter.
-ABBREVIATIONS = {"e.g.", "i.e.", "cf.", "vs.", "al.", "approx.", "resp.", "incl.", "a.k.a.", "w.r.t."}
-ABBREVIATIONS |= {"fig.", "eq.", "eqs.", "sec.", "ref.", "refs.", "no.", "vol.", "dr.", "mr.", "mrs."}
-# A capital, digit or bracket must follow: "numpy. then" is a typing slip more often than an end.
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[^a-z\s])")
-# Docstrings of wrapped functions often open with the call itself: "relu(input, inplace=False) -> Tensor".
-SIGNATURE = re.compile(r"[\w.]+\s*\(.*\)(\s*->.*)?:?$")
-# Where the prose of a docstring ends although no blank line says so.
-SECTION = re.compile(
-    r"(args?|arguments|parameters|returns?|raises|yields|examples?|notes?|inputs?|outputs?|shape)\s*:+\s*$"
-    r"|:(param|type|returns?|rtype|raises|args?|keyword|kwarg|meta|ivar|var)\b"
-    r"|>>>|\.\. |[-*+] |[-=~^]{3,}\s*$|@"
-    # One argument's entry: "input_ids (`torch.Tensor`, *optional*):".
-    r"|[\w`*]+ \(.+\):(\s|$)",
-    re.IGNORECASE,
-)
-ROLE = re.compile(r":[\w:]+:`[~!]?([^`<]*[^`<\s])(?:\s*<[^`]*>)?`")
-
-
 class Source(NamedTuple):
     """A tree of Python files. In ids, `name` takes the place of `root`, which differs between machines."""
 
     name: str
     root: Path
     version: str
-
-
-class Pair(NamedTuple):
-    """One query, the document that answers it, and the document's id."""
-
-    doc_id: str
-    query: str
-    document: str
 
 
 def find_sources(packages=PACKAGES):
@@ -103,132 +69,6 @@ def list_files(source):
                 path = Path(folder, name)
                 found.append((f"{source.name}/{path.relative_to(source.root).as_posix()}", path))
     return sorted(found)
-
-
-def first_sentence(docstring):
-    """The first sentence on one line, without reST markup; empty if the docstring opens with no prose."""
-    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring))
-    if len(paragraphs) > 1 and SIGNATURE.match(" ".join(paragraphs[0].split())):
-        del paragraphs[0]
-    prose = []
-    for line in paragraphs[0].splitlines():
-        if SECTION.match(line.strip()):
-            break
-        prose.append(line)
-    text = ROLE.sub(r"\1", " ".join(" ".join(prose).split())).replace("`", "")
-    for match in SENTENCE_END.finditer(text):
-        last_word = text[: match.end()].split()[-1].lstrip("(['\"").lower()
-        if last_word not in ABBREVIATIONS:
-            return text[: match.end()]
-    return text
-
-
-def says_nothing(statements):
-    """True if a function's body (its docstring left out) only passes or raises NotImplementedError."""
-    for statement in statements:
-        if isinstance(statement, ast.Pass):
-            continue
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue
-        names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
-        if not isinstance(statement, ast.Raise) or "NotImplementedError" not in names:
-            return False
-    return True
-
-
-def functions_of(tree):
-    """Yield (qualified name, node) of functions and methods, in file order.
-
-    Functions inside functions are left out: their text is part of the outer document, so that two documents
-    would answer one query.
-    """
-    waiting = [("", node) for node in reversed(tree.body)]
-    while waiting:
-        prefix, node = waiting.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield prefix + node.name, node
-            continue
-        if isinstance(node, ast.ClassDef):
-            prefix += node.name + "."
-        # Into classes, and into `if` and `try` around definitions.
-        inner = (ast.stmt, ast.ExceptHandler)
-        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, inner)]
-        waiting.extend((prefix, child) for child in reversed(children))
-
-
-def document_of(node, lines):
-    """The function's source without its docstring, moved to the left margin, and its number of body lines.
-
-    Starts at `def`: decorators are boilerplate that would use up the first tokens of a truncated text, and
-    some carry the documentation as an argument. Returns None if the docstring shares a line with code.
-    """
-    docstring = node.body[0]
-    # The parser counts columns in UTF-8 bytes.
-    after = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset :].strip()
-    if after and not after.startswith(b"#"):
-        return None
-    head = lines[node.lineno - 1 : docstring.lineno - 1]
-    body = lines[docstring.end_lineno : node.end_lineno]
-    while body and not body[0].strip():
-        del body[0]
-    margin = lines[node.lineno - 1][: node.col_offset]
-    text = "\n".join(line.removeprefix(margin).rstrip() for line in head + body)
-    return text, sum(1 for line in body if line.strip() and not line.strip().startswith("#"))
-
-
-def judge(node, lines):
-    """(query, document, None) of one function, or (None, None, the rule that drops it)."""
-    docstring = ast.get_docstring(node, clean=False)
-    if not docstring or not docstring.strip():
-        return None, None, "no docstring"
-    query = first_sentence(docstring)
-    num_words = sum(any(letter.isalpha() for letter in word) for word in query.split())
-    # Control characters and lone surrogates are not printable; the latter cannot be written as UTF-8.
-    if num_words < LIMITS["min_query_words"] or not query.isprintable():
-        return None, None, "query too short or not prose"
-    if num_words > LIMITS["max_query_words"]:
-        return None, None, "query too long"
-    if says_nothing(node.body[1:]):
-        return None, None, "body only passes or is not implemented"
-    cut = document_of(node, lines)
-    if cut is None:
-        return None, None, "docstring shares a line with code"
-    if cut[1] < LIMITS["min_body_lines"]:
-        return None, None, "document too short"
-    if len(cut[0]) > LIMITS["max_doc_characters"]:
-        return None, None, "document too long"
-    return query, cut[0], None
-
-
-def read_file(file):
-    """([Pair], counts) of one (relative path, path)."""
-    relative_path, path = file
-    counts = collections.Counter(files=1)
-    try:
-        with tokenize.open(path) as opened:
-            source = opened.read()
-        with warnings.catch_warnings():
-            # Odd escapes in other people's strings are no news to whoever runs this.
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        # Among them files that need a newer Python.
-        counts["files that do not parse"] += 1
-        return [], counts
-    # Not splitlines(): it also breaks at form feeds, which the parser does not count as lines.
-    lines = source.split("\n")
-    pairs, seen = [], collections.Counter()
-    for name, node in functions_of(tree):
-        counts["functions"] += 1
-        seen[name] += 1
-        query, document, dropped_by = judge(node, lines)
-        if dropped_by:
-            counts[f"dropped: {dropped_by}"] += 1
-            continue
-        # Setters, and versions under `if`, repeat a name.
-        suffix = f"#{seen[name]}" if seen[name] > 1 else ""
-        pairs.append(Pair(f"{relative_path}:{name}{suffix}", query, document))
-    return pairs, counts
 
 
 def keep_distinct(pairs, counts):

@@ -22,25 +22,27 @@ from ds_embed.training.step import ContrastiveStep
 
 
 def run_case(world, case: dict) -> dict[str, np.ndarray]:
-    config = resolve_deepspeed_config(f"ds_configs/zero{case['zero']}.json", bf16=False, max_grad_norm=0.0)
+    config = resolve_deepspeed_config(f"ds_configs/zero{case['zero']}.json", bf16=case["bf16"], max_grad_norm=0.0)
     store = TrainingStore.open(case["store"])
     with partitioned_loading(config):
         encoder = load_encoder(
             find_model(case["model"]),
             pooling=case["pooling"],
-            bf16=False,
+            bf16=case["bf16"],
             attn_implementation=None,
             trust_remote_code=False,
         )
     if case["checkpointing"]:
         encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if case["lora"]:
-        add_lora(encoder, LoraArguments(lora_rank=case["lora"]), seed=1, dtype=torch.float32)
+        lora = LoraArguments(lora_rank=case["lora"], lora_dropout=case["dropout"])
+        add_lora(encoder, lora, seed=1, dtype=torch.bfloat16 if case["bf16"] else torch.float32)
         # lora_B starts at zero, which would hide the gradient of lora_A.
         generator = torch.Generator().manual_seed(5)
         for name, parameter in encoder.named_parameters():
             if "lora_B" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
+    rotary = {name: buffer.clone() for name, buffer in encoder.named_buffers() if "inv_freq" in name}
     arguments = StepArguments(
         global_batch_size=case["queries"],
         micro_batch_tokens=case["budget"],
@@ -70,6 +72,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
             gradient = parameter.grad if case["zero"] == 0 else safe_get_full_grad(parameter)
             gradients[name] = gradient.detach().float().numpy().copy()
     engine.destroy()
+    assert all(torch.equal(buffer, encoder.get_buffer(name)) for name, buffer in rotary.items()), "cast buffers"
     return gradients | {"loss": np.array(result.loss)}
 
 

@@ -1,0 +1,178 @@
+"""Building token stores: killed, at once, without room, flat in memory."""
+
+import errno
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+
+import pytest
+from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, small_chunks, tokenizer, write_jsonl  # noqa: F401
+
+from ds_embed.data import store_files, store_writer
+from ds_embed.data.store import TrainingStore, build_text_store, build_training_store
+from ds_embed.data.tokenize import TextFormat
+
+CHILD = """
+import json, logging, os, signal, sys, time, types
+import tokenizers
+from ds_embed.data import store_writer
+from ds_embed.data.store import build_training_store
+from ds_embed.data.tokenize import TextFormat
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+store_writer._CHUNK_TEXTS = 4
+backend = tokenizers.Tokenizer.from_file(sys.argv[1])
+tokenizer = types.SimpleNamespace(backend_tokenizer=backend, eos_token_id=0)
+deeds = {"kill": lambda _: os.kill(os.getpid(), signal.SIGKILL), "linger": lambda _: time.sleep(0.3)}
+formats = TextFormat("query: ", 12, True), TextFormat("passage: ", 16, True)
+print("store", build_training_store([sys.argv[2]], tokenizer, *formats, 2, sys.argv[3], deeds[sys.argv[4]]))
+"""
+
+
+def start_child(tmp_path, tokenizer, path, cache_dir, deed):
+    saved = tmp_path / "tokenizer.json"
+    if not saved.exists():
+        tokenizer.backend_tokenizer.save(str(saved))
+    command = [sys.executable, "-c", CHILD, str(saved), str(path), str(cache_dir), deed]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_build_is_never_taken_for_whole_and_the_next_clears_it(tmp_path, tokenizer, small_chunks):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    cache_dir = tmp_path / "cache"
+    child = start_child(tmp_path, tokenizer, path, cache_dir, "kill")
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    (left,) = cache_dir.glob(".building-*")
+    assert (left / "tokens.npy").exists()
+    assert list(cache_dir.glob("training-*")) == []
+    with pytest.raises(ValueError, match="manifest.json is missing, so this is not a complete token store"):
+        TrainingStore.open(left)
+
+    store = build(path, tokenizer, cache_dir)
+    assert [entry for entry in cache_dir.iterdir() if entry.is_dir()] == [store]
+    assert store.name in left.name
+    assert contents(store) == contents(build(path, tokenizer, tmp_path / "other"))
+
+
+def test_processes_that_build_at_once_build_once(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    cache_dir = tmp_path / "cache"
+    children = [start_child(tmp_path, tokenizer, path, cache_dir, "linger") for _ in range(3)]
+    outputs = [child.communicate()[0].splitlines() for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0]
+    assert len({lines[-1] for lines in outputs}) == 1
+    words = " ".join(line.split()[0] for lines in outputs for line in lines)
+    assert (words.count("building"), words.count("reusing"), words.count("store")) == (1, 2, 3)
+    assert [entry.name for entry in cache_dir.iterdir() if entry.is_dir()] == [
+        outputs[0][-1].rsplit("/", 1)[1]
+    ]
+
+
+def test_without_locks_the_first_to_finish_wins(tmp_path, tokenizer, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(store_files.fcntl, "flock", no_locks)
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    cache_dir = tmp_path / "cache"
+    all_are_building = threading.Barrier(3)
+    stores = []
+
+    def run():
+        stores.append(build(path, make_tokenizer(), cache_dir, progress=lambda _: all_are_building.wait(20)))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stores) == 3 and len(set(stores)) == 1
+    assert [entry for entry in cache_dir.iterdir() if entry.is_dir()] == stores[:1]
+    TrainingStore.open(stores[0])
+
+
+def test_only_dead_builds_are_removed(tmp_path, tokenizer):
+    cache_dir = tmp_path / "cache"
+    cache_dir.mkdir()
+    host = socket.gethostname()
+    names = {
+        "dead": f".building-training-1@{host}@7-a",
+        "alive": f".building-training-2@{host}@8-b",
+        "alive_but_silent": ".building-training-3@elsewhere@9-c",
+        "elsewhere": ".building-training-1@elsewhere@10-d",
+        "elsewhere_long_ago": ".building-training-1@elsewhere@11-e",
+        "elsewhere_still_writing": ".building-training-1@elsewhere@12-f",
+    }
+    folders = {key: cache_dir / name for key, name in names.items()}
+    two_days_ago = time.time() - 2 * 24 * 3600
+    for key, folder in folders.items():
+        folder.mkdir()
+        (folder / "tokens.npy").write_bytes(b"x")
+        if key in ("elsewhere_long_ago", "elsewhere_still_writing", "alive_but_silent"):
+            os.utime(folder, (two_days_ago, two_days_ago))
+        if key in ("elsewhere_long_ago", "alive_but_silent"):
+            os.utime(folder / "tokens.npy", (two_days_ago, two_days_ago))
+    with (
+        store_files._lock(cache_dir / ".training-2.lock", wait=False) as second,
+        store_files._lock(cache_dir / ".training-3.lock", wait=False) as third,
+    ):
+        assert second and third
+        build(write_jsonl(tmp_path / "a.jsonl", RECORDS), tokenizer, cache_dir)
+    left = {key for key, folder in folders.items() if folder.exists()}
+    assert left == {"alive", "alive_but_silent", "elsewhere", "elsewhere_still_writing"}
+
+
+def test_no_room_is_a_clear_error_and_leaves_nothing(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS * 400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the nearest to a full disk without being root
+    try:
+        with pytest.raises(OSError, match="no room for the token store in .*; free space there or choose"):
+            build(path, tokenizer, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []
+    assert TrainingStore.open(build(path, tokenizer, tmp_path / "cache")).num_records == 2000
+
+
+def test_memory_does_not_grow_with_the_number_of_records(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(store_writer, "_CHUNK_TEXTS", 500)
+    peaks = []
+    for num_records in (1500, 9000):
+        records = [
+            {"query": f"how deep {i}", "pos_doc": f"so deep {i} " * 3, "doc_id": f"d{i}"}
+            for i in range(num_records)
+        ]
+        path = write_jsonl(tmp_path / f"{num_records}.jsonl", records)
+        del records
+        build(write_jsonl(tmp_path / "warm.jsonl", RECORDS), tokenizer, tmp_path / str(num_records))
+        tracemalloc.start()
+        store = build(path, tokenizer, tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+        held = tracemalloc.get_traced_memory()[0]
+        TrainingStore.open(store)
+        opening = tracemalloc.get_traced_memory()[1] - held
+        tracemalloc.stop()
+        assert opening < 100_000
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_long_texts_end_a_chunk_early(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(store_writer, "_CHUNK_DISTINCT_CHARACTERS", 100)
+    monkeypatch.setattr(store_writer, "_CHUNK_CHARACTERS", 300)
+    told = []
+    distinct = [{"pos_doc": f"{i}" * 60, "doc_id": "d"} for i in range(4)]
+    repeated = [{"pos_doc": ("a", "b")[i % 2] * 40, "doc_id": "d"} for i in range(9)]
+    for name, documents in (("a", distinct), ("b", repeated)):
+        path = write_jsonl(tmp_path / name, documents)
+        build_text_store(path, "pos_doc", "doc_id", tokenizer, DOCUMENT, tmp_path, told.append)
+    assert told == [2, 2, 8, 1]
