@@ -1,7 +1,7 @@
 """What a model folder says about how to use it: `ds_embed.json` beside the weights."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from ds_embed.config import TextArguments
@@ -88,7 +88,8 @@ class EmbeddingCard:
             return None
         content = json.loads(path.read_text("utf-8"))
         known = {field.name for field in fields(cls)}
-        if set(content) != known:
-            odd = ", ".join(sorted(set(content) ^ known))
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= set(content) <= known:
+            odd = ", ".join(sorted(set(content) - known | needed - set(content)))
             raise ValueError(f"{path}: missing or unknown keys ({odd}): written by another version of ds_embed?")
         return cls(**content)

@@ -122,7 +122,7 @@ def longest_text(config: Any) -> int | None:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Embedding) and name.split(".")[-1] in _POSITION_TABLES
     ]
-    return min([*limits, config.max_position_embeddings]) if limits else None
+    return min([*limits, getattr(config, "max_position_embeddings", limits[0])]) if limits else None
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:

@@ -61,7 +61,8 @@ class TrainingRun:
         self.source = find_model(model.model_name_or_path)
         config = load_config(self.source, model.trust_remote_code)
         self.is_decoder = is_decoder(config)
-        check_prefixes(step, config.get_text_config().hidden_size)
+        if step.matryoshka_dims:
+            check_prefixes(step, config.get_text_config().hidden_size)
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         self.store = prepare_store(world, data, step, self.tokenizer, self.card)
