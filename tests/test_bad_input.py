@@ -14,6 +14,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     make_model(root / "llama", "llama")
     make_model(root / "bert", "bert")
+    make_model(root / "roberta", "roberta")
     make_training_file(root / "good.jsonl", 30, num_negatives=1)
     good = (root / "good.jsonl").read_text().splitlines()
     (root / "empty.jsonl").write_text("")
@@ -82,6 +83,32 @@ def test_training(name, place, tmp_path):
     # A store that was finished before the mistake was found may stay; nothing unfinished may.
     folders = [path for path in cache.glob("**/") if path != cache]
     assert all((folder / "manifest.json").exists() for folder in folders)
+
+
+BERT_CASES = {
+    "decoder as BERT": ({"model_name_or_path": "{}/llama"}, ["decoder", "train_gpt.py"]),
+    "beyond its positions": ({"max_length": "129"}, ["--max_length 129", "positions for 128 tokens"]),
+    "RoBERTa's positions start at 2": (
+        {"model_name_or_path": "{}/roberta", "doc_max_length": "129"},
+        ["--doc_max_length 129", "positions for 128 tokens"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BERT_CASES)
+def test_training_bert(name, place, tmp_path):
+    changes, words = BERT_CASES[name]
+    flags = {
+        "deepspeed": "ds_configs/zero2.json", "model_name_or_path": "{}/bert", "train_files": "{}/good.jsonl",
+        "max_steps": "2", "global_batch_size": "8", "report_to": "none",
+    } | changes  # fmt: skip
+    command = [word for key, value in flags.items() for word in (f"--{key}", value.replace("{}", str(place)))]
+    out = tmp_path / "run"
+    result = launch(
+        0, "recipes/train_bert.py", *command, "--output_dir", out, "--cache_dir", tmp_path / "cache", timeout=SECONDS
+    )
+    assert_one_clear_error(result, words)
+    assert not out.exists()
 
 
 GENERATE_CASES = {

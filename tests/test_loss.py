@@ -1,109 +1,116 @@
-"""The contrastive loss against a few-line reference in float64, for every kind of negatives and any tiling."""
+"""Every loss against its few-line reference in float64, for any tiling and any cut into blocks of queries."""
 
 import pytest
 import torch
+from loss_reference import reference
 
-from ds_embed.losses import contrastive_loss
-
-
-def reference(queries, documents, keys, temperature, negatives):
-    """Mean loss over all queries, score by score; autograd gives the gradients."""
-    num_queries = queries.shape[0]
-    num_hard = documents.shape[0] // num_queries - 1
-    losses = []
-    for i in range(num_queries):
-        own = range(num_queries + i * num_hard, num_queries + (i + 1) * num_hard)
-        visible = {
-            "all": range(documents.shape[0]),
-            "own": [*range(num_queries), *own],
-            "pair": own,
-        }[negatives]
-        score = documents @ queries[i] / temperature
-        rivals = [score[j] for j in visible if j != i and not (keys[j] == keys[i]).any()]
-        if negatives == "pair":
-            masked = num_hard - len(rivals)
-            terms = [torch.logsumexp(torch.stack([score[i], r]), 0) - score[i] for r in rivals]
-            losses.append(sum(terms, score[i] * 0) / (len(rivals) + masked))
-        else:
-            losses.append(torch.logsumexp(torch.stack([score[i], *rivals]), 0) - score[i])
-    return torch.stack(losses).mean()
+from ds_embed.losses import LossOptions, contrastive_loss
 
 
 def make_batch(num_queries, num_hard, dim=7, seed=0, equal_documents=True):
+    """A table of unit vectors, document keys and teacher scores."""
     generator = torch.Generator().manual_seed(seed)
-    unit = lambda n: torch.nn.functional.normalize(  # noqa: E731
-        torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1
-    )
     num_documents = num_queries * (1 + num_hard)
+    table = torch.randn(num_queries + num_documents, dim, generator=generator, dtype=torch.float64)
     keys = torch.arange(3 * num_documents).view(3, num_documents).T.clone()
     if equal_documents:
         keys[1, 0] = keys[0, 0]  # two queries share a document
         keys[-1, 1] = keys[num_queries - 1, 1]  # an own (or foreign) document equal to a positive
         keys[num_queries // 2, 2] = keys[2, 2]
-    return unit(num_queries), unit(num_documents), keys
+    teacher = torch.randn(num_documents, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(table, dim=1), keys, teacher
 
 
-def run_in_blocks(queries, documents, keys, bounds, **options):
-    """The loss as ranks compute it: each a block of queries, sums added up."""
-    grad_queries, grad_documents, loss, parts = [], torch.zeros_like(documents), 0.0, []
+def run_in_blocks(table, keys, num_queries, bounds, *, temperature, teacher_scores=None, **options):
+    """The loss as ranks compute it: each a block of queries, all added up."""
+    gradient, sums = torch.zeros_like(table), 0
     for first, last in zip(bounds, bounds[1:]):
         part = contrastive_loss(
-            queries[first:last], documents, keys, num_queries=len(queries), first_query=first, **options
-        )
-        loss += part.loss
-        grad_queries.append(part.grad_queries)
-        grad_documents += part.grad_documents
-        parts.append(part)
-    return loss, torch.cat(grad_queries), grad_documents, parts
+            table, keys, num_queries=num_queries, first_query=first, last_query=last, temperature=temperature,
+            teacher_scores=teacher_scores, options=LossOptions(**options),
+        )  # fmt: skip
+        gradient += part.gradient
+        sums = part.sums if sums == 0 else sums + part.sums
+    return sums, gradient
 
 
-CASES = [("all", 0), ("all", 3), ("own", 0), ("own", 2), ("pair", 1), ("pair", 3)]
+NEGATIVES = [("all", 0), ("all", 3), ("own", 0), ("own", 2), ("pair", 1), ("pair", 3)]
+PREFIXES = dict(matryoshka_dims=(2, 7, 4), matryoshka_weights=(0.5, 1.0, 2.0))
+OPTIONS = {
+    "plain": {},
+    "smoothing": dict(label_smoothing=0.1),
+    "symmetric": dict(symmetric=True),
+    "margin": dict(false_negative_margin=0.05),
+    "negative margin": dict(false_negative_margin=-0.3),
+    "matryoshka": PREFIXES,
+    "distillation": dict(distillation_weight=0.7, distillation_temperature=0.5),
+    "all at once": dict(
+        label_smoothing=0.2, symmetric=True, false_negative_margin=0.1, distillation_weight=2.0, **PREFIXES
+    ),
+}
 
 
-@pytest.mark.parametrize("negatives, num_hard", CASES)
-@pytest.mark.parametrize("tiles", [(1024, 8192), (3, 4), (2, 100), (5, 1)])
+def options_of(name, num_hard):
+    # Without own negatives there is no ranking to learn.
+    return OPTIONS[name] | ({} if num_hard else dict(distillation_weight=0.0))
+
+
+@pytest.mark.parametrize("negatives, num_hard", NEGATIVES)
+@pytest.mark.parametrize("tiles", [(1024, 8192), (3, 4), (5, 1)])
 @pytest.mark.parametrize("equal_documents", [False, True])
-def test_equals_reference(negatives, num_hard, tiles, equal_documents):
-    queries, documents, keys = make_batch(9, num_hard, equal_documents=equal_documents)
-    q, d = queries.clone().requires_grad_(), documents.clone().requires_grad_()
-    expected = reference(q, d, keys, 0.05, negatives)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_equals_reference(negatives, num_hard, tiles, equal_documents, name):
+    options = options_of(name, num_hard)
+    table, keys, teacher = make_batch(9, num_hard, equal_documents=equal_documents)
+    t = table.clone().requires_grad_()
+    log_scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    expected = reference(t, keys, 9, torch.exp(-log_scale), negatives, teacher_scores=teacher, **options)
     expected.backward()
-    options = dict(temperature=0.05, negatives=negatives, tile_queries=tiles[0], tile_documents=tiles[1])
     for bounds in ([0, 9], [0, 4, 9], [0, 1, 1, 8, 9]):
-        loss, grad_queries, grad_documents, _ = run_in_blocks(queries, documents, keys, bounds, **options)
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(grad_queries, q.grad, rtol=1e-8, atol=1e-11)
-        torch.testing.assert_close(grad_documents, d.grad, rtol=1e-8, atol=1e-11)
+        sums, gradient = run_in_blocks(
+            table, keys, 9, bounds, temperature=torch.exp(-log_scale).item(), negatives=negatives,
+            teacher_scores=teacher, tile_queries=tiles[0], tile_documents=tiles[1], **options,
+        )  # fmt: skip
+        torch.testing.assert_close(sums.loss, expected.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(gradient, t.grad, rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(sums.grad_log_scale, log_scale.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_large_scores_do_not_overflow():
-    queries, documents, keys = make_batch(6, 1)
-    loss, grad_queries, grad_documents, _ = run_in_blocks(
-        queries.float(), documents.float(), keys, [0, 6], temperature=1e-4, tile_documents=4
-    )
-    assert torch.isfinite(loss) and torch.isfinite(grad_queries).all() and torch.isfinite(grad_documents).all()
-    expected = reference(queries, documents, keys, 1e-4, "all")
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_large_scores_do_not_overflow(name):
+    table, keys, teacher = make_batch(6, 1)
+    sums, gradient = run_in_blocks(
+        table.float(), keys, 6, [0, 6], temperature=1e-4, tile_documents=4, teacher_scores=teacher.float(),
+        **OPTIONS[name],
+    )  # fmt: skip
+    assert torch.isfinite(sums.loss) and torch.isfinite(gradient).all()
+    expected = reference(table, keys, 6, 1e-4, "all", teacher_scores=teacher, **OPTIONS[name])
+    torch.testing.assert_close(sums.loss.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("negatives, num_hard", CASES)
-def test_query_whose_every_negative_equals_its_positive_has_no_loss(negatives, num_hard):
-    queries, documents, keys = make_batch(4, num_hard, equal_documents=False)
+@pytest.mark.parametrize("negatives, num_hard", NEGATIVES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_query_whose_every_negative_equals_its_positive_has_no_loss(negatives, num_hard, name):
+    table, keys, teacher = make_batch(4, num_hard, equal_documents=False)
     keys[:, 0] = 1
-    loss, grad_queries, grad_documents, parts = run_in_blocks(
-        queries, documents, keys, [0, 4], temperature=0.05, negatives=negatives
+    options = options_of(name, num_hard)
+    sums, gradient = run_in_blocks(
+        table, keys, 4, [0, 4], temperature=0.05, negatives=negatives, teacher_scores=teacher, **options
     )
-    assert loss == 0 and not grad_queries.any() and not grad_documents.any()
-    assert parts[0].num_with_negatives == 0 and parts[0].negative_similarity == 0 and parts[0].num_correct == 4
+    assert abs(sums.loss) < 1e-14 and gradient.abs().max() < 1e-13
+    assert sums.num_with_negatives == 0 and sums.negative_similarity == 0 and sums.num_correct == 4
 
 
-def test_statistics():
-    queries, documents, keys = make_batch(8, 2, equal_documents=False)
-    part = contrastive_loss(queries, documents, keys, num_queries=8, first_query=0, temperature=0.1, tile_documents=5)
-    cosine = queries @ documents.T
+@pytest.mark.parametrize("options", [{}, dict(symmetric=True, distillation_weight=1.0) | PREFIXES])
+def test_statistics(options):
+    table, keys, teacher = make_batch(8, 2, equal_documents=False)
+    sums, _ = run_in_blocks(
+        table, keys, 8, [0, 3, 8], temperature=0.1, tile_documents=5, teacher_scores=teacher, **options
+    )
+    cosine = table[:8] @ table[8:].T
     positive = cosine.diagonal()
     others = cosine.clone()
     others[torch.arange(8), torch.arange(8)] = -2
-    torch.testing.assert_close(part.positive_similarity, positive.sum())
-    torch.testing.assert_close(part.negative_similarity, others.max(1).values.sum())
-    assert part.num_correct == (positive > others.max(1).values).sum() and part.num_with_negatives == 8
+    torch.testing.assert_close(sums.positive_similarity, positive.sum())
+    torch.testing.assert_close(sums.negative_similarity, others.max(1).values.sum())
+    assert sums.num_correct == (positive > others.max(1).values).sum() and sums.num_with_negatives == 8

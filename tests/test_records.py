@@ -9,13 +9,8 @@ import tracemalloc
 
 import pytest
 
-from ds_embed.data.records import (
-    JsonRecords,
-    parse_document_record,
-    parse_query_record,
-    parse_training_record,
-    read_json_objects,
-)
+from ds_embed.data.json_files import JsonRecords, read_json_objects
+from ds_embed.data.records import parse_document_record, parse_query_record, parse_training_record
 
 RECORDS = [
     {
@@ -193,7 +188,20 @@ def training(**keys):
     ],
 )
 def test_training_records(record, num_negatives, expected):
-    assert parse_training_record("f:1", record, num_negatives=num_negatives) == expected
+    assert parse_training_record("f:1", record, num_negatives=num_negatives) == (*expected, None, None)
+
+
+@pytest.mark.parametrize(
+    ("record", "num_negatives", "expected"),
+    [
+        (training(pos_score=0.5), None, (0.5, None)),
+        (training(pos_score=2, neg_doc="a", neg_scores=[-1]), None, (2, (-1,))),
+        (training(neg_doc=["a", "b"], neg_scores=[0.25, 1]), 1, (None, (0.25,))),
+        (training(neg_scores=[], pos_score=None), None, (None, ())),
+    ],
+)
+def test_teacher_scores(record, num_negatives, expected):
+    assert parse_training_record("f:1", record, num_negatives=num_negatives)[-2:] == expected
 
 
 @pytest.mark.parametrize(
@@ -205,6 +213,11 @@ def test_training_records(record, num_negatives, expected):
         (training(query=7), "query is a number, want a string"),
         (training(query=None), "query is null, want a string"),
         (training(pos_doc=["p"]), "pos_doc is a list, want a string"),
+        (training(pos_score="1"), "pos_score is a string, want a finite number (or leave the key out)"),
+        (training(pos_score=True), "pos_score is a boolean, want a finite number (or leave the key out)"),
+        (training(neg_doc="a", neg_scores=1), "neg_scores is a number, want a list of numbers, one for each neg_doc"),
+        (training(neg_doc=["a", "b"], neg_scores=[1, None]), "neg_scores[1] is null, want a finite number"),
+        (training(neg_doc=["a"], neg_scores=[1, 2]), "neg_scores has 2 numbers and neg_doc 1 texts; give one for each"),
         (training(query=""), "query is blank; remove the record or give it text"),
         (training(pos_doc=" \n\t\u3000"), "pos_doc is blank; remove the record or give it text"),
         (

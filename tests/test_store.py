@@ -249,8 +249,10 @@ def test_a_store_is_reused_until_something_that_decides_it_changes(tmp_path, tok
 def test_a_format_version_of_another_program_is_refused(tmp_path, monkeypatch, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     store = build(path, tokenizer, tmp_path)
-    monkeypatch.setattr(store_files, "FORMAT_VERSION", store_files.FORMAT_VERSION + 1)
-    with pytest.raises(ValueError, match="format version 1, and this program reads 2; delete that folder"):
+    version = store_files.FORMAT_VERSION
+    monkeypatch.setattr(store_files, "FORMAT_VERSION", version + 1)
+    message = f"format version {version}, and this program reads {version + 1}; delete that folder"
+    with pytest.raises(ValueError, match=message):
         TrainingStore.open(store)
 
 

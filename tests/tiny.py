@@ -29,24 +29,39 @@ def make_tokenizer(folder: Path, *, bert: bool) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def make_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
-    """A folder with a random tiny model: "llama" (causal decoder) or "bert" (encoder), without dropout."""
-    import torch
-    from transformers import AutoModel, BertConfig, LlamaConfig
+_SIZE = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+_BERT = _SIZE | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+# Config class and settings by kind. RoBERTa and its kin count positions from padding_idx + 1.
+MODELS = {
+    "llama": ("LlamaConfig", _SIZE | dict(num_key_value_heads=2, max_position_embeddings=128)),
+    "bert": ("BertConfig", _BERT | dict(max_position_embeddings=128)),
+    "roberta": ("RobertaConfig", _BERT | dict(max_position_embeddings=130, pad_token_id=1, type_vocab_size=1)),
+    "xlm-roberta": ("XLMRobertaConfig", _BERT | dict(max_position_embeddings=130, pad_token_id=1)),
+    "mpnet": ("MPNetConfig", _BERT | dict(max_position_embeddings=130)),
+    "distilbert": (
+        "DistilBertConfig",
+        dict(vocab_size=100, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=128)
+        | dict(dropout=0.0, attention_dropout=0.0),
+    ),
+    "modernbert": (
+        "ModernBertConfig",
+        _SIZE | dict(max_position_embeddings=128, pad_token_id=0, local_attention=8, global_attn_every_n_layers=2),
+    ),
+}
 
-    size = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    if kind == "llama":
-        config = LlamaConfig(
-            **(size | dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3) | changes)
-        )
-    else:
-        drop = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        config = BertConfig(**(size | drop | dict(max_position_embeddings=128, initializer_range=0.3) | changes))
+
+def make_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
+    """A folder with a random tiny model of a kind in MODELS: causal "llama" or an encoder, without dropout."""
+    import torch
+    import transformers
+
+    config_class, settings = MODELS[kind]
+    config = getattr(transformers, config_class)(**(dict(initializer_range=0.3) | settings | changes))
     torch.manual_seed(seed)
-    options = {"add_pooling_layer": False} if kind == "bert" else {}
-    model = AutoModel.from_config(config, **options)
+    options = {"add_pooling_layer": False} if kind in ("bert", "roberta", "xlm-roberta", "mpnet") else {}
+    model = transformers.AutoModel.from_config(config, **options)
     model.save_pretrained(folder)
-    make_tokenizer(folder, bert=kind == "bert")
+    make_tokenizer(folder, bert=kind != "llama")
     return folder
 
 
@@ -64,6 +79,18 @@ def make_training_file(path: Path, num_records: int, num_negatives: int = 2, see
             record = {"query": query, "pos_doc": document, "query_id": f"q{number}", "doc_id": f"d{number}"}
             if num_negatives:
                 record["neg_doc"] = [sentence(rng) for _ in range(num_negatives)]
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def write_teacher_scores(path: Path, seed: int = 0) -> Path:
+    """Give every record of a JSONL training file a teacher's pos_score and neg_scores."""
+    rng = random.Random(seed)
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            record["pos_score"] = rng.gauss(1, 1)
+            record["neg_scores"] = [rng.gauss(0, 1) for _ in record["neg_doc"]]
             file.write(json.dumps(record) + "\n")
     return path
 

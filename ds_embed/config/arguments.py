@@ -13,6 +13,14 @@ DEFAULT_QUERY_PREFIX = "query: "
 DEFAULT_DOC_PREFIX = "passage: "
 
 
+# A learned temperature stops here: below, scores grow faster than the embeddings learn (Radford et al. 2021, sec. 2.5).
+MIN_LEARNED_TEMPERATURE = 0.01
+
+
+def _listed(values: list) -> str:
+    return " ".join(map(str, values))
+
+
 def setting(help: str, **kwargs):
     return field(metadata={"help": help}, **kwargs)
 
@@ -24,7 +32,10 @@ class ModelArguments:
         f"how token states become one vector: {', '.join(POOLINGS)} (default: last for decoders, mean for BERT)",
         default=None,
     )
-    attn_implementation: str = setting("attention kernel: sdpa, eager, flash_attention_2, ...", default="sdpa")
+    attn_implementation: str | None = setting(
+        "attention kernel: sdpa, eager, flash_attention_2, ... (default: sdpa where the model has it, else eager)",
+        default=None,
+    )
     trust_remote_code: bool = setting("run Python code that comes with the model", default=False)
 
     def __post_init__(self):
@@ -46,6 +57,13 @@ class LoraArguments:
         above_zero(self, "lora_alpha")
         if not self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: must be below 1")
+
+
+@dataclass
+class BertLoraArguments(LoraArguments):
+    """BERT-family models are small: all weights are trained unless LoRA is asked for."""
+
+    lora_rank: int = setting("rank of the LoRA matrices; 0 trains all weights", default=0)
 
 
 @dataclass
@@ -73,7 +91,19 @@ class TextArguments:
 @dataclass
 class DataArguments(TextArguments):
     train_files: list[str] = setting("JSON or JSONL training files", default_factory=list)
+    sampling_probabilities: list[float] = setting(
+        "share of the samples that comes from each of train_files, in any unit; a pass is then as many samples as "
+        "there are records in all (default: every record once per pass)",
+        default_factory=list,
+    )
+    batching: str = setting(
+        "mixed (a global batch holds samples of all files) or homogeneous (of one file)", default="mixed"
+    )
     hard_negatives: int = setting("hard negatives (neg_doc) used per query", default=0)
+    hard_negatives_sampling: str = setting(
+        "which of a record's negatives are used: first (the first ones) or random (others in every pass)",
+        default="first",
+    )
     cache_dir: str = setting(
         "folder for prepared tokens, seen by all nodes and reused by later runs", default="~/.cache/ds_embed"
     )
@@ -82,6 +112,16 @@ class DataArguments(TextArguments):
         super().__post_init__()
         existing_files("train_files", self.train_files)
         at_least(self, 0, "hard_negatives")
+        one_of(self, "batching", ("mixed", "homogeneous"))
+        one_of(self, "hard_negatives_sampling", ("first", "random"))
+        shares, shown = self.sampling_probabilities, _listed(self.sampling_probabilities)
+        if shares and len(shares) != len(self.train_files):
+            raise ValueError(
+                f"--sampling_probabilities {shown}: there are {len(shares)}, and --train_files has "
+                f"{len(self.train_files)} files"
+            )
+        if any(not 0 < share < float("inf") for share in shares):
+            raise ValueError(f"--sampling_probabilities {shown}: each must be greater than 0; leave a file out instead")
 
 
 @dataclass
@@ -94,6 +134,34 @@ class StepArguments:
         default="all",
     )
     temperature: float = setting("similarities are divided by this before the softmax", default=0.02)
+    learnable_temperature: bool = setting(
+        f"train the temperature with the weights, from temperature on, never below {MIN_LEARNED_TEMPERATURE}",
+        default=False,
+    )
+    label_smoothing: float = setting(
+        "share of the target that is spread over all candidates of a query, in [0, 1)", default=0.0
+    )
+    symmetric: bool = setting(
+        "mean of the query-to-document loss and of the loss of each positive against all queries", default=False
+    )
+    false_negative_margin: float | None = setting(
+        "leave out negatives whose cosine is above the positive's by more than this, in [-2, 2] (default: none are)",
+        default=None,
+    )
+    matryoshka_dims: list[int] = setting(
+        "lengths in dimensions of the prefixes that are trained as embeddings, the whole one among them",
+        default_factory=list,
+    )
+    matryoshka_weights: list[float] = setting(
+        "weight of each prefix's loss, as many as matryoshka_dims (default: 1 each)", default_factory=list
+    )
+    distillation_weight: float = setting(
+        "weight of the divergence from the teacher's ranking (pos_score, neg_scores of a record), added to the loss",
+        default=0.0,
+    )
+    distillation_temperature: float = setting(
+        "the teacher's scores are divided by this before its softmax", default=1.0
+    )
     grad_cache: bool = setting(
         "encode twice to keep no graph of the whole batch: exact, any batch size in the memory of one micro-batch",
         default=False,
@@ -101,8 +169,39 @@ class StepArguments:
     gradient_checkpointing: bool = setting("recompute activations in backward to save memory", default=False)
 
     def __post_init__(self):
-        above_zero(self, "global_batch_size", "micro_batch_tokens", "temperature")
+        above_zero(self, "global_batch_size", "micro_batch_tokens", "temperature", "distillation_temperature")
+        at_least(self, 0, "distillation_weight")
         one_of(self, "negatives", NEGATIVES)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"--label_smoothing {self.label_smoothing}: must be in [0, 1)")
+        if self.false_negative_margin is not None and not -2 <= self.false_negative_margin <= 2:
+            raise ValueError(f"--false_negative_margin {self.false_negative_margin}: must be in [-2, 2]")
+        if self.learnable_temperature and self.temperature < MIN_LEARNED_TEMPERATURE:
+            raise ValueError(
+                f"--temperature {self.temperature}: with --learnable_temperature true it must be at least "
+                f"{MIN_LEARNED_TEMPERATURE}"
+            )
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if len(set(dims)) < len(dims) or any(dim < 1 for dim in dims):
+            raise ValueError(f"--matryoshka_dims {_listed(dims)}: must be different numbers of at least 1")
+        if weights and len(weights) != len(dims):
+            raise ValueError(
+                f"--matryoshka_weights {_listed(weights)}: there are {len(weights)}, "
+                f"and --matryoshka_dims has {len(dims)}"
+            )
+        if any(not weight > 0 for weight in weights):
+            raise ValueError(f"--matryoshka_weights {_listed(weights)}: each must be greater than 0")
+
+
+@dataclass
+class BertStepArguments(StepArguments):
+    """The loss that BERT bi-encoders are usually trained with: in-batch positives and own hard negatives."""
+
+    negatives: str = setting(
+        "documents a query is scored against: own (all positives of the batch and its own hard negatives), all "
+        "(every document of the batch), pair (its positive against each own hard negative, two at a time)",
+        default="own",
+    )
 
 
 @dataclass
@@ -135,6 +234,13 @@ class OptimizerArguments:
             raise ValueError(
                 f"--min_learning_rate {self.min_learning_rate}: must not exceed --learning_rate {self.learning_rate}"
             )
+
+
+@dataclass
+class BertOptimizerArguments(OptimizerArguments):
+    """All weights of a pretrained model want a smaller rate than LoRA matrices that start at zero."""
+
+    learning_rate: float = setting("peak learning rate", default=2e-5)
 
 
 @dataclass

@@ -81,7 +81,7 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
             raise ValueError(f"{path}: unknown key '{key}'{_nearest(str(key), known, '')}")
         if isinstance(value, dict):
             raise ValueError(f"{path}: key '{key}' takes a value or a list, not a mapping")
-        if value is None:
+        if value is None or value == []:
             continue  # 'name:' with nothing behind it leaves the default
         values = value if isinstance(value, list) else [value]
         # 1e-4 without a dot is a string in YAML 1.1, so everything goes through the flag's own type.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ds_embed.data.order import key_of, mix, sample_records
+from ds_embed.data.order import SampleOrder, key_of, mix
 from ds_embed.data.store import TrainingStore
 
 
@@ -19,17 +19,24 @@ class GlobalBatch:
     texts: np.ndarray  # (T,) text numbers in the store
     lengths: np.ndarray  # (T,) tokens
     document_keys: np.ndarray  # (M, 3) documents that agree in a key are equal
+    teacher_scores: np.ndarray  # (M,) float32, NaN where a record has none
     num_queries: int
 
 
 def assemble_batch(
-    store: TrainingStore, *, seed: int, first_sample: int, num_queries: int, hard_negatives: int
+    store: TrainingStore,
+    order: SampleOrder,
+    *,
+    first_sample: int,
+    num_queries: int,
+    hard_negatives: int,
+    hard_negatives_sampling: str = "first",
 ) -> GlobalBatch:
     """Samples first_sample .. first_sample + N of a run as a global batch."""
-    records = sample_records(seed, store.num_records, first_sample, num_queries)
+    records = order.records(first_sample, num_queries)
     first_text = np.asarray(store.first_text[records])
     num_available = np.asarray(store.first_text[records + 1]) - first_text - 2
-    choice = _choose_negatives(seed, first_sample, num_available, hard_negatives)
+    choice = choose_negatives(order.seed, first_sample, num_available, hard_negatives, hard_negatives_sampling)
     negatives = (first_text + 2)[:, None] + choice
     texts = np.concatenate([first_text, first_text + 1, negatives.ravel()])
     return GlobalBatch(
@@ -38,17 +45,32 @@ def assemble_batch(
         texts=texts,
         lengths=store.lengths_of(texts),
         document_keys=_document_keys(store, records, texts, num_queries),
+        teacher_scores=store.scores[texts[num_queries:]],
         num_queries=num_queries,
     )
 
 
-def _choose_negatives(seed: int, first_sample: int, num_available: np.ndarray, wanted: int) -> np.ndarray:
-    """Which of its negatives each query uses, (N, K): the first K; with fewer, all and then draws from them."""
-    number = np.arange(wanted)[None, :]
-    sample = np.arange(first_sample, first_sample + len(num_available), dtype=np.uint64)[:, None]
-    draws = mix(mix(sample ^ key_of(seed, 1)) + number.astype(np.uint64))
+def choose_negatives(seed: int, first_sample: int, num_available: np.ndarray, wanted: int, sampling: str) -> np.ndarray:
+    """Which of its negatives each query uses, (N, K): a pure function of seed and sample number.
+
+    "first" takes the first K, "random" K different ones; with fewer than K, all and then draws from them.
+    """
+    samples = np.arange(first_sample, first_sample + len(num_available), dtype=np.uint64)[:, None]
     available = num_available[:, None]
-    return np.where(number < available, number, (draws % np.maximum(available, 1).astype(np.uint64)).astype(np.int64))
+    number = np.arange(wanted)[None, :]
+    draws = _draws(key_of(seed, 1), samples, wanted)
+    choice = np.where(number < available, number, (draws % np.maximum(available, 1).astype(np.uint64)).astype(np.int64))
+    if sampling == "first" or wanted == 0:
+        return choice
+    # A random rank for each of a query's negatives; those it has not come last.
+    ranks = _draws(key_of(seed, 4), samples, max(wanted, int(num_available.max())))
+    ranks[np.arange(ranks.shape[1])[None, :] >= available] = np.iinfo(np.uint64).max
+    return np.take_along_axis(np.argsort(ranks, axis=1, kind="stable"), choice, axis=1)
+
+
+def _draws(key: np.uint64, samples: np.ndarray, num_draws: int) -> np.ndarray:
+    """Random 64-bit numbers (N, num_draws) for sample numbers (N, 1)."""
+    return mix(mix(samples ^ key) + np.arange(num_draws, dtype=np.uint64)[None, :])
 
 
 def _document_keys(store: TrainingStore, records: np.ndarray, texts: np.ndarray, num_queries: int) -> np.ndarray:

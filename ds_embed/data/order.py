@@ -1,19 +1,89 @@
 """Which records a step sees: a pure function of (seed, position in the data), with nothing to store.
 
-Sample number g of a run is record p(g mod R) of epoch g // R, where p is a permutation of the R
-records keyed by seed and epoch. It is computed record by record (a Feistel network on the smallest
-even number of bits that holds R, walked until it lands below R: Black and Rogaway 2002), so ten
-million records need no shuffled list in memory.
+Every source (a file, or all of them as one) is a stream: its sample number i is record p(i mod R) of epoch
+i // R, where p is a permutation of its R records keyed by seed, source and epoch. It is computed record by
+record (a Feistel network on the smallest even number of bits that holds R, walked until it lands below R:
+Black and Rogaway 2002), so ten million records need no shuffled list in memory.
+
+With several sources, sample number g of the run is taken from source f(g) as number c_f(g) of its stream,
+where c_f(g) counts the earlier samples of that source. Both have a closed form. Of g samples the first source
+gets floor(g p + u), the multiples of 1/p shifted by a phase u of the seed; what is left over is numbered anew
+and shared out among the other sources in the same way. So every stretch of samples holds each source in its
+proportion to within one sample per source, and nothing needs replaying.
+
+Shapes: F sources, R records of one, n samples.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
 _ROUNDS = 6
+# Probabilities are whole multiples of 2**-30: products with sample numbers up to 2**33 are exact in 64 bits.
+_PROBABILITY_BITS = np.uint64(30)
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The order of a run's samples.
+
+    probabilities (F,): the sources' shares of the samples, or None for one stream over all records.
+    batch_size: queries of a global batch where each batch has one source (homogeneous), else None.
+    """
+
+    seed: int
+    source_sizes: tuple[int, ...]  # (F,) records; they stand in the store one source after the other
+    probabilities: tuple[float, ...] | None = None
+    batch_size: int | None = None
+
+    def records(self, first_sample: int, num_samples: int) -> np.ndarray:
+        """Record numbers (n,) of samples first_sample, first_sample + 1, ... of the run."""
+        if self.probabilities is None:
+            return sample_records(self.seed, sum(self.source_sizes), first_sample, num_samples)
+        sources, places = self.places(first_sample, num_samples)
+        records = np.empty_like(places)
+        starts = np.cumsum([0, *self.source_sizes])
+        for source, size in enumerate(self.source_sizes):
+            chosen = sources == source
+            seed = int(key_of(self.seed, 2, source))
+            records[chosen] = starts[source] + stream_records(seed, size, places[chosen])
+        return records
+
+    def places(self, first_sample: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source (n,) of each sample, and its number (n,) in the source's stream."""
+        samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
+        if self.batch_size is None:
+            return self._share_out(samples)
+        batches, offsets = np.divmod(samples, np.uint64(self.batch_size))
+        sources, places = self._share_out(batches)
+        return sources, places * self.batch_size + offsets.astype(np.int64)
+
+    def _share_out(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source (n,) of each of these samples (or batches), and how many before it have the same source."""
+        sources = np.full(len(numbers), len(self.source_sizes) - 1)
+        counts = np.empty(len(numbers), dtype=np.int64)
+        rest = np.arange(len(numbers))  # those that belong to none of the sources so far
+        numbers, left = numbers.copy(), 1.0
+        for source, probability in enumerate(self.probabilities[:-1]):
+            share = np.uint64(round(2 ** int(_PROBABILITY_BITS) * min(1.0, probability / left)))
+            phase = key_of(self.seed, 3, source) >> (np.uint64(64) - _PROBABILITY_BITS)
+            before = (numbers * share + phase) >> _PROBABILITY_BITS
+            mine = ((numbers + np.uint64(1)) * share + phase) >> _PROBABILITY_BITS > before
+            sources[rest[mine]] = source
+            counts[rest[mine]] = before[mine]
+            rest, numbers = rest[~mine], (numbers - before)[~mine]
+            left -= probability
+        counts[rest] = numbers
+        return sources, counts
 
 
 def sample_records(seed: int, num_records: int, first_sample: int, num_samples: int) -> np.ndarray:
-    """Record numbers (num_samples,) of samples first_sample, first_sample + 1, ... of a run."""
-    samples = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
+    """Record numbers (num_samples,) of samples first_sample, first_sample + 1, ... of one stream."""
+    return stream_records(seed, num_records, np.arange(first_sample, first_sample + num_samples, dtype=np.int64))
+
+
+def stream_records(seed: int, num_records: int, samples: np.ndarray) -> np.ndarray:
+    """Record numbers (n,) of the given sample numbers (n,) of one stream."""
     epochs, positions = np.divmod(samples, num_records)
     records = np.empty_like(positions)
     for epoch in np.unique(epochs):

@@ -13,6 +13,7 @@ R records, T texts, S tokens. Opening maps the arrays and reads none of them, wh
     text_keys.npy      (T,) int64       content_key of each text as it stands in the data (no prefix)
     query_keys.npy     (R,) int64       content_key of query_id, 0 where it is missing
     document_keys.npy  (R,) int64       content_key of doc_id, 0 where it is missing
+    scores.npy         (T,) float32     a teacher's score of each document for its query, NaN where there is none
   queries and documents only (one text a record):
     ids.txt                             UTF-8, line i is the id of row i
 
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_embed.data.records import format_location
+from ds_embed.data.json_files import format_location
 from ds_embed.data.store_build import build_text_store, build_training_store
 from ds_embed.data.store_files import read_manifest
 from ds_embed.data.store_writer import IDS_NAME, content_key, content_keys
@@ -72,6 +73,11 @@ class _Store:
         start, end = self.offsets[text : text + 2].tolist()
         return self.tokens[start:end]
 
+    @property
+    def file_sizes(self) -> tuple[int, ...]:
+        """Records of each file, in the order in which they stand here."""
+        return tuple(file["num_records"] for file in self.manifest["files"])
+
     def lengths_of(self, texts: np.ndarray) -> np.ndarray:
         """The token counts of texts, in memory: same shape as `texts`, int64."""
         return np.asarray(self.lengths[texts], np.int64)
@@ -105,6 +111,7 @@ class TrainingStore(_Store):
         self.text_keys = self._map("text_keys", self.num_texts)
         self.query_keys = self._map("query_keys", self.num_records)
         self.document_keys = self._map("document_keys", self.num_records)
+        self.scores = self._map("scores", self.num_texts)
 
     def text_range(self, record: int) -> range:
         """The texts of a record: its query first, its positive second, its negatives after them."""

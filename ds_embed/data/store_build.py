@@ -13,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ds_embed.data.json_files import JsonRecords, format_location
 from ds_embed.data.records import (
-    JsonRecords,
-    format_location,
     parse_document_record,
     parse_query_record,
     parse_training_record,
@@ -62,11 +61,14 @@ def build_training_store(
                     where = source.location(number)
                     record = parse_training_record(where, value)
                     writer.add_text(queries, "query", record.query)
-                    writer.add_text(documents, "pos_doc", record.pos_doc)
-                    for negative in record.neg_docs[:num_negatives]:
-                        writer.add_text(documents, "neg_doc", negative)
+                    writer.add_text(documents, "pos_doc", record.pos_doc, record.pos_score)
+                    scores = record.neg_scores or [None] * len(record.neg_docs)
+                    for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
+                        writer.add_text(documents, "neg_doc", negative, score)
                     if not record.neg_docs:
-                        writer.count_record_without_negatives(where)
+                        writer.count_record_without("negatives", where)
+                    if record.pos_score is None or record.neg_scores is None:
+                        writer.count_record_without("scores", where)
                     writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)
             writer.finish(_manifest_start("training", settings, sources))
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 # Part of every store's key: raise it when the arrays, their meaning or the tokenization change.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _BUILDING_PREFIX = ".building-"
 # A build of another machine is taken for dead when nothing in its folder was written for this long.

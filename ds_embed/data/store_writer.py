@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ _CHUNK_TEXTS = 16_384
 _CHUNK_DISTINCT_CHARACTERS = 4_000_000
 _CHUNK_CHARACTERS = 16_000_000
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
-_TRAINING_ARRAYS = {"first_text": "i8", "text_keys": "i8", "query_keys": "i8", "document_keys": "i8"}
+_TRAINING_ARRAYS = {"first_text": "i8", "text_keys": "i8", "query_keys": "i8", "document_keys": "i8", "scores": "f4"}
 
 Progress = Callable[[int], object]
 
@@ -63,8 +64,7 @@ class StoreWriter:
         self._num_records = self._num_texts = self._num_tokens = self._max_tokens = self._max_texts = 0
         self._longest: dict = {"num_tokens_before_truncation": -1}
         self._num_truncated = dict.fromkeys(sides, 0)
-        self._num_without_negatives = 0
-        self._first_without_negatives: str | None = None
+        self._lacking: dict[str, tuple[int, str | None]] = {"negatives": (0, None), "scores": (0, None)}
         self._start_chunk()
 
     def __enter__(self) -> StoreWriter:
@@ -83,6 +83,7 @@ class StoreWriter:
         self._text_sides: list[int] = []  # per text
         self._places: list[int] = []  # per text: its place among the distinct texts of its side
         self._text_names: list[str] = []  # per text: the key that it stood under
+        self._scores: list[float] = []  # per text: the teacher's, NaN where there is none
         self._ends: list[int] = []  # per record: texts up to its end
         self._numbers: list[int] = []  # per record
         self._record_ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "row_id": []}
@@ -93,7 +94,7 @@ class StoreWriter:
         assert not self._numbers, "a chunk holds records of one file"
         self._location = location
 
-    def add_text(self, side: int, name: str, text: str) -> None:
+    def add_text(self, side: int, name: str, text: str, score: float | None = None) -> None:
         """Add the next text of the record that is being written; `name` is its key in the data."""
         distinct = self._distinct[side]
         place = distinct.get(text)
@@ -104,6 +105,7 @@ class StoreWriter:
         self._text_sides.append(side)
         self._places.append(place)
         self._text_names.append(name)
+        self._scores.append(math.nan if score is None else score)
 
     def end_record(self, number: int, **ids: str | None) -> None:
         self._numbers.append(number)
@@ -117,9 +119,10 @@ class StoreWriter:
         ):
             self.flush()
 
-    def count_record_without_negatives(self, where: str) -> None:
-        self._num_without_negatives += 1
-        self._first_without_negatives = self._first_without_negatives or where
+    def count_record_without(self, what: str, where: str) -> None:
+        """Note that the record at `where` lacks its "negatives" or its "scores"."""
+        number, first = self._lacking[what]
+        self._lacking[what] = number + 1, first or where
 
     def flush(self) -> None:
         """Encode the chunk and append it to the arrays. All of its records are of one file."""
@@ -153,6 +156,7 @@ class StoreWriter:
             self._arrays["first_text"].append(self._num_texts + np.array(self._ends))
             keys = np.concatenate([content_keys(list(distinct)) for distinct in self._distinct])
             self._arrays["text_keys"].append(keys[chosen])
+            self._arrays["scores"].append(self._scores)
             self._arrays["query_keys"].append(_id_keys(self._record_ids["query_id"]))
             self._arrays["document_keys"].append(_id_keys(self._record_ids["doc_id"]))
             self._max_texts = max(self._max_texts, int(np.diff(self._ends, prepend=0).max()))
@@ -197,8 +201,9 @@ class StoreWriter:
             sync_and_close(self._ids)
         else:
             counts["max_negatives"] = self._max_texts - 2
-            counts["records_without_negatives"] = self._num_without_negatives
-            counts["first_record_without_negatives"] = self._first_without_negatives
+            for what, (number, first) in self._lacking.items():
+                counts[f"records_without_{what}"] = number
+                counts[f"first_record_without_{what}"] = first
         write_manifest(self._folder, {**manifest, **counts})
 
 

@@ -1,7 +1,7 @@
 """What a model folder says about how to use it: `ds_embed.json` beside the weights."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from ds_embed.config import TextArguments
@@ -23,12 +23,24 @@ class EmbeddingCard:
     append_eos: bool
     base_model: str  # folder or hub name that an adapter belongs to
     consumed_samples: int  # samples the model was trained on; 0 for a base model
+    temperature: float | None = None  # of the loss at the end of training; None for a base model
 
     @classmethod
     def choose(
-        cls, text: TextArguments, pooling: str | None, *, decoder: bool, base: str, known: "EmbeddingCard | None"
+        cls,
+        text: TextArguments,
+        pooling: str | None,
+        *,
+        decoder: bool,
+        base: str,
+        known: "EmbeddingCard | None",
+        longest: int | None,
     ) -> "EmbeddingCard":
-        """The card of a model: what the flags say, else what its own card `known` says, else our defaults."""
+        """The card of a model: what the flags say, else what its own card `known` says, else our defaults.
+
+        longest: tokens that the model has positions for, None where nothing limits them. ValueError
+        when a length exceeds it.
+        """
 
         def first(*choices):
             return next(choice for choice in choices if choice is not None)
@@ -36,17 +48,26 @@ class EmbeddingCard:
         def of_known(name):
             return None if known is None else getattr(known, name)
 
+        default_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+        lengths = {
+            name: first(getattr(text, name), text.max_length, of_known(name), default_length)
+            for name in ("query_max_length", "doc_max_length")
+        }
+        for name, length in lengths.items():
+            if longest is not None and length > longest:
+                flag = "max_length" if getattr(text, name) is None else name
+                raise ValueError(
+                    f"--{flag} {length}: {base} has positions for {longest} tokens; set it to at most {longest}"
+                )
         return cls(
             pooling=first(pooling, of_known("pooling"), "last" if decoder else "mean"),
             query_prefix=first(text.query_prefix, of_known("query_prefix"), DEFAULT_QUERY_PREFIX),
             doc_prefix=first(text.doc_prefix, of_known("doc_prefix"), DEFAULT_DOC_PREFIX),
-            query_max_length=first(
-                text.query_max_length, text.max_length, of_known("query_max_length"), DEFAULT_MAX_LENGTH
-            ),
-            doc_max_length=first(text.doc_max_length, text.max_length, of_known("doc_max_length"), DEFAULT_MAX_LENGTH),
+            **lengths,
             append_eos=decoder,
             base_model=base,
             consumed_samples=first(of_known("consumed_samples"), 0),
+            temperature=of_known("temperature"),
         )
 
     def text_formats(self) -> tuple[TextFormat, TextFormat]:
@@ -67,7 +88,8 @@ class EmbeddingCard:
             return None
         content = json.loads(path.read_text("utf-8"))
         known = {field.name for field in fields(cls)}
-        if set(content) != known:
-            odd = ", ".join(sorted(set(content) ^ known))
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= set(content) <= known:
+            odd = ", ".join(sorted(set(content) - known | needed - set(content)))
             raise ValueError(f"{path}: missing or unknown keys ({odd}): written by another version of ds_embed?")
         return cls(**content)

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from ds_embed.config import ModelArguments, TextArguments
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
+
+# What transformers' models call the table of learned positions.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,41 @@ def is_decoder(config: Any) -> bool:
     return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
+def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments) -> EmbeddingCard:
+    """How texts become vectors: flags, else the model's own card, else our defaults for its kind.
+
+    ValueError when a length exceeds what the model has positions for.
+    """
+    config = load_config(source, model.trust_remote_code)
+    return EmbeddingCard.choose(
+        text,
+        model.pooling,
+        decoder=is_decoder(config),
+        base=source.base,
+        known=source.card,
+        longest=longest_text(config),
+    )
+
+
+def longest_text(config: Any) -> int | None:
+    """Most tokens that the model has learned positions for; None where positions are computed (rotary).
+
+    RoBERTa and its kin start counting behind the padding index, so a table of 514 holds 512 tokens.
+    """
+    from transformers import MODEL_MAPPING, AutoModel
+
+    if type(config) not in MODEL_MAPPING:  # code that comes with the model: unknown to us
+        return None
+    with torch.device("meta"):  # modules without weights
+        model = AutoModel.from_config(config)
+    limits = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.split(".")[-1] in _POSITION_TABLES
+    ]
+    return min([*limits, getattr(config, "max_position_embeddings", limits[0])]) if limits else None
+
+
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     """The fast tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
@@ -97,7 +136,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
 
 
 def load_encoder(
-    source: ModelSource, *, pooling: str, bf16: bool, attn_implementation: str, trust_remote_code: bool
+    source: ModelSource, *, pooling: str, bf16: bool, attn_implementation: str | None, trust_remote_code: bool
 ) -> TextEncoder:
     """The encoder with its base weights (and adapter, frozen, where the source has one).
 
@@ -120,7 +159,9 @@ def load_encoder(
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise
         raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
     if source.adapter is not None:
         from peft import PeftModel

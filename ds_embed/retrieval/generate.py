@@ -14,7 +14,7 @@ from ds_embed.data.tokenize import encode_texts
 from ds_embed.distributed import World
 from ds_embed.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.loading import ModelSource, find_model, is_decoder, load_config, load_encoder, load_tokenizer
+from ds_embed.models.loading import ModelSource, choose_card, find_model, load_encoder, load_tokenizer
 from ds_embed.retrieval.encode import encode_store
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 def generate(world: World, model: ModelArguments, text: TextArguments, arguments: EncodeArguments) -> Path:
     """Write consumed_samplesX/ under output_prefix and return its path. Every rank must call it."""
     source = find_model(model.model_name_or_path, arguments.adapter_path)
-    config = load_config(source, model.trust_remote_code)
-    card = EmbeddingCard.choose(text, model.pooling, decoder=is_decoder(config), base=source.base, known=source.card)
+    card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     target = Path(arguments.output_prefix).expanduser().resolve() / f"consumed_samples{card.consumed_samples}"
     stores = _build_stores(world, arguments, tokenizer, card)
@@ -50,8 +49,7 @@ def encode_queries(
 ) -> np.ndarray:
     """Vectors (N, D) float32 of a few queries, in one forward pass, as generate would write them."""
     source = find_model(model.model_name_or_path, adapter_path)
-    config = load_config(source, model.trust_remote_code)
-    card = EmbeddingCard.choose(text, model.pooling, decoder=is_decoder(config), base=source.base, known=source.card)
+    card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     encoder = load_encoder(
         source,

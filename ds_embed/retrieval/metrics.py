@@ -19,7 +19,8 @@ from typing import TextIO
 import ir_measures
 import numpy as np
 
-from ds_embed.data.records import parse_query_record, read_json_objects
+from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.records import parse_query_record
 
 Qrels = dict[str, dict[str, int]]
 

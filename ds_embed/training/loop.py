@@ -19,11 +19,17 @@ from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.data.store import TrainingStore
 from ds_embed.distributed import World
-from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.loading import find_model, is_decoder, load_config, load_encoder, load_tokenizer
+from ds_embed.models.loading import (
+    choose_card,
+    find_model,
+    is_decoder,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
 from ds_embed.models.lora import add_lora
 from ds_embed.engine import partitioned_loading, start_engine, take_step
-from ds_embed.training.prepare import prepare_store
+from ds_embed.training.prepare import check_prefixes, prepare_store, sample_order
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
 from ds_embed.training.schedule import learning_rate
@@ -54,12 +60,13 @@ class TrainingRun:
         world.on_main("check output_dir", self.folder.check_is_new)
         self.source = find_model(model.model_name_or_path)
         config = load_config(self.source, model.trust_remote_code)
-        self.is_decoder = decoder = is_decoder(config)
-        self.card = EmbeddingCard.choose(
-            data, model.pooling, decoder=decoder, base=self.source.base, known=self.source.card
-        )
+        self.is_decoder = is_decoder(config)
+        if step.matryoshka_dims:
+            check_prefixes(step, config.get_text_config().hidden_size)
+        self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         self.store = prepare_store(world, data, step, self.tokenizer, self.card)
+        self.order = sample_order(self.store, data, step, run.seed)
         self.max_steps = count_steps(self.store.num_records, step.global_batch_size, optimizer)
 
     def require_decoder(self) -> None:
@@ -67,7 +74,15 @@ class TrainingRun:
         if not self.is_decoder:
             raise ValueError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a BERT-style encoder; "
-                "recipes/train_gpt.py trains decoders"
+                "recipes/train_gpt.py trains decoders, recipes/train_bert.py encoders"
+            )
+
+    def require_encoder(self) -> None:
+        """ValueError unless the base model is a BERT-style encoder."""
+        if self.is_decoder:
+            raise ValueError(
+                f"--model_name_or_path {self.model.model_name_or_path}: is a causal decoder; "
+                "recipes/train_bert.py trains encoders, recipes/train_gpt.py decoders"
             )
 
     def train(self) -> None:
@@ -96,7 +111,9 @@ class TrainingRun:
         if progress is not None:
             progress.close()
 
-        card = replace(self.card, consumed_samples=self.max_steps * size)
+        card = replace(
+            self.card, consumed_samples=self.max_steps * size, temperature=self.step_arguments.temperature
+        )
         save_model(encoder, self.tokenizer, card, self.folder, self.world)
         self.folder.close()
         if self.world.is_main:
@@ -119,15 +136,18 @@ class TrainingRun:
         if self.lora.lora_rank:
             dtype = torch.bfloat16 if self.run.bf16 else torch.float32
             add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
+        if self.step_arguments.learnable_temperature:
+            encoder.learn_temperature()
         return encoder
 
     def _batch(self, first_sample: int) -> GlobalBatch:
         return assemble_batch(
             self.store,
-            seed=self.run.seed,
+            self.order,
             first_sample=first_sample,
             num_queries=self.step_arguments.global_batch_size,
             hard_negatives=self.data.hard_negatives,
+            hard_negatives_sampling=self.data.hard_negatives_sampling,
         )
 
     def _print_arithmetic(self, encoder: Any) -> None:
@@ -149,6 +169,10 @@ class TrainingRun:
             f"micro-batches  {plan.num_micro_batches} per rank of at most {self.step_arguments.micro_batch_tokens:,} "
             f"tokens, padding {plan.padding_share:.1%}",
         ]
+        if self.order.probabilities is not None:
+            unit = "batches" if self.order.batch_size else "samples"
+            shares = zip(self.data.train_files, self.store.file_sizes, self.order.probabilities)
+            lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
         logger.info("\n".join(lines))
 
     def _progress_bar(self) -> Any:
@@ -180,6 +204,7 @@ class TrainingRun:
                 "accuracy": result.accuracy,
                 "positive_similarity": result.positive_similarity,
                 "negative_similarity": result.negative_similarity,
+                "temperature": result.temperature,
                 "learning_rate": rate,
                 "grad_norm": norm,
                 "consumed_samples": number * self.step_arguments.global_batch_size,

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from ds_embed.config import DataArguments, StepArguments
+from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
@@ -17,17 +18,20 @@ def prepare_store(
     """Build or find the store of the training files and check that every setting fits it."""
     query_format, document_format = card.text_formats()
 
+    num_negatives = data.hard_negatives if data.hard_negatives_sampling == "first" else None  # None: all
+
     def build() -> str:
         path = build_training_store(
-            data.train_files, tokenizer, query_format, document_format, data.hard_negatives, data.cache_dir
+            data.train_files, tokenizer, query_format, document_format, num_negatives, data.cache_dir
         )
-        _check(TrainingStore.open(path), data, step)
+        check_store(TrainingStore.open(path), data, step)
         return str(path)
 
     return TrainingStore.open(world.on_main("token store", build))
 
 
-def _check(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
+def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
+    """ValueError, with file and line where there is one, when the data don't serve the settings."""
     first = store.manifest["first_record_without_negatives"]
     if data.hard_negatives and first:
         raise ValueError(
@@ -42,3 +46,46 @@ def _check(store: TrainingStore, data: DataArguments, step: StepArguments) -> No
         )
     if step.negatives == "pair" and data.hard_negatives == 0:
         raise ValueError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
+    if step.distillation_weight:
+        _check_scores(store, data)
+
+
+def _check_scores(store: TrainingStore, data: DataArguments) -> None:
+    if data.hard_negatives == 0:
+        raise ValueError(
+            "--distillation_weight: the teacher ranks a query's hard negatives; set --hard_negatives 1 or more"
+        )
+    first = store.manifest["first_record_without_scores"]
+    if first:
+        raise ValueError(
+            f"{first}: has no pos_score and neg_scores, which --distillation_weight needs in every record "
+            f"({store.manifest['records_without_scores']:,} records lack them); add them or set --distillation_weight 0"
+        )
+
+
+def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments, seed: int) -> SampleOrder:
+    """The order of the run's samples. ValueError when a file can't fill a batch of its own."""
+    shares = data.sampling_probabilities
+    homogeneous = data.batching == "homogeneous"
+    if not shares and not homogeneous:
+        return SampleOrder(seed, store.file_sizes)
+    for path, size in zip(data.train_files, store.file_sizes):
+        if homogeneous and size < step.global_batch_size:
+            raise ValueError(
+                f"--batching homogeneous: {path} holds {size} records, fewer than --global_batch_size "
+                f"{step.global_batch_size}; lower it, leave the file out or set --batching mixed"
+            )
+    shares = shares or store.file_sizes
+    probabilities = tuple(share / sum(shares) for share in shares)
+    return SampleOrder(seed, store.file_sizes, probabilities, step.global_batch_size if homogeneous else None)
+
+
+def check_prefixes(step: StepArguments, num_dims: int) -> None:
+    """ValueError unless the Matryoshka prefixes lie in the D dimensions of the model and include all D."""
+    dims = step.matryoshka_dims
+    if dims and max(dims) != num_dims:
+        shown = " ".join(map(str, dims))
+        raise ValueError(
+            f"--matryoshka_dims {shown}: the model's embeddings have {num_dims} dimensions; the largest must be "
+            f"{num_dims}, so that the whole embedding is trained too"
+        )

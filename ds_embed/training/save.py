@@ -1,5 +1,6 @@
 """A trained model as users load it: a PEFT adapter or a whole Hugging Face model, with the card beside it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
 from ds_embed.engine import gather_weights
 from ds_embed.training.run_folder import RunFolder
 
@@ -15,11 +16,17 @@ _PREFIX = "backbone."
 
 
 def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder: RunFolder, world: World) -> None:
-    """Write RUN/model/. Every rank must call it: under ZeRO the weights are gathered first."""
+    """Write RUN/model/. Every rank must call it: under ZeRO the weights are gathered first.
+
+    A learned temperature goes into the card; card.temperature is where it started.
+    """
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     is_adapter = len(trained) < sum(1 for _ in encoder.parameters())
     weights = gather_weights(encoder, trained if is_adapter else None, world)
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+    change = weights.pop(LOG_SCALE_CHANGE, None)
+    if change is not None:
+        card = replace(card, temperature=learned_temperature(card.temperature, float(change)))
 
     def fill(target: Path) -> None:
         if is_adapter:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ds_embed.config import StepArguments
+from ds_embed.config.arguments import MIN_LEARNED_TEMPERATURE
 from ds_embed.data.batch import GlobalBatch, collate
 from ds_embed.data.order import key_of
 from ds_embed.data.plan import Plan, plan_micro_batches
 from ds_embed.data.store import TrainingStore
 from ds_embed.distributed import World
-from ds_embed.losses import ContrastiveResult, contrastive_loss
+from ds_embed.losses import LossOptions, LossResult, contrastive_loss
+from ds_embed.models.encoder import learned_temperature
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class StepResult:
     accuracy: float  # share of queries whose positive scores above every negative
     positive_similarity: float  # mean cosine of query and positive
     negative_similarity: float  # mean cosine of query and its highest-scored negative
+    temperature: float  # that the loss was computed with
+    grad_log_scale: float  # of the loss by log(1 / temperature)
     num_tokens: int
     padding_share: float
 
@@ -43,6 +47,7 @@ class ContrastiveStep:
         self.world = world
         self.arguments = arguments
         self.seed = seed
+        self.options = loss_options(arguments)
         # ZeRO-0 has no notion of a boundary: each backward averages what has accumulated, and averaging
         # an average again changes nothing, so the sum over micro-batches comes out right.
         self.has_boundary = engine.zero_optimization_stage() > 0
@@ -53,16 +58,19 @@ class ContrastiveStep:
         inputs = [self._inputs(batch, texts) for texts in plan.micro_batches[self.world.rank]]
         keep_graphs = not self.arguments.grad_cache
         with torch.set_grad_enabled(keep_graphs):
-            embeddings = [self._encode(batch, number, item) for number, item in enumerate(inputs)]
-        table = self._gather([e.detach() for e in embeddings], plan)
-        loss = self._loss(table, batch)
-        result = self._summarise(loss, plan, batch)
+            outputs = [self._encode(batch, number, item) for number, item in enumerate(inputs)]
+        table = self._gather([vectors.detach() for vectors, _ in outputs], plan)
+        temperature = self._temperature(outputs[0][1])
+        loss = self._loss(table, batch, temperature)
+        result = self._summarise(loss, plan, batch, temperature)
         if result.is_finite:
-            gradients = self._own_gradients(table, loss, plan)
+            rows = self._own_gradients(loss.gradient, plan)
+            # The last micro-batch carries the gradient of a learned temperature, the others a zero.
+            on_scale = [0.0] * (len(inputs) - 1) + [_temperature_gradient(result)]
             if keep_graphs:
-                self._backward_kept(embeddings, gradients)
+                self._backward_kept(outputs, rows, on_scale)
             else:
-                self._backward_again(batch, inputs, gradients)
+                self._backward_again(batch, inputs, rows, on_scale)
         return result
 
     def _inputs(self, batch: GlobalBatch, texts) -> tuple[Tensor, Tensor, bool, int]:
@@ -72,14 +80,20 @@ class ContrastiveStep:
         device = self.world.device
         return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device), has_padding, len(texts)
 
-    def _encode(self, batch: GlobalBatch, number: int, item) -> Tensor:
-        """Embeddings (b, D) of one micro-batch."""
+    def _encode(self, batch: GlobalBatch, number: int, item) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (b, D) of one micro-batch, and the parameter of a learned temperature."""
         ids, lengths, has_padding, num_texts = item
         # Dropout is a pure function of (seed, step, rank, micro-batch): the second pass of grad_cache
         # draws what the first drew, and a resumed run what the interrupted one would have drawn.
         key = key_of(self.seed, batch.first_sample, self.world.rank, number)
         torch.manual_seed(int(key) % 2**63)
-        return self.engine(ids, lengths, has_padding)[: max(1, num_texts)]
+        outputs = self.engine(ids, lengths, has_padding)
+        vectors, change = outputs if self.arguments.learnable_temperature else (outputs, None)
+        return vectors[: max(1, num_texts)], change
+
+    def _temperature(self, log_scale_change: Tensor | None) -> float:
+        initial = self.arguments.temperature
+        return initial if log_scale_change is None else learned_temperature(initial, log_scale_change.item())
 
     def _gather(self, own: list[Tensor], plan: Plan) -> Tensor:
         """The table (T, D) of all embeddings in batch order, on every rank."""
@@ -91,62 +105,85 @@ class ContrastiveStep:
         table[order] = gathered
         return table
 
-    def _loss(self, table: Tensor, batch: GlobalBatch) -> tuple[ContrastiveResult, int]:
-        """Loss of this rank's share of the query rows against all documents."""
-        first = batch.num_queries * self.world.rank // self.world.size
-        last = batch.num_queries * (self.world.rank + 1) // self.world.size
-        result = contrastive_loss(
-            table[first:last],
-            table[batch.num_queries :],
+    def _loss(self, table: Tensor, batch: GlobalBatch, temperature: float) -> LossResult:
+        """The part of this rank's share of the queries (and of their positives) in the loss."""
+        return contrastive_loss(
+            table,
             torch.from_numpy(batch.document_keys).to(table.device),
             num_queries=batch.num_queries,
-            first_query=first,
-            temperature=self.arguments.temperature,
-            negatives=self.arguments.negatives,
+            first_query=batch.num_queries * self.world.rank // self.world.size,
+            last_query=batch.num_queries * (self.world.rank + 1) // self.world.size,
+            temperature=temperature,
+            options=self.options,
+            teacher_scores=torch.from_numpy(batch.teacher_scores).to(table.device),
         )
-        return result, first
 
-    def _summarise(self, loss: tuple[ContrastiveResult, int], plan: Plan, batch: GlobalBatch) -> StepResult:
+    def _summarise(self, loss: LossResult, plan: Plan, batch: GlobalBatch, temperature: float) -> StepResult:
         """Add up the ranks' shares, so that all ranks know (and agree on) the loss of the batch."""
-        own = loss[0]
-        parts = [own.loss, own.num_correct, own.positive_similarity, own.negative_similarity, own.num_with_negatives]
-        total, correct, positive, negative, with_negatives = self.world.sum(torch.stack(parts).double().tolist())
+        sums = self.world.sum(torch.stack(loss.sums.values()).double().tolist())
+        total, on_log_scale, correct, positive, negative, with_negatives = sums
         return StepResult(
             loss=total,
             accuracy=correct / batch.num_queries,
             positive_similarity=positive / batch.num_queries,
             negative_similarity=negative / max(1.0, with_negatives),
+            temperature=temperature,
+            grad_log_scale=on_log_scale,
             num_tokens=plan.num_tokens,
             padding_share=plan.padding_share,
         )
 
-    def _own_gradients(self, table: Tensor, loss: tuple[ContrastiveResult, int], plan: Plan) -> list[Tensor]:
+    def _own_gradients(self, gradient: Tensor, plan: Plan) -> list[Tensor]:
         """Gradient of the batch loss by this rank's embeddings, micro-batch by micro-batch."""
-        own, first = loss
-        gradient = torch.zeros_like(table)
-        num_queries = table.shape[0] - own.grad_documents.shape[0]
-        gradient[first : first + own.grad_queries.shape[0]] = own.grad_queries
-        gradient[num_queries:] = own.grad_documents
-        order = torch.from_numpy(plan.rank_order()).to(table.device)
+        order = torch.from_numpy(plan.rank_order()).to(gradient.device)
         rows = self.world.reduce_scatter_rows(gradient[order], plan.rank_counts())
         return list(rows.split([len(texts) for texts in plan.micro_batches[self.world.rank]]))
 
-    def _surrogate(self, embeddings: Tensor, gradient: Tensor) -> Tensor:
-        """A scalar whose gradient by the embeddings is `gradient` times W: DeepSpeed divides by W."""
-        if gradient.shape[0] == 0:
-            return embeddings.sum() * 0.0
-        return (embeddings * gradient).sum() * self.world.size
+    def _surrogate(self, outputs: tuple[Tensor, Tensor | None], gradient: Tensor, on_scale: float) -> Tensor:
+        """A scalar whose gradient by the embeddings is `gradient` times W: DeepSpeed divides by W.
 
-    def _backward_kept(self, embeddings: list[Tensor], gradients: list[Tensor]) -> None:
+        `on_scale`, the gradient by a learned temperature's parameter, is the same on every rank, so
+        that the mean over ranks leaves it as it is.
+        """
+        embeddings, change = outputs
+        if gradient.shape[0] == 0:
+            total = embeddings.sum() * 0.0
+        else:
+            total = (embeddings * gradient).sum() * self.world.size
+        return total if change is None else total + change.sum() * on_scale
+
+    def _backward_kept(self, outputs: list, gradients: list[Tensor], on_scale: list[float]) -> None:
         # One backward of the sum: one backward per graph is silently wrong under ZeRO-3.
-        total = torch.stack([self._surrogate(e, g) for e, g in zip(embeddings, gradients)]).sum()
+        total = torch.stack([self._surrogate(*parts) for parts in zip(outputs, gradients, on_scale)]).sum()
         if self.has_boundary:
             self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(total, scale_wrt_gas=False)
 
-    def _backward_again(self, batch: GlobalBatch, inputs: list, gradients: list[Tensor]) -> None:
-        for number, (item, gradient) in enumerate(zip(inputs, gradients)):
+    def _backward_again(
+        self, batch: GlobalBatch, inputs: list, gradients: list[Tensor], on_scale: list[float]
+    ) -> None:
+        for number, (item, *parts) in enumerate(zip(inputs, gradients, on_scale)):
             if self.has_boundary:
                 self.engine.set_gradient_accumulation_boundary(number == len(inputs) - 1)
-            embeddings = self._encode(batch, number, item)
-            self.engine.backward(self._surrogate(embeddings, gradient), scale_wrt_gas=False)
+            self.engine.backward(self._surrogate(self._encode(batch, number, item), *parts), scale_wrt_gas=False)
+
+
+def loss_options(arguments: StepArguments) -> LossOptions:
+    """The settings of the loss as the losses take them."""
+    dims = tuple(arguments.matryoshka_dims)
+    return LossOptions(
+        negatives=arguments.negatives,
+        label_smoothing=arguments.label_smoothing,
+        symmetric=arguments.symmetric,
+        false_negative_margin=arguments.false_negative_margin,
+        matryoshka_dims=dims,
+        matryoshka_weights=tuple(arguments.matryoshka_weights or [1.0] * len(dims)),
+        distillation_weight=arguments.distillation_weight,
+        distillation_temperature=arguments.distillation_temperature,
+    )
+
+
+def _temperature_gradient(result: StepResult) -> float:
+    """By the parameter of a learned temperature. At its lower bound, none that would push it further."""
+    at_bound = result.temperature <= MIN_LEARNED_TEMPERATURE
+    return max(0.0, result.grad_log_scale) if at_bound else result.grad_log_scale

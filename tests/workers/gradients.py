@@ -12,6 +12,7 @@ import torch
 
 from ds_embed.config import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
 from ds_embed.data.batch import assemble_batch
+from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore
 from ds_embed.distributed import initialize, run_recipe
 from ds_embed.engine import partitioned_loading, start_engine
@@ -28,7 +29,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
             find_model(case["model"]),
             pooling=case["pooling"],
             bf16=case["bf16"],
-            attn_implementation="sdpa",
+            attn_implementation=None,
             trust_remote_code=False,
         )
     if case["checkpointing"]:
@@ -42,22 +43,26 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
             if "lora_B" in name:
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
     rotary = {name: buffer.clone() for name, buffer in encoder.named_buffers() if "inv_freq" in name}
-    engine = start_engine(encoder, config, OptimizerArguments(), world)
     arguments = StepArguments(
         global_batch_size=case["queries"],
         micro_batch_tokens=case["budget"],
         grad_cache=case["grad_cache"],
         negatives=case["negatives"],
         temperature=0.1,
+        **case["loss"],
     )
+    if arguments.learnable_temperature:
+        encoder.learn_temperature()
+    engine = start_engine(encoder, config, OptimizerArguments(), world)
+    order = SampleOrder(3, store.file_sizes)
     batch = assemble_batch(
-        store, seed=3, first_sample=4, num_queries=case["queries"], hard_negatives=case["hard_negatives"]
+        store, order, first_sample=4, num_queries=case["queries"], hard_negatives=case["hard_negatives"]
     )
     engine.train()
     step = ContrastiveStep(engine, store, world, arguments, seed=3)
     if case.get("scale"):  # a deliberate error, to see the contract test notice
         surrogate = step._surrogate
-        step._surrogate = lambda e, g: surrogate(e, g) * case["scale"]
+        step._surrogate = lambda *parts: surrogate(*parts) * case["scale"]
     result = step.run(batch)
     from deepspeed.utils import safe_get_full_grad
 

@@ -1,0 +1,139 @@
+"""What is scored against what: anchors on one side, candidates on the other, and where gradients are added.
+
+The anchors are queries and the candidates documents, or the other way round. Each anchor has one positive
+among the candidates. Its negatives are the shared candidates and its own ones, less those equal to the positive.
+
+Shapes: n anchors, C candidates, c of them in one block, K own candidates per anchor, D dimensions, J keys.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """One direction of a loss for some of its anchors; the gradients are views that losses add to."""
+
+    anchors: Tensor  # (n, D)
+    candidates: Tensor  # (C, D)
+    keys: Tensor  # (C, J) candidates that agree in a key are equal
+    positives: Tensor  # (n,) candidate numbers
+    shared: int  # the first `shared` candidates are scored against every anchor
+    own: Tensor  # (n, K) candidate numbers, scored against their own anchor only
+    grad_anchors: Tensor  # (n, D)
+    grad_candidates: Tensor  # (C, D)
+
+    def tiles(self, num_anchors: int) -> Iterator["Side"]:
+        """The same side for at most `num_anchors` anchors at a time."""
+        for start in range(0, len(self.anchors), num_anchors):
+            rows = slice(start, start + num_anchors)
+            yield replace(
+                self,
+                anchors=self.anchors[rows],
+                positives=self.positives[rows],
+                own=self.own[rows],
+                grad_anchors=self.grad_anchors[rows],
+            )
+
+    def positive_scores(self, scale: float) -> Tensor:
+        """Scores (n,) of the positives."""
+        return (self.anchors * self.candidates[self.positives]).sum(1) * scale
+
+    def add_positive_gradient(self, weight: Tensor, grad_anchors: Tensor) -> None:
+        """Add d loss / d positive score, `weight` (n,), to both sides' gradients."""
+        grad_anchors += weight[:, None] * self.candidates[self.positives]
+        self.grad_candidates.index_add_(0, self.positives, weight[:, None] * self.anchors)
+
+    def shared_blocks(self, num_candidates: int) -> list["SharedBlock"]:
+        stops = range(0, self.shared, num_candidates)
+        return [SharedBlock(self, slice(a, min(a + num_candidates, self.shared))) for a in stops]
+
+    def own_block(self) -> "OwnBlock":
+        return OwnBlock(self)
+
+
+@dataclass(frozen=True)
+class SharedBlock:
+    """Candidates of a span against every anchor."""
+
+    side: Side
+    span: slice
+
+    def scores(self, scale: float, highest: Tensor | None) -> Tensor:
+        """Scores (n, c); -inf where a candidate is no negative: equal to the positive, or above `highest` (n,)."""
+        side = self.side
+        scores = side.anchors @ side.candidates[self.span].T
+        scores *= scale
+        for key in side.keys.T:  # J is 2 or 3; no (n, c, J) buffer
+            scores.masked_fill_(key[side.positives][:, None] == key[None, self.span], -torch.inf)
+        return scores if highest is None else scores.masked_fill_(scores > highest[:, None], -torch.inf)
+
+    def add_gradient(self, weight: Tensor, grad_anchors: Tensor) -> None:
+        """Add d loss / d score, `weight` (n, c), to both sides' gradients."""
+        grad_anchors.addmm_(weight, self.side.candidates[self.span])
+        self.side.grad_candidates[self.span].addmm_(weight.T, self.side.anchors)
+
+
+@dataclass(frozen=True)
+class OwnBlock:
+    """Each anchor's own K candidates; as SharedBlock."""
+
+    side: Side
+
+    def scores(self, scale: float, highest: Tensor | None) -> Tensor:
+        side = self.side
+        scores = torch.einsum("nd,nkd->nk", side.anchors, side.candidates[side.own]) * scale
+        equal = (side.keys[side.own] == side.keys[side.positives][:, None, :]).any(2)
+        dropped = equal if highest is None else equal | (scores > highest[:, None])
+        return scores.masked_fill(dropped, -torch.inf)
+
+    def add_gradient(self, weight: Tensor, grad_anchors: Tensor) -> None:
+        side = self.side
+        grad_anchors += torch.einsum("nk,nkd->nd", weight, side.candidates[side.own])
+        grad_own = weight[:, :, None] * side.anchors[:, None, :]
+        side.grad_candidates.index_add_(0, side.own.flatten(), grad_own.flatten(0, 1))
+
+
+@dataclass
+class Sums:
+    """Sums over anchors, as a loss returns them and the caller adds them up."""
+
+    loss: Tensor  # () times the weight that the caller gave
+    grad_log_scale: Tensor  # () d loss / d log(1 / temperature)
+    num_correct: Tensor  # () anchors whose positive scores above every negative
+    positive_similarity: Tensor  # () sum of the positives' cosines
+    negative_similarity: Tensor  # () sum of the highest negative cosine, over anchors that have a negative
+    num_with_negatives: Tensor  # ()
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*(a + b for a, b in zip(self.values(), other.values())))
+
+    def values(self) -> list[Tensor]:
+        return list(vars(self).values())
+
+    @classmethod
+    def zero(cls, like: Tensor) -> "Sums":
+        return cls(*like.new_zeros(6))
+
+
+def finish_tile(
+    side: Side, loss: Tensor, grad_anchors: Tensor, positive: Tensor, highest: Tensor, scale: float
+) -> Sums:
+    """Add the tile's gradient by its anchors, and sum up loss () and scores (n,) of positives and best negatives.
+
+    Every score is the scale times a cosine, so d loss / d log(scale) is sum_ij (d loss / d s_ij) s_ij, which is
+    the scalar product of the anchors and their gradient: no further pass over the scores is needed.
+    """
+    side.grad_anchors.add_(grad_anchors)
+    has_negatives = highest > -torch.inf
+    return Sums(
+        loss,
+        (side.anchors * grad_anchors).sum(),
+        (positive > highest).sum().to(loss),
+        positive.sum() / scale,
+        highest[has_negatives].sum() / scale,
+        has_negatives.sum().to(loss),
+    )

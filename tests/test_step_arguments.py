@@ -1,0 +1,49 @@
+"""Settings of the loss that can't work are refused with the flag and the value."""
+
+import pytest
+
+from ds_embed.config import BertStepArguments, StepArguments, parse_arguments
+from ds_embed.training.prepare import check_prefixes
+from ds_embed.training.step import loss_options
+
+CASES = {
+    "--label_smoothing 1.0": dict(label_smoothing=1.0),
+    "--label_smoothing -0.1": dict(label_smoothing=-0.1),
+    "--false_negative_margin 2.5": dict(false_negative_margin=2.5),
+    "--temperature 0.005: .* at least 0.01": dict(temperature=0.005, learnable_temperature=True),
+    "--matryoshka_dims 8 8": dict(matryoshka_dims=[8, 8]),
+    "--matryoshka_dims 0 8": dict(matryoshka_dims=[0, 8]),
+    "--matryoshka_weights 1.0: there are 1, and --matryoshka_dims has 2": dict(
+        matryoshka_dims=[4, 8], matryoshka_weights=[1.0]
+    ),
+    "--matryoshka_weights 0.0 1.0: each": dict(matryoshka_dims=[4, 8], matryoshka_weights=[0.0, 1.0]),
+    "--matryoshka_weights 1.0: there are 1, and --matryoshka_dims has 0": dict(matryoshka_weights=[1.0]),
+    "--distillation_weight -1": dict(distillation_weight=-1.0),
+    "--distillation_temperature 0": dict(distillation_temperature=0.0),
+    "--negatives none": dict(negatives="none"),
+}
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_refused(message):
+    with pytest.raises(ValueError, match=message):
+        StepArguments(**CASES[message])
+
+
+def test_prefixes_must_include_the_whole_embedding():
+    check_prefixes(StepArguments(matryoshka_dims=[32, 8]), 32)
+    check_prefixes(StepArguments(), 32)
+    for dims in ([8, 16], [8, 64]):
+        with pytest.raises(ValueError, match=f"--matryoshka_dims {dims[0]} {dims[1]}: .* have 32 dimensions"):
+            check_prefixes(StepArguments(matryoshka_dims=dims), 32)
+
+
+def test_from_flags_and_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("matryoshka_dims: [32, 8]\nmatryoshka_weights: []\nlabel_smoothing: 1e-1\nsymmetric: true\n")
+    argv = ["--config", str(file), "--false_negative_margin", "-0.05", "--symmetric", "false"]
+    (step,) = parse_arguments(BertStepArguments, argv=argv)
+    options = loss_options(step)
+    assert options.matryoshka_dims == (32, 8) and options.matryoshka_weights == (1.0, 1.0)
+    assert (options.negatives, options.label_smoothing, options.symmetric) == ("own", 0.1, False)
+    assert options.false_negative_margin == -0.05
