@@ -5,7 +5,7 @@
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ds_embed.config import ModelArguments, TextArguments, parse_arguments
 from ds_embed.config.arguments import setting

@@ -10,8 +10,7 @@ from ds_embed.config import LoraArguments, OptimizerArguments
 from ds_embed.engine import _parameter_groups
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
-from ds_embed.training.loop import count_steps
-from ds_embed.training.schedule import learning_rate
+from ds_embed.training.schedule import count_steps, learning_rate
 
 
 def rates(max_steps, **settings):

@@ -7,11 +7,23 @@ import os
 
 import numpy as np
 import pytest
-from store_material import DOCUMENT, QUERY, RECORDS, build, contents, expected_texts, make_tokenizer, small_chunks, tokenizer, write_jsonl  # noqa: F401
+from store_material import (  # noqa: F401
+    DOCUMENT,
+    QUERY,
+    RECORDS,
+    build,
+    contents,
+    expected_texts,
+    make_tokenizer,
+    small_chunks,
+    tokenizer,
+    write_jsonl,
+)
 
 from ds_embed.data import store_files, store_writer
 from ds_embed.data.store import TextStore, TrainingStore, build_text_store, content_key
 from ds_embed.data.tokenize import TextFormat, encode_texts
+
 
 @pytest.mark.parametrize("num_negatives", [0, 1, 2, None])
 @pytest.mark.parametrize("chunk_texts", [1, 4, 10_000])

@@ -1,7 +1,6 @@
 """Building token stores: killed, at once, without room, flat in memory."""
 
 import errno
-import logging
 import os
 import resource
 import signal
@@ -16,8 +15,7 @@ import pytest
 from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, small_chunks, tokenizer, write_jsonl  # noqa: F401
 
 from ds_embed.data import store_files, store_writer
-from ds_embed.data.store import TrainingStore, build_text_store, build_training_store
-from ds_embed.data.tokenize import TextFormat
+from ds_embed.data.store import TrainingStore, build_text_store
 
 CHILD = """
 import json, logging, os, signal, sys, time, types

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from ds_embed.data.tokenize import SpecialTokens, TextTokenizer, TextFormat, encode_texts, tokenizer_fingerprint
+from ds_embed.data.tokenize import SpecialTokens, TextFormat, TextTokenizer, encode_texts, tokenizer_fingerprint
 
 TEXTS = [
     "the water of the lake is cold",

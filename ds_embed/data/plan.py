@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 # What one more micro-batch costs, as a share of a full one: launches, and under ZeRO-3 a gather of the weights.
 # More and smaller micro-batches pad less, so a few more than must be often pay.
 ROUND_COST = 1 / 64

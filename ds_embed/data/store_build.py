@@ -21,7 +21,7 @@ from ds_embed.data.records import (
 )
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
-from ds_embed.data.tokenize import TextTokenizer, TextFormat, tokenizer_fingerprint
+from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerprint
 
 
 def build_training_store(

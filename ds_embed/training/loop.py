@@ -17,7 +17,6 @@ from ds_embed.config import (
 )
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
-from ds_embed.data.store import TrainingStore
 from ds_embed.distributed import EXIT_REQUEUE, World
 from ds_embed.engine import partitioned_loading, start_engine, take_step
 from ds_embed.models.loading import (
@@ -32,10 +31,11 @@ from ds_embed.models.lora import add_lora
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
 from ds_embed.training.prepare import check_prefixes, prepare_store, sample_order
+from ds_embed.training.report import StepLog, non_finite_message, whole_size
 from ds_embed.training.resume import Start, clear_way, find_start
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
-from ds_embed.training.schedule import learning_rate
+from ds_embed.training.schedule import count_steps, learning_rate
 from ds_embed.training.signals import StopRequest
 from ds_embed.training.step import ContrastiveStep, StepResult
 
@@ -134,7 +134,7 @@ class TrainingRun:
 
     def _run_steps(self, engine: Any, stop: StopRequest) -> None:
         contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
-        progress = self._progress_bar()
+        log = StepLog(self.world, self.folder, self.start.step, self.max_steps, self.run.log_interval)
         skipped_steps = self.start.skipped_steps
         saved_step = self.start.step
         engine.train()
@@ -152,13 +152,12 @@ class TrainingRun:
                 skipped_steps += 1
                 self._report_skip(number, result, batch, skipped_steps)
             seconds = time.perf_counter() - started
-            self._log(number, rate, norm, result, seconds, skipped_steps if is_skipped else None, progress)
+            log.add(number, self._consumed(number), rate, norm, result, seconds, skipped_steps if is_skipped else None)
             interval = self.run.save_interval
             if number == self.max_steps or interval and number % interval == 0:
                 self._save(engine, number, skipped_steps)
                 saved_step = number
-        if progress is not None:
-            progress.close()
+        log.close()
 
     def _leave_if_asked(self, engine: Any, stop: StopRequest, number: int, saved_step: int, skipped: int) -> None:
         """End the job between two steps, all ranks at the same one, when any of them was sent a signal."""
@@ -191,7 +190,7 @@ class TrainingRun:
 
     def _report_skip(self, number: int, result: StepResult, batch: GlobalBatch, skipped_steps: int) -> None:
         """Warn of a step whose loss or gradient is not finite, or raise ValueError when there were too many."""
-        message = _non_finite_message(number, result, batch, self.store)
+        message = non_finite_message(number, result, batch, self.store)
         limit = self.run.max_skipped_steps
         if skipped_steps > limit:
             raise ValueError(f"{message}. Lower --learning_rate, raise --warmup_steps, or try --bf16 false")
@@ -233,8 +232,8 @@ class TrainingRun:
         """Say what a step is made of, from the first batch: the numbers a user would otherwise guess."""
         batch = self._batch(0)
         plan = plan_micro_batches(batch.lengths, self.step_arguments.micro_batch_tokens, self.world.size)
-        trained = sum(_size(p) for p in encoder.parameters() if p.requires_grad)
-        total = sum(_size(p) for p in encoder.parameters())
+        trained = sum(whole_size(p) for p in encoder.parameters() if p.requires_grad)
+        total = sum(whole_size(p) for p in encoder.parameters())
         hard = self.data.hard_negatives
         seen = {"all": batch.num_queries * (1 + hard), "own": batch.num_queries + hard, "pair": 1 + hard}
         zero = self.deepspeed_config["zero_optimization"].get("stage", 0)
@@ -253,87 +252,3 @@ class TrainingRun:
             shares = zip(self.data.train_files, self.store.file_sizes, self.order.probabilities)
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
         logger.info("\n".join(lines))
-
-    def _progress_bar(self) -> Any:
-        if not self.world.is_main:
-            return None
-        from tqdm import tqdm
-
-        return tqdm(
-            initial=self.start.step, total=self.max_steps, unit="step", desc="training", dynamic_ncols=True
-        )
-
-    def _log(
-        self,
-        number: int,
-        rate: float,
-        norm: float,
-        result: StepResult,
-        seconds: float,
-        skipped_steps: int | None,
-        progress: Any,
-    ) -> None:
-        """One line of metrics; a skipped step always has one, with the count of them, and null for what is no number."""
-        if not self.world.is_main:
-            return
-        tokens_per_second = result.num_tokens / seconds
-        progress.update()
-        progress.set_postfix(
-            loss=f"{result.loss:.4f}",
-            rate=f"{rate:.2e}",
-            tokens_per_s=f"{tokens_per_second:,.0f}",
-            padding=f"{result.padding_share:.1%}",
-        )
-        if number % self.run.log_interval and number != self.max_steps and skipped_steps is None:
-            return
-        counted = {} if skipped_steps is None else {"skipped_steps": skipped_steps}
-        self.folder.log(
-            counted
-            | {
-                "step": number,
-                "loss": result.loss if result.is_finite else None,
-                "accuracy": result.accuracy,
-                "positive_similarity": result.positive_similarity,
-                "negative_similarity": result.negative_similarity,
-                "temperature": result.temperature,
-                "learning_rate": rate,
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "consumed_samples": self._consumed(number),
-                "tokens_per_second": tokens_per_second,
-                "padding_share": result.padding_share,
-                "seconds": seconds,
-            }
-        )
-
-
-def count_steps(num_records: int, global_batch_size: int, arguments: OptimizerArguments) -> int:
-    """Steps of a run: max_steps or num_train_epochs, whichever ends first; one epoch if neither is given."""
-    if num_records < global_batch_size:
-        raise ValueError(
-            f"--global_batch_size {global_batch_size}: the training files hold only {num_records} records; "
-            f"lower it to at most {num_records}"
-        )
-    epochs = arguments.num_train_epochs or (None if arguments.max_steps else 1.0)
-    limits = [] if arguments.max_steps is None else [arguments.max_steps]
-    if epochs is not None:
-        limits.append(math.ceil(epochs * num_records / global_batch_size))
-    steps = min(limits)
-    if arguments.warmup_steps + arguments.constant_steps > steps:
-        raise ValueError(
-            f"--warmup_steps {arguments.warmup_steps} and --constant_steps {arguments.constant_steps} "
-            f"exceed the {steps} steps of the run; lower them"
-        )
-    return steps
-
-
-def _size(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def _non_finite_message(number: int, result: StepResult, batch: GlobalBatch, store: TrainingStore) -> str:
-    shown = ", ".join(store.location(int(record)) for record in batch.records[:3])
-    what = "the gradient is not finite" if result.is_finite else f"the loss is {result.loss}"
-    return (
-        f"step {number}: {what}; samples {batch.first_sample} to "
-        f"{batch.first_sample + batch.num_queries - 1}, the first from {shown}; no weight was changed by this step"
-    )

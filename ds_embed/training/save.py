@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ds_embed.distributed import World
+from ds_embed.engine import gather_weights
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
-from ds_embed.engine import gather_weights
 from ds_embed.training.run_folder import RunFolder
 
 _PREFIX = "backbone."

@@ -25,3 +25,23 @@ def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> f
     if arguments.lr_scheduler == "linear":
         return peak + (floor - peak) * share
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def count_steps(num_records: int, global_batch_size: int, arguments: OptimizerArguments) -> int:
+    """Steps of a run: max_steps or num_train_epochs, whichever ends first; one epoch if neither is given."""
+    if num_records < global_batch_size:
+        raise ValueError(
+            f"--global_batch_size {global_batch_size}: the training files hold only {num_records} records; "
+            f"lower it to at most {num_records}"
+        )
+    epochs = arguments.num_train_epochs or (None if arguments.max_steps else 1.0)
+    limits = [] if arguments.max_steps is None else [arguments.max_steps]
+    if epochs is not None:
+        limits.append(math.ceil(epochs * num_records / global_batch_size))
+    steps = min(limits)
+    if arguments.warmup_steps + arguments.constant_steps > steps:
+        raise ValueError(
+            f"--warmup_steps {arguments.warmup_steps} and --constant_steps {arguments.constant_steps} "
+            f"exceed the {steps} steps of the run; lower them"
+        )
+    return steps

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from function_pairs import LIMITS, Pair, read_file
+from function_pairs import LIMITS, read_file
 
 # Raise it when the same sources would give other pairs, so that older folders are told apart.
 FORMAT_VERSION = 2

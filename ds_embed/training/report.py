@@ -1,0 +1,83 @@
+"""What a run shows of itself: the progress bar, a line of metrics a step, and what went wrong in one."""
+
+import math
+from typing import Any
+
+from ds_embed.data.batch import GlobalBatch
+from ds_embed.data.store import TrainingStore
+from ds_embed.distributed import World
+from ds_embed.training.run_folder import RunFolder
+from ds_embed.training.step import StepResult
+
+
+class StepLog:
+    """The bar on rank 0's terminal and the lines of metrics.jsonl; on other ranks it does nothing."""
+
+    def __init__(self, world: World, folder: RunFolder, first_step: int, max_steps: int, interval: int):
+        self.folder, self.max_steps, self.interval = folder, max_steps, interval
+        self.bar = None
+        if world.is_main:
+            from tqdm import tqdm
+
+            self.bar = tqdm(initial=first_step, total=max_steps, unit="step", desc="training", dynamic_ncols=True)
+
+    def add(
+        self,
+        number: int,
+        consumed_samples: int,
+        rate: float,
+        norm: float,
+        result: StepResult,
+        seconds: float,
+        skipped_steps: int | None,
+    ) -> None:
+        """One line of metrics; a skipped step always has one, with the count of them, and null for what is no number."""
+        if self.bar is None:
+            return
+        tokens_per_second = result.num_tokens / seconds
+        self.bar.update()
+        self.bar.set_postfix(
+            loss=f"{result.loss:.4f}",
+            rate=f"{rate:.2e}",
+            tokens_per_s=f"{tokens_per_second:,.0f}",
+            padding=f"{result.padding_share:.1%}",
+        )
+        if number % self.interval and number != self.max_steps and skipped_steps is None:
+            return
+        counted = {} if skipped_steps is None else {"skipped_steps": skipped_steps}
+        self.folder.log(
+            counted
+            | {
+                "step": number,
+                "loss": result.loss if result.is_finite else None,
+                "accuracy": result.accuracy,
+                "positive_similarity": result.positive_similarity,
+                "negative_similarity": result.negative_similarity,
+                "temperature": result.temperature,
+                "learning_rate": rate,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "consumed_samples": consumed_samples,
+                "tokens_per_second": tokens_per_second,
+                "padding_share": result.padding_share,
+                "seconds": seconds,
+            }
+        )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def non_finite_message(number: int, result: StepResult, batch: GlobalBatch, store: TrainingStore) -> str:
+    """Which step, samples and records gave a loss or a gradient that is no number."""
+    shown = ", ".join(store.location(int(record)) for record in batch.records[:3])
+    what = "the gradient is not finite" if result.is_finite else f"the loss is {result.loss}"
+    return (
+        f"step {number}: {what}; samples {batch.first_sample} to "
+        f"{batch.first_sample + batch.num_queries - 1}, the first from {shown}; no weight was changed by this step"
+    )
+
+
+def whole_size(parameter: Any) -> int:
+    """Numbers in a parameter; under ZeRO-3 the parameter itself is an empty shard."""
+    return getattr(parameter, "ds_numel", parameter.numel())
