@@ -116,9 +116,9 @@ class TrainingRun:
             if self.world.is_main:
                 self._print_arithmetic(encoder)
             self._run_steps(engine, stop)
-        consumed = self._consumed(self.max_steps)
-        card = replace(self.card, consumed_samples=consumed, temperature=self.step_arguments.temperature)
-        save_model(encoder, self.tokenizer, card, self.folder, self.world)
+            consumed = self._consumed(self.max_steps)
+            card = replace(self.card, consumed_samples=consumed, temperature=self.step_arguments.temperature)
+            save_model(encoder, self.tokenizer, card, self.folder, self.world)
         self.folder.close()
         if self.world.is_main:
             logger.info("model written to %s", self.folder.model_dir)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ds_embed.config import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
 from ds_embed.data.batch import assemble_batch
+from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore
 from ds_embed.distributed import initialize, run_recipe
 from ds_embed.engine import gather_weights, partitioned_loading, start_engine, take_step
@@ -75,8 +76,9 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
             answer["not_restored"] = [n for n in saved if not torch.equal(saved[n], now[n])]
     engine.train()
     step = ContrastiveStep(engine, store, world, arguments, seed=3)
+    order = SampleOrder(3, store.file_sizes)
     for number in range(first + 1, case["steps"] + 1):
-        batch = assemble_batch(store, seed=3, first_sample=(number - 1) * QUERIES, num_queries=QUERIES, hard_negatives=1)
+        batch = assemble_batch(store, order, first_sample=(number - 1) * QUERIES, num_queries=QUERIES, hard_negatives=1)
         result = step.run(batch)
         answer["losses"][number] = result.loss
         norm = take_step(engine, 1e-2 / number)
@@ -99,7 +101,7 @@ def poison(engine, world, step, batch, arguments) -> dict:
     before = whole_state(engine, world)
     surrogate = step._surrogate
     bad = math.nan if world.rank == world.size - 1 else 1.0
-    step._surrogate = lambda embeddings, gradient: surrogate(embeddings, gradient) * bad
+    step._surrogate = lambda outputs, gradient, on_scale: surrogate(outputs, gradient, on_scale) * bad
     step.run(batch)
     norm = take_step(engine, 1e-2)
     after = whole_state(engine, world)
