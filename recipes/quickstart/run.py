@@ -18,7 +18,7 @@ from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parent.parent
 MEASURES = ("nDCG@10", "RR@10", "R@1", "R@10", "R@100")
-EXAMPLE_QUERY = "check whether a string is a valid python identifier"
+EXAMPLE_QUERY = "format a date for an email header"
 
 
 def run(*command: object) -> None:
