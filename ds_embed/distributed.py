@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 85  # stopped by a signal with its work saved: start the same command again
 _world: "World | None" = None
 
 
@@ -87,6 +88,14 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
         return tensor.tolist()
+
+    def broadcast(self, tensor):
+        """Rank 0's tensor on every rank, in place; the others pass one of its shape and dtype."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
 
     def barrier(self) -> None:
         import torch.distributed as dist

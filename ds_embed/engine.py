@@ -5,6 +5,7 @@ Training and encoding both stand on it, so it is a room of its own, above both.
 
 import contextlib
 import io
+import math
 from typing import Any, Iterator
 
 import torch
@@ -44,7 +45,20 @@ def start_engine(
     # Its bfloat16 optimizer prints memory readings of its own start.
     with _exact_buffers(encoder), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=deepspeed_config)
+    if hasattr(engine.optimizer, "fp32_groups"):
+        _undo_first_step(engine.optimizer)
     return engine
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """Under ZeRO-0 in bfloat16 DeepSpeed makes AdamW's state by a step on zero gradients: take it back.
+
+    It would decay the masters once and start the bias correction at the second step.
+    """
+    optimizer.optimizer.state.clear()
+    for working, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups):
+        for parameter, master in zip(working, masters):
+            master.data.copy_(parameter.data)
 
 
 def start_inference_engine(encoder: TextEncoder, deepspeed_config: dict[str, Any]) -> Any:
@@ -84,7 +98,8 @@ def _parameter_groups(encoder: TextEncoder, weight_decay: float) -> list[dict[st
 def take_step(engine: Any, rate: float) -> float:
     """Clip, let AdamW change the weights with learning rate `rate`, and return the gradient's norm before clipping.
 
-    Under ZeRO-0 DeepSpeed keeps no norm, and every rank has the whole averaged gradient: take it from there.
+    A norm that is not finite (inf or nan) says that no weight was changed. Under ZeRO-0 DeepSpeed keeps no
+    norm, and every rank has the whole averaged gradient: take it from there.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
@@ -92,8 +107,13 @@ def take_step(engine: Any, rate: float) -> float:
     if engine.zero_optimization_stage() == 0:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm([g.float() for g in gradients]))
+        if not math.isfinite(norm):  # in float32 nothing would stop it from reaching the weights
+            engine.module.zero_grad()
+            return norm
     engine.step()
-    return float(engine.get_global_grad_norm()) if norm is None else norm
+    if norm is None:
+        norm = float(engine.get_global_grad_norm())
+    return norm if norm >= 0 else math.inf  # DeepSpeed's norm of a gradient that is not finite may be -1
 
 
 def gather_weights(encoder: torch.nn.Module, names: set[str] | None, world: World) -> dict[str, torch.Tensor]:

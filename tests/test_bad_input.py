@@ -109,14 +109,15 @@ def test_generate(name, place, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_second_run_in_the_same_folder_is_refused(place, tmp_path):
+def test_run_that_may_not_be_resumed_is_refused(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("max_steps: 1\n")
     result = launch(
         0, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", place / "llama",
-        "--train_files", place / "good.jsonl", "--output_dir", tmp_path / "run", timeout=SECONDS,
+        "--train_files", place / "good.jsonl", "--output_dir", tmp_path / "run", "--resume_if_exists", "false",
+        timeout=SECONDS,
     )  # fmt: skip
-    assert_one_clear_error(result, ["--output_dir", "holds a run that was stopped"])
+    assert_one_clear_error(result, ["--output_dir", "holds a run that was stopped", "--resume_if_exists"])
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root can write anywhere")

@@ -143,6 +143,17 @@ class RunArguments:
     deepspeed: str = setting("path of the DeepSpeed JSON (see ds_configs/)")
     bf16: bool = setting("bfloat16 weights and activations, float32 optimizer; false computes in float32", default=True)
     seed: int = setting("seed of the data order, LoRA initialisation and dropout", default=42)
+    save_interval: int = setting(
+        "optimizer steps between checkpoints; 0 saves only at the end and when a signal stops the run", default=0
+    )
+    save_total_limit: int = setting("checkpoints kept, the newest ones; 0 keeps all", default=3)
+    resume_if_exists: bool = setting("go on from the newest whole checkpoint in output_dir", default=True)
+    accept_changes: list[str] = setting(
+        "names of settings, data or model parts that may differ from those of the checkpoint", default_factory=list
+    )
+    max_skipped_steps: int = setting(
+        "steps of a run that are skipped when their loss or gradient is not finite; one more stops it", default=0
+    )
     log_interval: int = setting("optimizer steps between lines of metrics.jsonl and monitor events", default=1)
     report_to: list[str] = setting(
         f"monitors that get the metrics besides metrics.jsonl: {', '.join(MONITORS)}",
@@ -151,6 +162,7 @@ class RunArguments:
 
     def __post_init__(self):
         above_zero(self, "log_interval")
+        at_least(self, 0, "save_interval", "save_total_limit", "max_skipped_steps")
         for name in self.report_to:
             if name not in MONITORS:
                 raise ValueError(f"--report_to {name}: choose from {', '.join(MONITORS)}")

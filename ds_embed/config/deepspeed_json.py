@@ -89,9 +89,9 @@ def _fill_precision(path: str, config: dict, bf16: bool) -> None:
             f'{path}: "bf16.enabled" is {str(section["enabled"]).lower()} but --bf16 is {str(bf16).lower()}; '
             'make the key "auto" and let --bf16 decide'
         )
-    # We stop or skip on a non-finite loss ourselves, before the optimizer: a silent skip would hide it.
+    # A gradient that is not finite must not reach the weights; the loop sees the refusal and counts it.
     if section["enabled"]:
-        section.setdefault("check_grad_overflow", False)
+        section.setdefault("check_grad_overflow", True)
 
 
 def _find_auto(node: Any, name: str) -> str | None:

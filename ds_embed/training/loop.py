@@ -18,15 +18,19 @@ from ds_embed.config import (
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.data.store import TrainingStore
-from ds_embed.distributed import World
+from ds_embed.distributed import EXIT_REQUEUE, World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import find_model, is_decoder, load_config, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.engine import partitioned_loading, start_engine, take_step
+from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
+from ds_embed.training.fingerprint import fingerprint
 from ds_embed.training.prepare import prepare_store
+from ds_embed.training.resume import Start, clear_way, find_start
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
 from ds_embed.training.schedule import learning_rate
+from ds_embed.training.signals import StopRequest
 from ds_embed.training.step import ContrastiveStep, StepResult
 
 logger = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ class TrainingRun:
             run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm
         )
         self.folder = RunFolder(run.output_dir)
-        world.on_main("check output_dir", self.folder.check_is_new)
+        world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
         self.source = find_model(model.model_name_or_path)
         config = load_config(self.source, model.trust_remote_code)
         self.is_decoder = decoder = is_decoder(config)
@@ -61,6 +65,16 @@ class TrainingRun:
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         self.store = prepare_store(world, data, step, self.tokenizer, self.card)
         self.max_steps = count_steps(self.store.num_records, step.global_batch_size, optimizer)
+        self.fingerprint: dict[str, str] = {}  # on rank 0, which reads and writes checkpoints
+        commit = getattr(config, "_commit_hash", None)
+        self.start = world.on_main("find checkpoint", lambda: self._find_start(commit))
+
+    def _find_start(self, commit: str | None) -> Start:
+        self.fingerprint = fingerprint(
+            self.store.manifest, self.source, commit, self.card,
+            self.lora, self.data, self.step_arguments, self.optimizer, self.run,
+        )  # fmt: skip
+        return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps)
 
     def require_decoder(self) -> None:
         """ValueError unless the base model is a causal decoder."""
@@ -71,36 +85,102 @@ class TrainingRun:
             )
 
     def train(self) -> None:
-        """Load the model, run max_steps steps, write RUN/model/."""
-        settings = [self.model, self.lora, self.data, self.step_arguments, self.optimizer, self.run]
-        encoder = self._load_encoder()
-        engine = start_engine(encoder, self.deepspeed_config, self.optimizer, self.world)
-        # Opened last, so that a run that could not start leaves no folder behind.
-        self.world.on_main("open run", lambda: self.folder.open(settings, self.deepspeed_config, self.run))
-        if self.world.is_main:
-            self._print_arithmetic(encoder)
-        contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
-        size = self.step_arguments.global_batch_size
-        engine.train()
-        progress = self._progress_bar()
-        for number in range(1, self.max_steps + 1):
-            started = time.perf_counter()
-            batch = self._batch((number - 1) * size)
-            rate = learning_rate(number, self.max_steps, self.optimizer)
-            result = contrastive.run(batch)
-            if not result.is_finite:
-                raise ValueError(_non_finite_message(number, result, batch, self.store))
-            norm = take_step(engine, rate)
-            seconds = time.perf_counter() - started
-            self._log(number, rate, norm, result, seconds, progress)
-        if progress is not None:
-            progress.close()
+        """Load the model, run the steps from the start to max_steps, write RUN/model/.
 
-        card = replace(self.card, consumed_samples=self.max_steps * size)
+        Leaves with SystemExit(EXIT_REQUEUE) when a signal asks for it, after saving a checkpoint.
+        """
+        if self.start.is_finished:
+            return
+        with StopRequest(self.world) as stop:
+            encoder = self._load_encoder()
+            engine = start_engine(encoder, self.deepspeed_config, self.optimizer, self.world)
+            if self.start.checkpoint is not None:
+                load_checkpoint(engine, self.world, self.start.checkpoint, self.start.state)
+            # Opened last, so that a run that could not start leaves no folder behind.
+            self.world.on_main("open run", self._open_folder)
+            if self.world.is_main:
+                self._print_arithmetic(encoder)
+            self._run_steps(engine, stop)
+        card = replace(self.card, consumed_samples=self._consumed(self.max_steps))
         save_model(encoder, self.tokenizer, card, self.folder, self.world)
         self.folder.close()
         if self.world.is_main:
             logger.info("model written to %s", self.folder.model_dir)
+
+    def _open_folder(self) -> None:
+        settings = [self.model, self.lora, self.data, self.step_arguments, self.optimizer, self.run]
+        self.folder.open(settings, self.deepspeed_config, self.run, self.start.step)
+        clear_way(self.folder, self.start)
+
+    def _consumed(self, number: int) -> int:
+        """Samples consumed after step `number`; a resumed run counts on from where its checkpoint stood."""
+        return self.start.consumed_samples + (number - self.start.step) * self.step_arguments.global_batch_size
+
+    def _run_steps(self, engine: Any, stop: StopRequest) -> None:
+        contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
+        progress = self._progress_bar()
+        skipped_steps = self.start.skipped_steps
+        saved_step = self.start.step
+        engine.train()
+        for number in range(self.start.step + 1, self.max_steps + 1):
+            self._leave_if_asked(engine, stop, number - 1, saved_step, skipped_steps)
+            started = time.perf_counter()
+            batch = self._batch(self._consumed(number - 1))
+            rate = learning_rate(number, self.max_steps, self.optimizer)
+            result = contrastive.run(batch)
+            # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
+            # is not: either way no rank has changed a weight.
+            norm = take_step(engine, rate) if result.is_finite else math.nan
+            is_skipped = not math.isfinite(norm)
+            if is_skipped:
+                skipped_steps += 1
+                self._report_skip(number, result, batch, skipped_steps)
+            seconds = time.perf_counter() - started
+            self._log(number, rate, norm, result, seconds, skipped_steps if is_skipped else None, progress)
+            interval = self.run.save_interval
+            if number == self.max_steps or interval and number % interval == 0:
+                self._save(engine, number, skipped_steps)
+                saved_step = number
+        if progress is not None:
+            progress.close()
+
+    def _leave_if_asked(self, engine: Any, stop: StopRequest, number: int, saved_step: int, skipped: int) -> None:
+        """End the job between two steps, all ranks at the same one, when any of them was sent a signal."""
+        signal_name = stop.agreed()
+        if signal_name is None:
+            return
+        if number > saved_step:
+            self._save(engine, number, skipped)
+        self.folder.close()
+        if self.world.is_main:
+            logger.info(
+                "%s: stopped after step %d, which is saved; the same command goes on from there (exit code %d)",
+                signal_name, number, EXIT_REQUEUE,
+            )  # fmt: skip
+        raise SystemExit(EXIT_REQUEUE)
+
+    def _save(self, engine: Any, number: int, skipped_steps: int) -> None:
+        zero = self.deepspeed_config["zero_optimization"].get("stage", 0)
+        state = {
+            "consumed_samples": self._consumed(number),
+            "max_steps": self.max_steps,
+            "skipped_steps": skipped_steps,
+            "best": self.start.best,
+            "written_by": f"{self.world.size} rank(s), ZeRO-{zero}",
+            "fingerprint": self.fingerprint,
+        }
+        save_checkpoint(engine, self.world, self.folder.checkpoints_dir, number, state, before=self.folder.sync_log)
+        if self.world.is_main:
+            prune(self.folder.checkpoints_dir, self.run.save_total_limit)
+
+    def _report_skip(self, number: int, result: StepResult, batch: GlobalBatch, skipped_steps: int) -> None:
+        """Warn of a step whose loss or gradient is not finite, or raise ValueError when there were too many."""
+        message = _non_finite_message(number, result, batch, self.store)
+        limit = self.run.max_skipped_steps
+        if skipped_steps > limit:
+            raise ValueError(f"{message}. Lower --learning_rate, raise --warmup_steps, or try --bf16 false")
+        if self.world.is_main:
+            logger.warning("warning: %s; skipped, %d of --max_skipped_steps %d", message, skipped_steps, limit)
 
     def _load_encoder(self):
         import torch
@@ -156,11 +236,21 @@ class TrainingRun:
             return None
         from tqdm import tqdm
 
-        return tqdm(total=self.max_steps, unit="step", desc="training", dynamic_ncols=True)
+        return tqdm(
+            initial=self.start.step, total=self.max_steps, unit="step", desc="training", dynamic_ncols=True
+        )
 
     def _log(
-        self, number: int, rate: float, norm: float, result: StepResult, seconds: float, progress: Any
+        self,
+        number: int,
+        rate: float,
+        norm: float,
+        result: StepResult,
+        seconds: float,
+        skipped_steps: int | None,
+        progress: Any,
     ) -> None:
+        """One line of metrics; a skipped step always has one, with the count of them, and null for what is no number."""
         if not self.world.is_main:
             return
         tokens_per_second = result.num_tokens / seconds
@@ -171,18 +261,20 @@ class TrainingRun:
             tokens_per_s=f"{tokens_per_second:,.0f}",
             padding=f"{result.padding_share:.1%}",
         )
-        if number % self.run.log_interval and number != self.max_steps:
+        if number % self.run.log_interval and number != self.max_steps and skipped_steps is None:
             return
+        counted = {} if skipped_steps is None else {"skipped_steps": skipped_steps}
         self.folder.log(
-            {
+            counted
+            | {
                 "step": number,
-                "loss": result.loss,
+                "loss": result.loss if result.is_finite else None,
                 "accuracy": result.accuracy,
                 "positive_similarity": result.positive_similarity,
                 "negative_similarity": result.negative_similarity,
                 "learning_rate": rate,
-                "grad_norm": norm,
-                "consumed_samples": number * self.step_arguments.global_batch_size,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "consumed_samples": self._consumed(number),
                 "tokens_per_second": tokens_per_second,
                 "padding_share": result.padding_share,
                 "seconds": seconds,
@@ -216,8 +308,8 @@ def _size(parameter: Any) -> int:
 
 def _non_finite_message(number: int, result: StepResult, batch: GlobalBatch, store: TrainingStore) -> str:
     shown = ", ".join(store.location(int(record)) for record in batch.records[:3])
+    what = "the gradient is not finite" if result.is_finite else f"the loss is {result.loss}"
     return (
-        f"step {number}: the loss is {result.loss}; samples {batch.first_sample} to "
-        f"{batch.first_sample + batch.num_queries - 1}, the first from {shown}; no weight was changed by this step. "
-        "Lower --learning_rate, raise --warmup_steps, or try --bf16 false"
+        f"step {number}: {what}; samples {batch.first_sample} to "
+        f"{batch.first_sample + batch.num_queries - 1}, the first from {shown}; no weight was changed by this step"
     )

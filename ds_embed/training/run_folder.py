@@ -1,14 +1,21 @@
 """The folder of a run: its settings, its log, its monitors, its model."""
 
+import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ds_embed.config import RunArguments
+
+LOCK_NAME = ".lock"
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -18,31 +25,76 @@ class RunFolder:
         self.path = Path(path).expanduser().resolve()
         self._metrics = None
         self._monitor = None
+        self._lock = None
+        self.held_run = False
 
     @property
     def model_dir(self) -> Path:
         return self.path / "model"
 
-    def check_is_new(self) -> None:
-        """ValueError when the folder can't be a new run's: it holds a run, or can't be written."""
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    def claim(self, resume_if_exists: bool) -> None:
+        """Take the folder for this job. ValueError when it can't be written, is in use, or may not be resumed."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--output_dir {self.path}: is a file; give a folder")
-        if (self.path / "config.yaml").exists():
-            state = "a finished run" if self.model_dir.exists() else "a run that was stopped"
-            raise ValueError(f"--output_dir {self.path}: holds {state}; remove it or choose another folder")
         parent = next(p for p in [self.path, *self.path.parents] if p.exists())
         if not os.access(parent, os.W_OK):
             raise ValueError(f"--output_dir {self.path}: {parent} can't be written")
+        if self.path.exists():  # otherwise a run that can't start would leave a folder behind
+            self._take_lock()
+        self.held_run = self._holds_run()
+        if self.held_run and not resume_if_exists:
+            state = "a finished run" if self.model_dir.exists() else "a run that was stopped"
+            raise ValueError(
+                f"--output_dir {self.path}: holds {state} and --resume_if_exists is false; "
+                "leave that flag out to go on with it, remove the folder or choose another"
+            )
 
-    def open(self, settings: list[Any], deepspeed_config: dict[str, Any], arguments: RunArguments) -> None:
-        """Write the settings and open the log and the monitors."""
+    def _holds_run(self) -> bool:
+        return (self.path / "config.yaml").exists() or self.checkpoints_dir.exists()
+
+    def _take_lock(self) -> None:
+        """Hold RUN/.lock until this process ends, however it ends: the system frees it."""
+        if self._lock is not None:
+            return
+        path = self.path / LOCK_NAME
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ValueError(
+                f"--output_dir {self.path}: in use by another job ({holder}), which holds the lock {path}; "
+                "wait until it ends or choose another folder"
+            ) from None
+        except OSError as error:
+            logger.warning("%s: this file system has no locks (%s): see to it that one job uses it", path, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._lock = file
+
+    def open(
+        self, settings: list[Any], deepspeed_config: dict[str, Any], arguments: RunArguments, last_step: int
+    ) -> None:
+        """Write the settings and open the log, which keeps the lines up to `last_step`, and the monitors."""
         import yaml
 
         self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if self._holds_run() and not self.held_run:
+            raise ValueError(f"--output_dir {self.path}: another job has started a run there; choose another folder")
         values = {name: value for group in settings for name, value in asdict(group).items() if value is not None}
         _write_text(self.path / "ds_config.json", json.dumps(deepspeed_config, indent=2) + "\n")
         _write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            _write_text(metrics, "".join(lines_up_to(metrics.read_text(encoding="utf-8", errors="replace"), last_step)))
+        self._metrics = open(metrics, "a", encoding="utf-8")
         self._monitor = self._open_monitor(arguments.report_to)
 
     def _open_monitor(self, names: list[str]) -> Any:
@@ -67,15 +119,26 @@ class RunFolder:
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
         step = values["step"]
-        events = [(f"train/{k}", v, step) for k, v in values.items() if k not in ("step", "time")]
+        skip = ("step", "time")
+        events = [(f"train/{k}", v, step) for k, v in values.items() if k not in skip and v is not None]
         self._monitor.write_events(events)
+
+    def sync_log(self) -> None:
+        """Bring the lines written so far to the disk, for a checkpoint that counts on them."""
+        os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
 
     def publish_model(self, fill: Any) -> None:
-        """Let `fill(folder)` write the model, and give the folder its name only when it is whole."""
+        """Let `fill(folder)` write the model, and give the folder its name only when it is whole.
+
+        A model that stands there is replaced: its run went on. Killed between the two renames, the run
+        writes its model again from the last checkpoint.
+        """
+        for left in self.path.glob(".model-*"):
+            shutil.rmtree(left, ignore_errors=True)
         temporary = self.path / f".model-{os.getpid()}-{time.time_ns()}"
         temporary.mkdir(parents=True)
         try:
@@ -85,19 +148,36 @@ class RunFolder:
             raise
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync_path(file)
+        old = self.path / f"{temporary.name}-old"
+        if self.model_dir.exists():
+            os.rename(self.model_dir, old)
         os.rename(temporary, self.model_dir)
-        _sync(self.path)
+        sync_path(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def lines_up_to(text: str, last_step: int) -> list[str]:
+    """The lines of a metrics.jsonl whose step is at most `last_step`; a line cut off by a crash goes too."""
+    kept = []
+    for line in text.splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= last_step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync_path(temporary)
     os.replace(temporary, path)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

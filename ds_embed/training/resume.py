@@ -1,0 +1,106 @@
+"""Where a run starts: at its newest whole checkpoint, at the beginning, or not at all because it is done."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.training.checkpoint import damage, list_checkpoints, read_state, remove_unfinished, set_aside
+from ds_embed.training.fingerprint import check_unchanged
+from ds_embed.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The place in a run to go on from; a new run's is the default."""
+
+    step: int = 0  # the last step taken
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    best: Any = None  # best validation metric so far and its step; whoever validates fills it
+    checkpoint: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    damaged: tuple[Path, ...] = ()  # newer checkpoints that did not verify
+    is_finished: bool = False
+
+
+def find_start(folder: RunFolder, fingerprint: dict[str, str], accepted: list[str], max_steps: int) -> Start:
+    """Choose the newest checkpoint that verifies and check that it belongs to this run; rank 0 calls it.
+
+    ValueError when there are checkpoints and none is whole, when the run differs in a name that is not
+    in `accepted`, or when it has trained more than max_steps.
+    """
+    checkpoints = list_checkpoints(folder.checkpoints_dir)
+    if not checkpoints:
+        return _without_checkpoint(folder)
+    problems = {}
+    for step, path in checkpoints:
+        problem = damage(path)
+        if problem is None:
+            break
+        problems[path] = problem
+        logger.warning("warning: %s is damaged (%s) and is skipped", path, problem)
+    else:
+        found = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
+        raise ValueError(
+            f"--output_dir {folder.path}: it has checkpoints and none of them is whole ({found}). Bring back their "
+            f"files, or remove {folder.checkpoints_dir} to start afresh"
+        )
+    state = read_state(path)
+    for change in check_unchanged(path, state["fingerprint"], fingerprint, accepted):
+        logger.warning("warning: accepted although the run was started differently: %s", change)
+    if step > max_steps:
+        raise ValueError(
+            f"--max_steps {max_steps}: {path} has trained {step} steps already; "
+            "give at least that many or choose another --output_dir"
+        )
+    start = Start(
+        step=step,
+        consumed_samples=state["consumed_samples"],
+        skipped_steps=state["skipped_steps"],
+        best=state["best"],
+        checkpoint=path,
+        state=state,
+        damaged=tuple(problems),
+        is_finished=step == max_steps and _model_samples(folder) == state["consumed_samples"],
+    )
+    if start.is_finished:
+        logger.info(
+            "%s: finished at step %d already, the model is in %s; a higher --max_steps trains on",
+            folder.path, step, folder.model_dir,
+        )  # fmt: skip
+        return start
+    logger.info("resuming from %s: step %d of %d, sample %d", path, step, max_steps, start.consumed_samples)
+    if state["max_steps"] != max_steps:
+        logger.info(
+            "the learning rate follows the schedule of %d steps from here on; until here it was that of %d",
+            max_steps, state["max_steps"],
+        )  # fmt: skip
+    return start
+
+
+def clear_way(folder: RunFolder, start: Start) -> None:
+    """Put aside what the resumed run would stumble over; rank 0 calls it once the run is sure to start."""
+    remove_unfinished(folder.checkpoints_dir)
+    for path in start.damaged:
+        logger.warning("warning: the damaged checkpoint is kept as %s", set_aside(path))
+
+
+def _without_checkpoint(folder: RunFolder) -> Start:
+    if folder.model_dir.exists():
+        raise ValueError(
+            f"--output_dir {folder.path}: holds a finished run without checkpoints, which can't go on; "
+            "remove it or choose another folder"
+        )
+    if folder.held_run:
+        logger.info("%s: the run there was stopped before its first checkpoint; it starts from step 1", folder.path)
+    return Start()
+
+
+def _model_samples(folder: RunFolder) -> int | None:
+    """How many samples the model in RUN/model/ was trained on, None when there is none."""
+    card = EmbeddingCard.load(folder.model_dir)
+    return None if card is None else card.consumed_samples

@@ -1,0 +1,39 @@
+"""Being asked to stop: SIGTERM and SIGUSR1, which schedulers send some time before they kill."""
+
+import logging
+import signal
+from types import FrameType
+
+from ds_embed.distributed import World
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Notes the signals of this rank while it is entered; `agreed()` tells all ranks at the same step.
+
+    A second signal changes nothing: launchers and schedulers often send one each. SIGKILL ends at once.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self._received = 0
+        self._before: list = []
+
+    def __enter__(self) -> "StopRequest":
+        self._before = [signal.signal(number, self._note) for number in _SIGNALS]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in zip(_SIGNALS, self._before):
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = self._received or number
+
+    def agreed(self) -> str | None:
+        """The name of a signal that some rank received, or None; the same on all ranks, which must all ask."""
+        number = int(self.world.max([float(self._received)])[0])
+        return signal.Signals(number).name if number else None
