@@ -70,26 +70,32 @@ def make_training_file(path: Path, num_records: int, num_negatives: int = 2, see
 
 def launch(num_ranks: int, script: Path | str, *flags, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0."""
+    return subprocess.run(
+        launch_command(num_ranks, script, *flags), cwd=REPOSITORY, env=launch_environment(), text=True,
+        timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
     script = str(REPOSITORY / script)
     arguments = [str(flag) for flag in flags]
-    command = [sys.executable, script, *arguments]
-    if num_ranks:
-        port = 20000 + (os.getpid() * 7 + launch.count) % 20000
-        launch.count += 1
-        command = [
-            sys.executable, "-m", "deepspeed.launcher.runner",
-            "--num_gpus", str(num_ranks), "--master_port", str(port), script, *arguments,
-        ]  # fmt: skip
-    environment = os.environ | {
+    if not num_ranks:
+        return [sys.executable, script, *arguments]
+    port = 20000 + (os.getpid() * 7 + launch.count) % 20000
+    launch.count += 1
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner",
+        "--num_gpus", str(num_ranks), "--master_port", str(port), script, *arguments,
+    ]  # fmt: skip
+
+
+def launch_environment() -> dict[str, str]:
+    return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         # Four ranks on two cores: one thread each, whatever the machine.
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, text=True, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
 
 launch.count = 0

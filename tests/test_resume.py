@@ -1,0 +1,166 @@
+"""Runs that are killed, signalled, damaged and started again, with the real launcher.
+
+KILLS=30 kills the run thirty times instead of twice.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import REPOSITORY, check, launch, launch_command, launch_environment, make_model, make_training_file
+
+from ds_embed.distributed import EXIT_REQUEUE
+
+KILLS = int(os.environ.get("KILLS", 2))
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    make_model(root / "llama", "llama", attention_dropout=0.1)
+    make_training_file(root / "train.jsonl", 100, num_negatives=1)
+    return root
+
+
+def flags(root, name, *extra):
+    return [
+        "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", root / "llama",
+        "--train_files", root / "train.jsonl", "--output_dir", root / name, "--cache_dir", root / "cache",
+        "--max_length", 24, "--global_batch_size", 8, "--hard_negatives", 1, "--micro_batch_tokens", 200,
+        "--max_steps", STEPS, "--learning_rate", "5e-3", "--lora_dropout", 0.1, "--report_to", "none",
+        "--save_interval", 1, "--save_total_limit", 2, *extra,
+    ]  # fmt: skip
+
+
+def train(root, name, *extra, num_ranks=2):
+    return launch(num_ranks, "recipes/train_gpt.py", *flags(root, name, *extra))
+
+
+class Job:
+    """A 2-rank run in a process group of its own, to be killed or signalled while it runs."""
+
+    def __init__(self, root, name, *extra):
+        self.log = open(root / f"{name}.log", "a+")
+        self.run = root / name
+        self.process = subprocess.Popen(
+            launch_command(2, "recipes/train_gpt.py", *flags(root, name, *extra)),
+            cwd=REPOSITORY, env=launch_environment(), stdout=self.log, stderr=self.log, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for_step(self, step):
+        deadline = time.monotonic() + 240
+        while last_step(self.run) < step:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}\n{self.output()[-4000:]}"
+            assert time.monotonic() < deadline, self.output()[-4000:]
+            time.sleep(0.01)
+
+    def ranks(self):
+        """Process ids of the ranks, by rank."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            try:
+                if os.getpgid(int(entry)) == self.process.pid:
+                    words = open(f"/proc/{entry}/cmdline").read().split("\0")
+                    script = next((w for w in words[:3] if w.endswith("train_gpt.py")), None)
+                    if script:
+                        found[int(next(w for w in words if w.startswith("--local_rank=")).split("=")[1])] = int(entry)
+            except (ValueError, ProcessLookupError, FileNotFoundError):
+                continue
+        return found
+
+    def end(self):
+        try:
+            return self.process.wait(timeout=240)
+        finally:
+            self.kill()
+
+    def kill(self):
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def output(self):
+        self.log.seek(0)
+        return self.log.read()
+
+
+def last_step(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def losses(run):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, open(run / "metrics.jsonl"))]
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    check(train(place, "straight"))
+    return place / "straight"
+
+
+def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
+    rng = random.Random(os.environ.get("KILLS_SEED", 1))
+    run, instants = place / "broken", []
+    for number in range(KILLS):
+        job = Job(place, "broken")
+        # Nearly every instant of this run is inside a save or between two: one follows each step.
+        before = last_step(run)
+        job.wait_for_step(min(before + 1, STEPS - 8))
+        time.sleep(rng.uniform(0, 0.5))
+        job.kill()
+        names = sorted(path.name for path in (run / "checkpoints").glob("*")) if (run / "checkpoints").exists() else []
+        instants.append((last_step(run), names))
+    print(instants)
+
+    job = Job(place, "broken")
+    job.wait_for_step(min(last_step(run) + 1, STEPS - 4))
+    second = train(place, "broken", num_ranks=0)
+    assert second.returncode == 2 and "in use by another job" in second.stderr, second.stderr[-2000:]
+    if job.process.poll() is None:  # a quick machine may have finished meanwhile
+        os.kill(job.ranks()[1], signal.SIGUSR1)
+    code = job.end()
+    if code != 0:
+        assert code == EXIT_REQUEUE, job.output()[-4000:]
+        assert "SIGUSR1: stopped after step" in job.output()
+    check(train(place, "broken"))
+
+    assert losses(run) == losses(straight)
+    expected, got = (load_file(path / "model" / "adapter_model.safetensors") for path in (straight, run))
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000019", "step_00000020"]
+
+
+def test_signal_saves_and_asks_to_be_started_again(place):
+    job = Job(place, "signalled", "--save_interval", "0", "--max_steps", "5000")
+    job.wait_for_step(2)
+    os.kill(job.ranks()[0], signal.SIGTERM)
+    assert job.end() == EXIT_REQUEUE, job.output()[-4000:]
+    step = last_step(place / "signalled")
+    assert [path.name for path in (place / "signalled" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
+    # One more step with other ranks: one line a step, and the samples go on.
+    check(train(place, "signalled", "--max_steps", step + 1, num_ranks=0))
+    lines = [json.loads(line) for line in open(place / "signalled" / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == list(range(1, step + 2))
+    assert lines[-1]["consumed_samples"] == 8 * (step + 1)
+
+
+def test_finished_run_says_so_and_a_changed_one_is_refused(place, straight):
+    again = check(train(place, "straight", num_ranks=0))
+    assert "finished at step 20 already" in again.stderr
+    assert losses(straight)[-1][0] == STEPS
+    make_training_file(place / "other.jsonl", 100, num_negatives=1, seed=5)
+    other = train(place, "straight", "--train_files", place / "other.jsonl", num_ranks=0)
+    assert other.returncode == 2
+    assert "train_files was" in other.stderr and "--accept_changes train_files" in other.stderr
