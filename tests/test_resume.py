@@ -164,3 +164,17 @@ def test_finished_run_says_so_and_a_changed_one_is_refused(place, straight):
     other = train(place, "straight", "--train_files", place / "other.jsonl", num_ranks=0)
     assert other.returncode == 2
     assert "train_files was" in other.stderr and "--accept_changes train_files" in other.stderr
+
+
+def test_losses_that_are_not_finite_are_skipped_and_counted(place):
+    wild = ["--learning_rate", "1e30", "--bf16", "false", "--max_skipped_steps", 2]  # all weights are nan after step 1
+    result = train(place, "wild", *wild, num_ranks=0)
+    assert result.returncode == 2
+    assert "step 2: the loss is nan" in result.stderr and "skipped, 2 of --max_skipped_steps 2" in result.stderr
+    error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and "error: step 4: the loss is nan; samples 24 to 31, the first from" in error[0]
+    lines = [json.loads(line) for line in open(place / "wild" / "metrics.jsonl")]
+    assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [(2, None, 1), (3, None, 2)]
+    # The count goes on with the run: none is left.
+    again = train(place, "wild", *wild, num_ranks=0)
+    assert again.returncode == 2 and "resuming from" in again.stderr and "error: step 4" in again.stderr

@@ -101,8 +101,8 @@ class TrainingRun:
             if self.world.is_main:
                 self._print_arithmetic(encoder)
             self._run_steps(engine, stop)
-        card = replace(self.card, consumed_samples=self._consumed(self.max_steps))
-        save_model(encoder, self.tokenizer, card, self.folder, self.world)
+            card = replace(self.card, consumed_samples=self._consumed(self.max_steps))
+            save_model(encoder, self.tokenizer, card, self.folder, self.world)
         self.folder.close()
         if self.world.is_main:
             logger.info("model written to %s", self.folder.model_dir)
