@@ -1,5 +1,6 @@
 """A training run from settings to RUN/model/: prepare, step until done, save."""
 
+import contextlib
 import logging
 import math
 import time
@@ -118,31 +119,29 @@ class TrainingRun:
 
     def _run_steps(self, engine: Any, stop: StopRequest) -> None:
         contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
-        progress = self._progress_bar()
         skipped_steps = self.start.skipped_steps
         saved_step = self.start.step
         engine.train()
-        for number in range(self.start.step + 1, self.max_steps + 1):
-            self._leave_if_asked(engine, stop, number - 1, saved_step, skipped_steps)
-            started = time.perf_counter()
-            batch = self._batch(self._consumed(number - 1))
-            rate = learning_rate(number, self.max_steps, self.optimizer)
-            result = contrastive.run(batch)
-            # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
-            # is not: either way no rank has changed a weight.
-            norm = take_step(engine, rate) if result.is_finite else math.nan
-            is_skipped = not math.isfinite(norm)
-            if is_skipped:
-                skipped_steps += 1
-                self._report_skip(number, result, batch, skipped_steps)
-            seconds = time.perf_counter() - started
-            self._log(number, rate, norm, result, seconds, skipped_steps if is_skipped else None, progress)
-            interval = self.run.save_interval
-            if number == self.max_steps or interval and number % interval == 0:
-                self._save(engine, number, skipped_steps)
-                saved_step = number
-        if progress is not None:
-            progress.close()
+        with self._progress_bar() as progress:  # left with its line ended, so that an error starts a new one
+            for number in range(self.start.step + 1, self.max_steps + 1):
+                self._leave_if_asked(engine, stop, number - 1, saved_step, skipped_steps)
+                started = time.perf_counter()
+                batch = self._batch(self._consumed(number - 1))
+                rate = learning_rate(number, self.max_steps, self.optimizer)
+                result = contrastive.run(batch)
+                # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient
+                # that is not: either way no rank has changed a weight.
+                norm = take_step(engine, rate) if result.is_finite else math.nan
+                is_skipped = not math.isfinite(norm)
+                if is_skipped:
+                    skipped_steps += 1
+                    self._report_skip(number, result, batch, skipped_steps)
+                seconds = time.perf_counter() - started
+                self._log(number, rate, norm, result, seconds, skipped_steps if is_skipped else None, progress)
+                interval = self.run.save_interval
+                if number == self.max_steps or interval and number % interval == 0:
+                    self._save(engine, number, skipped_steps)
+                    saved_step = number
 
     def _leave_if_asked(self, engine: Any, stop: StopRequest, number: int, saved_step: int, skipped: int) -> None:
         """End the job between two steps, all ranks at the same one, when any of them was sent a signal."""
@@ -233,7 +232,7 @@ class TrainingRun:
 
     def _progress_bar(self) -> Any:
         if not self.world.is_main:
-            return None
+            return contextlib.nullcontext()
         from tqdm import tqdm
 
         return tqdm(
