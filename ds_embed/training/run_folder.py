@@ -88,7 +88,7 @@ class RunFolder:
         self._take_lock()
         if self._holds_run() and not self.held_run:
             raise ValueError(f"--output_dir {self.path}: another job has started a run there; choose another folder")
-        values = {name: value for group in settings for name, value in asdict(group).items() if value is not None}
+        values = {name: value for group in settings for name, value in asdict(group).items() if value not in (None, [])}
         _write_text(self.path / "ds_config.json", json.dumps(deepspeed_config, indent=2) + "\n")
         _write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         metrics = self.path / "metrics.jsonl"
