@@ -57,8 +57,9 @@ class Job:
     def wait_for_step(self, step):
         deadline = time.monotonic() + 240
         while last_step(self.run) < step:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}\n{self.output()[-4000:]}"
-            assert time.monotonic() < deadline, self.output()[-4000:]
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"no step {step}; exit code {self.process.returncode}\n{self.output()[-4000:]}")
             time.sleep(0.01)
 
     def ranks(self):

@@ -134,30 +134,29 @@ class TrainingRun:
 
     def _run_steps(self, engine: Any, stop: StopRequest) -> None:
         contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
-        log = StepLog(self.world, self.folder, self.start.step, self.max_steps, self.run.log_interval)
         skipped_steps = self.start.skipped_steps
         saved_step = self.start.step
         engine.train()
-        for number in range(self.start.step + 1, self.max_steps + 1):
-            self._leave_if_asked(engine, stop, number - 1, saved_step, skipped_steps)
-            started = time.perf_counter()
-            batch = self._batch(self._consumed(number - 1))
-            rate = learning_rate(number, self.max_steps, self.optimizer)
-            result = contrastive.run(batch)
-            # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
-            # is not: either way no rank has changed a weight.
-            norm = take_step(engine, rate) if result.is_finite else math.nan
-            is_skipped = not math.isfinite(norm)
-            if is_skipped:
-                skipped_steps += 1
-                self._report_skip(number, result, batch, skipped_steps)
-            seconds = time.perf_counter() - started
-            log.add(number, self._consumed(number), rate, norm, result, seconds, skipped_steps if is_skipped else None)
-            interval = self.run.save_interval
-            if number == self.max_steps or interval and number % interval == 0:
-                self._save(engine, number, skipped_steps)
-                saved_step = number
-        log.close()
+        with StepLog(self.world, self.folder, self.start.step, self.max_steps, self.run.log_interval) as log:
+            for number in range(self.start.step + 1, self.max_steps + 1):
+                self._leave_if_asked(engine, stop, number - 1, saved_step, skipped_steps)
+                started = time.perf_counter()
+                batch = self._batch(self._consumed(number - 1))
+                rate = learning_rate(number, self.max_steps, self.optimizer)
+                result = contrastive.run(batch)
+                # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
+                # is not: either way no rank has changed a weight.
+                norm = take_step(engine, rate) if result.is_finite else math.nan
+                is_skipped = not math.isfinite(norm)
+                if is_skipped:
+                    skipped_steps += 1
+                    self._report_skip(number, result, batch, skipped_steps)
+                seconds = time.perf_counter() - started
+                log.add(number, self._consumed(number), rate, norm, result, seconds, skipped_steps if is_skipped else None)
+                interval = self.run.save_interval
+                if number == self.max_steps or interval and number % interval == 0:
+                    self._save(engine, number, skipped_steps)
+                    saved_step = number
 
     def _leave_if_asked(self, engine: Any, stop: StopRequest, number: int, saved_step: int, skipped: int) -> None:
         """End the job between two steps, all ranks at the same one, when any of them was sent a signal."""

@@ -63,7 +63,11 @@ class StepLog:
             }
         )
 
-    def close(self) -> None:
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """End the bar's line, so that an error starts a new one."""
         if self.bar is not None:
             self.bar.close()
 
