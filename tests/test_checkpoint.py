@@ -26,9 +26,10 @@ MOVES = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    from transformers import AutoTokenizer
+
     from ds_embed.data.store import build_training_store
     from ds_embed.data.tokenize import TextFormat
-    from transformers import AutoTokenizer
 
     root = tmp_path_factory.mktemp("checkpoints")
     # Attention dropout: a resumed run has to draw what the uninterrupted one drew.

@@ -1,6 +1,8 @@
 """The gradient contract: any ranks, ZeRO stage, micro-batches and grad_cache give one process's float64 gradient."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,8 +155,7 @@ def test_many_micro_batches_lose_nothing_in_bf16(material):
 
 
 def run_cases(num_ranks: int, chosen: dict[str, dict], material):
-    out = material["root"] / f"out{num_ranks}-{len(chosen)}"
-    out.mkdir()
+    out = Path(tempfile.mkdtemp(dir=material["root"]))
     listing = out / "cases.json"
     listing.write_text(json.dumps({name: complete(case, material) for name, case in chosen.items()}))
     check(launch(num_ranks, "tests/workers/gradients.py", listing, out))

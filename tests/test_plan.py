@@ -30,8 +30,9 @@ def test_balanced_and_tight():
     per_rank = [sum(len(b) * lengths[b].max() for b in rank if len(b)) for rank in plan.micro_batches]
     assert max(per_rank) / min(per_rank) < 1.1
     assert plan.padding_share < 0.05
-    # No fewer micro-batches would do: the padded tokens alone need this many.
-    assert (plan.num_micro_batches - 1) * 4 * 4096 < lengths.sum() * 1.1
+    # A few more micro-batches than the fewest, where that saves padding; never many more.
+    fewest = -(-lengths.sum() // (4 * 4096))
+    assert plan.num_micro_batches <= 1.5 * fewest + 4
 
 
 def test_text_longer_than_budget():

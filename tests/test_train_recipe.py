@@ -79,10 +79,10 @@ def test_it_learns_and_writes_what_it_promises(workplace, plain_trace):
 
 
 def test_all_weights_in_bf16_under_zero3(workplace):
-    check(train(workplace, "full", "--lora_rank", "0", "--learning_rate", "3e-3", "--report_to", "tensorboard", zero=3))
+    check(train(workplace, "full", "--lora_rank", "0", "--max_steps", 25, "--learning_rate", "2e-3", "--report_to", "tensorboard", zero=3))
     run = workplace / "full"
     losses = [line["loss"] for line in trace(workplace, "full")]
-    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:2])
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])
     import torch
     from transformers import AutoModel
 
@@ -90,7 +90,7 @@ def test_all_weights_in_bf16_under_zero3(workplace):
     after = AutoModel.from_pretrained(run / "model").state_dict()
     assert before.keys() == after.keys()
     assert all(after[name].shape == before[name].shape for name in before)
-    # 2-D weights all moved; ten steps of 1e-3 move none of them far.
+    # 2-D weights all moved; a few steps move none of them far.
     moved = [n for n in before if before[n].dim() == 2 and not torch.equal(before[n].bfloat16(), after[n].bfloat16())]
     assert len(moved) == sum(before[n].dim() == 2 for n in before)
     assert list((run / "tensorboard").rglob("events*"))

@@ -68,7 +68,7 @@ def print_table(before: dict[str, float], after: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="folder for everything")
-    parser.add_argument("--max_steps", type=int, default=75, help="optimizer steps")
+    parser.add_argument("--max_steps", type=int, default=100, help="optimizer steps")
     arguments = parser.parse_args()
     started = time.perf_counter()
     out = arguments.output_dir
