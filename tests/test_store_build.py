@@ -97,6 +97,31 @@ def test_without_locks_the_first_to_finish_wins(tmp_path, tokenizer, monkeypatch
     TrainingStore.open(stores[0])
 
 
+def test_without_locks_no_finished_store_is_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    looked, put_in_place = threading.Event(), threading.Event()
+    inspect = store_files._inspect
+
+    def inspect_slowly(folder):
+        seen = inspect(folder)
+        if threading.current_thread() is slow and folder == final:
+            looked.set()
+            put_in_place.wait(20)
+        return seen
+
+    def write(folder):
+        store_files.write_manifest(folder, {"format_version": store_files.FORMAT_VERSION})
+
+    final = tmp_path / "store"
+    slow = threading.Thread(target=store_files._clear_damaged, args=(final,))
+    monkeypatch.setattr(store_files, "_inspect", inspect_slowly)
+    slow.start()
+    looked.wait(1)  # a look at what is not there must not be needed
+    store_files.obtain_store(tmp_path, "store", write)
+    put_in_place.set()
+    slow.join()
+    assert store_files._is_complete(final)
+
+
 def test_only_dead_builds_are_removed(tmp_path, tokenizer):
     cache_dir = tmp_path / "cache"
     cache_dir.mkdir()

@@ -187,8 +187,9 @@ def _inspect(folder: Path) -> tuple[str | None, dict]:
 
 def _clear_damaged(final: Path) -> None:
     """Make room where a store of our own name stands that is not whole: its files were lost or cut."""
-    problem, _ = _inspect(final)
-    if problem is None or not final.exists():
+    # Existence first: a store that appears between the two looks was put there whole by another process.
+    problem = _inspect(final)[0] if final.exists() else None
+    if problem is None:
         return
     logger.warning("%s: %s; it is replaced by a new build", final, problem)
     # Renamed first, so that no reader meets it half deleted.
