@@ -17,9 +17,13 @@ setup(
         "transformers>=5",
         "peft>=0.21",
         "numpy",
+        "bm25s",
+        "faiss-cpu",
         "jsonlines",
         "ijson",
         "orjson",
+        "matplotlib",
+        "pyarrow",
         "PyYAML",
         "safetensors",
         "tqdm",
@@ -27,8 +31,11 @@ setup(
         "ir-measures",
     ],
     extras_require={
-        # The quickstart's model is stored as GGUF; its tests need pytest alone.
+        # The quickstart's model is stored as GGUF.
         "quickstart": ["gguf"],
-        "test": ["pytest"],
+        # Exports for sentence-transformers are loaded with it before they are called done.
+        "export": ["sentence-transformers"],
+        "mteb": ["mteb"],
+        "test": ["pytest", "sentence-transformers", "mteb"],
     },
 )

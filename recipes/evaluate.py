@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 from ds_embed.config import parse_arguments
-from ds_embed.config.arguments import setting
+from ds_embed.config.fields import setting
 from ds_embed.distributed import run_recipe
 from ds_embed.retrieval.metrics import (
     DEFAULT_MEASURES,

@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 
 from ds_embed.config import ModelArguments, TextArguments, parse_arguments
-from ds_embed.config.arguments import setting
 from ds_embed.config.checks import above_zero, existing_files
+from ds_embed.config.fields import setting
 from ds_embed.distributed import run_recipe
 
 

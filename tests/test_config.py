@@ -7,7 +7,7 @@ import pytest
 from tiny import REPOSITORY
 
 from ds_embed.config import LoraArguments, OptimizerArguments, parse_arguments, resolve_deepspeed_config
-from ds_embed.config.arguments import setting
+from ds_embed.config.fields import setting
 
 
 @dataclass

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
+from ds_embed.durable import replaced_when_whole
 from ds_embed.retrieval.metrics import (
     SearchRun,
     evaluate,
@@ -15,7 +16,6 @@ from ds_embed.retrieval.metrics import (
     parse_measures,
     read_qrels,
     read_qrels_from_queries,
-    replaced_when_whole,
     write_results,
     write_run_lines,
 )

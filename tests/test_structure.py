@@ -11,13 +11,14 @@ PACKAGE = REPOSITORY / "ds_embed"
 # A room may import the rooms that stand before it, and only those listed here.
 ROOMS = {
     "config": set(),
+    "durable": set(),
     "distributed": set(),
     "losses": set(),
-    "data": {"config"},
+    "data": {"config", "durable"},
     "models": {"config", "data"},
     "engine": {"config", "distributed", "models"},
-    "retrieval": {"config", "distributed", "data", "models", "engine"},
-    "training": {"config", "distributed", "losses", "data", "models", "engine", "retrieval"},
+    "retrieval": {"config", "durable", "distributed", "data", "models", "engine"},
+    "training": {"config", "durable", "distributed", "losses", "data", "models", "engine", "retrieval"},
 }
 
 

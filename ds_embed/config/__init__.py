@@ -1,20 +1,12 @@
 """Settings: argument dataclasses, one YAML file or flags, and the DeepSpeed JSON."""
 
-from ds_embed.config.arguments import (
-    BertLoraArguments,
-    BertOptimizerArguments,
-    BertStepArguments,
-    DataArguments,
-    EncodeArguments,
-    LoraArguments,
-    ModelArguments,
-    OptimizerArguments,
-    RunArguments,
-    StepArguments,
-    TextArguments,
-)
+from ds_embed.config.data_arguments import DataArguments, TextArguments
 from ds_embed.config.deepspeed_json import resolve_deepspeed_config
+from ds_embed.config.encode_arguments import EncodeArguments
+from ds_embed.config.model_arguments import BertLoraArguments, LoraArguments, ModelArguments
 from ds_embed.config.parsing import parse_arguments
+from ds_embed.config.run_arguments import BertOptimizerArguments, OptimizerArguments, RunArguments
+from ds_embed.config.step_arguments import BertStepArguments, StepArguments
 
 __all__ = [
     "BertLoraArguments",

@@ -35,6 +35,7 @@ from ds_embed.data.store_files import read_manifest
 from ds_embed.data.store_writer import IDS_NAME, content_key, content_keys
 
 __all__ = [
+    "check_texts_fit",
     "TextStore",
     "TrainingStore",
     "build_text_store",
@@ -139,3 +140,13 @@ class TextStore(_Store):
         with open(self.ids_path, encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield line[:-1]
+
+
+def check_texts_fit(store: TextStore | TrainingStore, micro_batch_tokens: int) -> None:
+    """ValueError when a text of the store is longer than a micro-batch, naming where the longest one stands."""
+    longest = store.manifest["longest_text"]
+    if longest["num_tokens"] > micro_batch_tokens:
+        raise ValueError(
+            f"--micro_batch_tokens {micro_batch_tokens}: smaller than the text of {longest['num_tokens']} tokens "
+            f"at {longest['location']}; raise it to at least {longest['num_tokens']} or lower --max_length"
+        )

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ds_embed.durable import sync_and_close, sync_path
+
 # Part of every store's key: raise it when the arrays, their meaning or the tokenization change.
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -71,12 +73,6 @@ class NpyWriter:
                 "shape": (self._num_items,),
             },
         )
-
-
-def sync_and_close(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -142,7 +138,7 @@ def _build(cache_dir: Path, final: Path, write: Callable[[Path], None]) -> Path:
     try:
         write(folder)
         assert _inspect(folder)[0] is None
-        _sync_folder(folder)
+        sync_path(folder)
         _clear_damaged(final)
         try:
             folder.rename(final)
@@ -150,7 +146,7 @@ def _build(cache_dir: Path, final: Path, write: Callable[[Path], None]) -> Path:
             # Without locks another process may have finished first; its store is as good as ours.
             if not _is_complete(final):
                 raise
-        _sync_folder(cache_dir)
+        sync_path(cache_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return final
@@ -246,11 +242,3 @@ def _lock(path: Path, wait: bool) -> Iterator[bool]:
 
 def _host_name() -> str:
     return socket.gethostname().replace("@", "_").replace("/", "_")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_embed.data.store_files import NpyWriter, sync_and_close, write_manifest
+from ds_embed.data.store_files import NpyWriter, write_manifest
 from ds_embed.data.tokenize import TextTokenizer
+from ds_embed.durable import sync_and_close
 
 IDS_NAME = "ids.txt"
 # A chunk ends at whichever comes first. These are enough texts for the tokenizer's threads, and about

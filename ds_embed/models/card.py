@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from ds_embed.config import TextArguments
-from ds_embed.config.arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX
+from ds_embed.config.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX
 from ds_embed.data.tokenize import TextFormat
 
 CARD_NAME = "ds_embed.json"

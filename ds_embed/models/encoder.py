@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ds_embed.config.arguments import MIN_LEARNED_TEMPERATURE
+from ds_embed.config.step_arguments import MIN_LEARNED_TEMPERATURE
 from ds_embed.models.pooling import pool, token_mask
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder

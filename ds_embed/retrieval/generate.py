@@ -9,7 +9,7 @@ import torch
 
 from ds_embed.config import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
 from ds_embed.data.batch import pad
-from ds_embed.data.store import TextStore, build_text_store
+from ds_embed.data.store import TextStore, build_text_store, check_texts_fit
 from ds_embed.data.tokenize import encode_texts
 from ds_embed.distributed import World
 from ds_embed.engine import partitioned_loading, start_inference_engine
@@ -80,12 +80,7 @@ def _build_stores(
                 lambda: str(build_text_store(files, text_key, id_key, tokenizer, text_format, arguments.cache_dir)),
             )
             store = TextStore.open(path)
-            longest = store.manifest["longest_text"]
-            if longest["num_tokens"] > arguments.micro_batch_tokens:
-                raise ValueError(
-                    f"--micro_batch_tokens {arguments.micro_batch_tokens}: smaller than the text of "
-                    f"{longest['num_tokens']} tokens at {longest['location']}; raise it or lower --max_length"
-                )
+            check_texts_fit(store, arguments.micro_batch_tokens)
             stores.append((name, folder, store))
     return stores
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from ds_embed.data.json_files import read_json_objects
 from ds_embed.data.records import parse_query_record
+from ds_embed.durable import replaced_when_whole
 
 Qrels = dict[str, dict[str, int]]
 
@@ -269,17 +270,3 @@ def write_run_lines(file: TextIO, run, tag: str = "ds_embed") -> None:
                 ids = f"'{query_id}' or '{document_id}'"
                 raise ValueError(f"id {ids} holds white space, which splits TREC columns; give other ids")
             file.write(line + "\n")
-
-
-@contextmanager
-def replaced_when_whole(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the name `path` only when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

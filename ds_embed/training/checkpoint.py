@@ -22,8 +22,8 @@ from typing import Any, Callable
 from torch import Tensor
 
 from ds_embed.distributed import World
+from ds_embed.durable import sync_path
 from ds_embed.training.engine_state import WEIGHT, adam_step, gather_state, restore_state, trained_shapes
-from ds_embed.training.run_folder import sync_path
 
 FORMAT_VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"

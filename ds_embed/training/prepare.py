@@ -5,7 +5,7 @@ from typing import Any
 
 from ds_embed.config import DataArguments, StepArguments
 from ds_embed.data.order import SampleOrder
-from ds_embed.data.store import TrainingStore, build_training_store
+from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
 from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
 
@@ -38,12 +38,7 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
             f"{first}: has no neg_doc, and --hard_negatives {data.hard_negatives} needs one in every record "
             f"({store.manifest['records_without_negatives']:,} records have none); set --hard_negatives 0 or add them"
         )
-    longest = store.manifest["longest_text"]
-    if longest["num_tokens"] > step.micro_batch_tokens:
-        raise ValueError(
-            f"--micro_batch_tokens {step.micro_batch_tokens}: smaller than the text of {longest['num_tokens']} tokens "
-            f"at {longest['location']}; raise it to at least {longest['num_tokens']} or lower --max_length"
-        )
+    check_texts_fit(store, step.micro_batch_tokens)
     if step.negatives == "pair" and data.hard_negatives == 0:
         raise ValueError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
     if step.distillation_weight:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_embed.config import RunArguments
+from ds_embed.durable import replaced_when_whole, sync_path
 
 LOCK_NAME = ".lock"
 
@@ -89,11 +90,15 @@ class RunFolder:
         if self._holds_run() and not self.held_run:
             raise ValueError(f"--output_dir {self.path}: another job has started a run there; choose another folder")
         values = {name: value for group in settings for name, value in asdict(group).items() if value is not None}
-        _write_text(self.path / "ds_config.json", json.dumps(deepspeed_config, indent=2) + "\n")
-        _write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        with replaced_when_whole(self.path / "ds_config.json") as file:
+            file.write(json.dumps(deepspeed_config, indent=2) + "\n")
+        with replaced_when_whole(self.path / "config.yaml") as file:
+            yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            _write_text(metrics, "".join(lines_up_to(metrics.read_text(encoding="utf-8", errors="replace"), last_step)))
+            kept = lines_up_to(metrics.read_text(encoding="utf-8", errors="replace"), last_step)
+            with replaced_when_whole(metrics) as file:
+                file.writelines(kept)
         self._metrics = open(metrics, "a", encoding="utf-8")
         self._monitor = self._open_monitor(arguments.report_to)
 
@@ -167,19 +172,3 @@ def lines_up_to(text: str, last_step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    sync_path(temporary)
-    os.replace(temporary, path)
-
-
-def sync_path(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

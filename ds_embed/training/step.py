@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_embed.config import StepArguments
-from ds_embed.config.arguments import MIN_LEARNED_TEMPERATURE
+from ds_embed.config.step_arguments import MIN_LEARNED_TEMPERATURE
 from ds_embed.data.batch import GlobalBatch, collate
 from ds_embed.data.order import key_of
 from ds_embed.data.plan import Plan, plan_micro_batches
