@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Site settings of the job scripts: edit this file once for a cluster. It is read on the node that runs the
 # script, and its exported variables reach every rank.
 
@@ -6,9 +7,6 @@ export DS_EMBED_PYTHON="${DS_EMBED_PYTHON:-$DS_EMBED_HOME/.venv/bin/python}"
 
 # How often a job that saved and stopped may put itself back into the queue.
 export DS_EMBED_MAX_REQUEUES="${DS_EMBED_MAX_REQUEUES:-100}"
-
-# Seconds that the ranks may take to save and leave after a signal, before the job gives them up.
-export DS_EMBED_SAVE_SECONDS="${DS_EMBED_SAVE_SECONDS:-150}"
 
 # What sites often need:
 # module load cuda/12.6
