@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_embed", "ds_embed.*"]),
+    package_data={"ds_embed.report": ["page.html"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8",
@@ -21,6 +22,7 @@ setup(
         "faiss-cpu",
         "jsonlines",
         "ijson",
+        "jinja2",
         "orjson",
         "matplotlib",
         "pyarrow",
@@ -36,6 +38,8 @@ setup(
         # Exports for sentence-transformers are loaded with it before they are called done.
         "export": ["sentence-transformers"],
         "mteb": ["mteb"],
-        "test": ["pytest", "sentence-transformers", "mteb"],
+        # --map tsne of recipes/report.py.
+        "report": ["scikit-learn"],
+        "test": ["pytest", "scikit-learn", "sentence-transformers", "mteb"],
     },
 )

@@ -98,6 +98,12 @@ def read_document_texts(paths: Sequence[str | os.PathLike], wanted: set[str]) ->
     return texts
 
 
+def read_query_texts(paths: Sequence[str | os.PathLike], wanted: set[str]) -> dict[str, str]:
+    """The texts of the queries whose ids are in `wanted`, by id; the others are only passed over."""
+    queries = (parse_query_record(where, record) for path in paths for where, record in read_json_objects(path))
+    return {query.query_id: query.query for query in queries if query.query_id in wanted}
+
+
 def _teacher_scores(
     where: str, record: dict, num_negatives: int
 ) -> tuple[float | None, tuple[float, ...] | None]:
