@@ -15,6 +15,11 @@ class ModelArguments:
         f"how token states become one vector: {', '.join(POOLINGS)} (default: last for decoders, mean for BERT)",
         default=None,
     )
+    bidirectional: bool | None = setting(
+        "let every token of a decoder see the whole text and not only what stands before it "
+        "(default: as the trained model or its config.json says, else false)",
+        default=None,
+    )
     attn_implementation: str | None = setting(
         "attention kernel: sdpa, eager, flash_attention_2, ... (default: sdpa where the model has it, else eager)",
         default=None,

@@ -31,8 +31,8 @@ from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerpr
 def build_training_store(
     files: Sequence[str | os.PathLike] | str | os.PathLike,
     tokenizer: Any,
-    query_format: TextFormat,
-    document_format: TextFormat,
+    query_format: TextFormat | Sequence[TextFormat],
+    document_format: TextFormat | Sequence[TextFormat],
     num_negatives: int | None,
     cache_dir: str | os.PathLike,
     progress: Progress | None = None,
@@ -40,6 +40,7 @@ def build_training_store(
 ) -> Path:
     """Tokenize training records into a store under `cache_dir`, or reuse the one that is there.
 
+    A format is that of all files, or a sequence with one for each file.
     `num_negatives` keeps the first so many negatives of each record (fewer: all that there are; None:
     all). `progress` is told how many records were added since it was last called. Returns the store's
     folder; open it with TrainingStore.open. ValueError for bad data, with file and line; with
@@ -48,13 +49,12 @@ def build_training_store(
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
     sources = [_Source(path) for path in _listed(files)]
-    sides = {
-        "queries": TextTokenizer(tokenizer, query_format, "query_max_length"),
-        "documents": TextTokenizer(tokenizer, document_format, "doc_max_length"),
-    }
+    query_tokenizers = _tokenizers(tokenizer, query_format, "query_max_length", len(sources))
+    document_tokenizers = _tokenizers(tokenizer, document_format, "doc_max_length", len(sources))
+    sides = [{"queries": q, "documents": d} for q, d in zip(query_tokenizers, document_tokenizers)]
     settings = {
-        "query_format": asdict(query_format),
-        "document_format": asdict(document_format),
+        "query_format": _described(query_format),
+        "document_format": _described(document_format),
         "num_negatives": num_negatives,
         "skip_bad_records": skip_bad_records,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -63,8 +63,9 @@ def build_training_store(
     def write(folder: Path) -> None:
         def write_without(conflicts: dict[tuple[int, int], BadRecord]) -> dict[tuple[int, int], BadRecord]:
             skipped = SkippedRecords() if skip_bad_records else None
-            with StoreWriter(folder, sides, progress, with_ids=False) as writer:
+            with StoreWriter(folder, sides[0], progress, with_ids=False) as writer:
                 for index, source in enumerate(sources):
+                    writer.encode_with(sides[index])
                     bad = {number: error for (file, number), error in conflicts.items() if file == index}
                     for number, record in source.records(writer, parse_training_record, skipped, bad):
                         _add_training_record(writer, record, number, source.location(number), num_negatives)
@@ -212,6 +213,20 @@ def _listed(files: Any) -> list:
     if not listed:
         raise ValueError("no data files were given; name at least one")
     return listed
+
+
+def _tokenizers(
+    tokenizer: Any, formats: TextFormat | Sequence[TextFormat], setting: str, num_files: int
+) -> list[TextTokenizer]:
+    """One for each file; files of one format share it."""
+    formats = [formats] * num_files if isinstance(formats, TextFormat) else formats
+    assert len(formats) == num_files
+    made = {text_format: TextTokenizer(tokenizer, text_format, setting) for text_format in set(formats)}
+    return [made[text_format] for text_format in formats]
+
+
+def _described(formats: TextFormat | Sequence[TextFormat]) -> Any:
+    return asdict(formats) if isinstance(formats, TextFormat) else [asdict(one) for one in formats]
 
 
 def _store_key(kind: str, settings: dict, sources: list[_Source]) -> str:

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 
 from ds_embed.config import ModelArguments, TextArguments
+from ds_embed.models.attention import (
+    CausalAttention,
+    EncoderAttention,
+    check_bidirectional,
+    is_bidirectional,
+    make_bidirectional,
+)
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 
@@ -93,13 +100,21 @@ def is_decoder(config: Any) -> bool:
 def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments) -> EmbeddingCard:
     """How texts become vectors: flags, else the model's own card, else our defaults for its kind.
 
-    ValueError when a length exceeds what the model has positions for.
+    ValueError when a length exceeds what the model has positions for, or its attention can't be as asked.
     """
     config = load_config(source, model.trust_remote_code)
+    decoder = is_decoder(config)
+    if not decoder and model.bidirectional is False:
+        raise ValueError(f"--bidirectional false: {source.base} is a BERT-style encoder, which always is bidirectional")
+    if decoder:
+        known = None if source.card is None else source.card.bidirectional
+        asked = known if model.bidirectional is None else model.bidirectional
+        check_bidirectional(config, asked, source.base)
     return EmbeddingCard.choose(
         text,
-        model.pooling,
-        decoder=is_decoder(config),
+        model,
+        decoder=decoder,
+        bidirectional=not decoder or is_bidirectional(config),
         base=source.base,
         known=source.card,
         longest=longest_text(config),
@@ -136,10 +151,17 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
 
 
 def load_encoder(
-    source: ModelSource, *, pooling: str, bf16: bool, attn_implementation: str | None, trust_remote_code: bool
+    source: ModelSource,
+    *,
+    pooling: str,
+    bidirectional: bool,
+    bf16: bool,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> TextEncoder:
     """The encoder with its base weights (and adapter, frozen, where the source has one).
 
+    bidirectional: whether a decoder's tokens see the whole text; encoders' always do.
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
     from transformers import MODEL_MAPPING, AutoModel
@@ -163,9 +185,12 @@ def load_encoder(
         if attn_implementation is None:
             raise
         raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
+    attention = EncoderAttention()
+    if is_decoder(config):
+        attention = make_bidirectional(backbone) if bidirectional else CausalAttention()
     if source.adapter is not None:
         from peft import PeftModel
 
         backbone = PeftModel.from_pretrained(backbone, str(source.adapter))
         backbone = backbone.to(options["dtype"])
-    return TextEncoder(backbone, pooling, causal=is_decoder(config))
+    return TextEncoder(backbone, pooling, attention)

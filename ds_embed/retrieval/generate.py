@@ -54,6 +54,7 @@ def encode_queries(
     encoder = load_encoder(
         source,
         pooling=card.pooling,
+        bidirectional=card.bidirectional,
         bf16=bf16,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
@@ -96,6 +97,7 @@ def _load(
         encoder = load_encoder(
             source,
             pooling=card.pooling,
+            bidirectional=card.bidirectional,
             bf16=arguments.bf16,
             attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,

@@ -17,6 +17,9 @@ _LOGISTICS = {
     "max_steps", "num_train_epochs",
 }  # fmt: skip
 _RUN_SETTINGS = ("seed", "bf16")
+_CARD_SETTINGS = (
+    "pooling", "bidirectional", "query_prefix", "doc_prefix", "query_max_length", "doc_max_length", "append_eos",
+)  # fmt: skip
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
@@ -44,7 +47,7 @@ def fingerprint(
         "base_model": _describe_model(source.base, commit),
         "adapter": "none" if source.adapter is None else _describe_model(str(source.adapter), None),
     }
-    for name in ("pooling", "query_prefix", "doc_prefix", "query_max_length", "doc_max_length", "append_eos"):
+    for name in _CARD_SETTINGS:
         known[name] = repr(getattr(card, name))
     for group in (lora, data, step, optimizer):
         settings = {name: value for name, value in asdict(group).items() if not name.startswith("val_")}

@@ -30,7 +30,7 @@ from ds_embed.models.loading import (
 from ds_embed.models.lora import add_lora
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
-from ds_embed.training.prepare import check_prefixes, prepare_store, sample_order
+from ds_embed.training.prepare import check_prefixes, describe_prefixes, prepare_store, sample_order
 from ds_embed.training.report import StepLog, non_finite_message, whole_size
 from ds_embed.training.resume import Start, clear_way, find_start
 from ds_embed.training.run_folder import RunFolder
@@ -203,6 +203,7 @@ class TrainingRun:
             encoder = load_encoder(
                 self.source,
                 pooling=self.card.pooling,
+                bidirectional=self.card.bidirectional,
                 bf16=self.run.bf16,
                 attn_implementation=self.model.attn_implementation,
                 trust_remote_code=self.model.trust_remote_code,
@@ -250,4 +251,4 @@ class TrainingRun:
             unit = "batches" if self.order.batch_size else "samples"
             shares = zip(self.data.train_files, self.store.file_sizes, self.order.probabilities)
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
-        logger.info("\n".join(lines))
+        logger.info("\n".join(lines + describe_prefixes(self.data, self.card)))

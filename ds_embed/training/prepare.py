@@ -1,12 +1,16 @@
 """The token store of a training run: built once by rank 0, mapped by all, checked against the settings."""
 
+import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 from ds_embed.config import DataArguments, StepArguments
+from ds_embed.config.data_arguments import unescape
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.skipping import describe_skipped
 from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
+from ds_embed.data.tokenize import TextFormat
 from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
 
@@ -17,8 +21,7 @@ def prepare_store(
     world: World, data: DataArguments, step: StepArguments, tokenizer: Any, card: EmbeddingCard
 ) -> TrainingStore:
     """Build or find the store of the training files and check that every setting fits it."""
-    query_format, document_format = card.text_formats()
-
+    query_format, document_format = file_formats(data, card)
     num_negatives = data.hard_negatives if data.hard_negatives_sampling == "first" else None  # None: all
 
     def build() -> str:
@@ -30,6 +33,31 @@ def prepare_store(
         return str(path)
 
     return TrainingStore.open(world.on_main("token store", build))
+
+
+def file_formats(
+    data: DataArguments, card: EmbeddingCard
+) -> tuple[TextFormat | list[TextFormat], TextFormat | list[TextFormat]]:
+    """How queries and documents become tokens: the card's way, or with a prefix for each file."""
+    query_format, document_format = card.text_formats()
+    return (
+        [replace(query_format, prefix=unescape(prefix)) for prefix in data.query_prefixes] or query_format,
+        [replace(document_format, prefix=unescape(prefix)) for prefix in data.doc_prefixes] or document_format,
+    )
+
+
+def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
+    """Lines that say which prefix each file is trained with and which one the model keeps, where they differ."""
+    lines = []
+    for what, prefixes, kept in (
+        ("queries", data.query_prefixes, card.query_prefix),
+        ("documents", data.doc_prefixes, card.doc_prefix),
+    ):
+        if prefixes:
+            pairs = zip(data.train_files, prefixes)
+            lines += [f"{what:<14} {json.dumps(unescape(p), ensure_ascii=False)} for {path}" for path, p in pairs]
+            lines.append(f"{what:<14} {json.dumps(kept, ensure_ascii=False)} kept by the model, for later ones")
+    return lines
 
 
 def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:

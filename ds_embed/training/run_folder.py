@@ -13,6 +13,7 @@ from typing import Any
 
 from ds_embed.config import RunArguments
 from ds_embed.durable import replaced_when_whole, sync_path
+from ds_embed.training.monitors import Monitors
 
 LOCK_NAME = ".lock"
 
@@ -100,24 +101,7 @@ class RunFolder:
             with replaced_when_whole(metrics) as file:
                 file.writelines(kept)
         self._metrics = open(metrics, "a", encoding="utf-8")
-        self._monitor = self._open_monitor(arguments.report_to)
-
-    def _open_monitor(self, names: list[str]) -> Any:
-        from deepspeed.monitor.config import get_monitor_config
-        from deepspeed.monitor.monitor import MonitorMaster
-
-        sections = {
-            "tensorboard": {"enabled": True, "output_path": str(self.path), "job_name": "tensorboard"},
-            "csv": {"enabled": True, "output_path": str(self.path), "job_name": "csv"},
-            "wandb": {"enabled": True, "project": "ds_embed"},
-            "comet": {"enabled": True, "project": "ds_embed", "experiment_name": self.path.name},
-        }
-        keys = {"csv": "csv_monitor"}
-        try:
-            # Our own, beside the engine's: the engine would log its count of samples, which is not ours.
-            return MonitorMaster(get_monitor_config({keys.get(n, n): sections[n] for n in names if n != "none"}))
-        except ImportError as error:
-            raise ValueError(f"--report_to {' '.join(names)}: {error}; install it or leave it out") from None
+        self._monitor = Monitors(self.path, arguments, last_step)
 
     def log(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and, for the numbers, one event a monitor at values["step"]."""
@@ -135,6 +119,8 @@ class RunFolder:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+        if self._monitor is not None:
+            self._monitor.close()
 
     def publish_model(self, fill: Any) -> None:
         """Let `fill(folder)` write the model, and give the folder its name only when it is whole.

@@ -28,6 +28,7 @@ class StepResult:
     accuracy: float  # share of queries whose positive scores above every negative
     positive_similarity: float  # mean cosine of query and positive
     negative_similarity: float  # mean cosine of query and its highest-scored negative
+    margin: float  # mean of the positive's cosine less that of the highest-scored negative, where there is one
     temperature: float  # that the loss was computed with
     grad_log_scale: float  # of the loss by log(1 / temperature)
     num_tokens: int
@@ -121,12 +122,13 @@ class ContrastiveStep:
     def _summarise(self, loss: LossResult, plan: Plan, batch: GlobalBatch, temperature: float) -> StepResult:
         """Add up the ranks' shares, so that all ranks know (and agree on) the loss of the batch."""
         sums = self.world.sum(torch.stack(loss.sums.values()).double().tolist())
-        total, on_log_scale, correct, positive, negative, with_negatives = sums
+        total, on_log_scale, correct, positive, negative, with_negatives, margin = sums
         return StepResult(
             loss=total,
             accuracy=correct / batch.num_queries,
             positive_similarity=positive / batch.num_queries,
             negative_similarity=negative / max(1.0, with_negatives),
+            margin=margin / max(1.0, with_negatives),
             temperature=temperature,
             grad_log_scale=on_log_scale,
             num_tokens=plan.num_tokens,

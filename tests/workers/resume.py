@@ -38,6 +38,7 @@ def make_engine(world, case: dict):
         encoder = load_encoder(
             find_model(case["model"]),
             pooling="last",
+            bidirectional=False,
             bf16=case["bf16"],
             attn_implementation="sdpa",
             trust_remote_code=False,
