@@ -1,14 +1,16 @@
 """Runs that are killed, signalled, damaged and started again, with the real launcher.
 
-KILLS=30 kills the run thirty times instead of twice.
+KILLS=30 ends the run thirty times instead of three: the whole job killed, one rank killed, one rank stopped, in turn.
 """
 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from tiny import REPOSITORY, check, launch, launch_command, launch_environment, 
 
 from ds_embed.distributed import EXIT_REQUEUE
 
-KILLS = int(os.environ.get("KILLS", 2))
-STEPS = 20
+KILLS = int(os.environ.get("KILLS", 3))
+STEPS = 20 if KILLS <= 3 else 4 * KILLS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def flags(root, name, *extra):
         "--train_files", root / "train.jsonl", "--output_dir", root / name, "--cache_dir", root / "cache",
         "--max_length", 24, "--global_batch_size", 8, "--hard_negatives", 1, "--micro_batch_tokens", 200,
         "--max_steps", STEPS, "--learning_rate", "5e-3", "--lora_dropout", 0.1, "--report_to", "none",
-        "--save_interval", 1, "--save_total_limit", 2, *extra,
+        "--save_interval", 1, "--save_total_limit", 2, "--rank_timeout_seconds", 2, *extra,
     ]  # fmt: skip
 
 
@@ -47,12 +49,18 @@ class Job:
     """A 2-rank run in a process group of its own, to be killed or signalled while it runs."""
 
     def __init__(self, root, name, *extra):
-        self.log = open(root / f"{name}.log", "a+")
+        self.log = open(root / f"{name}.log", "w+")
         self.run = root / name
         self.process = subprocess.Popen(
             launch_command(2, "recipes/train_gpt.py", *flags(root, name, *extra)),
             cwd=REPOSITORY, env=launch_environment(), stdout=self.log, stderr=self.log, start_new_session=True,
         )  # fmt: skip
+
+    def wait_for_ranks(self):
+        deadline = time.monotonic() + 240
+        while len(self.ranks()) < 2:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output()[-4000:]
+            time.sleep(0.05)
 
     def wait_for_step(self, step):
         deadline = time.monotonic() + 240
@@ -112,17 +120,22 @@ def straight(place):
 
 def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
     rng = random.Random(os.environ.get("KILLS_SEED", 1))
-    run, instants = place / "broken", []
+    run, instants, start_seconds = place / "broken", Counter(), 5.0
     for number in range(KILLS):
         job = Job(place, "broken")
-        # Nearly every instant of this run is inside a save or between two: one follows each step.
         before = last_step(run)
-        job.wait_for_step(min(before + 1, STEPS - 8))
-        time.sleep(rng.uniform(0, 0.5))
-        job.kill()
-        names = sorted(path.name for path in (run / "checkpoints").glob("*")) if (run / "checkpoints").exists() else []
-        instants.append((last_step(run), names))
-    print(instants)
+        job.wait_for_ranks()
+        kind = number % 3
+        if number % 5 == 4:  # while it starts: joining, reading the data, loading, restoring
+            kind = min(kind, 1)  # a rank that is stopped before it has joined is waited for
+            time.sleep(rng.uniform(0, start_seconds))
+        else:  # while it trains: one save follows each step
+            started = time.monotonic()
+            job.wait_for_step(min(before + 1, STEPS - 8))
+            start_seconds = time.monotonic() - started
+            time.sleep(rng.uniform(0, 0.5))
+        instants[end_suddenly(job, run, kind=kind, rank=rng.randrange(2))] += 1
+    print("ended:", dict(instants))
 
     job = Job(place, "broken")
     job.wait_for_step(min(last_step(run) + 1, STEPS - 4))
@@ -140,7 +153,26 @@ def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
     expected, got = (load_file(path / "model" / "adapter_model.safetensors") for path in (straight, run))
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000019", "step_00000020"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"]
+
+
+def end_suddenly(job, run, kind, rank):
+    """Kill the job, or kill or stop one rank and see the job end by itself with that rank's name; says when that was."""
+    ranks = job.ranks()
+    if kind and rank in ranks:
+        os.kill(ranks[rank], signal.SIGKILL if kind == 1 else signal.SIGSTOP)
+    saving = list((run / "checkpoints").glob(".unfinished-*"))
+    when = "in a save" if saving else "in a step or between" if "training:" in job.output() else "while starting"
+    if not kind or rank not in ranks:
+        job.kill()
+    else:
+        code, output = job.end(), job.output()
+        what = "died" if kind == 1 else r"has not answered for \d+ s: its process is stopped"
+        message = rf"error: rank {rank} \(\S+, process {ranks[rank]}\) {what}.*; last seen in .*; the job is ended"
+        # Before the ranks have joined, the launcher ends the job.
+        assert code != 0 and (re.search(message, output) or when == "while starting"), output[-4000:]
+        assert "Traceback" not in output, output[-4000:]
+    return when
 
 
 def test_signal_saves_and_asks_to_be_started_again(place):
@@ -159,7 +191,7 @@ def test_signal_saves_and_asks_to_be_started_again(place):
 
 def test_finished_run_says_so_and_a_changed_one_is_refused(place, straight):
     again = check(train(place, "straight", num_ranks=0))
-    assert "finished at step 20 already" in again.stderr
+    assert f"finished at step {STEPS} already" in again.stderr
     assert losses(straight)[-1][0] == STEPS
     make_training_file(place / "other.jsonl", 100, num_negatives=1, seed=5)
     other = train(place, "straight", "--train_files", place / "other.jsonl", num_ranks=0)
