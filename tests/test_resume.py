@@ -49,26 +49,27 @@ class Job:
     """A 2-rank run in a process group of its own, to be killed or signalled while it runs."""
 
     def __init__(self, root, name, *extra):
-        self.log = open(root / f"{name}.log", "w+")
+        (root / f"{name}.log").unlink(missing_ok=True)
+        self.log = open(root / f"{name}.log", "a+")
         self.run = root / name
         self.process = subprocess.Popen(
             launch_command(2, "recipes/train_gpt.py", *flags(root, name, *extra)),
             cwd=REPOSITORY, env=launch_environment(), stdout=self.log, stderr=self.log, start_new_session=True,
         )  # fmt: skip
 
-    def wait_for_ranks(self):
+    def wait_until(self, condition, what):
         deadline = time.monotonic() + 240
-        while len(self.ranks()) < 2:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.output()[-4000:]
-            time.sleep(0.05)
-
-    def wait_for_step(self, step):
-        deadline = time.monotonic() + 240
-        while last_step(self.run) < step:
+        while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                pytest.fail(f"no step {step}; exit code {self.process.returncode}\n{self.output()[-4000:]}")
-            time.sleep(0.01)
+                pytest.fail(f"no {what}; exit code {self.process.returncode}\n{self.output()[-4000:]}")
+            time.sleep(0.02)
+
+    def wait_for_step(self, step):
+        self.wait_until(lambda: last_step(self.run) >= step, f"step {step}")
+
+    def wait_for(self, words):
+        self.wait_until(lambda: words in self.output(), words)
 
     def ranks(self):
         """Process ids of the ranks, by rank."""
@@ -124,7 +125,7 @@ def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
     for number in range(KILLS):
         job = Job(place, "broken")
         before = last_step(run)
-        job.wait_for_ranks()
+        job.wait_until(lambda: len(job.ranks()) == 2, "ranks")
         kind = number % 3
         if number % 5 == 4:  # while it starts: joining, reading the data, loading, restoring
             kind = min(kind, 1)  # a rank that is stopped before it has joined is waited for
@@ -141,8 +142,10 @@ def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
     job.wait_for_step(min(last_step(run) + 1, STEPS - 4))
     second = train(place, "broken", num_ranks=0)
     assert second.returncode == 2 and "in use by another job" in second.stderr, second.stderr[-2000:]
+    while job.process.poll() is None and not list((run / "checkpoints").glob(".unfinished-*")):
+        time.sleep(0.001)
     if job.process.poll() is None:  # a quick machine may have finished meanwhile
-        os.kill(job.ranks()[1], signal.SIGUSR1)
+        os.kill(job.ranks()[1], signal.SIGUSR1)  # in the middle of a save
     code = job.end()
     if code != 0:
         assert code == EXIT_REQUEUE, job.output()[-4000:]
@@ -182,6 +185,13 @@ def test_signal_saves_and_asks_to_be_started_again(place):
     assert job.end() == EXIT_REQUEUE, job.output()[-4000:]
     step = last_step(place / "signalled")
     assert [path.name for path in (place / "signalled" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
+    # A signal while the run is being restored, to one rank: nothing is lost, and all ranks agree on the code.
+    job = Job(place, "signalled", "--max_steps", step + 1)
+    job.wait_for("resuming from")
+    os.kill(job.ranks()[1], signal.SIGTERM)
+    assert job.end() == EXIT_REQUEUE, job.output()[-4000:]
+    assert "SIGTERM: stopped" in job.output() and "Traceback" not in job.output(), job.output()[-4000:]
+    assert last_step(place / "signalled") == step
     # One more step with other ranks: one line a step, and the samples go on.
     check(train(place, "signalled", "--max_steps", step + 1, num_ranks=0))
     lines = [json.loads(line) for line in open(place / "signalled" / "metrics.jsonl")]
