@@ -43,7 +43,8 @@ class Watch:
         settings = [rank, local_rank, size, token, os.getpid(), descriptor, theirs.fileno(), link.fileno()]
         self._process = subprocess.Popen(
             # -I and -S: nothing but the standard library is looked at.
-            [sys.executable, "-I", "-S", watcher.__file__, json.dumps(settings)],
+            [sys.executable, "-I", "-S", watcher.__file__],
+            env=os.environ | {watcher.SETTINGS: json.dumps(settings)},  # other users can't read it
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=settings[-3:],
         )  # fmt: skip
         for ours in (theirs, link):

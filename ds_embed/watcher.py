@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EXIT_RANK_LOST = 3  # a rank died, stopped or got stuck; its name stands in the message
+SETTINGS = "DS_EMBED_WATCHER"  # variable of the environment
 PAGE = struct.Struct("<Qqqdd96s")  # marks passed, step, exit code + 1, the two timeouts in seconds, phase
 _TICK = 0.5  # seconds between two reports
 _LONGEST_TICK = 1.0  # what a tick counts at most on the running time
 _LOST_CONTACT = 5.0  # seconds after which a watcher whose connection has closed is given up
-_LEAVE = 10.0  # seconds that the others have to leave by themselves after one left with an error
+_LEAVE = 5.0  # seconds that the others have to leave by themselves after one left with an error
 _EXIT = 2.0  # seconds that a rank has to end itself before its watcher kills it
 _LINGER = 60.0  # seconds that the watchers outlive a job that ended well
 
@@ -318,7 +319,7 @@ def _say(report: dict[str, Any], what: str) -> None:
 def _main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for the rank; the watcher ends when it does
-    settings = json.loads(sys.argv[1])
+    settings = json.loads(os.environ[SETTINGS])
     watcher = _Judge(*settings) if settings[0] == 0 else _Reporter(*settings)
     watcher.run()
 

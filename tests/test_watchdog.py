@@ -69,10 +69,10 @@ def jobs(tmp_path_factory):
         "lost": Job(root / "lost", rank_timeout=LONG),
         "lost_main": Job(root / "lost_main", rank_timeout=LONG),
         "silent": Job(root / "silent"),
-        "busy": Job(root / "busy", rank_timeout=1),
-        "suspended": Job(root / "suspended", rank_timeout=1, stall_timeout=2),
-        "suspended_ranks": Job(root / "suspended_ranks", rank_timeout=1),
-        "waiting": Job(root / "waiting", rank_timeout=1, stall_timeout=1),
+        "busy": Job(root / "busy", rank_timeout=3),
+        "suspended": Job(root / "suspended", rank_timeout=3, stall_timeout=3),
+        "suspended_ranks": Job(root / "suspended_ranks", rank_timeout=3),
+        "waiting": Job(root / "waiting", rank_timeout=3, stall_timeout=1),
     }
     for job in jobs.values():
         job.wait_until_ready()
@@ -86,14 +86,14 @@ def jobs(tmp_path_factory):
     for name, rank in (("lost", 1), ("lost_main", 0)):
         os.killpg(jobs[name].ranks[rank].pid, signal.SIGKILL)  # the watcher too, as when a host goes down
     os.kill(watchers["silent"][1], signal.SIGSTOP)  # as when a host hangs
-    jobs["busy"].tell("hold 4", "wait")
+    jobs["busy"].tell("hold 6", "wait")
     for job in (jobs["suspended"], jobs["suspended_ranks"]):
         job.tell("wait", "wait")
         for rank in job.ranks:
             stop = os.killpg if job is jobs["suspended"] else os.kill
             stop(rank.pid, signal.SIGSTOP)
     jobs["waiting"].tell("wait", "wait")
-    yield jobs, watchers
+    yield jobs, watchers, time.monotonic()
     for job in jobs.values():
         for rank in job.ranks:
             try:
@@ -149,11 +149,12 @@ def test_rank_that_left_with_an_error_takes_the_others_along(jobs):
 def test_nobody_is_accused(jobs, name):
     """A rank in a long call that keeps the interpreter; a job stopped as a whole; one whose ranks all wait."""
     job = jobs[0][name]
+    time.sleep(max(0.0, jobs[2] + 4.1 - time.monotonic()))
     if name.startswith("suspended"):
         for rank in job.ranks:
             resume = os.killpg if name == "suspended" else os.kill
             resume(rank.pid, signal.SIGCONT)
-        time.sleep(1.5)  # longer than the timeout of a rank
+        time.sleep(3.5)  # longer than the timeout, and so were they stopped
     assert [rank.poll() for rank in job.ranks] == [None, None]
     job.tell("end", "end")
     assert job.end() == ([0, 0], [])
