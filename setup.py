@@ -11,16 +11,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_embed", "ds_embed.*"]),
+    package_data={"ds_embed.report": ["page.html"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8",
         "transformers>=5",
         "peft>=0.21",
-        "numpy",
+        "numpy>=2",
         "bm25s",
         "faiss-cpu",
         "jsonlines",
         "ijson",
+        "jinja2",
         "orjson",
         "matplotlib",
         "pyarrow",
@@ -29,6 +31,7 @@ setup(
         "tqdm",
         "tensorboard",
         "ir-measures",
+        "scipy",
     ],
     extras_require={
         # The quickstart's model is stored as GGUF.
@@ -36,6 +39,8 @@ setup(
         # Exports for sentence-transformers are loaded with it before they are called done.
         "export": ["sentence-transformers"],
         "mteb": ["mteb"],
-        "test": ["pytest", "sentence-transformers", "mteb"],
+        # --map tsne of recipes/report.py.
+        "report": ["scikit-learn"],
+        "test": ["pytest", "scikit-learn", "sentence-transformers", "mteb"],
     },
 )

@@ -22,6 +22,7 @@ ROOMS = {
     "engine": {"config", "distributed", "models"},
     "retrieval": {"config", "durable", "distributed", "data", "models", "engine"},
     "training": {"config", "durable", "distributed", "losses", "data", "models", "engine", "retrieval"},
+    "report": {"config", "durable", "data", "retrieval", "training"},
 }
 
 

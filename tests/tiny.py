@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data that tests make themselves: real Hugging Face folders, random weights."""
 
+import importlib.util
 import json
 import os
 import random
@@ -93,6 +94,15 @@ def write_teacher_scores(path: Path, seed: int = 0) -> Path:
             record["neg_scores"] = [rng.gauss(0, 1) for _ in record["neg_doc"]]
             file.write(json.dumps(record) + "\n")
     return path
+
+
+def load_recipe(name: str):
+    """A recipe as a module, to call its main(argv) without a process of its own."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", REPOSITORY / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def launch(num_ranks: int, script: Path | str, *flags, timeout: float = 300) -> subprocess.CompletedProcess:

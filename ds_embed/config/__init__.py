@@ -5,6 +5,7 @@ from ds_embed.config.deepspeed_json import resolve_deepspeed_config
 from ds_embed.config.encode_arguments import EncodeArguments
 from ds_embed.config.model_arguments import BertLoraArguments, LoraArguments, ModelArguments
 from ds_embed.config.parsing import parse_arguments
+from ds_embed.config.report_arguments import ReportArguments
 from ds_embed.config.run_arguments import BertOptimizerArguments, OptimizerArguments, RunArguments
 from ds_embed.config.step_arguments import BertStepArguments, StepArguments
 
@@ -17,6 +18,7 @@ __all__ = [
     "LoraArguments",
     "ModelArguments",
     "OptimizerArguments",
+    "ReportArguments",
     "RunArguments",
     "StepArguments",
     "TextArguments",

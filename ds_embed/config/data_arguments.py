@@ -48,6 +48,10 @@ class DataArguments(TextArguments):
         "which of a record's negatives are used: first (the first ones) or random (others in every pass)",
         default="first",
     )
+    skip_bad_records: bool = setting(
+        "leave out training records that can't be used, counted by reason, in place of stopping at the first",
+        default=False,
+    )
     cache_dir: str = setting(
         "folder for prepared tokens, seen by all nodes and reused by later runs", default="~/.cache/ds_embed"
     )

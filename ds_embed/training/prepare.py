@@ -5,6 +5,7 @@ from typing import Any
 
 from ds_embed.config import DataArguments, StepArguments
 from ds_embed.data.order import SampleOrder
+from ds_embed.data.skipping import describe_skipped
 from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
 from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
@@ -22,8 +23,9 @@ def prepare_store(
 
     def build() -> str:
         path = build_training_store(
-            data.train_files, tokenizer, query_format, document_format, num_negatives, data.cache_dir
-        )
+            data.train_files, tokenizer, query_format, document_format, num_negatives, data.cache_dir,
+            skip_bad_records=data.skip_bad_records,
+        )  # fmt: skip
         check_store(TrainingStore.open(path), data, step)
         return str(path)
 
@@ -32,6 +34,8 @@ def prepare_store(
 
 def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
     """ValueError, with file and line where there is one, when the data don't serve the settings."""
+    for line in describe_skipped(store.manifest.get("skipped_records", {})):
+        logger.warning("training data: %s", line)
     first = store.manifest["first_record_without_negatives"]
     if data.hard_negatives and first:
         raise ValueError(

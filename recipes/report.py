@@ -1,0 +1,26 @@
+"""Make a page of a run: its curves and, with vectors of its model, how it retrieves and where it fails.
+
+    python recipes/report.py RUN
+    python recipes/report.py RUN --embeddings OUT/consumed_samplesX --query_files queries.jsonl --doc_files docs.jsonl
+
+Writes RUN/report/report.html, which needs no other file and no network, and a PNG of each chart beside it.
+"""
+
+import sys
+
+from ds_embed.config import ReportArguments, parse_arguments
+from ds_embed.distributed import run_recipe
+from ds_embed.report.build import build_report
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--run", *argv]
+    (arguments,) = parse_arguments(ReportArguments, argv=argv)
+    path, num_charts = build_report(arguments)
+    print(f"written to {path} ({path.stat().st_size / 1024:,.0f} KiB, {num_charts} charts)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))
