@@ -12,7 +12,10 @@ PACKAGE = REPOSITORY / "ds_embed"
 ROOMS = {
     "config": set(),
     "durable": set(),
-    "distributed": set(),
+    "process": set(),
+    "watcher": set(),
+    "watchdog": {"watcher"},
+    "distributed": {"process", "watchdog"},
     "losses": set(),
     "data": {"config", "durable"},
     "models": {"config", "data"},

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from ds_embed.config.checks import above_zero, existing_files
 from ds_embed.config.fields import setting
+from ds_embed.config.job_arguments import JobArguments
 
 
 @dataclass
-class EncodeArguments:
+class EncodeArguments(JobArguments):
     """Texts to encode. What decides a vector comes from the model's card; a flag is needed for base models only."""
 
     adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
@@ -25,6 +26,7 @@ class EncodeArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.query_files and not self.doc_files:
             raise ValueError("nothing to encode: give --query_files, --doc_files or both")
         for name in ("query_files", "doc_files"):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ds_embed.config.checks import above_zero, at_least, one_of
 from ds_embed.config.fields import setting
+from ds_embed.config.job_arguments import JobArguments
 
 SCHEDULES = ("cosine", "linear", "constant")
 # The package that each needs.
@@ -51,7 +52,7 @@ class BertOptimizerArguments(OptimizerArguments):
 
 
 @dataclass
-class RunArguments:
+class RunArguments(JobArguments):
     output_dir: str = setting("folder of the run: config, metrics, model")
     deepspeed: str = setting("path of the DeepSpeed JSON (see ds_configs/)")
     bf16: bool = setting("bfloat16 weights and activations, float32 optimizer; false computes in float32", default=True)
@@ -84,6 +85,7 @@ class RunArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         above_zero(self, "log_interval")
         at_least(self, 0, "save_interval", "save_total_limit", "max_skipped_steps")
         for name in self.report_to:

@@ -1,6 +1,10 @@
 """Backbones and tokenizers from folders or hub names: base model, adapter on a base, or a finished run."""
 
+import contextlib
 import inspect
+import json
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +81,8 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
+        with _without_foreign_code(source.base):
+            config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -144,7 +149,8 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     """The fast tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
+    with _without_foreign_code(source.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ValueError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
     return tokenizer
@@ -174,13 +180,14 @@ def load_encoder(
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False  # BERT's pooler would be trained without ever being used
     try:
-        backbone = AutoModel.from_pretrained(
-            source.base,
-            config=config,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
+        with _without_foreign_code(source.base):
+            backbone = AutoModel.from_pretrained(
+                source.base,
+                config=config,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
     except (ImportError, ValueError) as error:
         if attn_implementation is None:
             raise
@@ -191,6 +198,37 @@ def load_encoder(
     if source.adapter is not None:
         from peft import PeftModel
 
-        backbone = PeftModel.from_pretrained(backbone, str(source.adapter))
+        _refuse_named_modules(source.adapter)
+        with _without_foreign_code(str(source.adapter)):
+            backbone = PeftModel.from_pretrained(backbone, str(source.adapter))
         backbone = backbone.to(options["dtype"])
     return TextEncoder(backbone, pooling, attention)
+
+
+@contextlib.contextmanager
+def _without_foreign_code(name: str) -> Iterator[None]:
+    """ValueError naming the model when reading it would run code of its own, or its weights are not plain tensors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{name}: its weights can't be read as plain tensors, and nothing else of them is run ({reason}); "
+            "bring back the file, best as .safetensors"
+        ) from None
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: comes with Python code of its own, which is not run; read it, and if you trust it give "
+            "--trust_remote_code true"
+        ) from None
+
+
+def _refuse_named_modules(adapter: Path) -> None:
+    """PEFT imports the module that an adapter names as its Megatron; we train no such adapter."""
+    content = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if content.get("megatron_config") is not None:
+        raise ValueError(f"{adapter}: adapter_config.json has megatron_config; such adapters are not supported")

@@ -22,13 +22,16 @@ logger = logging.getLogger(__name__)
 
 def generate(world: World, model: ModelArguments, text: TextArguments, arguments: EncodeArguments) -> Path:
     """Write consumed_samplesX/ under output_prefix and return its path. Every rank must call it."""
+    world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
     source = find_model(model.model_name_or_path, arguments.adapter_path)
     card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     target = Path(arguments.output_prefix).expanduser().resolve() / f"consumed_samples{card.consumed_samples}"
     stores = _build_stores(world, arguments, tokenizer, card)
+    world.mark("load model")
     encoder = _load(world, source, card, model, arguments)
     for name, folder, store in stores:
+        world.mark(f"encode {name}")
         encode_store(
             store,
             encoder,

@@ -235,12 +235,17 @@ class _Reader:
     """The tensors of a checkpoint by name, from however many shards."""
 
     def __init__(self, path: Path):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.path = path
         self.tensors: dict[str, Any] = {}  # name in the file: the open shard that holds it
-        for shard in sorted(path.glob("*.safetensors")):
-            file = safe_open(str(shard), framework="pt")
+        # Those that the manifest vouches for, whatever else lies there.
+        names = json.loads((path / MANIFEST).read_bytes())["files"]
+        for shard in sorted(name for name in names if name.endswith(".safetensors")):
+            try:
+                file = safe_open(str(path / shard), framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path / shard}: not a file of tensors ({error}); remove {path}") from None
             self.tensors |= {name: file for name in file.keys()}
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:

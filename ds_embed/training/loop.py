@@ -57,6 +57,7 @@ class TrainingRun:
     ):
         self.world, self.model, self.lora, self.data = world, model, lora, data
         self.step_arguments, self.optimizer, self.run = step, optimizer, run
+        world.set_timeouts(run.rank_timeout_seconds, run.stall_timeout_seconds)
         self.deepspeed_config = resolve_deepspeed_config(
             run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm
         )
@@ -106,15 +107,17 @@ class TrainingRun:
         """
         if self.start.is_finished:
             return
+        self.world.mark("load model")
+        encoder = self._load_encoder()
+        engine = start_engine(encoder, self.deepspeed_config, self.optimizer, self.world)
+        if self.start.checkpoint is not None:
+            load_checkpoint(engine, self.world, self.start.checkpoint, self.start.state)
+        # Opened last, so that a run that could not start leaves no folder behind.
+        self.world.on_main("open run", self._open_folder)
+        if self.world.is_main:
+            self._print_arithmetic(encoder)
+        # Until here a signal ends the job at once: there is nothing to save.
         with StopRequest(self.world) as stop:
-            encoder = self._load_encoder()
-            engine = start_engine(encoder, self.deepspeed_config, self.optimizer, self.world)
-            if self.start.checkpoint is not None:
-                load_checkpoint(engine, self.world, self.start.checkpoint, self.start.state)
-            # Opened last, so that a run that could not start leaves no folder behind.
-            self.world.on_main("open run", self._open_folder)
-            if self.world.is_main:
-                self._print_arithmetic(encoder)
             self._run_steps(engine, stop)
             consumed = self._consumed(self.max_steps)
             card = replace(self.card, consumed_samples=consumed, temperature=self.step_arguments.temperature)
@@ -141,11 +144,13 @@ class TrainingRun:
             for number in range(self.start.step + 1, self.max_steps + 1):
                 self._leave_if_asked(engine, stop, number - 1, saved_step, skipped_steps)
                 started = time.perf_counter()
+                self.world.mark("data", number)
                 batch = self._batch(self._consumed(number - 1))
                 rate = learning_rate(number, self.max_steps, self.optimizer)
                 result = contrastive.run(batch)
                 # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
                 # is not: either way no rank has changed a weight.
+                self.world.mark("optimizer")
                 norm = take_step(engine, rate) if result.is_finite else math.nan
                 is_skipped = not math.isfinite(norm)
                 if is_skipped:
@@ -167,13 +172,14 @@ class TrainingRun:
             self._save(engine, number, skipped)
         self.folder.close()
         if self.world.is_main:
+            place = f"after step {number}, which is saved" if number else "before the first step"
             logger.info(
-                "%s: stopped after step %d, which is saved; the same command goes on from there (exit code %d)",
-                signal_name, number, EXIT_REQUEUE,
-            )  # fmt: skip
+                "%s: stopped %s; the same command goes on from there (exit code %d)", signal_name, place, EXIT_REQUEUE
+            )
         raise SystemExit(EXIT_REQUEUE)
 
     def _save(self, engine: Any, number: int, skipped_steps: int) -> None:
+        self.world.mark("save")
         zero = self.deepspeed_config["zero_optimization"].get("stage", 0)
         state = {
             "consumed_samples": self._consumed(number),

@@ -105,8 +105,14 @@ class RunFolder:
 
     def log(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and, for the numbers, one event a monitor at values["step"]."""
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise OSError(
+                f"--output_dir {self.path}: metrics.jsonl could not be written ({error.strerror}); the checkpoints are "
+                "untouched. Cure that and start the same command again"
+            ) from error
         step = values["step"]
         skip = ("step", "time")
         events = [(f"train/{k}", v, step) for k, v in values.items() if k not in skip and v is not None]

@@ -58,13 +58,17 @@ class ContrastiveStep:
         plan = plan_micro_batches(batch.lengths, self.arguments.micro_batch_tokens, self.world.size)
         inputs = [self._inputs(batch, texts) for texts in plan.micro_batches[self.world.rank]]
         keep_graphs = not self.arguments.grad_cache
+        self.world.mark("encode")
         with torch.set_grad_enabled(keep_graphs):
             outputs = [self._encode(batch, number, item) for number, item in enumerate(inputs)]
+        self.world.mark("gather")
         table = self._gather([vectors.detach() for vectors, _ in outputs], plan)
         temperature = self._temperature(outputs[0][1])
+        self.world.mark("loss")
         loss = self._loss(table, batch, temperature)
         result = self._summarise(loss, plan, batch, temperature)
         if result.is_finite:
+            self.world.mark("backward")
             rows = self._own_gradients(loss.gradient, plan)
             # The last micro-batch carries the gradient of a learned temperature, the others a zero.
             on_scale = [0.0] * (len(inputs) - 1) + [_temperature_gradient(result)]
