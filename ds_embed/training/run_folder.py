@@ -1,18 +1,16 @@
 """The folder of a run: its settings, its log, its monitors, its model."""
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ds_embed.config import RunArguments
-from ds_embed.durable import replaced_when_whole, sync_path
+from ds_embed.durable import check_writable_folder, hold_lock, replaced_when_whole, sync_path
 from ds_embed.training.monitors import Monitors
 
 LOCK_NAME = ".lock"
@@ -40,11 +38,7 @@ class RunFolder:
 
     def claim(self, resume_if_exists: bool) -> None:
         """Take the folder for this job. ValueError when it can't be written, is in use, or may not be resumed."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--output_dir {self.path}: is a file; give a folder")
-        parent = next(p for p in [self.path, *self.path.parents] if p.exists())
-        if not os.access(parent, os.W_OK):
-            raise ValueError(f"--output_dir {self.path}: {parent} can't be written")
+        check_writable_folder("--output_dir", self.path)
         if self.path.exists():  # otherwise a run that can't start would leave a folder behind
             self._take_lock()
         self.held_run = self._holds_run()
@@ -62,23 +56,7 @@ class RunFolder:
         """Hold RUN/.lock until this process ends, however it ends: the system frees it."""
         if self._lock is not None:
             return
-        path = self.path / LOCK_NAME
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ValueError(
-                f"--output_dir {self.path}: in use by another job ({holder}), which holds the lock {path}; "
-                "wait until it ends or choose another folder"
-            ) from None
-        except OSError as error:
-            logger.warning("%s: this file system has no locks (%s): see to it that one job uses it", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._lock = file
+        self._lock = hold_lock(self.path / LOCK_NAME, "--output_dir", self.path)
 
     def open(
         self, settings: list[Any], deepspeed_config: dict[str, Any], arguments: RunArguments, last_step: int
