@@ -94,4 +94,4 @@ def _progress_bar(store: TextStore, world: World, name: str) -> Any:
         return None
     from tqdm import tqdm
 
-    return tqdm(total=store.num_texts, unit="text", desc=f"encoding {name}", dynamic_ncols=True)
+    return tqdm(total=store.num_texts, unit="text", desc=f"encoding {name}", leave=None, dynamic_ncols=True)

@@ -26,7 +26,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     target = Path(arguments.output_prefix).expanduser().resolve() / f"consumed_samples{card.consumed_samples}"
-    stores = _build_stores(world, arguments, tokenizer, card)
+    stores = build_stores(world, arguments, tokenizer, card)
     encoder = _load(world, source, card, model, arguments)
     for name, folder, store in stores:
         encode_store(
@@ -38,7 +38,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
             name=name,
         )
     if arguments.doc_files:
-        world.on_main("link test_doc", lambda: _link(target))
+        world.on_main("link test_doc", lambda: link_test_doc(target))
     if world.is_main:
         logger.info("vectors written to %s", target)
     return target
@@ -63,7 +63,7 @@ def encode_queries(
         return encoder.eval()(torch.from_numpy(ids), torch.from_numpy(lengths)).numpy()
 
 
-def _build_stores(
+def build_stores(
     world: World, arguments: EncodeArguments, tokenizer: Any, card: EmbeddingCard
 ) -> list[tuple[str, str, TextStore]]:
     """File name, folder name and token store of what there is to encode: queries, documents."""
@@ -110,7 +110,7 @@ def _load(
     return engine
 
 
-def _link(target: Path) -> None:
+def link_test_doc(target: Path) -> None:
     """A relative link test_doc beside test_docs: users of the older tool know both names."""
     link = target / "test_doc"
     if not link.is_symlink() and not link.exists():

@@ -13,21 +13,28 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_store(
-    world: World, data: DataArguments, step: StepArguments, tokenizer: Any, card: EmbeddingCard
+    world: World,
+    files: list[str],
+    data: DataArguments,
+    step: StepArguments,
+    tokenizer: Any,
+    card: EmbeddingCard,
+    name: str = "token store",
 ) -> TrainingStore:
-    """Build or find the store of the training files and check that every setting fits it."""
+    """Build or find the store of `files`, of training or held-out records, and check that every setting fits it.
+
+    `name` must be unique in the job.
+    """
     query_format, document_format = card.text_formats()
 
     num_negatives = data.hard_negatives if data.hard_negatives_sampling == "first" else None  # None: all
 
     def build() -> str:
-        path = build_training_store(
-            data.train_files, tokenizer, query_format, document_format, num_negatives, data.cache_dir
-        )
+        path = build_training_store(files, tokenizer, query_format, document_format, num_negatives, data.cache_dir)
         check_store(TrainingStore.open(path), data, step)
         return str(path)
 
-    return TrainingStore.open(world.on_main("token store", build))
+    return TrainingStore.open(world.on_main(name, build))
 
 
 def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
