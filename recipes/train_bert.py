@@ -11,6 +11,7 @@ from ds_embed.config import (
     DataArguments,
     ModelArguments,
     RunArguments,
+    ValidationArguments,
     parse_arguments,
 )
 from ds_embed.distributed import initialize, run_recipe
@@ -20,7 +21,13 @@ from ds_embed.training.loop import TrainingRun
 def main() -> None:
     world = initialize()
     settings = parse_arguments(
-        ModelArguments, BertLoraArguments, DataArguments, BertStepArguments, BertOptimizerArguments, RunArguments
+        ModelArguments,
+        BertLoraArguments,
+        DataArguments,
+        BertStepArguments,
+        BertOptimizerArguments,
+        RunArguments,
+        ValidationArguments,
     )
     run = TrainingRun(world, *settings)
     run.require_encoder()

@@ -11,6 +11,7 @@ from ds_embed.config import (
     OptimizerArguments,
     RunArguments,
     StepArguments,
+    ValidationArguments,
     parse_arguments,
 )
 from ds_embed.distributed import initialize, run_recipe
@@ -20,7 +21,13 @@ from ds_embed.training.loop import TrainingRun
 def main() -> None:
     world = initialize()
     settings = parse_arguments(
-        ModelArguments, LoraArguments, DataArguments, StepArguments, OptimizerArguments, RunArguments
+        ModelArguments,
+        LoraArguments,
+        DataArguments,
+        StepArguments,
+        OptimizerArguments,
+        RunArguments,
+        ValidationArguments,
     )
     run = TrainingRun(world, *settings)
     run.require_decoder()

@@ -8,6 +8,7 @@ from ds_embed.config.parsing import parse_arguments
 from ds_embed.config.report_arguments import ReportArguments
 from ds_embed.config.run_arguments import BertOptimizerArguments, OptimizerArguments, RunArguments
 from ds_embed.config.step_arguments import BertStepArguments, StepArguments
+from ds_embed.config.validation_arguments import ValidationArguments
 
 __all__ = [
     "BertLoraArguments",
@@ -22,6 +23,7 @@ __all__ = [
     "RunArguments",
     "StepArguments",
     "TextArguments",
+    "ValidationArguments",
     "parse_arguments",
     "resolve_deepspeed_config",
 ]

@@ -120,4 +120,6 @@ def _progress_bar(plan: CorpusPlan, start: Position, world: World, name: str) ->
     from tqdm import tqdm
 
     done = plan.num_texts_before(start)
-    return tqdm(total=len(plan.rows), initial=done, unit="text", desc=f"encoding {name}", dynamic_ncols=True)
+    return tqdm(
+        total=len(plan.rows), initial=done, unit="text", desc=f"encoding {name}", leave=None, dynamic_ncols=True
+    )

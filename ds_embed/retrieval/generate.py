@@ -82,7 +82,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
                 save_seconds=arguments.save_seconds,
             )
     if arguments.doc_files and arguments.shard_index is None:
-        world.on_main("link test_doc", lambda: _link(embeddings))
+        world.on_main("link test_doc", lambda: link_test_doc(embeddings))
     if world.is_main:
         for job in jobs:
             state = "written to" if job in unfinished else "finished already, they are in"
@@ -123,15 +123,27 @@ def _make_jobs(
     embeddings: Path,
 ) -> list[_Job]:
     """What there is to encode, queries and documents, with their token stores."""
+    index, num_shards = arguments.shard_index, arguments.num_shards
+    place = embeddings if index is None else shard_folder(embeddings, index, num_shards)
+    identity = world.on_main("identify the model", lambda: identify_model(source, commit))
+    jobs = []
+    for kind, folder, store in build_stores(world, arguments, tokenizer, card):
+        rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
+        made_from = identity | _made_from(kind, store, card, model, arguments)
+        jobs.append(_Job(kind, place / folder, store, rows, made_from))
+    return jobs
+
+
+def build_stores(
+    world: World, arguments: EncodeArguments, tokenizer: Any, card: EmbeddingCard
+) -> list[tuple[str, str, TextStore]]:
+    """File name, folder name and token store of what there is to encode: queries, documents."""
     query_format, document_format = card.text_formats()
     kinds = [
         ("query", "test_queries", arguments.query_files, "query", "query_id", query_format),
         ("doc", "test_docs", arguments.doc_files, "pos_doc", "doc_id", document_format),
     ]
-    index, num_shards = arguments.shard_index, arguments.num_shards
-    place = embeddings if index is None else shard_folder(embeddings, index, num_shards)
-    identity = world.on_main("identify the model", lambda: identify_model(source, commit))
-    jobs = []
+    stores = []
     for kind, folder, files, text_key, id_key, text_format in kinds:
         if files:
             path = world.on_main(
@@ -140,10 +152,8 @@ def _make_jobs(
             )
             store = TextStore.open(path)
             check_texts_fit(store, arguments.micro_batch_tokens)
-            rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
-            made_from = identity | _made_from(kind, store, card, model, arguments)
-            jobs.append(_Job(kind, place / folder, store, rows, made_from))
-    return jobs
+            stores.append((kind, folder, store))
+    return stores
 
 
 def _made_from(
@@ -198,7 +208,7 @@ def _load(
     return engine
 
 
-def _link(target: Path) -> None:
+def link_test_doc(target: Path) -> None:
     """A relative link test_doc beside test_docs: users of the older tool know both names."""
     link = target / "test_doc"
     if not link.is_symlink() and not link.exists():

@@ -110,9 +110,7 @@ def load_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     return run
 
 
-def match_qrels(
-    qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[str] | None, source: str
-) -> list[str]:
+def match_qrels(qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[str] | None, source: str) -> list[str]:
     """Check that judgments and vectors speak of the same ids; returns the query ids without judgments.
 
     `source` names the judgments in errors; document_ids of None are not looked at. ValueError, with the

@@ -55,9 +55,7 @@ def search(
         ranks = torch.tensor(tie_rank, dtype=torch.int64, device=target)
         # Select in fp32, which is fast, and more than k, because its rounding can swap neighbours.
         num_candidates = min(num_documents, k + max(32, k // 4))
-        candidates, bound = _candidates(
-            queries, documents, num_candidates, target, query_block, document_block
-        )
+        candidates, bound = _candidates(queries, documents, num_candidates, target, query_block, document_block)
         keys = _exact_keys_of(queries, documents, candidates, ranks).topk(k, dim=1).values
         del candidates
         # Sure where no document that was left out can reach the k-th place.
@@ -209,8 +207,7 @@ def _check(queries, documents, k, tie_rank) -> None:
             raise ValueError(f"{name}: want float32 rows of shape (n, D), neither 0; got {found}")
     if queries.shape[1] != documents.shape[1]:
         raise ValueError(
-            f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}; "
-            "use one model for both"
+            f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}; use one model for both"
         )
     if not 1 <= k <= len(documents):
         count = len(documents)

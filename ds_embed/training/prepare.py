@@ -18,21 +18,28 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_store(
-    world: World, data: DataArguments, step: StepArguments, tokenizer: Any, card: EmbeddingCard
+    world: World,
+    files: list[str],
+    data: DataArguments,
+    step: StepArguments,
+    tokenizer: Any,
+    formats: tuple[TextFormat | list[TextFormat], TextFormat | list[TextFormat]],
+    name: str = "token store",
 ) -> TrainingStore:
-    """Build or find the store of the training files and check that every setting fits it."""
-    query_format, document_format = file_formats(data, card)
+    """Build or find the store of `files`, of training or held-out records, and check that every setting fits it.
+
+    `formats` says how queries and documents become tokens. `name` must be unique in the job.
+    """
     num_negatives = data.hard_negatives if data.hard_negatives_sampling == "first" else None  # None: all
 
     def build() -> str:
         path = build_training_store(
-            data.train_files, tokenizer, query_format, document_format, num_negatives, data.cache_dir,
-            skip_bad_records=data.skip_bad_records,
-        )  # fmt: skip
+            files, tokenizer, *formats, num_negatives, data.cache_dir, skip_bad_records=data.skip_bad_records
+        )
         check_store(TrainingStore.open(path), data, step)
         return str(path)
 
-    return TrainingStore.open(world.on_main("token store", build))
+    return TrainingStore.open(world.on_main(name, build))
 
 
 def file_formats(
@@ -72,7 +79,9 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
         )
     check_texts_fit(store, step.micro_batch_tokens)
     if step.negatives == "pair" and data.hard_negatives == 0:
-        raise ValueError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
+        raise ValueError(
+            "--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more"
+        )
     if step.distillation_weight:
         _check_scores(store, data)
 

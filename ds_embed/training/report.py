@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ class StepLog:
                 "peak_memory_gib": peak_gib,
             }
         )
+
+    def add_validation(
+        self, number: int, consumed_samples: int, metrics: dict[str, float], seconds: float, best: str
+    ) -> None:
+        """One line of metrics, and one on the terminal; `best` is what it says of the best validation so far."""
+        if self.bar is None:
+            return
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.bar.write(f"step {number}: {shown} ({best}{seconds:.1f} seconds)", file=sys.stderr)
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        place = {"step": number, "consumed_samples": consumed_samples}
+        self.folder.log(place | finite | {"seconds": seconds}, group="val")
 
     def __enter__(self) -> "StepLog":
         return self

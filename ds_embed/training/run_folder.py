@@ -36,6 +36,10 @@ class RunFolder:
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def validation_dir(self) -> Path:
+        return self.path / "validation"
+
     def claim(self, resume_if_exists: bool) -> None:
         """Take the folder for this job. ValueError when it can't be written, is in use, or may not be resumed."""
         check_writable_folder("--output_dir", self.path)
@@ -59,9 +63,14 @@ class RunFolder:
         self._lock = hold_lock(self.path / LOCK_NAME, "--output_dir", self.path)
 
     def open(
-        self, settings: list[Any], deepspeed_config: dict[str, Any], arguments: RunArguments, last_step: int
+        self,
+        settings: list[Any],
+        deepspeed_config: dict[str, Any],
+        arguments: RunArguments,
+        last_step: int,
+        last_validation: int,
     ) -> None:
-        """Write the settings and open the log, which keeps the lines up to `last_step`, and the monitors."""
+        """Write the settings and open the log, cut back to these steps, and the monitors."""
         import yaml
 
         self.path.mkdir(parents=True, exist_ok=True)
@@ -75,14 +84,14 @@ class RunFolder:
             yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = lines_up_to(metrics.read_text(encoding="utf-8", errors="replace"), last_step)
+            kept = lines_up_to(metrics.read_text(encoding="utf-8", errors="replace"), last_step, last_validation)
             with replaced_when_whole(metrics) as file:
                 file.writelines(kept)
         self._metrics = open(metrics, "a", encoding="utf-8")
         self._monitor = Monitors(self.path, arguments, last_step)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl and, for the numbers, one event a monitor at values["step"]."""
+    def log(self, values: dict[str, Any], group: str = "train") -> None:
+        """One line of metrics.jsonl and, for the numbers, one event a monitor at values["step"], as group/name."""
         try:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
@@ -93,8 +102,8 @@ class RunFolder:
             ) from error
         step = values["step"]
         skip = ("step", "time")
-        events = [(f"train/{k}", v, step) for k, v in values.items() if k not in skip and v is not None]
-        self._monitor.write_events(events)
+        numbers = {k.removeprefix("val_"): v for k, v in values.items() if k not in skip and v is not None}
+        self._monitor.write_events([(f"{group}/{k}", v, step) for k, v in numbers.items()])
 
     def sync_log(self) -> None:
         """Bring the lines written so far to the disk, for a checkpoint that counts on them."""
@@ -132,12 +141,16 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def lines_up_to(text: str, last_step: int) -> list[str]:
-    """The lines of a metrics.jsonl whose step is at most `last_step`; a line cut off by a crash goes too."""
+def lines_up_to(text: str, last_step: int, last_validation: int = -1) -> list[str]:
+    """The lines of a metrics.jsonl up to a step; a line cut off by a crash goes too.
+
+    Those of validations, which have no "loss", up to one of their own: a step may be saved and not yet validated.
+    """
     kept = []
     for line in text.splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= last_step and line.endswith("\n"):
+            values = json.loads(line)
+            if values["step"] <= (last_step if "loss" in values else last_validation) and line.endswith("\n"):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -78,6 +78,19 @@ class ContrastiveStep:
                 self._backward_again(batch, inputs, rows, on_scale)
         return result
 
+    def evaluate(self, batch: GlobalBatch, first_query: int) -> tuple[float, float]:
+        """The sum of the losses of queries first_query .. N, and how many of them have their positive first.
+
+        No gradient is computed into the engine, which the caller puts into evaluation mode. Same on every rank.
+        """
+        plan = plan_micro_batches(batch.lengths, self.arguments.micro_batch_tokens, self.world.size)
+        micro_batches = enumerate(plan.micro_batches[self.world.rank])
+        with torch.no_grad():
+            outputs = [self._encode(batch, number, self._inputs(batch, texts)) for number, texts in micro_batches]
+        table = self._gather([vectors for vectors, _ in outputs], plan)
+        loss, _, correct, *_ = self._sums(self._loss(table, batch, self._temperature(outputs[0][1]), first_query))
+        return loss * batch.num_queries, correct
+
     def _inputs(self, batch: GlobalBatch, texts) -> tuple[Tensor, Tensor, bool, int]:
         """Token ids, lengths, whether there is padding, and the number of real texts (0: a dummy)."""
         ids, lengths = collate(self.store, batch.texts[texts])
@@ -110,23 +123,22 @@ class ContrastiveStep:
         table[order] = gathered
         return table
 
-    def _loss(self, table: Tensor, batch: GlobalBatch, temperature: float) -> LossResult:
-        """The part of this rank's share of the queries (and of their positives) in the loss."""
+    def _loss(self, table: Tensor, batch: GlobalBatch, temperature: float, first_query: int = 0) -> LossResult:
+        """The part of this rank's share of queries first_query .. N (and of their positives) in the loss."""
+        num_queries, num_ranks = batch.num_queries - first_query, self.world.size
         return contrastive_loss(
             table,
             torch.from_numpy(batch.document_keys).to(table.device),
             num_queries=batch.num_queries,
-            first_query=batch.num_queries * self.world.rank // self.world.size,
-            last_query=batch.num_queries * (self.world.rank + 1) // self.world.size,
+            first_query=first_query + num_queries * self.world.rank // num_ranks,
+            last_query=first_query + num_queries * (self.world.rank + 1) // num_ranks,
             temperature=temperature,
             options=self.options,
             teacher_scores=torch.from_numpy(batch.teacher_scores).to(table.device),
         )
 
     def _summarise(self, loss: LossResult, plan: Plan, batch: GlobalBatch, temperature: float) -> StepResult:
-        """Add up the ranks' shares, so that all ranks know (and agree on) the loss of the batch."""
-        sums = self.world.sum(torch.stack(loss.sums.values()).double().tolist())
-        total, on_log_scale, correct, positive, negative, with_negatives, margin = sums
+        total, on_log_scale, correct, positive, negative, with_negatives, margin = self._sums(loss)
         return StepResult(
             loss=total,
             accuracy=correct / batch.num_queries,
@@ -138,6 +150,10 @@ class ContrastiveStep:
             num_tokens=plan.num_tokens,
             padding_share=plan.padding_share,
         )
+
+    def _sums(self, loss: LossResult) -> list[float]:
+        """Add up the ranks' shares, so that all ranks know (and agree on) the loss of the batch."""
+        return self.world.sum(torch.stack(loss.sums.values()).double().tolist())
 
     def _own_gradients(self, gradient: Tensor, plan: Plan) -> list[Tensor]:
         """Gradient of the batch loss by this rank's embeddings, micro-batch by micro-batch."""
@@ -165,9 +181,7 @@ class ContrastiveStep:
             self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(total, scale_wrt_gas=False)
 
-    def _backward_again(
-        self, batch: GlobalBatch, inputs: list, gradients: list[Tensor], on_scale: list[float]
-    ) -> None:
+    def _backward_again(self, batch: GlobalBatch, inputs: list, gradients: list[Tensor], on_scale: list[float]) -> None:
         for number, (item, *parts) in enumerate(zip(inputs, gradients, on_scale)):
             if self.has_boundary:
                 self.engine.set_gradient_accumulation_boundary(number == len(inputs) - 1)
