@@ -14,7 +14,7 @@ from ds_embed.data.tokenize import TextFormat
 from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.training.run_folder import RunFolder, lines_up_to
-from ds_embed.training.validation import Validation
+from ds_embed.training.validation import Validation, _Encode
 
 HELD_OUT, BATCH = 22, 8
 
@@ -52,6 +52,23 @@ def test_batches_of_held_out_records(place, tmp_path):
         pure = [len(set(batch.records >= HELD_OUT)) == 1 for batch, _ in batches]
         assert all(pure) if batching == "homogeneous" else not all(pure)
         assert all(len(set(batch.records)) == BATCH for batch, _ in batches)
+
+
+def test_what_a_model_caches_serves_training():
+    class Engine:
+        table = None
+
+        def __call__(self, ids, lengths, has_padding):
+            if self.table is None:
+                self.table = torch.ones(2)  # as rotary tables are made in the first pass
+            return ids * self.table, torch.zeros(1)  # with a learned temperature
+
+    engine = Engine()
+    with torch.inference_mode():
+        rows = _Encode(engine, SimpleNamespace(agreed=lambda: None))(torch.ones(3, 2), torch.ones(3), False)
+    weight = torch.ones(2, requires_grad=True)
+    (weight * engine.table).sum().backward()
+    assert rows.shape == (3, 2) and weight.grad.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("validation")
     make_model(root / "llama", "llama", attention_dropout=0.1)
     make_training_file(root / "train.jsonl", 100, num_negatives=1)
+    # So low that ZeRO-3 shards most weights of this tiny model.
+    zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 600}}
+    (root / "zero3.json").write_text(json.dumps(zero3))
     make_training_file(root / "held_out.jsonl", HELD_OUT, num_negatives=2, seed=1)
     records = [json.loads(line) for line in open(root / "held_out.jsonl")]
     rng = random.Random(3)
@@ -40,9 +43,9 @@ def place(tmp_path_factory):
     return root
 
 
-def flags(root, name, *extra, zero=3):
+def flags(root, name, *extra, deepspeed):
     words = [
-        "--deepspeed", f"ds_configs/zero{zero}.json", "--model_name_or_path", root / "llama",
+        "--deepspeed", deepspeed, "--model_name_or_path", root / "llama",
         "--train_files", root / "train.jsonl", "--output_dir", root / name, "--cache_dir", root / "cache",
         "--max_length", 24, "--global_batch_size", BATCH, "--hard_negatives", 1, "--micro_batch_tokens", 300,
         "--temperature", 0.1, "--max_steps", STEPS, "--lora_dropout", 0.1, "--grad_cache", "true", "--bf16", "false",
@@ -63,7 +66,7 @@ def page(root):
     settings = ["--global_batch_size", 4, "--max_steps", 20, "--lora_rank", 16, "--val_check_interval", 4]
     return flags(
         root, "page", *validation(root), *settings, "--learning_rate", "1e-3", "--save_interval", 6,
-        "--learnable_temperature", "true", zero=2,
+        "--learnable_temperature", "true", deepspeed="ds_configs/zero2.json",
     )  # fmt: skip
 
 
@@ -93,15 +96,16 @@ def on_two_ranks(place):
     The rate is so high that the model gets worse now and then: the best one is rarely the last.
     """
     rate = ["--learning_rate", "0.3", "--save_interval", 3, "--save_total_limit", 1]
+    zero3 = place / "zero3.json"
     watched = flags(
         place, "watched", *rate, *validation(place), "--val_before_training", "true", "--val_save_embeddings", "true",
-        "--save_top_k", 2, "--load_best_at_end", "true", "--report_to", "tensorboard",
+        "--save_top_k", 2, "--load_best_at_end", "true", "--report_to", "tensorboard", deepspeed=zero3,
     )  # fmt: skip
     cases = [
         {"flags": watched, "signal_at": 4 * BATCH},
         {"flags": watched},
         {"flags": watched},
-        {"flags": flags(place, "plain", *rate)},
+        {"flags": flags(place, "plain", *rate, deepspeed=zero3)},
     ]
     return check(run_all(place, 2, cases))
 
@@ -109,7 +113,8 @@ def on_two_ranks(place):
 @pytest.fixture(scope="module")
 def on_one_rank(place):
     """Early stopping, with a rate so small that nothing gets better; then a job that is killed."""
-    still = flags(place, "still", *validation(place), "--learning_rate", "1e-30", "--max_steps", 20, zero=0)
+    rate = ["--learning_rate", "1e-30", "--max_steps", 20]
+    still = flags(place, "still", *validation(place), *rate, deepspeed="ds_configs/zero0.json")
     still += ["--val_before_training", "true", "--micro_batch_tokens", "64", "--load_best_at_end", "true"]
     still += ["--early_stopping_patience"]
     cases = [

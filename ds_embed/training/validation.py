@@ -236,7 +236,7 @@ class _Encode:
 
     def __call__(self, ids: Tensor, lengths: Tensor, has_padding: bool) -> Tensor:
         _leave_if_asked(self.stop)
-        # Weights that ZeRO-3 gathers in inference mode would stay unfit for training's graphs.
+        # What a model caches in inference mode, such as rotary tables, training's graphs could not use.
         with torch.inference_mode(False), torch.no_grad():
             outputs = self.engine(ids, lengths, has_padding)
         return outputs[0] if isinstance(outputs, tuple) else outputs  # beside a learned temperature
