@@ -181,7 +181,7 @@ def initialize() -> World:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         keep_freed_memory()
     store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
-    watch = Watch(rank, local_rank, size, dist.PrefixStore("watch", store)) if size > 1 else None
+    watch = Watch(rank, size, local_rank, dist.PrefixStore("watch", store)) if size > 1 else None
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
     join_deepspeed(device)
     _world = World(rank, size, local_rank, local_size, device, dist.PrefixStore("control", store), watch)

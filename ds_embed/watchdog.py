@@ -21,7 +21,7 @@ _START = 300.0  # seconds in which all ranks join
 class Watch:
     """A rank's side: it notes where the rank stands and ends the rank when rank 0's watcher says so."""
 
-    def __init__(self, rank: int, local_rank: int, size: int, store: Any):
+    def __init__(self, rank: int, size: int, local_rank: int, store: Any):
         """Start this rank's watcher and wait for those of the others. OSError when rank 0's can't be reached."""
         descriptor = os.memfd_create("ds_embed_watch")
         os.ftruncate(descriptor, PAGE.size)
@@ -40,7 +40,7 @@ class Watch:
         else:
             port, token = json.loads(store.get("watch"))
             link = socket.create_connection((address, port), timeout=60)
-        settings = [rank, local_rank, size, token, os.getpid(), descriptor, theirs.fileno(), link.fileno()]
+        settings = [rank, size, local_rank, token, os.getpid(), descriptor, theirs.fileno(), link.fileno()]
         self._process = subprocess.Popen(
             # -I and -S: nothing but the standard library is looked at.
             [sys.executable, "-I", "-S", watcher.__file__],
@@ -94,9 +94,9 @@ class Watch:
 
 
 def _listen(address: str) -> socket.socket:
-    """A socket that the other ranks reach at MASTER_ADDR; on one host, nobody else does."""
-    resolved = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]
-    if resolved.startswith("127."):
+    """A socket that the other ranks reach at MASTER_ADDR; nobody else does where that says one host."""
+    # By the letter: a host's own name may resolve to a loopback address that the other hosts can't use.
+    if address == "localhost" or address.startswith("127."):
         return socket.create_server(("127.0.0.1", 0), backlog=1024)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)

@@ -1,11 +1,11 @@
 """The process beside every rank: one that died, stopped or got stuck is named, and the whole job ends.
 
-It is this file, run as a script, and imports nothing but the standard library: so it answers whatever its rank is busy
-with. It sees through the kernel whether the rank is gone or stopped, and in a page of shared memory how far the rank has
-come. The watchers report to that of rank 0, which decides.
+It is this file, run as a script, and imports nothing but the standard library: so it answers whatever its rank is
+busy with. It sees through the kernel whether the rank is gone or stopped, and in a page of shared memory how far the
+rank has come. The watchers report to that of rank 0, which decides.
 
-All times are counted on the watcher's own running time, which stands while the watcher is suspended or starved: a job that
-is suspended as a whole accuses nobody when it goes on.
+All times are counted on the watcher's own running time, which stands while the watcher is suspended or starved: a job
+that is suspended as a whole accuses nobody when it goes on.
 """
 
 import json
@@ -98,9 +98,9 @@ class _Watcher:
     """What the watchers of all ranks do: look at their rank, keep time, end their rank."""
 
     def __init__(
-        self, rank: int, local_rank: int, size: int, token: str, parent: int, page: int, control: int, link: int
+        self, rank: int, size: int, local_rank: int, token: str, parent: int, page: int, control: int, link: int
     ):
-        self.rank, self.local_rank, self.size, self.token, self.parent = rank, local_rank, size, token, parent
+        self.rank, self.size, self.local_rank, self.token, self.parent = rank, size, local_rank, token, parent
         self.page = mmap.mmap(page, PAGE.size, prot=mmap.PROT_READ)
         self.control = socket.socket(fileno=control)
         self.link = socket.socket(fileno=link)

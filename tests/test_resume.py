@@ -137,7 +137,7 @@ def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
             start_seconds = time.monotonic() - started
             time.sleep(rng.uniform(0, 0.5))
         instants[end_suddenly(job, run, rank, sign)] += 1
-    print("ended:", dict(instants))
+        print("ended:", dict(instants), flush=True)
 
     job = Job(place, "broken")
     job.wait_for_step(min(last_step(run) + 1, STEPS - 4))
@@ -167,7 +167,8 @@ def end_suddenly(job, run, rank, sign):
     if process is not None:
         os.kill(process, sign)
     saving = list((run / "checkpoints").glob(".unfinished-*"))
-    when = "in a save" if saving else "in a step or between" if "training:" in job.output() else "while starting"
+    # The job before it may have left a half-written checkpoint, which is removed before the first step.
+    when = "while starting" if "training:" not in job.output() else "in a save" if saving else "in a step or between"
     if process is None:
         job.kill()
         return when

@@ -38,7 +38,7 @@ def hold_the_interpreter(seconds: float) -> None:
 def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     folder = Path(sys.argv[1])
-    watch = Watch(rank, rank, size, FolderStore(folder))
+    watch = Watch(rank, size, rank, FolderStore(folder))
     watch.set_timeouts(float(sys.argv[2]), float(sys.argv[3]))
     watch.mark("work", 7)
     print("ready", os.getpid(), flush=True)
