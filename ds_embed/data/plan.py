@@ -10,6 +10,7 @@ import numpy as np
 # What one more micro-batch costs, as a share of a full one: launches, and under ZeRO-3 a gather of the weights.
 # More and smaller micro-batches pad less, so a few more than must be often pay.
 ROUND_COST = 1 / 64
+MIN_MICRO_BATCHES = 16  # of a block of texts to encode
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarr
     _check_budget(lengths, micro_batch_tokens)
     order = np.argsort(-lengths, kind="stable")
     return np.split(order, _cut(lengths[order], micro_batch_tokens)[1:])
+
+
+def cut_block(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
+    """Micro-batches of a block of texts to encode, longest texts first, the same for any number of ranks."""
+    # A small block is cut finer than it must be, so that several ranks share it; by how much must not
+    # depend on their number, or the rows' last bits would.
+    budget = max(int(lengths.max()), min(micro_batch_tokens, int(lengths.sum()) // MIN_MICRO_BATCHES))
+    return cut_by_length(lengths, budget)
 
 
 def _check_budget(lengths: np.ndarray, micro_batch_tokens: int) -> int:

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from ds_embed.data.batch import collate
-from ds_embed.data.plan import cut_by_length
+from ds_embed.data.plan import cut_block
 from ds_embed.data.store import TextStore
 from ds_embed.distributed import World
 
 logger = logging.getLogger(__name__)
 
 BLOCK_TEXTS = 16384
-MIN_MICRO_BATCHES = 16  # of a block
 
 Encode = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
@@ -62,11 +61,7 @@ def _encode_block(
     store: TextStore, texts: np.ndarray, encode: Encode, world: World, micro_batch_tokens: int, progress: Any
 ) -> np.ndarray | None:
     """Vectors (T, D) of the block's texts in file order, on rank 0."""
-    lengths = store.lengths_of(texts)
-    # A small block is cut finer than it must be, so that several ranks share it; by how much must not
-    # depend on their number, or the rows' last bits would.
-    budget = max(int(lengths.max()), min(micro_batch_tokens, int(lengths.sum()) // MIN_MICRO_BATCHES))
-    batches = cut_by_length(lengths, budget)
+    batches = cut_block(store.lengths_of(texts), micro_batch_tokens)
     own = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     pieces = []
