@@ -1,6 +1,7 @@
 """Files that survive a crash: on the disk when we say so, and under their name only when whole."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,3 +36,19 @@ def replaced_when_whole(path: Path) -> Iterator[TextIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_when_whole(path: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name `path`, which is free or an empty folder, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync_path(file)
+        os.replace(temporary, path)
+        sync_path(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -87,7 +87,7 @@ class Embedder:
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-        source = find_model(model.model_name_or_path, adapter_path)
+        source = find_model(model.model_name_or_path, None if adapter_path is None else str(adapter_path))
         return cls.from_source(
             source,
             model,
