@@ -46,16 +46,16 @@ def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
 
 @contextmanager
 def folder_when_whole(path: Path) -> Iterator[Path]:
-    """A folder that takes the name `path`, which must be free, only when the block ends without an error.
-
-    The files in it are the block's to sync.
-    """
+    """A folder to fill that takes the name `path`, free or an empty folder, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            sync_path(file)
         sync_path(temporary)
-        temporary.rename(path)
+        os.replace(temporary, path)
         sync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

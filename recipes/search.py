@@ -37,14 +37,14 @@ def main() -> None:
         argv = ["--query", *argv]
     model, text, arguments = parse_arguments(ModelArguments, TextArguments, SearchArguments, argv=argv)
     from ds_embed.data.records import read_document_texts
-    from ds_embed.retrieval.generate import encode_queries
+    from ds_embed.models.loading import find_model
+    from ds_embed.retrieval.embedder import Embedder
     from ds_embed.retrieval.search import search
     from ds_embed.retrieval.vectors import read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
-    query = encode_queries(
-        [arguments.query], model, text, adapter_path=arguments.adapter_path, bf16=arguments.bf16
-    )
+    source = find_model(model.model_name_or_path, arguments.adapter_path)
+    query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries([arguments.query])
     top_k = min(arguments.top_k, len(documents))
     scores, rows = search(query, documents.rows, top_k, tie_rank=documents.ids.ranks)
     ids = [documents.ids[row] for row in rows[0]]

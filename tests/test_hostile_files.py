@@ -20,7 +20,8 @@ from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
-from ds_embed.retrieval.generate import encode_queries, generate
+from ds_embed.retrieval.embedder import Embedder
+from ds_embed.retrieval.generate import generate
 from ds_embed.retrieval.vectors import read_embeddings
 from ds_embed.training import checkpoint
 
@@ -46,7 +47,8 @@ def model(tmp_path):
 @pytest.fixture
 def adapter(tmp_path, model):
     encoder = load_encoder(
-        find_model(str(model)), pooling="last", bf16=False, attn_implementation=None, trust_remote_code=False
+        find_model(str(model)), pooling="last", bidirectional=False, bf16=False, attn_implementation=None,
+        trust_remote_code=False,
     )
     add_lora(encoder, LoraArguments(), seed=1, dtype=torch.float32)
     encoder.backbone.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -61,7 +63,9 @@ def edit(path, **changes):
 def encode(name, trust=False, adapter_path=None):
     """What search, generate and training do to read a model."""
     model = ModelArguments(str(name), trust_remote_code=trust)
-    return encode_queries(["w1 w2"], model, TextArguments(max_length=16), adapter_path=adapter_path, bf16=False)
+    source = find_model(model.model_name_or_path, adapter_path)
+    embedder = Embedder.from_source(source, model, TextArguments(max_length=16), device="cpu", bf16=False)
+    return embedder.encode_queries(["w1 w2"])
 
 
 def own_code(folder, sentinel):

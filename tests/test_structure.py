@@ -21,6 +21,8 @@ ROOMS = {
     "models": {"config", "data"},
     "engine": {"config", "distributed", "models"},
     "retrieval": {"config", "durable", "distributed", "data", "models", "engine"},
+    "export": {"config", "durable", "data", "models", "retrieval"},
+    "mteb_model": {"retrieval"},
     "training": {"config", "durable", "distributed", "losses", "data", "models", "engine", "retrieval"},
     "report": {"config", "durable", "data", "retrieval", "training"},
 }

@@ -7,10 +7,9 @@ import pytest
 from test_tokenize import byte_level_tokenizer
 from tiny import make_model
 
-from ds_embed.config import ModelArguments, TextArguments
+from ds_embed import Embedder
 from ds_embed.data.tokenize import TextFormat, encode_texts
 from ds_embed.models.loading import find_model, load_tokenizer
-from ds_embed.retrieval.generate import encode_queries
 
 TEXTS = ["the lake is cold", "a", "so it ends </s> and goes on <eos> <|end|> to the end", "the hill and the lake " * 4]
 
@@ -87,10 +86,12 @@ def test_vectors_depend_on_neither_the_side_nor_the_token_of_padding(tmp_path):
         llama(add_bos_token=True, **names).save_pretrained(folder)
         for pooling in ("last", "mean"):
             for bidirectional in (False, True):
-                settings = ModelArguments(str(folder), pooling=pooling, bidirectional=bidirectional)
-                text = TextArguments(max_length=20, query_prefix="to ")
-                together = encode_queries(TEXTS, settings, text, adapter_path=None, bf16=False)
-                alone = [encode_queries([text_], settings, text, adapter_path=None, bf16=False) for text_ in TEXTS[:2]]
+                embedder = Embedder.from_pretrained(
+                    folder, pooling=pooling, bidirectional=bidirectional, dtype="float32", device="cpu",
+                    max_length=20, query_prefix="to ",
+                )  # fmt: skip
+                together = embedder.encode_queries(TEXTS)
+                alone = [embedder.encode_queries([text]) for text in TEXTS[:2]]
                 np.testing.assert_allclose(together[:2], np.concatenate(alone), atol=2e-6)
                 vectors.append(together)
     for later in range(4, 16):

@@ -125,12 +125,9 @@ def test_all_weights_in_bf16_under_zero3(workplace):
     assert list((run / "tensorboard").rglob("events*"))
 
     # Used later without a flag: the whole text is seen by every token.
-    from ds_embed.config import ModelArguments, TextArguments
-    from ds_embed.retrieval.generate import encode_queries
+    from ds_embed import Embedder
 
-    (vector,) = encode_queries(
-        ["w7 w8 w9"], ModelArguments(str(run), pooling="cls"), TextArguments(), adapter_path=None, bf16=False
-    )
+    (vector,) = Embedder.from_pretrained(run, pooling="cls", dtype="float32", device="cpu").encode_queries(["w7 w8 w9"])
     model = AutoModel.from_pretrained(run / "model", attn_implementation="eager", dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(run / "model")("w1 w7 w8 w9 w2", return_tensors="pt")["input_ids"]
     ids = torch.cat([ids, torch.tensor([[1]])], dim=1)  # EOS

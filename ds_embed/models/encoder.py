@@ -39,9 +39,7 @@ class TextEncoder(nn.Module):
         """Add the parameter of a learned temperature; forward then returns its value (1,) beside the vectors."""
         self.log_scale_change = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True) -> Tensor | tuple[Tensor, Tensor]:
         """Unit vectors (B, D) in float32 of token ids (B, S), right-padded, of `lengths` (B,).
 
         has_padding: False promises that every text has S tokens, which saves the attention mask.

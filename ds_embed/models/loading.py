@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,14 @@ class ModelSource:
     card: EmbeddingCard | None
 
 
-def find_model(model_name_or_path: str, adapter_path: str | None = None) -> ModelSource:
+def find_model(
+    model_name_or_path: str, adapter_path: str | None = None, flag: str = "model_name_or_path"
+) -> ModelSource:
     """Resolve a base model, a run folder, a PEFT folder, or a base plus an adapter.
 
     Raises ValueError naming the flag when a folder does not exist or holds no model.
     """
-    folder = _model_folder("model_name_or_path", model_name_or_path)
+    folder = _model_folder(flag, model_name_or_path)
     if adapter_path is not None:
         adapter = _model_folder("adapter_path", adapter_path)
         if adapter is None or not (adapter / "adapter_config.json").exists():
@@ -54,7 +57,7 @@ def find_model(model_name_or_path: str, adapter_path: str | None = None) -> Mode
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base_folder = _model_folder("model_name_or_path", base, hint=f" (the base model that {folder} names)")
+    base_folder = _model_folder(flag, base, hint=f" (the base model that {folder} names)")
     return ModelSource(str(base_folder or base), folder, str(folder), EmbeddingCard.load(folder))
 
 
@@ -170,15 +173,12 @@ def load_encoder(
     bidirectional: whether a decoder's tokens see the whole text; encoders' always do.
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
-    from transformers import MODEL_MAPPING, AutoModel
+    from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
     config = load_config(source, trust_remote_code)
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if bf16 else torch.float32}
-    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
-    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False  # BERT's pooler would be trained without ever being used
+    options = {"dtype": torch.bfloat16 if bf16 else torch.float32, **without_pooler(config)}
     try:
         with _without_foreign_code(source.base):
             backbone = AutoModel.from_pretrained(
@@ -196,13 +196,29 @@ def load_encoder(
     if is_decoder(config):
         attention = make_bidirectional(backbone) if bidirectional else CausalAttention()
     if source.adapter is not None:
-        from peft import PeftModel
-
-        _refuse_named_modules(source.adapter)
-        with _without_foreign_code(str(source.adapter)):
-            backbone = PeftModel.from_pretrained(backbone, str(source.adapter))
-        backbone = backbone.to(options["dtype"])
+        backbone = put_adapter_on(backbone, source.adapter).to(options["dtype"])
     return TextEncoder(backbone, pooling, attention)
+
+
+def put_adapter_on(backbone: torch.nn.Module, adapter: Path) -> Any:
+    """The backbone wrapped by PEFT, with the frozen LoRA matrices of the folder `adapter`."""
+    from peft import PeftModel
+
+    _refuse_named_modules(adapter)
+    with _without_foreign_code(str(adapter)), warnings.catch_warnings():
+        # About a call of PEFT's to transformers, which a user can do nothing about.
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(backbone, str(adapter))
+
+
+def without_pooler(config: Any) -> dict[str, Any]:
+    """What from_pretrained must be told so that no pooler is built: BERT's would be trained without ever being used."""
+    from transformers import MODEL_MAPPING
+
+    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
 
 
 @contextlib.contextmanager

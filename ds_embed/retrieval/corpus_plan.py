@@ -62,11 +62,15 @@ class CorpusPlan:
 
     def _cut(self, block: int) -> list[np.ndarray]:
         texts = np.arange(block * BLOCK_TEXTS, min((block + 1) * BLOCK_TEXTS, self.rows.stop))
-        lengths = self.store.lengths_of(texts)
-        # A small block is cut finer than it must be, so that several ranks share it; by how much must not
-        # depend on their number, or the rows' last bits would.
-        budget = max(int(lengths.max()), min(self.micro_batch_tokens, int(lengths.sum()) // MIN_MICRO_BATCHES))
-        return [texts[chosen] for chosen in cut_by_length(lengths, budget)]
+        return [texts[chosen] for chosen in cut_block(self.store.lengths_of(texts), self.micro_batch_tokens)]
+
+
+def cut_block(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
+    """Micro-batches of a block of at most BLOCK_TEXTS texts, longest texts first."""
+    # A small block is cut finer than it must be, so that several ranks share it; by how much must not
+    # depend on their number, or the rows' last bits would.
+    budget = max(int(lengths.max()), min(micro_batch_tokens, int(lengths.sum()) // MIN_MICRO_BATCHES))
+    return cut_by_length(lengths, budget)
 
 
 def rows_of_shard(num_rows: int, shard_index: int, num_shards: int) -> range:

@@ -5,13 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import torch
-
 from ds_embed.config import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
-from ds_embed.data.batch import pad
 from ds_embed.data.store import TextStore, build_text_store, check_texts_fit
-from ds_embed.data.tokenize import encode_texts
 from ds_embed.distributed import World
 from ds_embed.durable import check_writable_folder, hold_lock
 from ds_embed.engine import partitioned_loading, start_inference_engine
@@ -90,26 +85,6 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
         for lock in locks:
             lock.close()
     return embeddings
-
-
-def encode_queries(
-    queries: list[str], model: ModelArguments, text: TextArguments, *, adapter_path: str | None, bf16: bool
-) -> np.ndarray:
-    """Vectors (N, D) float32 of a few queries, in one forward pass, as generate would write them."""
-    source = find_model(model.model_name_or_path, adapter_path)
-    card = choose_card(source, text, model)
-    tokenizer = load_tokenizer(source, model.trust_remote_code)
-    encoder = load_encoder(
-        source,
-        pooling=card.pooling,
-        bidirectional=card.bidirectional,
-        bf16=bf16,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-    )
-    ids, lengths = pad(encode_texts(tokenizer, queries, card.text_formats()[0]))
-    with torch.inference_mode():
-        return encoder.eval()(torch.from_numpy(ids), torch.from_numpy(lengths)).numpy()
 
 
 def _make_jobs(
