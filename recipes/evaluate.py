@@ -2,6 +2,7 @@
 
     python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl
     python recipes/evaluate.py --embeddings OUT/consumed_samplesX --qrels qrels/test.tsv --output_dir RESULTS
+    python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl --index hnsw
 
 The right documents are those that the queries files name, or those of --qrels (TREC or BEIR format).
 Writes metrics.json, per_query.jsonl and run.trec (for trec_eval, or to fuse with other runs).
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from ds_embed.config import parse_arguments
 from ds_embed.config.fields import setting
+from ds_embed.config.index_arguments import SearchIndexArguments
 from ds_embed.distributed import run_recipe
 from ds_embed.retrieval.metrics import (
     DEFAULT_MEASURES,
@@ -50,7 +52,7 @@ class EvaluateArguments:
 
 
 def main(argv=None):
-    (arguments,) = parse_arguments(EvaluateArguments, argv=argv)
+    arguments, index = parse_arguments(EvaluateArguments, SearchIndexArguments, argv=argv)
     # Mistakes that take no time to find come before the vectors are read.
     names = [str(measure) for measure in parse_measures(arguments.measures, depth=arguments.top_k)]
     if arguments.qrels is not None:
@@ -73,13 +75,18 @@ def main(argv=None):
     print(f"documents  {len(documents)}, vectors of {documents.rows.shape[1]} dimensions")
     print(f"top_k      {top_k}" + (" (all documents)" if top_k < arguments.top_k else ""), flush=True)
 
-    from ds_embed.retrieval.search import search  # torch takes seconds to import; mistakes are found before
+    # torch takes seconds to import; mistakes are found before
+    from ds_embed.retrieval.faiss_index import recall_against_exact, search_by_arguments
 
     start = time.perf_counter()
-    scores, indices = search(
-        queries.rows, documents.rows, top_k, tie_rank=documents.ids.ranks, device=arguments.device
-    )
+    options = {"tie_rank": documents.ids.ranks, "device": arguments.device}
+    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, top_k, **options)
     print(f"searched   in {time.perf_counter() - start:.1f} seconds")
+    indexed = {}
+    if kind is not None:
+        recall, depth, sampled = recall_against_exact(indices, queries.rows, documents.rows, **options)
+        print(f"index      {kind}: recall@{depth} against exact search {recall:.4f} on {sampled} queries")
+        indexed = {"index": kind, f"index_recall@{depth}": recall, "index_recall_queries": sampled}
 
     run = SearchRun(queries.ids, documents.ids, scores, indices)
     evaluation = evaluate(run, qrels, names)
@@ -88,7 +95,7 @@ def main(argv=None):
         "num_documents": len(documents),
         "num_queries_without_qrels": len(unjudged),
         "top_k": top_k,
-    }
+    } | indexed
     output_dir = arguments.output_dir or arguments.embeddings
     paths = write_results(output_dir, run if arguments.write_run else None, evaluation, summary)
     print()
