@@ -1,6 +1,7 @@
 """Measure retrieval with vectors that recipes/generate.py wrote: exact search, then nDCG, MRR and recall.
 
     python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl
+    python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl --index hnsw
     python recipes/evaluate.py --embeddings OUT/consumed_samplesX --qrels qrels/test.tsv --output_dir RESULTS \
         --compare OTHER_RESULTS --truncate_dims 64 128 256 --quantize int8 binary
     python recipes/evaluate.py --run_file bm25.trec --qrels qrels/test.tsv --output_dir BM25
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from ds_embed.config import parse_arguments
 from ds_embed.config.checks import at_least
 from ds_embed.config.fields import listed, setting
+from ds_embed.config.index_arguments import SearchIndexArguments
 from ds_embed.distributed import run_recipe
 from ds_embed.retrieval.compressed import QUANTIZED, describe_compressed, measure_compressed
 from ds_embed.retrieval.metrics import (
@@ -85,7 +87,7 @@ class EvaluateArguments:
 
 
 def main(argv=None):
-    (arguments,) = parse_arguments(EvaluateArguments, argv=argv)
+    arguments, index = parse_arguments(EvaluateArguments, SearchIndexArguments, argv=argv)
     # Mistakes that take no time to find come before the vectors are read.
     depth = arguments.top_k if arguments.run_file is None else None  # of a run file all is measured
     names = [str(measure) for measure in parse_measures(arguments.measures, depth=depth)]
@@ -95,6 +97,8 @@ def main(argv=None):
     else:
         qrels, source = read_qrels_from_queries(arguments.query_files), ", ".join(arguments.query_files)
     if arguments.run_file is not None:
+        if index.index != "exact" or index.index_file is not None:
+            raise ValueError("--index: there are no vectors to search with --run_file; leave one of them out")
         run = load_run(arguments.run_file)
         qrels, unknown = known_judgments(arguments, qrels, list(run), None, source)
         unjudged = match_qrels(qrels, run, None, source)
@@ -120,13 +124,18 @@ def main(argv=None):
     print(f"documents  {len(documents)}, vectors of {documents.rows.shape[1]} dimensions")
     print(f"top_k      {top_k}" + (" (all documents)" if top_k < arguments.top_k else ""), flush=True)
 
-    from ds_embed.retrieval.search import search  # torch takes seconds to import; mistakes are found before
+    # torch takes seconds to import; mistakes are found before
+    from ds_embed.retrieval.faiss_index import recall_against_exact, search_by_arguments
 
     start = time.perf_counter()
-    scores, indices = search(
-        queries.rows, documents.rows, top_k, tie_rank=documents.ids.ranks, device=arguments.device
-    )
+    options = {"tie_rank": documents.ids.ranks, "device": arguments.device}
+    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, top_k, **options)
     print(f"searched   in {time.perf_counter() - start:.1f} seconds")
+    indexed = {}
+    if kind is not None:
+        recall, depth, sampled = recall_against_exact(indices, queries.rows, documents.rows, **options)
+        print(f"index      {kind}: recall@{depth} against exact search {recall:.4f} on {sampled} queries")
+        indexed = {"index": kind, f"index_recall@{depth}": recall, "index_recall_queries": sampled}
 
     run = SearchRun(queries.ids, documents.ids, scores, indices)
     evaluation = evaluate(run, qrels, names)
@@ -136,6 +145,7 @@ def main(argv=None):
         "num_queries_without_qrels": len(unjudged),
         "top_k": top_k,
         **unknown,
+        **indexed,
     }
     compressed = []
     if arguments.truncate_dims or arguments.quantize:

@@ -35,7 +35,10 @@ _QUERIES_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class SearchRun:
-    """What search returned, with names: scores and indices (N, k), a row for each of `query_ids`."""
+    """What search returned, with names: scores and indices (N, k), a row for each of `query_ids`.
+
+    An index of -1, which approximate search may give, stands for no document.
+    """
 
     query_ids: Sequence[str]
     document_ids: Sequence[str]
@@ -44,7 +47,7 @@ class SearchRun:
 
     def items(self) -> Iterator[tuple[str, dict[str, float]]]:
         for query_id, scores, indices in zip(self.query_ids, self.scores, self.indices):
-            yield query_id, {self.document_ids[i]: s for i, s in zip(indices.tolist(), scores.tolist())}
+            yield query_id, {self.document_ids[i]: s for i, s in zip(indices.tolist(), scores.tolist()) if i >= 0}
 
 
 @dataclass(frozen=True)
