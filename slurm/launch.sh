@@ -84,7 +84,8 @@ finish() {
     [[ "$count" -lt "$DS_EMBED_MAX_REQUEUES" ]] ||
         fail "$state, but started again $count times already: raise DS_EMBED_MAX_REQUEUES and submit the same command"
     echo "$(date '+%F %T') $state; job $SLURM_JOB_ID goes back into the queue and on from there"
-    scontrol requeue "$SLURM_JOB_ID" ||
+    # After a preemption Slurm may have put it there already.
+    scontrol requeue "$SLURM_JOB_ID" 2>/dev/null || [[ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" == PENDING ]] ||
         fail "$state, but Slurm does not requeue this job; submit the same command again to go on"
     exit "$CODE"
 }
