@@ -13,7 +13,7 @@ from test_damage import OneRank
 from tiny import launch, make_model, make_training_file
 
 from ds_embed.config import RunArguments
-from ds_embed.training import checkpoint
+from ds_embed.training import checkpoint, run_folder
 from ds_embed.training.checkpoint import damage, list_checkpoints
 from ds_embed.training.run_folder import RunFolder
 
@@ -67,10 +67,11 @@ def test_training_on_a_disk_that_fills_up(tmp_path, mount):
 @pytest.mark.parametrize("state, reason", [("full", "No space left on device"), ("read-only", "Read-only file system")])
 def test_disk_that_fails_while_a_run_writes(tmp_path, mount, monkeypatch, state, reason):
     disk = mount(tmp_path / "disk", "size=400k")
-    monkeypatch.setattr(RunFolder, "_open_monitor", lambda *_: SimpleNamespace(write_events=lambda _: None))
+    silent = SimpleNamespace(write_events=lambda _: None, close=lambda: None)
+    monkeypatch.setattr(run_folder, "Monitors", lambda *_: silent)
     folder = RunFolder(str(disk / "run"))
     folder.claim(True)
-    folder.open([], {}, RunArguments("run", "zero2.json", report_to=["none"]), 0)
+    folder.open([], {}, RunArguments("run", "zero2.json", report_to=["none"]), 0, 0)
     folder.log({"step": 1})
     tensors = {kind: torch.ones(5000) for kind in ("weight", "exp_avg", "exp_avg_sq")}
     monkeypatch.setattr(checkpoint, "gather_state", lambda *_: iter([("a", tensors)]))
