@@ -154,7 +154,7 @@ def test_the_flag_reaches_the_store_and_every_run_is_told(tmp_path, tokenizer, c
 
     def prepare(*more):
         (data,) = parse_arguments(DataArguments, argv=[*flags, *more])
-        return prepare_store(world, data, StepArguments(), tokenizer, card)
+        return prepare_store(world, data.train_files, data, StepArguments(), tokenizer, card.text_formats())
 
     with pytest.raises(ValueError, match="train.jsonl:3: query is blank"):
         prepare()
