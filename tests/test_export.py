@@ -287,11 +287,14 @@ def test_what_can_not_be_exported_leaves_nothing(place, tmp_path, monkeypatch):
     (tmp_path / "run" / "config.yaml").touch()
     for name in ("manifest.json", "state.json"):
         (checkpoint / name).touch()
+    behind = shutil.copytree(runs["bert", "mean"] / "model", tmp_path / "behind")
+    (behind / "ds_embed.json").write_text((behind / "ds_embed.json").read_text().replace("find: ", "find: {text} ?"))
     target = tmp_path / "out"
     for run, flags, message in [
         (runs["bert", "mean"], ["--format", "adapter"], "--format adapter: .* was trained with all weights"),
         (checkpoint, [], "--run .*: is a checkpoint; start its training command again"),
         (tmp_path / "run", [], "--run .*: a run that has not finished"),
+        (behind, [], "--format sentence-transformers: this run's prefix 'find: {text} .' goes on behind the text"),
         (root / "bert", [], "--run .*: has no ds_embed.json"),
         (runs["llama", "last"], ["--output_dir", root], "--output_dir .*: exists and is not empty"),
         (runs["llama", "last"], ["--format", "adapter", "--dtype", "float16"], "--dtype float16: an adapter is copied"),
@@ -318,7 +321,7 @@ def test_what_can_not_be_exported_leaves_nothing(place, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if it were not installed
     with pytest.raises(ValueError, match="the package sentence-transformers is not installed; pip install"):
         recipe("export", "--run", runs["llama", "last"], "--output_dir", target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["behind", "broken", "run"]
 
 
 def test_a_mistake_is_one_line(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_embed.config import ModelArguments, TextArguments
+from ds_embed.config.data_arguments import TEXT_PLACE
 from ds_embed.durable import folder_when_whole
 from ds_embed.export.check import (
     MIN_COSINE,
@@ -71,6 +72,12 @@ def _find_run(run: str, output_format: str) -> ModelSource:
     source = find_model(run, flag="run")
     if source.card is None:
         raise ValueError(f"--run {run}: has no ds_embed.json, so it is no model that ds_embed has trained")
+    for prefix in (source.card.query_prefix, source.card.doc_prefix):
+        if TEXT_PLACE in prefix:
+            raise ValueError(
+                f"--format {output_format}: this run's prefix {prefix!r} goes on behind the text, and other libraries only "
+                "put something in front of it; use ds_embed.Embedder or recipes/generate.py"
+            )
     if output_format == "adapter" and source.adapter is None:
         raise ValueError(
             f"--format adapter: {run} was trained with all weights (--lora_rank 0) and has no adapter; "
