@@ -23,11 +23,7 @@ _world: "World | None" = None
 
 
 class FailedElsewhere(Exception):
-    """Another rank met an error and has reported it; this rank only has to stop, with that rank's exit code."""
-
-    def __init__(self, name: str, code: int = EXIT_USER_ERROR):
-        super().__init__(name)
-        self.code = code
+    """Another rank met an error and has reported it; this rank only has to stop."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +135,8 @@ class World:
         if self.is_main:
             try:
                 result = work()
-            except BaseException as error:
-                code = error.code if isinstance(error, SystemExit) else EXIT_USER_ERROR
-                self.store.set(key, f"failed {code}".encode())
+            except BaseException:
+                self.store.set(key, b"failed")
                 raise
             self.store.set(key, b"done" + pickle.dumps(result))
             return result
@@ -151,8 +146,8 @@ class World:
             answer = self.store.get(key)
         except RuntimeError as error:
             raise RuntimeError(f"rank 0 ended while it ran '{name}' for all ranks") from error
-        if answer.startswith(b"failed"):
-            raise FailedElsewhere(name, int(answer.split()[1]))
+        if answer == b"failed":
+            raise FailedElsewhere(name)
         return pickle.loads(answer[len(b"done") :])
 
 
@@ -242,10 +237,10 @@ def run_recipe(main: Callable[[], Any]) -> int:
 
 def _report(error: BaseException) -> int:
     """Say what ended the recipe, unless another rank has, and return the exit code."""
-    if isinstance(error, SystemExit):  # --help, a signal, or a recipe that chose its own code
+    if isinstance(error, SystemExit):  # --help, or a recipe that chose its own code
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, FailedElsewhere):
-        return error.code
+        return EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, (ValueError, OSError)):
@@ -262,10 +257,15 @@ def _report(error: BaseException) -> int:
 
 
 def _stop_at_once(number: int, frame: Any) -> None:
-    """A scheduler wants the job to stop, and there is nothing to save: the same command starts again."""
+    """A scheduler wants the job to stop, and there is nothing to save: the same command starts again.
+
+    No exception, since libraries that are being imported swallow those; all that we write may end at any instant.
+    """
     if _first_to_report():
-        print(f"{signal.Signals(number).name}: stopped (exit code {EXIT_REQUEUE})", file=sys.stderr)
-    raise SystemExit(EXIT_REQUEUE)
+        print(f"{signal.Signals(number).name}: stopped (exit code {EXIT_REQUEUE})", file=sys.stderr, flush=True)
+    if _world is not None and _world.watch is not None:
+        _world.watch.leave(EXIT_REQUEUE)
+    os._exit(EXIT_REQUEUE)
 
 
 def _failed_elsewhere(error: BaseException) -> int | None:

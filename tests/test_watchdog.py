@@ -13,6 +13,7 @@ import time
 import pytest
 from tiny import REPOSITORY
 
+from ds_embed.distributed import EXIT_REQUEUE
 from ds_embed.watcher import EXIT_RANK_LOST
 
 TIMEOUT, LONG = 2.0, 1000.0
@@ -158,6 +159,22 @@ def test_nobody_is_accused(jobs):
         assert [rank.poll() for rank in job.ranks] == [None, None], name
         job.tell("end", "end")
         assert job.end() == ([0, 0], []), name
+
+
+def test_signal_before_the_first_step_is_not_swallowed():
+    code = (
+        "import time\nfrom ds_embed.distributed import run_recipe\n"
+        "def main():\n    print(flush=True)\n    while True:\n"
+        "        try:\n            time.sleep(0.01)\n        except:\n            pass\n"  # as libraries do
+        "raise SystemExit(run_recipe(main))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=60) == ("", f"SIGUSR1: stopped (exit code {EXIT_REQUEUE})\n")
+    assert process.returncode == EXIT_REQUEUE
 
 
 def test_no_watcher_stays(jobs):
