@@ -175,12 +175,29 @@ def initialize() -> World:
             # Ranks that each start a thread per core fight over the cores and run many times slower.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         keep_freed_memory()
-    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
+    store = _meet(rank, size)
     watch = Watch(rank, size, local_rank, dist.PrefixStore("watch", store)) if size > 1 else None
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
     join_deepspeed(device)
     _world = World(rank, size, local_rank, local_size, device, dist.PrefixStore("control", store), watch)
     return _world
+
+
+def _meet(rank: int, size: int) -> Any:
+    """The store that rank 0 hosts at MASTER_ADDR:MASTER_PORT, once all ranks have found it."""
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise ValueError(
+            f"MASTER_PORT {port} is in use on this machine, maybe by another job; "
+            "choose another one: deepspeed --master_port PORT ..."
+        ) from error
+    return store
 
 
 def _all_gather(output, own) -> None:
