@@ -21,7 +21,8 @@ class ModelArguments:
         default=None,
     )
     attn_implementation: str | None = setting(
-        "attention kernel: sdpa, eager, flash_attention_2, ... (default: sdpa where the model has it, else eager)",
+        "attention kernel: sdpa, eager, flash_attention_2, ..., or math, ds_embed's own for training on CPUs, elsewhere "
+        "the same as sdpa (default: math for training on CPUs, sdpa otherwise; eager where the model has neither)",
         default=None,
     )
     trust_remote_code: bool = setting("run Python code that comes with the model", default=False)

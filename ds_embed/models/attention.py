@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_embed.models.math_attention import MATH_KERNEL
 from ds_embed.models.pooling import token_mask
 
 # Decoders whose forward pass takes masks as they are: one for all layers, without a window or with one, or one
@@ -20,7 +21,7 @@ _ONE_MASK = ("llama", "gemma", "olmo2", "granite")
 _ONE_WINDOWED_MASK = ("mistral", "phi3")
 _MASK_PER_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 BIDIRECTIONAL_FAMILIES = (*_ONE_MASK, *_ONE_WINDOWED_MASK, *_MASK_PER_LAYER_TYPE)
-_KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_KERNELS = ("sdpa", MATH_KERNEL, "eager", "flash_attention_2", "flash_attention_3")
 
 
 class EncoderAttention:

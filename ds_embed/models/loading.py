@@ -22,6 +22,7 @@ from ds_embed.models.attention import (
 )
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.math_attention import register_math_kernel
 
 # What transformers' models call the table of learned positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -177,6 +178,7 @@ def load_encoder(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
+    register_math_kernel()
     config = load_config(source, trust_remote_code)
     options = {"dtype": torch.bfloat16 if bf16 else torch.float32, **without_pooler(config)}
     try:

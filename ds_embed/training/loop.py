@@ -20,6 +20,7 @@ from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.distributed import EXIT_REQUEUE, World
 from ds_embed.engine import partitioned_loading, start_engine, take_step
+from ds_embed.models.dropout import use_cpu_dropout
 from ds_embed.models.loading import (
     choose_card,
     find_model,
@@ -29,6 +30,7 @@ from ds_embed.models.loading import (
     load_tokenizer,
 )
 from ds_embed.models.lora import add_lora
+from ds_embed.models.math_attention import MATH_KERNEL, takes_math_kernel
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
 from ds_embed.training.prepare import (
@@ -254,13 +256,17 @@ class TrainingRun:
     def _load_encoder(self):
         import torch
 
+        on_cpu = self.world.device.type == "cpu"
+        kernel = self.model.attn_implementation
+        if kernel is None and on_cpu and takes_math_kernel(load_config(self.source, self.model.trust_remote_code)):
+            kernel = MATH_KERNEL
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
                 self.source,
                 pooling=self.card.pooling,
                 bidirectional=self.card.bidirectional,
                 bf16=self.run.bf16,
-                attn_implementation=self.model.attn_implementation,
+                attn_implementation=kernel,
                 trust_remote_code=self.model.trust_remote_code,
             )
         if self.step_arguments.gradient_checkpointing:
@@ -271,6 +277,8 @@ class TrainingRun:
             add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
         if self.step_arguments.learnable_temperature:
             encoder.learn_temperature()
+        if on_cpu:
+            use_cpu_dropout(encoder)
         return encoder
 
     def _batch(self, first_sample: int) -> GlobalBatch:
