@@ -24,6 +24,7 @@ ROOMS = {
     "export": {"config", "durable", "data", "models", "retrieval"},
     "mteb_model": {"retrieval"},
     "training": {"config", "durable", "distributed", "losses", "data", "models", "engine", "retrieval"},
+    "sizing": {"config", "distributed", "losses", "data", "models", "training"},
     "report": {"config", "durable", "data", "retrieval", "training"},
 }
 

@@ -27,12 +27,13 @@ class TextEncoder(nn.Module):
         backbone: nn.Module,
         pooling: str,
         attention: EncoderAttention | CausalAttention | BidirectionalAttention,
+        check_attention: bool = True,  # once, in the first forward pass
     ):
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
         self.attention = attention
-        self._attention_is_checked = False
+        self._attention_is_checked = not check_attention
         self.register_parameter(LOG_SCALE_CHANGE, None)
 
     def learn_temperature(self) -> None:

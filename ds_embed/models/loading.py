@@ -14,6 +14,7 @@ import torch
 
 from ds_embed.config import ModelArguments, TextArguments
 from ds_embed.models.attention import (
+    BidirectionalAttention,
     CausalAttention,
     EncoderAttention,
     check_bidirectional,
@@ -22,7 +23,7 @@ from ds_embed.models.attention import (
 )
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.math_attention import register_math_kernel
+from ds_embed.models.math_attention import MATH_KERNEL, register_math_kernel, takes_math_kernel
 
 # What transformers' models call the table of learned positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -180,26 +181,65 @@ def load_encoder(
     disable_progress_bar()  # one bar per rank for reading a file
     register_math_kernel()
     config = load_config(source, trust_remote_code)
-    options = {"dtype": torch.bfloat16 if bf16 else torch.float32, **without_pooler(config)}
-    try:
-        with _without_foreign_code(source.base):
-            backbone = AutoModel.from_pretrained(
-                source.base,
-                config=config,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                **options,
-            )
-    except (ImportError, ValueError) as error:
-        if attn_implementation is None:
-            raise
-        raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
-    attention = EncoderAttention()
-    if is_decoder(config):
-        attention = make_bidirectional(backbone) if bidirectional else CausalAttention()
+    options = _model_options(config, bf16, attn_implementation, trust_remote_code)
+    with _without_foreign_code(source.base), _named_attention(attn_implementation):
+        backbone = AutoModel.from_pretrained(source.base, config=config, **options)
+    attention = _attention_of(backbone, bidirectional)
     if source.adapter is not None:
         backbone = put_adapter_on(backbone, source.adapter).to(options["dtype"])
     return TextEncoder(backbone, pooling, attention)
+
+
+def build_encoder(
+    config: Any,
+    *,
+    pooling: str,
+    bidirectional: bool,
+    bf16: bool,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> TextEncoder:
+    """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
+    from transformers import AutoModel
+
+    register_math_kernel()
+    options = _model_options(config, bf16, attn_implementation, trust_remote_code)
+    with _named_attention(attn_implementation):
+        backbone = AutoModel.from_config(config, **options)
+    return TextEncoder(backbone, pooling, _attention_of(backbone, bidirectional), check_attention=False)
+
+
+def _attention_of(
+    backbone: torch.nn.Module, bidirectional: bool
+) -> EncoderAttention | CausalAttention | BidirectionalAttention:
+    if not is_decoder(backbone.config):
+        return EncoderAttention()
+    return make_bidirectional(backbone) if bidirectional else CausalAttention()
+
+
+def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What AutoModel is told about every backbone."""
+    if attn_implementation == MATH_KERNEL and not takes_math_kernel(config):
+        raise ValueError(
+            f"--attn_implementation {MATH_KERNEL}: {config.model_type} models can't take it; leave the flag out"
+        )
+    return {
+        "dtype": torch.bfloat16 if bf16 else torch.float32,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        **without_pooler(config),
+    }
+
+
+@contextlib.contextmanager
+def _named_attention(attn_implementation: str | None) -> Iterator[None]:
+    """A model's complaint, made inside, about the attention kernel that was asked for names the flag."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if attn_implementation in (None, MATH_KERNEL):
+            raise
+        raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
 
 
 def put_adapter_on(backbone: torch.nn.Module, adapter: Path) -> Any:

@@ -30,7 +30,7 @@ from ds_embed.models.loading import (
     load_tokenizer,
 )
 from ds_embed.models.lora import add_lora
-from ds_embed.models.math_attention import MATH_KERNEL, takes_math_kernel
+from ds_embed.models.math_attention import training_kernel
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
 from ds_embed.training.prepare import (
@@ -71,7 +71,7 @@ class TrainingRun:
         world.set_timeouts(run.rank_timeout_seconds, run.stall_timeout_seconds)
         self.validation_arguments = validation
         self.deepspeed_config = resolve_deepspeed_config(
-            run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm
+            run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
         )
         self.folder = RunFolder(run.output_dir)
         world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
@@ -256,17 +256,15 @@ class TrainingRun:
     def _load_encoder(self):
         import torch
 
-        on_cpu = self.world.device.type == "cpu"
-        kernel = self.model.attn_implementation
-        if kernel is None and on_cpu and takes_math_kernel(load_config(self.source, self.model.trust_remote_code)):
-            kernel = MATH_KERNEL
+        device_type = self.world.device.type
+        config = load_config(self.source, self.model.trust_remote_code)
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
                 self.source,
                 pooling=self.card.pooling,
                 bidirectional=self.card.bidirectional,
                 bf16=self.run.bf16,
-                attn_implementation=kernel,
+                attn_implementation=training_kernel(self.model.attn_implementation, config, device_type),
                 trust_remote_code=self.model.trust_remote_code,
             )
         if self.step_arguments.gradient_checkpointing:
@@ -277,7 +275,7 @@ class TrainingRun:
             add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
         if self.step_arguments.learnable_temperature:
             encoder.learn_temperature()
-        if on_cpu:
+        if device_type == "cpu":
             use_cpu_dropout(encoder)
         return encoder
 
