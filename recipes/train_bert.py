@@ -9,22 +9,28 @@ from ds_embed.config import (
     BertOptimizerArguments,
     BertStepArguments,
     DataArguments,
+    DryRunArguments,
     ModelArguments,
     RunArguments,
     parse_arguments,
 )
 from ds_embed.distributed import initialize, run_recipe
+from ds_embed.sizing.dry_run import print_dry_run
 from ds_embed.training.loop import TrainingRun
 
 
 def main() -> None:
     world = initialize()
-    settings = parse_arguments(
-        ModelArguments, BertLoraArguments, DataArguments, BertStepArguments, BertOptimizerArguments, RunArguments
-    )
+    *settings, dry_run = parse_arguments(
+        ModelArguments, BertLoraArguments, DataArguments, BertStepArguments, BertOptimizerArguments, RunArguments,
+        DryRunArguments,
+    )  # fmt: skip
     run = TrainingRun(world, *settings)
     run.require_encoder()
-    run.train()
+    if dry_run.dry_run:
+        print_dry_run(run, dry_run)
+    else:
+        run.train()
 
 
 if __name__ == "__main__":

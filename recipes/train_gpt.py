@@ -6,6 +6,7 @@
 
 from ds_embed.config import (
     DataArguments,
+    DryRunArguments,
     LoraArguments,
     ModelArguments,
     OptimizerArguments,
@@ -14,17 +15,21 @@ from ds_embed.config import (
     parse_arguments,
 )
 from ds_embed.distributed import initialize, run_recipe
+from ds_embed.sizing.dry_run import print_dry_run
 from ds_embed.training.loop import TrainingRun
 
 
 def main() -> None:
     world = initialize()
-    settings = parse_arguments(
-        ModelArguments, LoraArguments, DataArguments, StepArguments, OptimizerArguments, RunArguments
+    *settings, dry_run = parse_arguments(
+        ModelArguments, LoraArguments, DataArguments, StepArguments, OptimizerArguments, RunArguments, DryRunArguments
     )
     run = TrainingRun(world, *settings)
     run.require_decoder()
-    run.train()
+    if dry_run.dry_run:
+        print_dry_run(run, dry_run)
+    else:
+        run.train()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ KINDS = {
         (2, False, True), (2, True, False), (3, False, False), (3, False, True), (3, True, True),
     ]
 }  # fmt: skip
+HPZ = {
+    "hpz_fp32_full": dict(zero=3, bf16=False, lora=False, hpz=2),
+    "hpz_bf16_lora": dict(zero=3, bf16=True, lora=True, hpz=2),
+}
 SAVED, STEPS = 3, 6
 # On how many ranks, what is loaded, under which stage.
 MOVES = [
@@ -77,12 +81,16 @@ def answers(place):
                 lora = source.endswith("lora")
                 kind = dict(zero=zero, bf16=False, lora=lora, load=checkpoint(root, origin), **plain)
                 cases[f"{source}_to_{ranks}_zero{zero}"] = case(root, kind)
+        if ranks == 4:  # with copies within groups of two ranks
+            for name, kind in HPZ.items():
+                cases[name] = case(root, kind, save_after=[SAVED])
+                cases[f"{name}_resumed"] = case(root, kind, load=checkpoint(root, name), check=name)
         one |= run(place, ranks, cases)
         cases = {}
     return one
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *HPZ])
 def test_resumed_run_is_bit_equal(place, answers, name):
     root, _ = place
     straight, resumed = answers[name], answers[f"{name}_resumed"]

@@ -87,7 +87,7 @@ def test_values_out_of_range_name_setting_value_and_cure(make, words):
 
 
 def resolve(path, bf16=True):
-    return resolve_deepspeed_config(str(path), bf16=bf16, max_grad_norm=0.5)
+    return resolve_deepspeed_config(str(path), bf16=bf16, max_grad_norm=0.5, num_ranks=8)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
@@ -112,6 +112,8 @@ def test_every_shipped_config_resolves(path, bf16):
         ({"bf16": {"enabled": False}}, ["bf16.enabled", "--bf16 is true"]),
         ({"zero_optimization": {"stage": 4}}, ["stage", "0, 1, 2 or 3"]),
         ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, ["contiguous_gradients"]),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size", "zero_hpz_partition_size"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size", "1 rank(s)"]),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
     ],
 )

@@ -19,6 +19,7 @@ ROOMS = {
     "engine": {"config", "distributed", "models"},
     "retrieval": {"config", "durable", "distributed", "data", "models", "engine"},
     "training": {"config", "durable", "distributed", "losses", "data", "models", "engine", "retrieval"},
+    "sizing": {"config", "distributed", "losses", "data", "models", "training"},
     "report": {"config", "durable", "data", "retrieval", "training"},
 }
 

@@ -7,6 +7,13 @@ from ds_embed.config.model_arguments import BertLoraArguments, LoraArguments, Mo
 from ds_embed.config.parsing import parse_arguments
 from ds_embed.config.report_arguments import ReportArguments
 from ds_embed.config.run_arguments import BertOptimizerArguments, OptimizerArguments, RunArguments
+from ds_embed.config.sizing_arguments import (
+    DryRunArguments,
+    HardwareArguments,
+    SizingArguments,
+    SizingDataArguments,
+    SizingRunArguments,
+)
 from ds_embed.config.step_arguments import BertStepArguments, StepArguments
 
 __all__ = [
@@ -14,12 +21,17 @@ __all__ = [
     "BertOptimizerArguments",
     "BertStepArguments",
     "DataArguments",
+    "DryRunArguments",
     "EncodeArguments",
+    "HardwareArguments",
     "LoraArguments",
     "ModelArguments",
     "OptimizerArguments",
     "ReportArguments",
     "RunArguments",
+    "SizingArguments",
+    "SizingDataArguments",
+    "SizingRunArguments",
     "StepArguments",
     "TextArguments",
     "parse_arguments",

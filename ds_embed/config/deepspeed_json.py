@@ -24,11 +24,12 @@ _REFUSED = {
 }
 
 
-def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float) -> dict[str, Any]:
+def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float, num_ranks: int = 1) -> dict[str, Any]:
     """Return the DeepSpeed config of the JSON file at `path` with nothing left at "auto".
 
     The contrastive step owns batch, accumulation, optimizer and schedule; a JSON that sets one of
     them is refused, since its value would not be what happens. Raises ValueError naming the key.
+    num_ranks: of the job, which groups of ranks must divide.
     """
     config = _read(path)
     for key, flag in _OURS.items():
@@ -47,6 +48,14 @@ def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float) -> 
         raise ValueError(f'{path}: "zero_optimization.stage" is {stage!r}; choose 0, 1, 2 or 3')
     if stage in (1, 2) and not zero.get("contiguous_gradients", True):
         raise ValueError(f'{path}: "contiguous_gradients": false is not supported; remove the key')
+    group = zero.get("zero_hpz_partition_size", 1)
+    if group > 1 and num_ranks % group:
+        raise ValueError(
+            f'{path}: "zero_hpz_partition_size" is {group}, which does not divide the {num_ranks} rank(s) of this job; '
+            "set it to the number of GPUs of a node, start as many ranks on every node, or use ds_configs/zero3.json"
+        )
+    if zero.get("mics_shard_size", -1) > 0:
+        raise ValueError(f'{path}: "mics_shard_size" is not supported; use "zero_hpz_partition_size" (zero3_hpz.json)')
     # The plan cuts the batch, so DeepSpeed sees one unit of work per rank and step.
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_accumulation_steps"] = 1

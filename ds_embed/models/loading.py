@@ -1,9 +1,10 @@
 """Backbones and tokenizers from folders or hub names: base model, adapter on a base, or a finished run."""
 
+import contextlib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
@@ -142,30 +143,53 @@ def load_encoder(
 
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
-    from transformers import MODEL_MAPPING, AutoModel
+    from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
     config = load_config(source, trust_remote_code)
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if bf16 else torch.float32}
-    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
-    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False  # BERT's pooler would be trained without ever being used
-    try:
+    options = _model_options(config, bf16, trust_remote_code)
+    with _named_attention(attn_implementation):
         backbone = AutoModel.from_pretrained(
-            source.base,
-            config=config,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            **options,
+            source.base, config=config, attn_implementation=attn_implementation, **options
         )
-    except (ImportError, ValueError) as error:
-        if attn_implementation is None:
-            raise
-        raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
     if source.adapter is not None:
         from peft import PeftModel
 
         backbone = PeftModel.from_pretrained(backbone, str(source.adapter))
         backbone = backbone.to(options["dtype"])
     return TextEncoder(backbone, pooling, causal=is_decoder(config))
+
+
+def build_encoder(
+    config: Any, *, pooling: str, bf16: bool, attn_implementation: str | None, trust_remote_code: bool
+) -> TextEncoder:
+    """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
+    from transformers import AutoModel
+
+    options = _model_options(config, bf16, trust_remote_code)
+    with _named_attention(attn_implementation):
+        backbone = AutoModel.from_config(config, attn_implementation=attn_implementation, **options)
+    return TextEncoder(backbone, pooling, causal=is_decoder(config))
+
+
+def _model_options(config: Any, bf16: bool, trust_remote_code: bool) -> dict[str, Any]:
+    """What AutoModel is told about every backbone."""
+    from transformers import MODEL_MAPPING
+
+    options = {"dtype": torch.bfloat16 if bf16 else torch.float32, "trust_remote_code": trust_remote_code}
+    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False  # BERT's pooler would be trained without ever being used
+    return options
+
+
+@contextlib.contextmanager
+def _named_attention(attn_implementation: str | None) -> Iterator[None]:
+    """A model's complaint, made inside, about the attention kernel that was asked for names the flag."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise
+        raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None

@@ -91,7 +91,9 @@ def _load(
     """The encoder, or the engine around it when a DeepSpeed JSON is given, ready for forward passes."""
     deepspeed_config = {"zero_optimization": {"stage": 0}}
     if arguments.deepspeed is not None:
-        deepspeed_config = resolve_deepspeed_config(arguments.deepspeed, bf16=arguments.bf16, max_grad_norm=0.0)
+        deepspeed_config = resolve_deepspeed_config(
+            arguments.deepspeed, bf16=arguments.bf16, max_grad_norm=0.0, num_ranks=world.size
+        )
     with partitioned_loading(deepspeed_config):
         encoder = load_encoder(
             source,

@@ -133,7 +133,7 @@ def _set_one(parameter: torch.nn.Parameter, kind: str, whole: Tensor, world: Wor
         return
     # The last rank's shard is padded; DeepSpeed's call for whole tensors fails where it is.
     size = parameter.ds_tensor.numel()
-    assert size * world.size >= whole.numel(), "ZeRO-3 with groups of ranks (MiCS, hpZ) is not supported here"
+    assert size * world.size >= whole.numel(), "ZeRO-3 that shards within groups of ranks (MiCS) is not supported"
     padded = torch.nn.functional.pad(whole.flatten(), (0, size * world.size - whole.numel()))
     own = padded[world.rank * size : (world.rank + 1) * size]
     if kind == WEIGHT:
@@ -150,6 +150,7 @@ def _refresh_working_weights(engine: Any) -> None:
         for number in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()  # gathers the small weights that stay whole
+        optimizer.invalidate_secondary_tensor()  # the copies within a group of ranks (hpZ) are the old ones
     elif stage > 0:
         optimizer.update_lp_params()
     else:

@@ -58,7 +58,7 @@ class TrainingRun:
         self.world, self.model, self.lora, self.data = world, model, lora, data
         self.step_arguments, self.optimizer, self.run = step, optimizer, run
         self.deepspeed_config = resolve_deepspeed_config(
-            run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm
+            run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
         )
         self.folder = RunFolder(run.output_dir)
         world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.utils import groups
 from safetensors.torch import save_file
 
 from ds_embed.config import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
@@ -34,6 +35,7 @@ def make_engine(world, case: dict):
     # So small that ZeRO-3 shards some weights and keeps others whole.
     if case["zero"] == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 600
+        config["zero_optimization"]["zero_hpz_partition_size"] = case.get("hpz", 1)
     with partitioned_loading(config):
         encoder = load_encoder(
             find_model(case["model"]),
@@ -93,6 +95,7 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
         answer["poison"] = poison(engine, world, step, batch, arguments)
     assert math.isfinite(norm)
     engine.destroy()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes hpZ's groups once a process and refuses again
     return answer
 
 
