@@ -17,7 +17,7 @@ setup(
         "deepspeed>=0.19.8",
         "transformers>=5",
         "peft>=0.21",
-        "numpy",
+        "numpy>=2",
         "bm25s",
         "faiss-cpu",
         "jsonlines",
@@ -31,6 +31,7 @@ setup(
         "tqdm",
         "tensorboard",
         "ir-measures",
+        "scipy",
     ],
     extras_require={
         # The quickstart's model is stored as GGUF.

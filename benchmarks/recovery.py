@@ -11,6 +11,7 @@ results.json. Needs `pip install -e .[benchmark]`.
 
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,10 @@ def run(*command: object, threads: int) -> None:
 
 def launched(settings: RecoveryArguments, recipe: str, *flags: object) -> None:
     ranks = settings.num_ranks
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks]
+    with socket.socket() as free:  # so that it runs beside other jobs of this machine
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port]
     run(*launcher, REPOSITORY / "recipes" / recipe, *flags, threads=max(1, len(os.sched_getaffinity(0)) // ranks))
 
 

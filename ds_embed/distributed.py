@@ -3,20 +3,22 @@
 Shapes: W ranks, n_r rows held by rank r, R = sum of n_r, D dimensions.
 """
 
-import ctypes
 import logging
 import os
 import pickle
-import socket
+import signal
 import sys
 import time
 import traceback
-import warnings
 from dataclasses import dataclass
 from typing import Any, Callable
 
+from ds_embed.process import join_deepspeed, keep_freed_memory, read_environment
+from ds_embed.watchdog import Watch
+
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85  # stopped by a signal with its work saved: start the same command again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time before they kill
 _world: "World | None" = None
 
 
@@ -34,10 +36,21 @@ class World:
     local_size: int
     device: Any  # torch.device
     store: Any  # torch.distributed.Store, hosted by rank 0
+    watch: Watch | None = None  # where there are several ranks
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def mark(self, phase: str | None = None, step: int | None = None) -> None:
+        """Note for the watchdog where this rank stands. All ranks must pass the same marks in the same order."""
+        if self.watch is not None:
+            self.watch.mark(phase, step)
+
+    def set_timeouts(self, rank_timeout_seconds: float, stall_timeout_seconds: float) -> None:
+        """How long the watchdog waits for a rank that is stopped or silent, and for one that others wait for."""
+        if self.watch is not None:
+            self.watch.set_timeouts(rank_timeout_seconds, stall_timeout_seconds)
 
     def all_gather_rows(self, rows, counts: list[int]):
         """Concatenate (n_r, D) rows of all ranks, in rank order, into (R, D) on every rank.
@@ -53,6 +66,7 @@ class World:
         padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty((self.size * longest, *rows.shape[1:]))
+        self.mark()
         _all_gather(gathered, padded)
         return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
@@ -68,6 +82,7 @@ class World:
             padded[r * longest : r * longest + count] = rows[start : start + count]
             start += count
         own = rows.new_empty((longest, *rows.shape[1:]))
+        self.mark()
         _reduce_scatter(own, padded)
         return own[: counts[self.rank]]
 
@@ -86,6 +101,7 @@ class World:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.mark()
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
         return tensor.tolist()
 
@@ -94,6 +110,7 @@ class World:
         import torch.distributed as dist
 
         if self.size > 1:
+            self.mark()
             dist.broadcast(tensor, src=0)
         return tensor
 
@@ -101,6 +118,7 @@ class World:
         import torch.distributed as dist
 
         if self.size > 1:
+            self.mark()
             dist.barrier()
 
     def on_main(self, name: str, work: Callable[[], Any]) -> Any:
@@ -113,6 +131,7 @@ class World:
         if self.size == 1:
             return work()
         key = f"ds_embed/{name}"
+        self.mark(name)
         if self.is_main:
             try:
                 result = work()
@@ -141,7 +160,7 @@ def initialize() -> World:
     global _world
     if _world is not None:
         return _world
-    rank, size, local_rank, local_size = _read_environment()
+    rank, size, local_rank, local_size = read_environment()
     # DeepSpeed reports every default it takes at INFO level; what a user has to know, we print.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import torch
@@ -155,34 +174,30 @@ def initialize() -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks that each start a thread per core fight over the cores and run many times slower.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        _keep_freed_memory()
-    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
+        keep_freed_memory()
+    store = _meet(rank, size)
+    watch = Watch(rank, size, local_rank, dist.PrefixStore("watch", store)) if size > 1 else None
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
-    _join_deepspeed(device)
-    _world = World(rank, size, local_rank, local_size, device, dist.PrefixStore("control", store))
+    join_deepspeed(device)
+    _world = World(rank, size, local_rank, local_size, device, dist.PrefixStore("control", store), watch)
     return _world
 
 
-def _read_environment() -> tuple[int, int, int, int]:
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    present = [name for name in names if name in os.environ]
-    if not present:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    elif len(present) < len(names):
-        missing = [name for name in names if name not in os.environ]
+def _meet(rank: int, size: int) -> Any:
+    """The store that rank 0 hosts at MASTER_ADDR:MASTER_PORT, once all ranks have found it."""
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
         raise ValueError(
-            f"the environment sets {', '.join(present)} but not {', '.join(missing)}: "
-            "start with `deepspeed`, `torchrun` or slurm/train.sh, or unset them to run one process"
-        )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    os.environ["LOCAL_RANK"] = str(local_rank)
-    # The deepspeed launcher calls it LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
-    return rank, size, local_rank, local_size
+            f"MASTER_PORT {port} is in use on this machine, maybe by another job; "
+            "choose another one: deepspeed --master_port PORT ..."
+        ) from error
+    return store
 
 
 def _all_gather(output, own) -> None:
@@ -198,76 +213,83 @@ def _reduce_scatter(own, all_rows) -> None:
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, all_rows)
 
 
-def _keep_freed_memory() -> None:
-    """Let malloc keep what a step frees, since the next step asks for it again.
-
-    By default glibc hands large blocks back to the kernel at once, and every step pays for fresh
-    zeroed pages: a tenth of a CPU training step. The peak is the same.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def _join_deepspeed(device) -> None:
-    """Let DeepSpeed adopt the process group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it warns that it had to find out
-    # Notices about calls between these libraries, which a user can do nothing about.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|transformers.modeling_utils")
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
-    if device.type == "cpu":
-        # On first use DeepSpeed compiles a shared-memory all-reduce that only tensor-parallel inference
-        # calls. Ranks that compile it at once race, and a killed build leaves a lock on which later
-        # runs hang: declare it absent, nothing here needs it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
-
-
 def run_recipe(main: Callable[[], Any]) -> int:
     """Run a recipe and turn its end into an exit code, with one message however many ranks fail.
 
     A ValueError or OSError is the user's to cure: one line, code 2. Anything else is ours: the
     traceback, code 1. After an error the process leaves at once and enters no collective.
+    SIGTERM and SIGUSR1 end it with EXIT_REQUEUE, unless the work handles them itself.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop_at_once)
     try:
         main()
         code = 0
-    except SystemExit as stop:  # --help, or a recipe that chose its own code
-        code = stop.code if isinstance(stop.code, int) else 1
-        if code == 0:
+    except BaseException as error:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # it is ending
+        code = _report(error)
+        if isinstance(error, SystemExit) and code == 0:
             return 0
-    except FailedElsewhere:
-        code = EXIT_USER_ERROR
-    except (ValueError, OSError) as error:
-        if _first_to_report():
-            print(f"error: {error}", file=sys.stderr)
-            if os.environ.get("DS_EMBED_TRACEBACK"):
-                traceback.print_exc()
-        code = EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        code = 130
-    except BaseException:
-        print(f"[rank {os.environ.get('RANK', 0)}]", traceback.format_exc(), file=sys.stderr)
-        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if _world is None:
         return code
     if code:
+        if _world.watch is not None:
+            _world.watch.leave(code)
         _leave_after_others(_world)
         # Exit handlers of libraries may wait for ranks that are gone.
         os._exit(code)
     import torch.distributed as dist
 
     _world.barrier()
+    if _world.watch is not None:
+        _world.watch.leave(0)
     dist.destroy_process_group()
     return code
+
+
+def _report(error: BaseException) -> int:
+    """Say what ended the recipe, unless another rank has, and return the exit code."""
+    if isinstance(error, SystemExit):  # --help, or a recipe that chose its own code
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, FailedElsewhere):
+        return EXIT_USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, (ValueError, OSError)):
+        if _first_to_report():
+            print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("DS_EMBED_TRACEBACK"):
+                traceback.print_exception(error)
+        return EXIT_USER_ERROR
+    code = _failed_elsewhere(error)
+    if code is None:
+        trace = "".join(traceback.format_exception(error))
+        print(f"[rank {os.environ.get('RANK', 0)}]", trace, file=sys.stderr)
+    return 1 if code is None else code
+
+
+def _stop_at_once(number: int, frame: Any) -> None:
+    """A scheduler wants the job to stop, and there is nothing to save: the same command starts again.
+
+    No exception, since libraries that are being imported swallow those; all that we write may end at any instant.
+    """
+    if _first_to_report():
+        print(f"{signal.Signals(number).name}: stopped (exit code {EXIT_REQUEUE})", file=sys.stderr, flush=True)
+    if _world is not None and _world.watch is not None:
+        _world.watch.leave(EXIT_REQUEUE)
+    os._exit(EXIT_REQUEUE)
+
+
+def _failed_elsewhere(error: BaseException) -> int | None:
+    """The exit code of the rank whose end made a collective of this one fail, if that is what happened."""
+    if not isinstance(error, RuntimeError) or _world is None or _world.watch is None:
+        return None
+    return _world.watch.wait_for_news(10.0)
 
 
 def _first_to_report() -> bool:

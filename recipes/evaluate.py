@@ -1,39 +1,54 @@
 """Measure retrieval with vectors that recipes/generate.py wrote: exact search, then nDCG, MRR and recall.
 
     python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl
-    python recipes/evaluate.py --embeddings OUT/consumed_samplesX --qrels qrels/test.tsv --output_dir RESULTS
+    python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl --index hnsw
+    python recipes/evaluate.py --embeddings OUT/consumed_samplesX --qrels qrels/test.tsv --output_dir RESULTS \
+        --compare OTHER_RESULTS --truncate_dims 64 128 256 --quantize int8 binary
+    python recipes/evaluate.py --run_file bm25.trec --qrels qrels/test.tsv --output_dir BM25
 
 The right documents are those that the queries files name, or those of --qrels (TREC or BEIR format).
 Writes metrics.json, per_query.jsonl and run.trec (for trec_eval, or to fuse with other runs).
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ds_embed.config import parse_arguments
-from ds_embed.config.fields import setting
+from ds_embed.config.checks import at_least
+from ds_embed.config.fields import listed, setting
+from ds_embed.config.index_arguments import SearchIndexArguments
 from ds_embed.distributed import run_recipe
+from ds_embed.retrieval.compressed import QUANTIZED, describe_compressed, measure_compressed
 from ds_embed.retrieval.metrics import (
     DEFAULT_MEASURES,
     SearchRun,
     evaluate,
+    load_run,
     match_qrels,
     parse_measures,
     read_qrels,
     read_qrels_from_queries,
+    skip_unknown,
     write_results,
 )
+from ds_embed.retrieval.significance import compare_runs, describe_comparisons, read_per_query
 from ds_embed.retrieval.vectors import read_embeddings
 
 
 @dataclass
 class EvaluateArguments:
-    embeddings: str = setting("folder OUT/consumed_samplesX with test_queries and test_docs")
+    embeddings: str | None = setting("folder OUT/consumed_samplesX with test_queries and test_docs", default=None)
+    run_file: str | None = setting("TREC run file to measure in place of --embeddings", default=None)
     query_files: list[str] = setting(
         "queries (JSONL or JSON array) whose doc_id is the right document; not read if --qrels is given",
         default_factory=list,
     )
     qrels: str | None = setting("judgments: a TREC qrels file, or a BEIR tsv with its header", default=None)
+    skip_unknown: bool = setting(
+        "go on when judgments name ids without a vector: such queries are not measured, such documents count as not "
+        "retrieved",
+        default=False,
+    )
     output_dir: str | None = setting("folder for the results (default: --embeddings)", default=None)
     measures: list[str] = setting(
         "measures, named as ir-measures names them", default_factory=lambda: list(DEFAULT_MEASURES)
@@ -41,24 +56,60 @@ class EvaluateArguments:
     top_k: int = setting("number of documents kept for each query", default=100)
     write_run: bool = setting("write run.trec, whose ids cannot hold white space", default=True)
     device: str = setting("where the search runs: cpu or cuda", default="cpu")
+    compare: str | None = setting("results folder of another run, to test the difference query by query", default=None)
+    truncate_dims: list[int] = setting(
+        "also measure vectors cut to so many dimensions, scaled to length 1", default_factory=list
+    )
+    quantize: list[str] = setting(
+        f"also measure documents stored in fewer bits: {', '.join(QUANTIZED)} (a byte, a bit for each dimension)",
+        default_factory=list,
+    )
+    rescore_multiplier: int = setting(
+        "binary: so many times top_k documents are reordered with the float32 query; 0 leaves that out", default=4
+    )
 
     def __post_init__(self):
+        if (self.embeddings is None) == (self.run_file is None):
+            raise ValueError("--embeddings or --run_file: give one of the two, to say what is measured")
         if not self.query_files and self.qrels is None:
             raise ValueError("--query_files and --qrels are both missing; give one, to say what is right")
-        if self.top_k < 1:
-            raise ValueError(f"--top_k {self.top_k}: must be at least 1")
+        if self.run_file is not None:
+            for name in ("truncate_dims", "quantize"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} {listed(getattr(self, name))}: needs vectors; give --embeddings")
+            if self.output_dir is None:
+                raise ValueError("--output_dir is missing: --run_file has no folder of its own for the results")
+        at_least(self, 1, "top_k")
+        at_least(self, 0, "rescore_multiplier")
+        for kind in self.quantize:
+            if kind not in QUANTIZED:
+                raise ValueError(f"--quantize {kind}: choose from {', '.join(QUANTIZED)}")
 
 
 def main(argv=None):
-    (arguments,) = parse_arguments(EvaluateArguments, argv=argv)
+    arguments, index = parse_arguments(EvaluateArguments, SearchIndexArguments, argv=argv)
     # Mistakes that take no time to find come before the vectors are read.
-    names = [str(measure) for measure in parse_measures(arguments.measures, depth=arguments.top_k)]
+    depth = arguments.top_k if arguments.run_file is None else None  # of a run file all is measured
+    names = [str(measure) for measure in parse_measures(arguments.measures, depth=depth)]
+    other = None if arguments.compare is None else read_per_query(arguments.compare, names)
     if arguments.qrels is not None:
         qrels, source = read_qrels(arguments.qrels), arguments.qrels
     else:
         qrels, source = read_qrels_from_queries(arguments.query_files), ", ".join(arguments.query_files)
+    if arguments.run_file is not None:
+        if index.index != "exact" or index.index_file is not None:
+            raise ValueError("--index: there are no vectors to search with --run_file; leave one of them out")
+        run = load_run(arguments.run_file)
+        qrels, unknown = known_judgments(arguments, qrels, list(run), None, source)
+        unjudged = match_qrels(qrels, run, None, source)
+        print(f"queries    {len(run)} of {arguments.run_file}, of which {len(qrels)} judged by {source}")
+        summary = {"num_queries": len(qrels), "num_queries_without_qrels": len(unjudged), **unknown}
+        finish(arguments, None, evaluate(run, qrels, names), summary, [], other)
+        return
     queries, documents = read_embeddings(arguments.embeddings)
-    unjudged = match_qrels(qrels, queries.ids, documents.ids, source)
+    check_dimensions(arguments, documents.rows.shape[1])
+    qrels, unknown = known_judgments(arguments, qrels, queries.ids, documents.ids, source)
+    unjudged = match_qrels(qrels, queries.ids, None if arguments.skip_unknown else documents.ids, source)
     if arguments.write_run:
         for vectors in (queries, documents):
             if (name := vectors.ids.first_with_white_space()) is not None:
@@ -73,13 +124,18 @@ def main(argv=None):
     print(f"documents  {len(documents)}, vectors of {documents.rows.shape[1]} dimensions")
     print(f"top_k      {top_k}" + (" (all documents)" if top_k < arguments.top_k else ""), flush=True)
 
-    from ds_embed.retrieval.search import search  # torch takes seconds to import; mistakes are found before
+    # torch takes seconds to import; mistakes are found before
+    from ds_embed.retrieval.faiss_index import recall_against_exact, search_by_arguments
 
     start = time.perf_counter()
-    scores, indices = search(
-        queries.rows, documents.rows, top_k, tie_rank=documents.ids.ranks, device=arguments.device
-    )
+    options = {"tie_rank": documents.ids.ranks, "device": arguments.device}
+    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, top_k, **options)
     print(f"searched   in {time.perf_counter() - start:.1f} seconds")
+    indexed = {}
+    if kind is not None:
+        recall, depth, sampled = recall_against_exact(indices, queries.rows, documents.rows, **options)
+        print(f"index      {kind}: recall@{depth} against exact search {recall:.4f} on {sampled} queries")
+        indexed = {"index": kind, f"index_recall@{depth}": recall, "index_recall_queries": sampled}
 
     run = SearchRun(queries.ids, documents.ids, scores, indices)
     evaluation = evaluate(run, qrels, names)
@@ -88,13 +144,63 @@ def main(argv=None):
         "num_documents": len(documents),
         "num_queries_without_qrels": len(unjudged),
         "top_k": top_k,
+        **unknown,
+        **indexed,
     }
+    compressed = []
+    if arguments.truncate_dims or arguments.quantize:
+        compressed = measure_compressed(
+            queries,
+            documents,
+            top_k,
+            qrels,
+            names,
+            truncate_dims=arguments.truncate_dims,
+            quantize=arguments.quantize,
+            rescore_multiplier=arguments.rescore_multiplier,
+            device=arguments.device,
+        )
+    finish(arguments, run if arguments.write_run else None, evaluation, summary, compressed, other)
+
+
+def known_judgments(arguments, qrels, query_ids, document_ids, source):
+    """The judgments to measure by, and the numbers of unknown ids with --skip_unknown true."""
+    if not arguments.skip_unknown:
+        return qrels, {}
+    qrels, unknown = skip_unknown(qrels, query_ids, document_ids)
+    for name, number in unknown.items():
+        if number:
+            print(f"warning: {source}: {number} {name.removeprefix('num_').replace('_', ' ')}")
+    return qrels, unknown
+
+
+def check_dimensions(arguments, dimensions):
+    for dims in arguments.truncate_dims:
+        if not 1 <= dims < dimensions:
+            raise ValueError(f"--truncate_dims {dims}: the vectors have {dimensions} dimensions; choose fewer")
+
+
+def finish(arguments, run, evaluation, summary, compressed, other):
+    """Compare with the other run, if any; write the results and print them."""
+    names = list(evaluation.means)
+    comparisons = []
+    if other is not None:
+        comparisons = compare_runs(evaluation.per_query, other, names, arguments.compare)
+        summary["compared_with"] = arguments.compare
+        summary["comparison"] = [asdict(comparison) for comparison in comparisons]
+    if compressed:
+        summary["compressed_vectors"] = compressed
     output_dir = arguments.output_dir or arguments.embeddings
-    paths = write_results(output_dir, run if arguments.write_run else None, evaluation, summary)
+    paths = write_results(output_dir, run, evaluation, summary)
     print()
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {evaluation.means[name]:.4f}")
+    if compressed:
+        print("\n" + "\n".join(describe_compressed(compressed, names)))
+    if comparisons:
+        print(f"\ncompared with {arguments.compare}, {len(evaluation.per_query)} queries")
+        print("\n".join(describe_comparisons(comparisons)))
     print(f"\nwritten to {output_dir}: {', '.join(path.name for path in paths)}")
 
 

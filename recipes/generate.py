@@ -2,6 +2,9 @@
 
     deepspeed recipes/generate.py --deepspeed ds_configs/zero3.json --model_name_or_path MODEL_OR_RUN \
         --query_files queries.jsonl --doc_files docs.jsonl --output_prefix OUT
+
+Killed and started again, it goes on where it was. In a job array, each job adds --num_shards N --shard_index I, and
+`python recipes/generate.py` with the same flags and --num_shards N --merge_shards true puts the parts together.
 """
 
 from ds_embed.config import EncodeArguments, ModelArguments, TextArguments, parse_arguments

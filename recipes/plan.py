@@ -3,7 +3,7 @@
     python recipes/plan.py --model_name_or_path MODEL --deepspeed ds_configs/zero3.json \
         --global_batch_size 1024 --hard_negatives 4 --num_gpus 16 --gpu_memory_gb 80
 
-It takes the flags of train_gpt.py and train_bert.py. The model's config.json is enough; train_files are read
+It takes the flags of train_gpt.py (whose defaults docs/settings.md shows) or train_bert.py, as the model is. Its config.json is enough; train_files are read
 where they are given.
 """
 
@@ -18,6 +18,7 @@ from ds_embed.config import (
     SizingDataArguments,
     SizingRunArguments,
     StepArguments,
+    ValidationArguments,
     parse_arguments,
 )
 from ds_embed.distributed import initialize, run_recipe
@@ -25,25 +26,44 @@ from ds_embed.models.loading import find_model, is_decoder, load_config
 from ds_embed.sizing.dry_run import job_to_size
 from ds_embed.sizing.job import table
 
-DECODER = (LoraArguments, StepArguments, OptimizerArguments)
-ENCODER = (BertLoraArguments, BertStepArguments, BertOptimizerArguments)
+
+def encoder_settings() -> tuple:
+    """With the defaults of train_bert.py."""
+    return parse_arguments(
+        ModelArguments,
+        BertLoraArguments,
+        SizingDataArguments,
+        BertStepArguments,
+        BertOptimizerArguments,
+        SizingRunArguments,
+        ValidationArguments,
+        SizingArguments,
+    )
+
+
+def decoder_settings() -> tuple:
+    """With the defaults of train_gpt.py."""
+    return parse_arguments(
+        ModelArguments,
+        LoraArguments,
+        SizingDataArguments,
+        StepArguments,
+        OptimizerArguments,
+        SizingRunArguments,
+        ValidationArguments,
+        SizingArguments,
+    )
 
 
 def main() -> None:
     world = initialize()
     if world.size > 1:
         raise ValueError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
-
-    def parse(kinds):
-        lora, step, optimizer = kinds
-        return parse_arguments(
-            ModelArguments, lora, SizingDataArguments, step, optimizer, SizingRunArguments, SizingArguments
-        )
-
-    model, *_ = settings = parse(DECODER)
+    model, *_ = settings = decoder_settings()
     if not is_decoder(load_config(find_model(model.model_name_or_path), model.trust_remote_code)):
-        settings = parse(ENCODER)  # the defaults of train_bert.py
-    print(table(job_to_size(world, *settings)))
+        settings = encoder_settings()
+    *settings, _, sizing = settings  # what validation takes is not counted
+    print(table(job_to_size(world, *settings, sizing)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ds_embed.config import ModelArguments, TextArguments, parse_arguments
 from ds_embed.config.checks import above_zero, existing_files
 from ds_embed.config.fields import setting
+from ds_embed.config.index_arguments import SearchIndexArguments
 from ds_embed.distributed import run_recipe
 
 
@@ -35,19 +36,21 @@ def main() -> None:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv = ["--query", *argv]
-    model, text, arguments = parse_arguments(ModelArguments, TextArguments, SearchArguments, argv=argv)
+    model, text, arguments, index = parse_arguments(
+        ModelArguments, TextArguments, SearchArguments, SearchIndexArguments, argv=argv
+    )
     from ds_embed.data.records import read_document_texts
-    from ds_embed.retrieval.generate import encode_queries
-    from ds_embed.retrieval.search import search
+    from ds_embed.models.loading import find_model
+    from ds_embed.retrieval.embedder import Embedder
+    from ds_embed.retrieval.faiss_index import search_by_arguments
     from ds_embed.retrieval.vectors import read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
-    query = encode_queries(
-        [arguments.query], model, text, adapter_path=arguments.adapter_path, bf16=arguments.bf16
-    )
+    source = find_model(model.model_name_or_path, arguments.adapter_path)
+    query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries([arguments.query])
     top_k = min(arguments.top_k, len(documents))
-    scores, rows = search(query, documents.rows, top_k, tie_rank=documents.ids.ranks)
-    ids = [documents.ids[row] for row in rows[0]]
+    scores, rows, _ = search_by_arguments(index, query, documents.rows, top_k, tie_rank=documents.ids.ranks)
+    ids = [documents.ids[row] for row in rows[0] if row >= 0]
     texts = read_document_texts(arguments.doc_files, set(ids)) if arguments.doc_files else {}
     print(f'query: "{arguments.query}"')
     for place, (name, score) in enumerate(zip(ids, scores[0]), start=1):

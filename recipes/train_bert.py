@@ -12,6 +12,7 @@ from ds_embed.config import (
     DryRunArguments,
     ModelArguments,
     RunArguments,
+    ValidationArguments,
     parse_arguments,
 )
 from ds_embed.distributed import initialize, run_recipe
@@ -22,9 +23,15 @@ from ds_embed.training.loop import TrainingRun
 def main() -> None:
     world = initialize()
     *settings, dry_run = parse_arguments(
-        ModelArguments, BertLoraArguments, DataArguments, BertStepArguments, BertOptimizerArguments, RunArguments,
+        ModelArguments,
+        BertLoraArguments,
+        DataArguments,
+        BertStepArguments,
+        BertOptimizerArguments,
+        RunArguments,
+        ValidationArguments,
         DryRunArguments,
-    )  # fmt: skip
+    )
     run = TrainingRun(world, *settings)
     run.require_encoder()
     if dry_run.dry_run:

@@ -12,6 +12,7 @@ from ds_embed.config import (
     OptimizerArguments,
     RunArguments,
     StepArguments,
+    ValidationArguments,
     parse_arguments,
 )
 from ds_embed.distributed import initialize, run_recipe
@@ -22,7 +23,14 @@ from ds_embed.training.loop import TrainingRun
 def main() -> None:
     world = initialize()
     *settings, dry_run = parse_arguments(
-        ModelArguments, LoraArguments, DataArguments, StepArguments, OptimizerArguments, RunArguments, DryRunArguments
+        ModelArguments,
+        LoraArguments,
+        DataArguments,
+        StepArguments,
+        OptimizerArguments,
+        RunArguments,
+        ValidationArguments,
+        DryRunArguments,
     )
     run = TrainingRun(world, *settings)
     run.require_decoder()

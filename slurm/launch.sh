@@ -72,17 +72,20 @@ LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'; exec "$0" "$@"' "$DS_EMBED_PYTHON" -u "$@"
     [[ -z "$asked" || "$CODE" -le 128 ]] || CODE=85
 }
 
-# End the job as its ranks ended; where they saved and stopped (85), put it back into the queue.
+# End the job as its ranks ended; where they saved and stopped (85), or a rank or its node was lost (3), put it back
+# into the queue.
 finish() {
-    if [[ "$CODE" -ne 85 ]]; then
+    if [[ "$CODE" -ne 85 && "$CODE" -ne 3 ]]; then
         [[ "$CODE" -eq 0 ]] || echo "error: job $SLURM_JOB_ID failed with exit code $CODE; the reason stands above" >&2
         exit "$CODE"
     fi
-    local count="${SLURM_RESTART_COUNT:-0}"
+    local count="${SLURM_RESTART_COUNT:-0}" state="work saved"
+    [[ "$CODE" -eq 85 ]] || state="a rank was lost"
     [[ "$count" -lt "$DS_EMBED_MAX_REQUEUES" ]] ||
-        fail "saved, but started again $count times already: raise DS_EMBED_MAX_REQUEUES and submit the same command"
-    echo "$(date '+%F %T') work saved; job $SLURM_JOB_ID goes back into the queue and on from there"
-    scontrol requeue "$SLURM_JOB_ID" ||
-        fail "saved, but Slurm does not requeue this job; submit the same command again to go on"
-    exit 85
+        fail "$state, but started again $count times already: raise DS_EMBED_MAX_REQUEUES and submit the same command"
+    echo "$(date '+%F %T') $state; job $SLURM_JOB_ID goes back into the queue and on from there"
+    # After a preemption Slurm may have put it there already.
+    scontrol requeue "$SLURM_JOB_ID" 2>/dev/null || [[ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" == PENDING ]] ||
+        fail "$state, but Slurm does not requeue this job; submit the same command again to go on"
+    exit "$CODE"
 }

@@ -21,8 +21,8 @@ RECORDS = [
         "doc_id": "d0",
     },
     {"query": "how deep", "pos_doc": "x " * 40, "neg_doc": "c"},
-    {"query": "a b", "pos_doc": "c", "neg_doc": ["where is the lake", "how deep"], "doc_id": "d0"},
-    {"query": "how deep", "pos_doc": "behind the hill", "query_id": "q0"},
+    {"query": "a b", "pos_doc": "c", "neg_doc": ["where is the lake", "how deep"], "doc_id": "d1"},
+    {"query": "how deep", "pos_doc": "behind the hill", "query_id": "q1", "doc_id": "d0"},
     {"query": "é 丘", "pos_doc": "</s> x", "neg_doc": []},
 ]
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
-from tiny import launch, make_model, make_training_file
+from tiny import REPOSITORY, launch, make_model, make_training_file
 
 SECONDS = 60  # a job that hangs instead of ending fails by this limit
 
@@ -166,3 +169,16 @@ def assert_one_clear_error(result, words):
     assert "Traceback" not in output, output[-3000:]
     missing = [word for word in words if word not in errors[0]]
     assert not missing, errors[0]
+
+
+def test_a_master_port_that_another_job_uses_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        ended = subprocess.run(
+            [sys.executable, "-c", "from ds_embed.distributed import *; raise SystemExit(run_recipe(initialize))"],
+            env=environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            cwd=REPOSITORY, timeout=SECONDS, text=True, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"error: MASTER_PORT {port} is in use")

@@ -96,6 +96,7 @@ def test_resumed_run_is_bit_equal(place, answers, name):
     straight, resumed = answers[name], answers[f"{name}_resumed"]
     assert resumed["not_restored"] == []
     assert resumed["losses"] == {str(n): straight["losses"][str(n)] for n in range(SAVED + 1, STEPS + 1)}
+    assert resumed["records"] == {number: straight["records"][number] for number in resumed["losses"]}
     assert straight["adam_step"] == resumed["adam_step"] == STEPS
     expected = load_file(root / "out" / f"{name}-{STEPS}.safetensors")
     got = load_file(root / "out" / f"{name}_resumed-{STEPS}.safetensors")
@@ -104,10 +105,12 @@ def test_resumed_run_is_bit_equal(place, answers, name):
 
 
 @pytest.mark.parametrize("ranks, source, zero", MOVES)
-def test_moved_run_has_the_same_losses(answers, ranks, source, zero):
+def test_moved_run_has_the_same_losses_and_samples(answers, ranks, source, zero):
     straight = answers[source if source == "one_rank" else f"{source}_plain"]
     moved = answers[f"{source}_to_{ranks}_zero{zero}"]
     assert list(moved["losses"]) == [str(n) for n in range(SAVED + 1, STEPS + 1)]
+    assert moved["records"] == {number: straight["records"][number] for number in moved["losses"]}
+    assert len({record for records in straight["records"].values() for record in records}) == STEPS * 8
     for number, loss in moved["losses"].items():
         assert loss == pytest.approx(straight["losses"][number], abs=1e-4)
     assert moved["adam_step"] == STEPS

@@ -113,7 +113,7 @@ def test_every_shipped_config_resolves(path, bf16):
         ({"zero_optimization": {"stage": 4}}, ["stage", "0, 1, 2 or 3"]),
         ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, ["contiguous_gradients"]),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size", "zero_hpz_partition_size"]),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size", "1 rank(s)"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, ["zero_hpz_partition_size", "8 rank(s)"]),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
     ],
 )

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
@@ -119,6 +121,46 @@ def test_damaged_checkpoints_are_put_aside_and_do_not_count(run_path, tmp_path):
     prune(folder.checkpoints_dir, 1)
     assert [step for step, _ in list_checkpoints(folder.checkpoints_dir)] == [20]
     assert set_aside(folder.checkpoints_dir / "step_00000020").name == "step_00000020.damaged2"
+
+
+TOUCHES_THE_DISK = ("mkdir", "write", "flush", "close", "fsync", "rename", "unlink", "rmdir")
+
+
+def save_until(folder, call):
+    """Save step 30 and delete step 10, killed just before the `call`-th call that touches the disk; whether it was."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def count(frame, event, function):
+            nonlocal calls
+            if event == "c_call" and function.__name__ in TOUCHES_THE_DISK:
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.setprofile(count)
+        write(folder, 30)
+        prune(folder, 2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_killed_between_any_two_calls_of_a_save(run_path, tmp_path):
+    call, starts, killed = 0, [], True
+    while killed:
+        call += 1
+        folder = RunFolder(str(tmp_path / str(call)))
+        shutil.copytree(run_path, folder.path)
+        killed = save_until(folder.checkpoints_dir, call)
+        start = find(folder.path)
+        assert {damage(path) for _, path in list_checkpoints(folder.checkpoints_dir)} == {None}  # whole or absent
+        starts.append(start.step)
+        clear_way(folder, start)
+        assert {path.name for path in folder.checkpoints_dir.iterdir()} <= {f"step_000000{n}0" for n in (1, 2, 3)}
+        write(folder.checkpoints_dir, 40)  # the run goes on
+        assert find(folder.path, max_steps=40).step == 40
+    assert call > 20 and starts == sorted(starts) and starts[0] == 20 and starts[-5:] == [30] * 5
 
 
 def test_changed_run(run_path, tmp_path):

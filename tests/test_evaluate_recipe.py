@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import load_recipe
+
+from ds_embed import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "evaluate.py"
@@ -17,6 +20,9 @@ def run_recipe(*flags):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(RECIPE), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+recipe = load_recipe("evaluate")
 
 
 def write_vectors(folder, kind, rows, ids):
@@ -172,17 +178,100 @@ def nothing(folder, queries):
         (nothing, ["--topk", "10"], "--topk"),
     ],
 )
-def test_mistakes_are_one_clear_line_and_leave_nothing(files, spoil, flags, message):
+def test_mistakes_are_one_clear_line_and_leave_nothing(files, spoil, flags, message, capsys):
     folder, queries = files
     spoil(folder, queries)
     before = sorted(folder.rglob("*"))
-    result = run_recipe("--embeddings", folder, "--query_files", queries, *flags)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and message in result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    argv = ["--embeddings", str(folder), "--query_files", str(queries), *flags]
+    assert distributed.run_recipe(lambda: recipe.main(argv)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and message in errors
+    assert "Traceback" not in errors and errors.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
 
 
 def test_judgments_are_required(files):
     result = run_recipe("--embeddings", files[0])
     assert result.returncode == 2 and "--query_files and --qrels are both missing" in result.stderr
+
+
+def test_one_call_with_everything(files, tmp_path):
+    """Graded judgments of another set, compressed vectors, and a comparison with a run file measured before."""
+    folder, _ = files
+    rng = np.random.default_rng(6)
+    documents = rng.standard_normal((120, 16))
+    queries = documents[[3, 40, 80, 99]] + 0.3 * rng.standard_normal((4, 16))
+    for kind, rows, names in (("doc", documents, [f"d{i}" for i in range(120)]), ("query", queries, "wxyz")):
+        write_vectors(folder, kind, rows / np.linalg.norm(rows, axis=1, keepdims=True), names)
+    qrels = tmp_path / "test.tsv"
+    qrels.write_text(
+        "query-id\tcorpus-id\tscore\nw\td3\t2\nw\td5\t1\nx\td40\t1\nx\td9\t0\ny\td80\t1\nz\td99\t1\n"
+        "z\tnowhere\t1\nu\td1\t1\n"
+    )
+    other, ours = tmp_path / "bm25", tmp_path / "ours"
+    run_file = tmp_path / "bm25.trec"
+    run_file.write_text("w Q0 d5 1 9 bm25\nx Q0 d40 1 7 bm25\ny Q0 d1 1 3 bm25\nz Q0 d1 1 3 bm25\nv Q0 d1 1 3 bm25\n")
+    flags = ["--qrels", str(qrels), "--measures", "nDCG@10", "R@100"]
+    with pytest.raises(ValueError, match="test.tsv: 1 of 5 judged queries have no vector, such as 'u'.*--skip_unknown"):
+        recipe.main(["--embeddings", str(folder), *flags])
+    flags += ["--skip_unknown", "true"]
+    recipe.main(["--run_file", str(run_file), "--output_dir", str(other), *flags])
+    assert sorted(path.name for path in other.iterdir()) == ["metrics.json", "per_query.jsonl"]
+    measured = json.loads((other / "metrics.json").read_text())
+    best = 2 + 1 / np.log2(3)
+    assert measured["nDCG@10"] == pytest.approx((1 / best + 1 + 0 + 0) / 4) and measured["R@100"] == 1.5 / 4
+    assert measured["num_queries_without_qrels"] == 1 and measured["num_judged_queries_without_vector"] == 1
+
+    more = ["--compare", other, "--truncate_dims", 4, 8, "--quantize", "int8", "binary", "--rescore_multiplier", 2]
+    result = run_recipe("--embeddings", folder, "--output_dir", ours, *flags, *more)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((ours / "metrics.json").read_text())
+    assert metrics["num_relevant_documents_without_vector"] == 1
+    assert metrics["R@100"] <= 0.875  # `nowhere` counts as not retrieved
+    stored = [(entry["kind"], entry["dims"], entry["bytes_per_vector"]) for entry in metrics["compressed_vectors"]]
+    assert stored == [
+        (kind, dims, size)
+        for dims in (16, 4, 8)
+        for kind, size in (
+            ("float32", 4 * dims), ("int8", dims), ("binary", -(-dims // 8)), ("binary, rescored x2", -(-dims // 8))
+        )
+    ]  # fmt: skip
+    assert metrics["compressed_vectors"][0]["nDCG@10"] == metrics["nDCG@10"]
+    assert metrics["compressed_vectors"][1]["nDCG@10"] == pytest.approx(metrics["nDCG@10"], abs=0.05)
+    (ndcg, _) = metrics["comparison"]
+    assert ndcg["difference"] == pytest.approx(metrics["nDCG@10"] - measured["nDCG@10"])
+    assert ndcg["better"] + ndcg["equal"] + ndcg["worse"] == 4 and metrics["compared_with"] == str(other)
+    assert "1 judged queries without vector" in result.stdout and "1 relevant documents without vector" in result.stdout
+    assert f"compared with {other}, 4 queries" in result.stdout and "bytes/vector" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--run_file", "x.trec"], "--embeddings or --run_file: give one of the two"),
+        (["--truncate_dims", "3"], "--truncate_dims 3: the vectors have 3 dimensions; choose fewer"),
+        (["--truncate_dims", "0"], "--truncate_dims 0: the vectors have 3"),
+        (["--quantize", "int4"], "--quantize int4: choose from int8, binary"),
+        (["--rescore_multiplier", "-1"], "--rescore_multiplier -1: must be at least 0"),
+        (["--compare", "."], "--compare .: has no per_query.jsonl"),
+    ],
+)
+def test_mistakes_in_what_else_to_measure(files, tmp_path, monkeypatch, flags, message):
+    folder, queries = files
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        recipe.main(["--embeddings", str(folder), "--query_files", str(queries), *flags])
+    assert message in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["test_docs", "test_queries"]
+
+
+def test_a_run_file_needs_no_vectors_and_has_none(files, tmp_path):
+    run = tmp_path / "run.trec"
+    run.write_text("q0 Q0 d1 1 0.5 x\n")
+    flags = ["--run_file", str(run), "--query_files", str(files[1])]
+    with pytest.raises(ValueError, match="--output_dir is missing"):
+        recipe.main(flags)
+    with pytest.raises(ValueError, match="--quantize int8: needs vectors; give --embeddings"):
+        recipe.main([*flags, "--quantize", "int8"])
+    with pytest.raises(ValueError, match="3 of 4 judged queries have no vector"):
+        recipe.main([*flags, "--output_dir", str(tmp_path / "out")])

@@ -64,9 +64,10 @@ def test_layout(place, plain):
     _, records = place
     folder = plain / "consumed_samples30"
     assert [p.name for p in plain.iterdir()] == ["consumed_samples30"]
-    assert sorted(p.name for p in folder.iterdir()) == ["test_doc", "test_docs", "test_queries"]
-    assert sorted(p.name for p in (folder / "test_docs").iterdir()) == ["doc.ids", "doc.npy"]
-    assert sorted(p.name for p in (folder / "test_queries").iterdir()) == ["query.ids", "query.npy"]
+    shown = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    assert shown == ["test_doc", "test_docs", "test_queries"]
+    assert sorted(p.name for p in (folder / "test_docs").iterdir()) == ["doc.ids", "doc.npy", "manifest.json"]
+    assert sorted(p.name for p in (folder / "test_queries").iterdir()) == ["manifest.json", "query.ids", "query.npy"]
     assert (folder / "test_doc").is_symlink() and str((folder / "test_doc").readlink()) == "test_docs"
     queries, documents = read(folder)
     assert queries.dtype == documents.dtype == np.float32
@@ -94,18 +95,13 @@ def test_rows_equal_a_plain_loop_over_the_files(place, plain):
             np.testing.assert_allclose(row, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "num_ranks, flags",
-    [(2, []), (4, ["--micro_batch_tokens", "64"]), (2, ["--deepspeed", "ds_configs/zero3.json"])],
-)
-def test_same_vectors_on_any_number_of_ranks(place, plain, tmp_path, num_ranks, flags):
+def test_same_vectors_on_other_ranks_micro_batches_and_zero_stage(place, plain, tmp_path):
+    """Up to rounding. The same bytes with the same micro-batches: test_generate_restart.py."""
     root, _ = place
-    out = generate(root, tmp_path / "out", "--bf16", "false", *flags, num_ranks=num_ranks)
+    other = ["--micro_batch_tokens", "64", "--deepspeed", "ds_configs/zero3.json"]
+    out = generate(root, tmp_path / "out", "--bf16", "false", *other, num_ranks=4)
     for got, expected in zip(read(out / "consumed_samples30"), read(plain / "consumed_samples30")):
-        if flags:
-            np.testing.assert_allclose(got, expected, atol=1e-6)
-        else:
-            assert np.array_equal(got, expected)  # the same micro-batches: the same bits
+        np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_adapter_on_a_base_and_base_alone(place, plain, tmp_path):
@@ -130,7 +126,7 @@ def test_blocks_and_ranks_do_not_change_the_rows(place, tmp_path, monkeypatch):
     from ds_embed.data.store import TextStore, build_text_store
     from ds_embed.data.tokenize import TextFormat
     from ds_embed.distributed import World
-    from ds_embed.retrieval import encode
+    from ds_embed.retrieval import corpus_plan, encode
 
     tokenizer = AutoTokenizer.from_pretrained(root / "llama")
     path = build_text_store(
@@ -145,7 +141,7 @@ def test_blocks_and_ranks_do_not_change_the_rows(place, tmp_path, monkeypatch):
         return torch.stack([(ids * kept).sum(1), lengths], dim=1).float()
 
     for block in (7, 89, 1000):
-        monkeypatch.setattr(encode, "BLOCK_TEXTS", block)
+        monkeypatch.setattr(corpus_plan, "BLOCK_TEXTS", block)
         encode.encode_store(store, vector, world, micro_batch_tokens=100, target=tmp_path / f"{block}", name="doc")
         rows = np.load(tmp_path / f"{block}" / "doc.npy")
         expected = [[store.tokens_of(i).sum(), len(store.tokens_of(i))] for i in range(store.num_texts)]

@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
 BASE = dict(
     model="llama", lora=0, zero=0, budget=64, grad_cache=False, negatives="all", hard_negatives=2, queries=8,
-    checkpointing=False, bf16=False, dropout=0.0, loss={},
+    checkpointing=False, bf16=False, dropout=0.0, bidirectional=False, loss={},
 )  # fmt: skip
 
 
@@ -50,6 +50,8 @@ def cases(num_ranks: int) -> dict[str, dict]:
     add(zero=2, grad_cache=False, hard_negatives=0, queries=7)
     add(zero=3, grad_cache=True, checkpointing=True, lora=4)
     add(zero=2, grad_cache=False, checkpointing=True)
+    add(zero=3, grad_cache=True, lora=4, bidirectional=True)
+    add(zero=2, grad_cache=False, checkpointing=True, bidirectional=True)
     # Fewer texts than ranks: some ranks encode dummies only.
     add(zero=3, grad_cache=True, queries=1, hard_negatives=0, model="bert")
     add(zero=2, grad_cache=False, queries=1, hard_negatives=1)
@@ -90,8 +92,8 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     # ModernBERT's eager kernel gives NaN in float64 where a window holds nothing but padding.
     kernel = "sdpa" if kind == "modernbert" else "eager"
     encoder = load_encoder(
-        find_model(case["model"]), pooling=case["pooling"], bf16=False, attn_implementation=kernel,
-        trust_remote_code=False,
+        find_model(case["model"]), pooling=case["pooling"], bidirectional=False, bf16=False,
+        attn_implementation=kernel, trust_remote_code=False,
     )  # fmt: skip
     if case["lora"]:
         add_lora(encoder, LoraArguments(lora_rank=case["lora"]), seed=1, dtype=torch.float32)
@@ -105,7 +107,9 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     batch = assemble_batch(store, order, first_sample=4, num_queries=n, hard_negatives=case["hard_negatives"])
     ids, lengths = map(torch.from_numpy, collate(store, batch.texts))
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
-    states = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    # A four-dimensional mask is added to the scores as it is: written out, it hides padding and nothing else.
+    shown = (1.0 - mask.double())[:, None, None, :] * torch.finfo(torch.float64).min if case["bidirectional"] else mask
+    states = encoder.backbone(input_ids=ids, attention_mask=shown).last_hidden_state
     if case["pooling"] == "last":
         pooled = states[torch.arange(len(ids)), lengths - 1]
     else:
@@ -174,7 +178,8 @@ _references: dict[str, tuple] = {}
 def test_gradient_equals_float64_reference(name, results, material):
     num_ranks, found = results
     case = cases(num_ranks)[name]
-    key = json.dumps({k: case[k] for k in ("model", "lora", "negatives", "hard_negatives", "queries", "loss")})
+    decisive = ("model", "lora", "negatives", "hard_negatives", "queries", "bidirectional", "loss")
+    key = json.dumps({name: case[name] for name in decisive})
     if key not in _references:
         _references[key] = reference_gradients(case, material)
     loss, gradients = _references[key]

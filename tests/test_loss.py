@@ -113,4 +113,5 @@ def test_statistics(options):
     others[torch.arange(8), torch.arange(8)] = -2
     torch.testing.assert_close(sums.positive_similarity, positive.sum())
     torch.testing.assert_close(sums.negative_similarity, others.max(1).values.sum())
+    torch.testing.assert_close(sums.margin, (positive - others.max(1).values).sum())
     assert sums.num_correct == (positive > others.max(1).values).sum() and sums.num_with_negatives == 8

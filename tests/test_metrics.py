@@ -12,10 +12,12 @@ from ds_embed.durable import replaced_when_whole
 from ds_embed.retrieval.metrics import (
     SearchRun,
     evaluate,
+    load_run,
     match_qrels,
     parse_measures,
     read_qrels,
     read_qrels_from_queries,
+    skip_unknown,
     write_results,
     write_run_lines,
 )
@@ -69,6 +71,27 @@ def test_equal_hand_written_measures_and_pytrec_eval():
         for name in ("nDCG@10", "RR@10"):
             mean = sum(values[name] for values in expected.values()) / len(qrels)
             assert result.means[name] == pytest.approx(mean, abs=1e-12)
+
+
+def test_every_family_equals_trec_eval_on_graded_negative_and_missing_judgments():
+    # All but RR with a cutoff, which trec_eval doesn't have: that one is written out above.
+    names = ["nDCG", "nDCG@3", "RR", "RR(rel=2)", "R@5", "R(rel=2)@5", "P@5", "P(rel=3)@5", "AP", "AP(rel=2)@20"]
+    names += ["Success@5", "Success(rel=2)@1", "Rprec"]
+    measures = [ir_measures.parse_measure(name) for name in names]
+    rng = np.random.default_rng(5)
+    for _ in range(40):
+        run, qrels = random_case(rng)
+        qrels["judged but not relevant"] = {"d1": 0, "d2": -1}
+        run["judged but not relevant"] = {"d1": 1.0}
+        result = evaluate(run, qrels, names)
+        reference = ir_measures.pytrec_eval.iter_calc(measures, qrels, run)
+        expected = {query_id: {str(measure): 0.0 for measure in measures} for query_id in qrels}
+        for metric in reference:
+            expected[metric.query_id][str(metric.measure)] = metric.value
+        assert result.per_query == expected
+        assert sum(any(values.values()) for values in expected.values()) < len(qrels)  # some count 0
+        for name in result.means:
+            assert result.means[name] == pytest.approx(np.mean([values[name] for values in expected.values()]))
 
 
 def test_ties_rank_by_descending_id_for_every_measure():
@@ -179,6 +202,35 @@ def test_match_qrels():
         match_qrels(qrels, ["q1"], ["a", "b"], "FILE")
     with pytest.raises(ValueError, match="FILE: none of its 2 queries"):
         match_qrels(qrels, ["q3"], ["a", "b"], "FILE")
+
+
+def test_unknown_ids_may_be_skipped():
+    qrels = {"q1": {"a": 1, "b": 2}, "q2": {"b": 1}, "q3": {"c": 1, "d": 0}}
+    known, counts = skip_unknown(qrels, ["q1", "q3", "q9"], ["a", "c"])
+    assert known == {"q1": {"a": 1, "b": 2}, "q3": {"c": 1, "d": 0}}
+    assert counts == {"num_judged_queries_without_vector": 1, "num_relevant_documents_without_vector": 1}
+    assert match_qrels(known, ["q1", "q3", "q9"], None, "FILE") == ["q9"]
+    # A relevant document that is not in the corpus stays in the ideal ranking and in recall, as in trec_eval.
+    assert evaluate({"q1": {"a": 1.0}, "q3": {"c": 1.0}}, known, ["R@10"]).means == {"R@10": 0.75}
+    known, _ = skip_unknown(qrels, ["q9"], ["a"])
+    with pytest.raises(ValueError, match="FILE: none of its 3 queries, such as 'q1', has a vector"):
+        match_qrels(known, ["q9"], None, "FILE")
+
+
+def test_load_run(tmp_path):
+    path = tmp_path / "run.trec"
+    path.write_text("q1 Q0 a 1 0.5 bm25\nq1 Q0 b 2 -1e-3 bm25\n\nq2\tQ0\ta\t1\t3\tx\n")
+    assert load_run(path) == {"q1": {"a": 0.5, "b": -0.001}, "q2": {"a": 3.0}}
+    for line, message in (
+        ("q1 Q0 a 1 0.5", "run.trec:2: 5 columns; want 'query-id Q0 doc-id rank score tag'"),
+        ("q1 Q0 b 1 nan x", "run.trec:2: score 'nan', want a finite number"),
+        ("q1 Q0 a 1 0.5 x", "run.trec:2: document 'a' stands twice for query 'q1'"),
+    ):
+        path.write_text(f"q1 Q0 a 1 0.5 x\n{line}\n")
+        with pytest.raises(ValueError, match=message):
+            load_run(path)
+    with pytest.raises(ValueError, match="none.trec: no such file; give a TREC run file"):
+        load_run(tmp_path / "none.trec")
 
 
 # Files ----------------------------------------------------------------------------------------------

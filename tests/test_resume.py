@@ -1,14 +1,16 @@
 """Runs that are killed, signalled, damaged and started again, with the real launcher.
 
-KILLS=30 kills the run thirty times instead of twice.
+KILLS=30 ends the run thirty times instead of twice: rank 0 killed, rank 1 stopped, the whole job killed, in turn.
 """
 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ from safetensors.torch import load_file
 from tiny import REPOSITORY, check, launch, launch_command, launch_environment, make_model, make_training_file
 
 from ds_embed.distributed import EXIT_REQUEUE
+from ds_embed.training.checkpoint import list_checkpoints
 
 KILLS = int(os.environ.get("KILLS", 2))
-STEPS = 20
+STEPS = 20 if KILLS <= 2 else 4 * KILLS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def flags(root, name, *extra):
         "--train_files", root / "train.jsonl", "--output_dir", root / name, "--cache_dir", root / "cache",
         "--max_length", 24, "--global_batch_size", 8, "--hard_negatives", 1, "--micro_batch_tokens", 200,
         "--max_steps", STEPS, "--learning_rate", "5e-3", "--lora_dropout", 0.1, "--report_to", "none",
-        "--save_interval", 1, "--save_total_limit", 2, *extra,
+        "--save_interval", 1, "--save_total_limit", 2, "--rank_timeout_seconds", 2, *extra,
     ]  # fmt: skip
 
 
@@ -47,6 +50,7 @@ class Job:
     """A 2-rank run in a process group of its own, to be killed or signalled while it runs."""
 
     def __init__(self, root, name, *extra):
+        (root / f"{name}.log").unlink(missing_ok=True)
         self.log = open(root / f"{name}.log", "a+")
         self.run = root / name
         self.process = subprocess.Popen(
@@ -54,13 +58,19 @@ class Job:
             cwd=REPOSITORY, env=launch_environment(), stdout=self.log, stderr=self.log, start_new_session=True,
         )  # fmt: skip
 
-    def wait_for_step(self, step):
+    def wait_until(self, condition, what):
         deadline = time.monotonic() + 240
-        while last_step(self.run) < step:
+        while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                pytest.fail(f"no step {step}; exit code {self.process.returncode}\n{self.output()[-4000:]}")
-            time.sleep(0.01)
+                pytest.fail(f"no {what}; exit code {self.process.returncode}\n{self.output()[-4000:]}")
+            time.sleep(0.02)
+
+    def wait_for_step(self, step):
+        self.wait_until(lambda: last_step(self.run) >= step, f"step {step}")
+
+    def wait_for(self, words):
+        self.wait_until(lambda: words in self.output(), words)
 
     def ranks(self):
         """Process ids of the ranks, by rank."""
@@ -112,24 +122,31 @@ def straight(place):
 
 def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
     rng = random.Random(os.environ.get("KILLS_SEED", 1))
-    run, instants = place / "broken", []
+    run, instants, start_seconds = place / "broken", Counter(), 5.0
     for number in range(KILLS):
         job = Job(place, "broken")
-        # Nearly every instant of this run is inside a save or between two: one follows each step.
         before = last_step(run)
-        job.wait_for_step(min(before + 1, STEPS - 8))
-        time.sleep(rng.uniform(0, 0.5))
-        job.kill()
-        names = sorted(path.name for path in (run / "checkpoints").glob("*")) if (run / "checkpoints").exists() else []
-        instants.append((last_step(run), names))
-    print(instants)
+        job.wait_until(lambda: len(job.ranks()) == 2, "ranks")
+        rank, sign = [(0, signal.SIGKILL), (1, signal.SIGSTOP), (None, signal.SIGKILL)][number % 3]
+        if number % 5 == 4:  # while it starts: joining, reading the data, loading, restoring
+            sign = signal.SIGKILL  # a rank that is stopped before it has joined is waited for
+            time.sleep(rng.uniform(0, start_seconds))
+        else:  # while it trains: one save follows each step
+            started = time.monotonic()
+            job.wait_for_step(min(before + 1, STEPS - 8))
+            start_seconds = time.monotonic() - started
+            time.sleep(rng.uniform(0, 0.5))
+        instants[end_suddenly(job, run, rank, sign)] += 1
+        print("ended:", dict(instants), flush=True)
 
     job = Job(place, "broken")
     job.wait_for_step(min(last_step(run) + 1, STEPS - 4))
     second = train(place, "broken", num_ranks=0)
     assert second.returncode == 2 and "in use by another job" in second.stderr, second.stderr[-2000:]
+    while job.process.poll() is None and not list((run / "checkpoints").glob(".unfinished-*")):
+        time.sleep(0.001)
     if job.process.poll() is None:  # a quick machine may have finished meanwhile
-        os.kill(job.ranks()[1], signal.SIGUSR1)
+        os.kill(job.ranks()[1], signal.SIGUSR1)  # in the middle of a save
     code = job.end()
     if code != 0:
         assert code == EXIT_REQUEUE, job.output()[-4000:]
@@ -140,7 +157,28 @@ def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
     expected, got = (load_file(path / "model" / "adapter_model.safetensors") for path in (straight, run))
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000019", "step_00000020"]
+    assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [STEPS, STEPS - 1]
+    assert len(list((run / "checkpoints").iterdir())) == 2
+
+
+def end_suddenly(job, run, rank, sign):
+    """Kill the job, or kill or stop one rank and see the job end by itself with its name; returns when that was."""
+    process = job.ranks().get(rank)
+    if process is not None:
+        os.kill(process, sign)
+    saving = list((run / "checkpoints").glob(".unfinished-*"))
+    # The job before it may have left a half-written checkpoint, which is removed before the first step.
+    when = "while starting" if "training:" not in job.output() else "in a save" if saving else "in a step or between"
+    if process is None:
+        job.kill()
+        return when
+    code, output = job.end(), job.output()
+    what = "died" if sign == signal.SIGKILL else r"has not answered for \d+ s: its process is stopped"
+    message = rf"error: rank {rank} \(\S+, process {process}\) {what}.*; last seen in .*; the job is ended"
+    # Before the ranks have joined, the launcher ends the job.
+    assert code != 0 and (re.search(message, output) or when == "while starting"), output[-4000:]
+    assert "Traceback" not in output, output[-4000:]
+    return when
 
 
 def test_signal_saves_and_asks_to_be_started_again(place):
@@ -150,6 +188,13 @@ def test_signal_saves_and_asks_to_be_started_again(place):
     assert job.end() == EXIT_REQUEUE, job.output()[-4000:]
     step = last_step(place / "signalled")
     assert [path.name for path in (place / "signalled" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
+    # A signal while the run is being restored, to one rank: nothing is lost, and all ranks agree on the code.
+    job = Job(place, "signalled", "--max_steps", step + 1)
+    job.wait_for("resuming from")
+    os.kill(job.ranks()[1], signal.SIGTERM)
+    assert job.end() == EXIT_REQUEUE, job.output()[-4000:]
+    assert "SIGTERM: stopped" in job.output() and "Traceback" not in job.output(), job.output()[-4000:]
+    assert last_step(place / "signalled") == step
     # One more step with other ranks: one line a step, and the samples go on.
     check(train(place, "signalled", "--max_steps", step + 1, num_ranks=0))
     lines = [json.loads(line) for line in open(place / "signalled" / "metrics.jsonl")]
@@ -159,7 +204,7 @@ def test_signal_saves_and_asks_to_be_started_again(place):
 
 def test_finished_run_says_so_and_a_changed_one_is_refused(place, straight):
     again = check(train(place, "straight", num_ranks=0))
-    assert "finished at step 20 already" in again.stderr
+    assert f"finished at step {STEPS} already" in again.stderr
     assert losses(straight)[-1][0] == STEPS
     make_training_file(place / "other.jsonl", 100, num_negatives=1, seed=5)
     other = train(place, "straight", "--train_files", place / "other.jsonl", num_ranks=0)

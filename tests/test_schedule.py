@@ -84,7 +84,9 @@ def test_bad_settings(settings, message):
 @pytest.mark.parametrize("lora", [0, 4])
 def test_biases_norms_and_temperature_are_not_decayed(tmp_path, kind, lora):
     source = find_model(str(make_model(tmp_path / kind, kind)))
-    encoder = load_encoder(source, pooling="mean", bf16=False, attn_implementation=None, trust_remote_code=False)
+    encoder = load_encoder(
+        source, pooling="mean", bidirectional=False, bf16=False, attn_implementation=None, trust_remote_code=False
+    )
     if lora:
         add_lora(encoder, LoraArguments(lora_rank=lora), seed=1, dtype=torch.float32)
     encoder.learn_temperature()

@@ -199,3 +199,14 @@ def test_long_texts_end_a_chunk_early(tmp_path, tokenizer, monkeypatch):
         path = write_jsonl(tmp_path / name, documents)
         build_text_store(path, "pos_doc", "doc_id", tokenizer, DOCUMENT, tmp_path, told.append)
     assert told == [2, 2, 8, 1]
+
+
+def test_a_tilde_is_the_home_folder_also_where_no_shell_has_seen_it(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    store = build(path, tokenizer, "~/cache")
+    documents = write_jsonl(tmp_path / "b.jsonl", [{"pos_doc": "a b", "doc_id": "d"}])
+    texts = build_text_store(documents, "pos_doc", "doc_id", tokenizer, DOCUMENT, "~/cache")
+    assert store.parent == texts.parent == tmp_path / "home" / "cache"
+    assert not (tmp_path / "~").exists()

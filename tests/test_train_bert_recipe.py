@@ -87,3 +87,21 @@ def test_every_option_of_loss_and_data_at_once(workplace):
     from safetensors.torch import load_file
 
     assert not [name for name in load_file(model / "model.safetensors") if "log_scale" in name]
+
+
+def test_settings_of_the_older_systems_page(workplace):
+    """A JSON array and the flags of its BERT page, cut down to a few steps of a tiny model."""
+    make_model(workplace / "bert512", "bert", max_position_embeddings=512)
+    changed = ["--warmup_steps", 2, "--val_check_interval", 3, "--max_steps", 6]
+    lines = train(
+        workplace, "page", "--val_files", workplace / "train.json", "--hard_negatives", 4, "--global_batch_size", 8,
+        "--max_length", 512, "--micro_batch_tokens", 512, "--learning_rate", "5e-6", "--min_learning_rate", "1e-8",
+        "--warmup_steps", 100, "--val_check_interval", 100, *changed, num_ranks=0, model="bert512",
+    )  # fmt: skip
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    assert [line["learning_rate"] for line in training[:3]] == pytest.approx([2.5e-6, 5e-6, 5e-6])
+    validations = [line for line in lines if "val_loss" in line]
+    assert [list(line) for line in validations] == [["step", "consumed_samples", "val_loss", "val_accuracy", "seconds"]] * 2
+    assert [line["step"] for line in validations] == [3, 6] and all(line["val_loss"] > 0 for line in validations)
+    assert (workplace / "page" / "model" / "config.json").exists()

@@ -31,7 +31,8 @@ def trace(root, name):
 
 @pytest.fixture(scope="session")
 def plain_trace(workplace):
-    check(train(workplace, "plain", "--bf16", "false", num_ranks=0, zero=0))
+    monitors = ("--report_to", "tensorboard", "csv")
+    check(train(workplace, "plain", "--bf16", "false", *monitors, num_ranks=0, zero=0))
     return trace(workplace, "plain")
 
 
@@ -78,13 +79,41 @@ def test_it_learns_and_writes_what_it_promises(workplace, plain_trace):
     assert card["query_prefix"] == "query: " and card["doc_max_length"] == 32
 
 
+def test_monitors_hold_the_values_of_the_metrics_file(workplace, plain_trace):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workplace / "plain" / "tensorboard")).Reload()
+    names = plain_trace[0].keys() - {"step"}
+    assert {"loss", "margin", "peak_memory_gib", "learning_rate", "grad_norm"} < names
+    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in names}
+    for name in names:
+        expected = [(line["step"], line[name]) for line in plain_trace]
+        stored = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert stored == [(step, np.float32(value)) for step, value in expected]
+        header, *rows = (workplace / "plain" / "csv" / f"train_{name}.csv").read_text().splitlines()
+        assert header == f"step,{name}" and rows == [f"{step},{value}" for step, value in expected]
+    for line in plain_trace:  # every query has negatives here
+        assert line["margin"] == pytest.approx(line["positive_similarity"] - line["negative_similarity"], abs=1e-6)
+        assert 0.1 < line["peak_memory_gib"] < 8
+
+
 def test_all_weights_in_bf16_under_zero3(workplace):
-    check(train(workplace, "full", "--lora_rank", "0", "--max_steps", 25, "--learning_rate", "2e-3", "--report_to", "tensorboard", zero=3))
+    """Bidirectional, and with an instruction for the training file other than the one that the model keeps."""
+    result = check(
+        train(
+            workplace, "full", "--lora_rank", "0", "--max_steps", 25, "--learning_rate", "2e-3", "--report_to",
+            "tensorboard", "--bidirectional", "true", "--query_prefix", r"w1\n{text} w2", "--query_prefixes", "w5 ",
+            zero=3,
+        )
+    )  # fmt: skip
+    assert 'queries        "w1\\n{text} w2" kept by the model' in result.stderr + result.stdout
+    stores = (workplace / "cache").glob("training-*/manifest.json")
+    assert any('"prefix": "w5 "' in path.read_text() for path in stores)
     run = workplace / "full"
     losses = [line["loss"] for line in trace(workplace, "full")]
     assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoTokenizer
 
     before = AutoModel.from_pretrained(workplace / "llama").state_dict()
     after = AutoModel.from_pretrained(run / "model").state_dict()
@@ -94,6 +123,17 @@ def test_all_weights_in_bf16_under_zero3(workplace):
     moved = [n for n in before if before[n].dim() == 2 and not torch.equal(before[n].bfloat16(), after[n].bfloat16())]
     assert len(moved) == sum(before[n].dim() == 2 for n in before)
     assert list((run / "tensorboard").rglob("events*"))
+
+    # Used later without a flag: the whole text is seen by every token.
+    from ds_embed import Embedder
+
+    (vector,) = Embedder.from_pretrained(run, pooling="cls", dtype="float32", device="cpu").encode_queries(["w7 w8 w9"])
+    model = AutoModel.from_pretrained(run / "model", attn_implementation="eager", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(run / "model")("w1 w7 w8 w9 w2", return_tensors="pt")["input_ids"]
+    ids = torch.cat([ids, torch.tensor([[1]])], dim=1)  # EOS
+    with torch.no_grad():
+        state = model(input_ids=ids, attention_mask=torch.zeros(1, 1, 6, 6)).last_hidden_state[0, 0]
+    np.testing.assert_allclose(vector, torch.nn.functional.normalize(state, dim=0).numpy(), atol=2e-6)
 
 
 def test_config_file_gives_the_same_run_and_flags_win(workplace, plain_trace):

@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data that tests make themselves: real Hugging Face folders, random weights."""
 
+import importlib.util
 import json
 import os
 import random
@@ -48,10 +49,27 @@ MODELS = {
         _SIZE | dict(max_position_embeddings=128, pad_token_id=0, local_attention=8, global_attn_every_n_layers=2),
     ),
 }
+_DECODER = _SIZE | dict(num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)
+_ALTERNATING = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+_GEMMA = _DECODER | dict(head_dim=8, query_pre_attn_scalar=8)
+DECODERS = {
+    "llama": MODELS["llama"],
+    "mistral": ("MistralConfig", _DECODER | dict(sliding_window=5)),
+    "qwen2": ("Qwen2Config", _DECODER | _ALTERNATING | dict(use_sliding_window=True)),
+    "qwen3": ("Qwen3Config", _DECODER | dict(head_dim=8)),
+    "gemma": ("GemmaConfig", _DECODER | dict(head_dim=8)),
+    "gemma2": ("Gemma2Config", _GEMMA | _ALTERNATING | dict(attn_logit_softcapping=2.0)),
+    "gemma3_text": ("Gemma3TextConfig", _GEMMA | _ALTERNATING),
+    "phi3": ("Phi3Config", _DECODER | dict(sliding_window=5)),
+    "olmo2": ("Olmo2Config", _DECODER),
+    "granite": ("GraniteConfig", _DECODER),
+    "smollm3": ("SmolLM3Config", _DECODER | _ALTERNATING | dict(use_sliding_window=True)),
+}
+MODELS |= DECODERS
 
 
 def make_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
-    """A folder with a random tiny model of a kind in MODELS: causal "llama" or an encoder, without dropout."""
+    """A folder with a random tiny model of a kind in MODELS, without dropout."""
     import torch
     import transformers
 
@@ -61,7 +79,7 @@ def make_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:
     options = {"add_pooling_layer": False} if kind in ("bert", "roberta", "xlm-roberta", "mpnet") else {}
     model = transformers.AutoModel.from_config(config, **options)
     model.save_pretrained(folder)
-    make_tokenizer(folder, bert=kind != "llama")
+    make_tokenizer(folder, bert=kind not in DECODERS)
     return folder
 
 
@@ -93,6 +111,15 @@ def write_teacher_scores(path: Path, seed: int = 0) -> Path:
             record["neg_scores"] = [rng.gauss(0, 1) for _ in record["neg_doc"]]
             file.write(json.dumps(record) + "\n")
     return path
+
+
+def load_recipe(name: str):
+    """A recipe as a module, to call its main(argv) without a process of its own."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", REPOSITORY / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def launch(num_ranks: int, script: Path | str, *flags, timeout: float = 300) -> subprocess.CompletedProcess:

@@ -15,6 +15,7 @@ from ds_embed.config.sizing_arguments import (
     SizingRunArguments,
 )
 from ds_embed.config.step_arguments import BertStepArguments, StepArguments
+from ds_embed.config.validation_arguments import ValidationArguments
 
 __all__ = [
     "BertLoraArguments",
@@ -34,6 +35,7 @@ __all__ = [
     "SizingRunArguments",
     "StepArguments",
     "TextArguments",
+    "ValidationArguments",
     "parse_arguments",
     "resolve_deepspeed_config",
 ]

@@ -1,5 +1,6 @@
 """Texts: how they become tokens, and the training files."""
 
+import re
 from dataclasses import dataclass
 
 from ds_embed.config.checks import above_zero, at_least, existing_files, one_of
@@ -8,6 +9,8 @@ from ds_embed.config.fields import listed, setting
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_QUERY_PREFIX = "query: "
 DEFAULT_DOC_PREFIX = "passage: "
+TEXT_PLACE = "{text}"
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclass
@@ -22,14 +25,33 @@ class TextArguments:
     query_max_length: int | None = setting("longest query in tokens (default: max_length)", default=None)
     doc_max_length: int | None = setting("longest document in tokens (default: max_length)", default=None)
     query_prefix: str | None = setting(
-        f"text put in front of every query (default: the trained model's, else '{DEFAULT_QUERY_PREFIX}')", default=None
+        f"text put in front of every query, such as an instruction; with {TEXT_PLACE} in it, the query stands there; "
+        rf"\n is a new line (default: the trained model's, else '{DEFAULT_QUERY_PREFIX}')",
+        default=None,
     )
     doc_prefix: str | None = setting(
-        f"text put in front of every document (default: the trained model's, else '{DEFAULT_DOC_PREFIX}')", default=None
+        "text put in front of every document, as query_prefix "
+        f"(default: the trained model's, else '{DEFAULT_DOC_PREFIX}')",
+        default=None,
     )
 
     def __post_init__(self):
         above_zero(self, "max_length", "query_max_length", "doc_max_length")
+        for name in ("query_prefix", "doc_prefix"):
+            if getattr(self, name) is not None:
+                check_prefix(name, getattr(self, name))
+
+
+def check_prefix(name: str, prefix: str) -> None:
+    """ValueError unless the text has at most one place in a prefix, and nothing else has one."""
+    places = re.findall(r"\{\w*\}", prefix)
+    if places not in ([], [TEXT_PLACE]):
+        raise ValueError(f"--{name} '{prefix}': only {TEXT_PLACE} can stand in it, once; found {' '.join(places)}")
+
+
+def unescape(prefix: str) -> str:
+    r"""What a prefix given as a flag or in YAML stands for: \n, \t and \\ written out."""
+    return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], prefix)
 
 
 @dataclass
@@ -40,6 +62,12 @@ class DataArguments(TextArguments):
         "there are records in all (default: every record once per pass)",
         default_factory=list,
     )
+    query_prefixes: list[str] = setting(
+        "query_prefix of each of train_files, where they need different instructions; query_prefix is then the one "
+        "that the trained model gets for later queries",
+        default_factory=list,
+    )
+    doc_prefixes: list[str] = setting("the same for documents, with doc_prefix", default_factory=list)
     batching: str = setting(
         "mixed (a global batch holds samples of all files) or homogeneous (of one file)", default="mixed"
     )
@@ -47,6 +75,10 @@ class DataArguments(TextArguments):
     hard_negatives_sampling: str = setting(
         "which of a record's negatives are used: first (the first ones) or random (others in every pass)",
         default="first",
+    )
+    skip_bad_records: bool = setting(
+        "leave out training records that can't be used, counted by reason, in place of stopping at the first",
+        default=False,
     )
     cache_dir: str = setting(
         "folder for prepared tokens, seen by all nodes and reused by later runs", default="~/.cache/ds_embed"
@@ -64,5 +96,23 @@ class DataArguments(TextArguments):
                 f"--sampling_probabilities {shown}: there are {len(shares)}, and --train_files has "
                 f"{len(self.train_files)} files"
             )
+        for name, single in (("query_prefixes", "query_prefix"), ("doc_prefixes", "doc_prefix")):
+            self._check_prefixes(name, single)
         if any(not 0 < share < float("inf") for share in shares):
             raise ValueError(f"--sampling_probabilities {shown}: each must be greater than 0; leave a file out instead")
+
+    def _check_prefixes(self, name: str, single: str) -> None:
+        prefixes = getattr(self, name)
+        if not prefixes:
+            return
+        if len(prefixes) != len(self.train_files):
+            raise ValueError(
+                f"--{name}: there are {len(prefixes)}, and --train_files has {len(self.train_files)} files"
+            )
+        for prefix in prefixes:
+            check_prefix(name, prefix)
+        if getattr(self, single) is None:
+            raise ValueError(
+                f"--{name}: give --{single} too, the one that the trained model puts in front of later texts "
+                "unless told otherwise"
+            )

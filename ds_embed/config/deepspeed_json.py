@@ -13,8 +13,8 @@ _OURS = {
     "scheduler": "--lr_scheduler and --warmup_steps",
     "gradient_clipping": "--max_grad_norm",
     "tensorboard": "--report_to",
-    "wandb": "--report_to",
-    "comet": "--report_to",
+    "wandb": "--report_to, --report_project, --report_team and --run_name",
+    "comet": "--report_to, --report_project, --report_team and --run_name",
     "csv_monitor": "--report_to",
 }
 _REFUSED = {

@@ -15,8 +15,14 @@ class ModelArguments:
         f"how token states become one vector: {', '.join(POOLINGS)} (default: last for decoders, mean for BERT)",
         default=None,
     )
+    bidirectional: bool | None = setting(
+        "let every token of a decoder see the whole text and not only what stands before it "
+        "(default: as the trained model or its config.json says, else false)",
+        default=None,
+    )
     attn_implementation: str | None = setting(
-        "attention kernel: sdpa, eager, flash_attention_2, ... (default: sdpa where the model has it, else eager)",
+        "attention kernel: sdpa, eager, flash_attention_2, ..., or math, ds_embed's own for training on CPUs, elsewhere "
+        "the same as sdpa (default: math for training on CPUs, sdpa otherwise; eager where the model has neither)",
         default=None,
     )
     trust_remote_code: bool = setting("run Python code that comes with the model", default=False)

@@ -1,12 +1,15 @@
 """The run: optimizer and schedule, folder, checkpoints, monitors."""
 
+import importlib.util
 from dataclasses import dataclass
 
 from ds_embed.config.checks import above_zero, at_least, one_of
 from ds_embed.config.fields import setting
+from ds_embed.config.job_arguments import JobArguments
 
 SCHEDULES = ("cosine", "linear", "constant")
-MONITORS = ("tensorboard", "wandb", "comet", "csv", "none")
+# The package that each needs.
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv": None, "none": None}
 
 
 @dataclass
@@ -49,7 +52,7 @@ class BertOptimizerArguments(OptimizerArguments):
 
 
 @dataclass
-class RunArguments:
+class RunArguments(JobArguments):
     output_dir: str = setting("folder of the run: config, metrics, model")
     deepspeed: str = setting("path of the DeepSpeed JSON (see ds_configs/)")
     bf16: bool = setting("bfloat16 weights and activations, float32 optimizer; false computes in float32", default=True)
@@ -70,10 +73,26 @@ class RunArguments:
         f"monitors that get the metrics besides metrics.jsonl: {', '.join(MONITORS)}",
         default_factory=lambda: ["tensorboard"],
     )
+    report_project: str | None = setting(
+        "project in Weights & Biases or Comet (default: that of WANDB_PROJECT or COMET_PROJECT_NAME, else ds_embed)",
+        default=None,
+    )
+    report_team: str | None = setting(
+        "team in Weights & Biases, workspace in Comet (default: that of your account)", default=None
+    )
+    run_name: str | None = setting(
+        "name of the run in Weights & Biases or Comet (default: the last part of output_dir)", default=None
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         above_zero(self, "log_interval")
         at_least(self, 0, "save_interval", "save_total_limit", "max_skipped_steps")
         for name in self.report_to:
             if name not in MONITORS:
                 raise ValueError(f"--report_to {name}: choose from {', '.join(MONITORS)}")
+            package = MONITORS[name]
+            if package is not None and importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"--report_to {name}: the package {package} is not installed; pip install {package}, or leave it out"
+                )

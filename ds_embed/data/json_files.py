@@ -37,21 +37,38 @@ _TYPE_NAMES = {
 }
 
 
+class BadRecord(ValueError):
+    """A record that can't be used. `problem` says what is wrong with it, then what is wanted or the cure."""
+
+    def __init__(self, where: str, problem: str):
+        super().__init__(f"{where}: {problem}")
+        self.where = where
+        self.problem = problem
+
+
 class JsonRecords:
     """The objects of one file, iterated as (number, object) with numbers from 1.
 
     The file is JSONL, or one JSON array when its first non-blank character is `[`. `unit` says what
     the numbers count: "line" for JSONL, "record" for the elements of an array (a streaming parser
     does not know their lines). Blank lines of JSONL are skipped but counted. A UTF-8 byte order mark
-    is accepted. `on_bytes` is shown every byte of the file, in order, as it is read.
+    is accepted. `on_bytes` is shown every byte of the file, in order, as it is read. `on_bad` is given
+    each line or element that is no JSON object, which are otherwise raised; an array that isn't JSON
+    can't be read on, so that is always raised.
     In an array, an integer beyond 64 bits is an error; nothing we read needs one.
     ValueError, with the place and the cure, for everything else.
     """
 
-    def __init__(self, path: str | os.PathLike, on_bytes: Callable[[Any], object] | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        on_bytes: Callable[[Any], object] | None = None,
+        on_bad: Callable[[BadRecord], object] | None = None,
+    ):
         self.path = os.fspath(path)
         self.unit = "record" if _first_character(self.path) == b"[" else "line"
         self._on_bytes = on_bytes
+        self._on_bad = on_bad
 
     def location(self, number: int) -> str:
         return format_location(self.path, self.unit, number)
@@ -61,12 +78,17 @@ class JsonRecords:
             numbered_values = self._array_elements(file) if self.unit == "record" else self._lines(file)
             number = 0
             for number, value in numbered_values:
-                if type(value) is not dict:
-                    raise ValueError(
-                        f"{self.location(number)}: found {type_name(value)}, want a JSON object "
-                        'such as {"query": "...", "pos_doc": "..."}'
+                if type(value) is dict:
+                    yield number, value
+                    continue
+                if type(value) is not BadRecord:
+                    problem = (
+                        f'found {type_name(value)}, want a JSON object such as {{"query": "...", "pos_doc": "..."}}'
                     )
-                yield number, value
+                    value = BadRecord(self.location(number), problem)
+                if self._on_bad is None:
+                    raise value
+                self._on_bad(value)
         if number == 0:
             raise ValueError(f"{self.path}: holds no record; remove it from the list of files or fill it")
 
@@ -81,16 +103,19 @@ class JsonRecords:
                 yield line
 
         reader = jsonlines.Reader(counted(), loads=orjson.loads)
-        try:
-            for value in reader.iter(allow_none=True, skip_empty=True):
-                yield line_number, value
-        except jsonlines.InvalidLineError as error:
-            cause = error.__cause__
-            if isinstance(cause, UnicodeDecodeError):
-                problem = f"not UTF-8 ({cause.reason}, byte {cause.start + 1} of it); save the file as UTF-8"
-            else:
-                problem = f"not JSON ({_orjson_reason(cause)}); JSONL wants one whole JSON object a line"
-            raise ValueError(f"{self.location(error.lineno)}: {problem}") from None
+        while True:
+            try:
+                value = reader.read(allow_none=True, skip_empty=True)
+            except EOFError:
+                return
+            except jsonlines.InvalidLineError as error:
+                cause = error.__cause__
+                if isinstance(cause, UnicodeDecodeError):
+                    problem = f"not UTF-8 ({cause.reason}, byte {cause.start + 1} of it); save the file as UTF-8"
+                else:
+                    problem = f"not JSON ({_orjson_reason(cause)}); JSONL wants one whole JSON object a line"
+                value = BadRecord(self.location(line_number), problem)
+            yield line_number, value
 
     def _array_elements(self, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
         number = 0
@@ -109,7 +134,7 @@ class JsonRecords:
                     f"not JSON, here or just before ({reason}); the file starts with [, so it is read as "
                     "one JSON array (a JSONL file holds one object a line, with no brackets around them)"
                 )
-            raise ValueError(f"{self.location(number + 1)}: {problem}") from None
+            raise BadRecord(self.location(number + 1), problem) from None
 
 
 def read_json_objects(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:

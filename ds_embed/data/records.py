@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from ds_embed.data.json_files import read_json_objects, type_name
+from ds_embed.data.json_files import BadRecord, read_json_objects, type_name
 
 
 class TrainingRecord(NamedTuple):
@@ -45,7 +45,7 @@ def parse_training_record(where: str, record: dict, *, num_negatives: int | None
 
     `num_negatives` keeps the first so many negatives (None keeps all, fewer is not an error here).
     All negatives are checked, kept or not, so that whether a file is valid depends on no setting.
-    Keys that we do not know are ignored. ValueError names the place, the key and what was found.
+    Keys that we do not know are ignored. BadRecord (a ValueError) names the place, the key and what was found.
     """
     query = _text(where, record, "query")
     pos_doc = _text(where, record, "pos_doc")
@@ -58,7 +58,9 @@ def parse_training_record(where: str, record: dict, *, num_negatives: int | None
         if type(negative) is not str:
             _refuse(where, f"neg_doc[{index}]", negative, "a string")
         if not negative or negative.isspace():
-            raise ValueError(f"{where}: neg_doc[{index}] is blank; remove it or give it text")
+            raise BadRecord(where, f"neg_doc[{index}] is blank; remove it or give it text")
+        if negative == pos_doc:
+            raise BadRecord(where, f"neg_doc[{index}] is the text of pos_doc; remove it, it is no negative")
     pos_score, neg_scores = _teacher_scores(where, record, len(negatives))
     return TrainingRecord(
         query,
@@ -120,8 +122,8 @@ def _teacher_scores(
         if not _is_finite_number(score):
             _refuse(where, f"neg_scores[{index}]", score, "a finite number")
     if len(neg_scores) != num_negatives:
-        raise ValueError(
-            f"{where}: neg_scores has {len(neg_scores)} numbers and neg_doc {num_negatives} texts; give one for each"
+        raise BadRecord(
+            where, f"neg_scores has {len(neg_scores)} numbers and neg_doc {num_negatives} texts; give one for each"
         )
     return pos_score, tuple(neg_scores)
 
@@ -137,7 +139,7 @@ def _text(where: str, record: dict, key: str, may_be_blank: bool = False) -> str
             _refuse_missing(where, key, record)
         _refuse(where, key, value, "a string")
     if not may_be_blank and (not value or value.isspace()):
-        raise ValueError(f"{where}: {key} is blank; remove the record or give it text")
+        raise BadRecord(where, f"{key} is blank; remove the record or give it text")
     return value
 
 
@@ -158,15 +160,15 @@ def _optional_id(where: str, record: dict, key: str) -> str | None:
     # Ids are written one a line, and readers disagree on which characters end a line: allow none of them.
     if value.splitlines() != [value]:
         problem = "is empty" if not value else "holds a line break"
-        raise ValueError(f"{where}: {key} {problem}, want a name on one line")
+        raise BadRecord(where, f"{key} {problem}, want a name on one line")
     return value
 
 
 def _refuse(where: str, key: str, value: Any, wanted: str) -> NoReturn:
-    raise ValueError(f"{where}: {key} is {type_name(value)}, want {wanted}")
+    raise BadRecord(where, f"{key} is {type_name(value)}, want {wanted}")
 
 
 def _refuse_missing(where: str, key: str, record: dict) -> NoReturn:
     shown = ", ".join(repr(name) for name in list(record)[:8])
     shown = f"{shown}, ..." if len(record) > 8 else shown or "none"
-    raise ValueError(f"{where}: {key} is missing, want a string; the keys here are {shown}")
+    raise BadRecord(where, f"{key} is missing, want a string; the keys here are {shown}")

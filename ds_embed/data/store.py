@@ -91,11 +91,14 @@ class _Store:
         return format_location(file["path"], file["unit"], int(self.lines[record]))
 
     def _map(self, name: str, num_items: int) -> np.ndarray:
-        array = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        again = "delete that folder and build the store again"
+        try:
+            array = np.lib.format.open_memmap(self.path / f"{name}.npy", mode="r")  # never unpickles
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {name}.npy is no array of plain numbers ({error}); {again}") from None
         if array.shape != (num_items,):
             raise ValueError(
-                f"{self.path}: {name}.npy holds {array.shape} items, and the manifest says {num_items}; "
-                "delete that folder and build the store again"
+                f"{self.path}: {name}.npy holds {array.shape} items, and the manifest says {num_items}; {again}"
             )
         # A plain array over the map: slicing the memmap class costs several times more per text.
         return array.view(np.ndarray)

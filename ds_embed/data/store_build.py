@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from ds_embed.data.json_files import JsonRecords, format_location
+from ds_embed.data.json_files import BadRecord, JsonRecords, format_location
 from ds_embed.data.records import (
+    TrainingRecord,
     parse_document_record,
     parse_query_record,
     parse_training_record,
 )
+from ds_embed.data.skipping import SkippedRecords
+from ds_embed.data.store_conflicts import find_conflicts
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerprint
@@ -27,52 +31,75 @@ from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerpr
 def build_training_store(
     files: Sequence[str | os.PathLike] | str | os.PathLike,
     tokenizer: Any,
-    query_format: TextFormat,
-    document_format: TextFormat,
+    query_format: TextFormat | Sequence[TextFormat],
+    document_format: TextFormat | Sequence[TextFormat],
     num_negatives: int | None,
     cache_dir: str | os.PathLike,
     progress: Progress | None = None,
+    skip_bad_records: bool = False,
 ) -> Path:
     """Tokenize training records into a store under `cache_dir`, or reuse the one that is there.
 
+    A format is that of all files, or a sequence with one for each file.
     `num_negatives` keeps the first so many negatives of each record (fewer: all that there are; None:
     all). `progress` is told how many records were added since it was last called. Returns the store's
-    folder; open it with TrainingStore.open. ValueError for bad data, with file and line.
+    folder; open it with TrainingStore.open. ValueError for bad data, with file and line; with
+    `skip_bad_records` bad records are left out and counted in the manifest (all of a file: an error).
     """
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
     sources = [_Source(path) for path in _listed(files)]
-    sides = {
-        "queries": TextTokenizer(tokenizer, query_format, "query_max_length"),
-        "documents": TextTokenizer(tokenizer, document_format, "doc_max_length"),
-    }
-    queries, documents = range(2)
+    query_tokenizers = _tokenizers(tokenizer, query_format, "query_max_length", len(sources))
+    document_tokenizers = _tokenizers(tokenizer, document_format, "doc_max_length", len(sources))
+    sides = [{"queries": q, "documents": d} for q, d in zip(query_tokenizers, document_tokenizers)]
     settings = {
-        "query_format": asdict(query_format),
-        "document_format": asdict(document_format),
+        "query_format": _described(query_format),
+        "document_format": _described(document_format),
         "num_negatives": num_negatives,
+        "skip_bad_records": skip_bad_records,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
 
     def write(folder: Path) -> None:
-        with StoreWriter(folder, sides, progress, with_ids=False) as writer:
-            for source in sources:
-                for number, value in source.records(writer):
-                    where = source.location(number)
-                    record = parse_training_record(where, value)
-                    writer.add_text(queries, "query", record.query)
-                    writer.add_text(documents, "pos_doc", record.pos_doc, record.pos_score)
-                    scores = record.neg_scores or [None] * len(record.neg_docs)
-                    for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
-                        writer.add_text(documents, "neg_doc", negative, score)
-                    if not record.neg_docs:
-                        writer.count_record_without("negatives", where)
-                    if record.pos_score is None or record.neg_scores is None:
-                        writer.count_record_without("scores", where)
-                    writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)
-            writer.finish(_manifest_start("training", settings, sources))
+        def write_without(conflicts: dict[tuple[int, int], BadRecord]) -> dict[tuple[int, int], BadRecord]:
+            skipped = SkippedRecords() if skip_bad_records else None
+            with StoreWriter(folder, sides[0], progress, with_ids=False) as writer:
+                for index, source in enumerate(sources):
+                    writer.encode_with(sides[index])
+                    bad = {number: error for (file, number), error in conflicts.items() if file == index}
+                    for number, record in source.records(writer, parse_training_record, skipped, bad):
+                        _add_training_record(writer, record, number, source.location(number), num_negatives)
+                start = _manifest_start("training", settings, sources)
+                writer.finish(start | ({"skipped_records": skipped.describe()} if skipped else {}))
+            return find_conflicts(folder, [(source.num_records, source.location) for source in sources])
 
-    return obtain_store(Path(cache_dir), f"training-{_store_key('training', settings, sources)}", write)
+        conflicts = write_without({})
+        if conflicts and not skip_bad_records:
+            raise next(iter(conflicts.values()))
+        if conflicts:
+            # Rare, so a second pass costs less than an index of all ids in the first.
+            for path in folder.iterdir():
+                path.unlink()
+            left = write_without(conflicts)
+            assert not left
+
+    return obtain_store(Path(cache_dir).expanduser(), f"training-{_store_key('training', settings, sources)}", write)
+
+
+def _add_training_record(
+    writer: StoreWriter, record: TrainingRecord, number: int, where: str, num_negatives: int | None
+) -> None:
+    queries, documents = range(2)
+    writer.add_text(queries, "query", record.query)
+    writer.add_text(documents, "pos_doc", record.pos_doc, record.pos_score)
+    scores = record.neg_scores or [None] * len(record.neg_docs)
+    for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
+        writer.add_text(documents, "neg_doc", negative, score)
+    if not record.neg_docs:
+        writer.count_record_without("negatives", where)
+    if record.pos_score is None or record.neg_scores is None:
+        writer.count_record_without("scores", where)
+    writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)
 
 
 def build_text_store(
@@ -106,25 +133,22 @@ def build_text_store(
     def write(folder: Path) -> None:
         with StoreWriter(folder, sides, progress, with_ids=True) as writer:
             for source in sources:
-                for number, value in source.records(writer):
-                    record = parse(source.location(number), value)
+                for number, record in source.records(writer, parse):
                     writer.add_text(0, text_key, getattr(record, text_key))
                     writer.end_record(number, row_id=getattr(record, id_key))
             writer.finish(_manifest_start(kind, settings, sources))
 
-    return obtain_store(Path(cache_dir), f"{kind}-{_store_key(kind, settings, sources)}", write)
+    return obtain_store(Path(cache_dir).expanduser(), f"{kind}-{_store_key(kind, settings, sources)}", write)
 
 
 class _Source:
     """One input file and what identifies its contents."""
 
     def __init__(self, path: str | os.PathLike):
-        self._digest = hashlib.sha256()
-        self._records = JsonRecords(path, self._digest.update)
+        self._records = JsonRecords(path)
         self.location = self._records.location
         # Read before the first record, so that a later change shows.
         self.stamp = self._stamp()
-        self.num_records = 0
 
     def _stamp(self) -> dict:
         status = os.stat(self._records.path)
@@ -134,22 +158,50 @@ class _Source:
             "mtime_ns": status.st_mtime_ns,
         }
 
-    def records(self, writer: StoreWriter) -> Iterator[tuple[int, dict]]:
-        """The records of the file; when they end, `writer` has put them all into its arrays."""
+    def records(
+        self,
+        writer: StoreWriter,
+        parse: Callable[[str, dict], Any],
+        skipped: SkippedRecords | None = None,
+        known_bad: Mapping[int, BadRecord] = MappingProxyType({}),
+    ) -> Iterator[tuple[int, Any]]:
+        """The parsed records of the file; when they end, `writer` has put them all into its arrays.
+
+        Bad records are raised, or counted in `skipped`; `known_bad` names more of them by number.
+        """
+        digest, self.num_records, last_bad = hashlib.sha256(), 0, None
+
+        def refuse(error: BadRecord) -> None:
+            nonlocal last_bad
+            if skipped is None:
+                raise error
+            skipped.add(error)
+            last_bad = error
+
         # What a store remembers must hold for readers in any working directory: the real path.
         real_path, unit = self.stamp["path"], self._records.unit
         writer.start_source(lambda number: format_location(real_path, unit, number))
-        for number, value in self._records:
+        for number, value in JsonRecords(self._records.path, digest.update, refuse):
+            try:
+                if number in known_bad:
+                    raise known_bad[number]
+                record = parse(self.location(number), value)
+            except BadRecord as error:
+                refuse(error)
+                continue
             self.num_records += 1
-            yield number, value
+            yield number, record
         writer.flush()
+        if not self.num_records:
+            raise ValueError(f"{self._records.path}: holds no record that can be used; the last one: {last_bad}")
         if self._stamp() != self.stamp:
             raise ValueError(f"{self._records.path}: changed while it was read; run again once it is whole")
+        self._sha256 = digest.hexdigest()
 
     def describe(self) -> dict:
         return {
             **self.stamp,
-            "sha256": self._digest.hexdigest(),
+            "sha256": self._sha256,
             "num_records": self.num_records,
             "unit": self._records.unit,
         }
@@ -161,6 +213,20 @@ def _listed(files: Any) -> list:
     if not listed:
         raise ValueError("no data files were given; name at least one")
     return listed
+
+
+def _tokenizers(
+    tokenizer: Any, formats: TextFormat | Sequence[TextFormat], setting: str, num_files: int
+) -> list[TextTokenizer]:
+    """One for each file; files of one format share it."""
+    formats = [formats] * num_files if isinstance(formats, TextFormat) else formats
+    assert len(formats) == num_files
+    made = {text_format: TextTokenizer(tokenizer, text_format, setting) for text_format in set(formats)}
+    return [made[text_format] for text_format in formats]
+
+
+def _described(formats: TextFormat | Sequence[TextFormat]) -> Any:
+    return asdict(formats) if isinstance(formats, TextFormat) else [asdict(one) for one in formats]
 
 
 def _store_key(kind: str, settings: dict, sources: list[_Source]) -> str:

@@ -90,6 +90,11 @@ class StoreWriter:
         self._record_ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "row_id": []}
         self._num_characters = self._num_distinct_characters = 0
 
+    def encode_with(self, sides: dict[str, TextTokenizer]) -> None:
+        """Encode the files that follow with these, of the same names."""
+        assert not self._numbers and sides.keys() == self._sides.keys()
+        self._sides = sides
+
     def start_source(self, location: Callable[[int], str]) -> None:
         """The records that follow are of a file whose record numbers `location` turns into places."""
         assert not self._numbers, "a chunk holds records of one file"

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ds_embed.config.data_arguments import TEXT_PLACE
+
 # Any would do: they only show what the tokenizer puts around a text.
 _PROBE_TEXTS = ("a probe of the tokenizer", "one", "1")
 
@@ -24,7 +26,8 @@ _PROBE_TEXTS = ("a probe of the tokenizer", "one", "1")
 class TextFormat:
     """How a text of one kind (query or document) becomes tokens.
 
-    prefix: put in front as it is, such as "query: "; the whole is then stripped of blanks.
+    prefix: put in front as it is, such as "query: "; the whole is then stripped of blanks. What stands
+        behind a {text} in it comes behind the text, and is never cut off.
     max_length: most tokens of one text, special tokens and EOS included.
     append_eos: end every text with the tokenizer's EOS (for decoders pooled at the last token).
     """
@@ -64,8 +67,8 @@ class SpecialTokens:
 class TextTokenizer:
     """Turns texts into token ids by one TextFormat.
 
-    The prefix is put in front and the whole stripped; what is too long loses its end; head and tail
-    come after that, so that EOS or [SEP] is always there. Special tokens spelled out in a text (or in
+    The prefix is put in front and the whole stripped; what is too long loses its end; suffix, head and
+    tail come after that, so that EOS or [SEP] is always there. Special tokens spelled out in a text (or in
     the prefix), such as "</s>", are plain text: data cannot smuggle in control tokens. Where a
     tokenizer's own vocabulary still maps the spelling to the control id (Unigram does), that id is
     dropped. What the tokenizer says about padding and truncation plays no part and is left as it was.
@@ -74,16 +77,37 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any, text_format: TextFormat, setting: str = "max_length"):
         self._backend = _backend_of(tokenizer)
-        self._prefix = text_format.prefix
-        self.special_tokens = SpecialTokens.of(tokenizer, text_format.append_eos)
-        num_special = len(self.special_tokens.head) + len(self.special_tokens.tail)
-        if text_format.max_length < num_special + 1:
-            raise ValueError(
-                f"{setting}={text_format.max_length} leaves no room for text beside the {num_special} "
-                f"special tokens that stand around it; set {setting} to {num_special + 1} or more"
-            )
-        self._max_body_tokens = text_format.max_length - num_special
+        self._prefix, _, suffix = text_format.prefix.partition(TEXT_PLACE)
         self._is_control = _control_ids(tokenizer, self._backend)
+        self.special_tokens = SpecialTokens.of(tokenizer, text_format.append_eos)
+        head, tail = self.special_tokens.head, (*self._suffix_ids(suffix), *self.special_tokens.tail)
+        self._head, self._tail = head, tail
+        num_around = len(head) + len(tail)
+        num_prefix = len(self._ids([self._prefix.strip()])[0])
+        if text_format.max_length < num_around + num_prefix + 1:
+            kinds = "special tokens" if text_format.prefix == "" else "tokens of prefix and special tokens"
+            raise ValueError(
+                f"{setting}={text_format.max_length} leaves no room for text beside the {num_around + num_prefix} "
+                f"{kinds} that stand around it; set {setting} to {num_around + num_prefix + 1} or more"
+            )
+        self._max_body_tokens = text_format.max_length - num_around
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        with _plain_settings(self._backend) as backend:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _suffix_ids(self, suffix: str) -> tuple[int, ...]:
+        """The tokens of what stands behind every text, as they follow one."""
+        if not suffix:
+            return ()
+        for text in _PROBE_TEXTS:
+            bare, longer = self._ids([text, text + suffix])
+            if longer[: len(bare)] == bare:
+                return tuple(index for index in longer[len(bare) :] if not self._is_control[index])
+        raise ValueError(
+            f"the prefix's '{suffix}' behind {TEXT_PLACE} becomes one token with the end of a text; "
+            "let it start with a blank or a new line"
+        )
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Encode T texts into one flat array.
@@ -93,11 +117,7 @@ class TextTokenizer:
         """
         if not texts:
             return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)
-        with _plain_settings(self._backend) as backend:
-            encodings = backend.encode_batch_fast(
-                [(self._prefix + text).strip() for text in texts], add_special_tokens=False
-            )
-        id_lists = [encoding.ids for encoding in encodings]
+        id_lists = self._ids([(self._prefix + text).strip() for text in texts])
         counts = np.fromiter(map(len, id_lists), np.int64, len(id_lists))
         body = np.fromiter(itertools.chain.from_iterable(id_lists), np.int32, int(counts.sum()))
         is_control = self._is_control[body]
@@ -109,9 +129,9 @@ class TextTokenizer:
         kept = np.minimum(counts, self._max_body_tokens)
         position = np.arange(len(body)) - np.repeat(np.cumsum(counts) - counts, counts)
         body = body[position < self._max_body_tokens]
-        head, tail = self.special_tokens.head, self.special_tokens.tail
-        num_special = len(head) + len(tail)
-        lengths = kept + num_special
+        head, tail = self._head, self._tail
+        num_around = len(head) + len(tail)
+        lengths = kept + num_around
         ends = np.cumsum(lengths)
         tokens = np.empty(int(ends[-1]), np.int32)
         is_body = np.ones(len(tokens), bool)
@@ -122,7 +142,7 @@ class TextTokenizer:
             tokens[ends - len(tail) + index] = token
             is_body[ends - len(tail) + index] = False
         tokens[is_body] = body
-        return tokens, lengths, counts + num_special
+        return tokens, lengths, counts + num_around
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], text_format: TextFormat) -> list[np.ndarray]:

@@ -107,6 +107,7 @@ class Sums:
     positive_similarity: Tensor  # () sum of the positives' cosines
     negative_similarity: Tensor  # () sum of the highest negative cosine, over anchors that have a negative
     num_with_negatives: Tensor  # ()
+    margin: Tensor  # () sum of the positive's cosine less the highest negative's, over the same anchors
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self.values(), other.values())))
@@ -116,7 +117,7 @@ class Sums:
 
     @classmethod
     def zero(cls, like: Tensor) -> "Sums":
-        return cls(*like.new_zeros(6))
+        return cls(*like.new_zeros(7))
 
 
 def finish_tile(
@@ -136,4 +137,5 @@ def finish_tile(
         positive.sum() / scale,
         highest[has_negatives].sum() / scale,
         has_negatives.sum().to(loss),
+        (positive - highest)[has_negatives].sum() / scale,
     )

@@ -4,8 +4,8 @@ import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
-from ds_embed.config import TextArguments
-from ds_embed.config.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX
+from ds_embed.config import ModelArguments, TextArguments
+from ds_embed.config.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX, unescape
 from ds_embed.data.tokenize import TextFormat
 
 CARD_NAME = "ds_embed.json"
@@ -24,22 +24,24 @@ class EmbeddingCard:
     base_model: str  # folder or hub name that an adapter belongs to
     consumed_samples: int  # samples the model was trained on; 0 for a base model
     temperature: float | None = None  # of the loss at the end of training; None for a base model
+    bidirectional: bool = False  # whether a decoder's tokens see the whole text; encoders' always do
 
     @classmethod
     def choose(
         cls,
         text: TextArguments,
-        pooling: str | None,
+        model: ModelArguments,
         *,
         decoder: bool,
+        bidirectional: bool,
         base: str,
         known: "EmbeddingCard | None",
         longest: int | None,
     ) -> "EmbeddingCard":
         """The card of a model: what the flags say, else what its own card `known` says, else our defaults.
 
-        longest: tokens that the model has positions for, None where nothing limits them. ValueError
-        when a length exceeds it.
+        bidirectional: whether the model is so by itself. longest: tokens that it has positions for, None
+        where nothing limits them. ValueError when a length exceeds it, or for a pooling that sees one token.
         """
 
         def first(*choices):
@@ -47,6 +49,10 @@ class EmbeddingCard:
 
         def of_known(name):
             return None if known is None else getattr(known, name)
+
+        def prefix(name, default):
+            flag = getattr(text, name)
+            return first(of_known(name), default) if flag is None else unescape(flag)
 
         default_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
         lengths = {
@@ -59,15 +65,23 @@ class EmbeddingCard:
                 raise ValueError(
                     f"--{flag} {length}: {base} has positions for {longest} tokens; set it to at most {longest}"
                 )
+        pooling = first(model.pooling, of_known("pooling"), "last" if decoder else "mean")
+        bidirectional = bidirectional or first(model.bidirectional, of_known("bidirectional"), False)
+        if pooling == "cls" and not bidirectional:
+            raise ValueError(
+                f"--pooling cls: the first token of {base}, a causal decoder, sees none of the text behind it; "
+                "choose last, mean or weighted_mean, or set --bidirectional true"
+            )
         return cls(
-            pooling=first(pooling, of_known("pooling"), "last" if decoder else "mean"),
-            query_prefix=first(text.query_prefix, of_known("query_prefix"), DEFAULT_QUERY_PREFIX),
-            doc_prefix=first(text.doc_prefix, of_known("doc_prefix"), DEFAULT_DOC_PREFIX),
+            pooling=pooling,
+            query_prefix=prefix("query_prefix", DEFAULT_QUERY_PREFIX),
+            doc_prefix=prefix("doc_prefix", DEFAULT_DOC_PREFIX),
             **lengths,
             append_eos=decoder,
             base_model=base,
             consumed_samples=first(of_known("consumed_samples"), 0),
             temperature=of_known("temperature"),
+            bidirectional=bidirectional,
         )
 
     def text_formats(self) -> tuple[TextFormat, TextFormat]:

@@ -12,44 +12,78 @@ import torch
 from torch import Tensor, nn
 
 from ds_embed.config.step_arguments import MIN_LEARNED_TEMPERATURE
-from ds_embed.models.pooling import pool, token_mask
+from ds_embed.models.attention import BidirectionalAttention, CausalAttention, EncoderAttention
+from ds_embed.models.pooling import pool
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder
+SAME_STATE = 1e-4  # relative difference up to which two states of a token count as the same
 
 
 class TextEncoder(nn.Module):
     """A Hugging Face backbone (bare, or wrapped by PEFT), pooling, and L2 normalisation."""
 
-    def __init__(self, backbone: nn.Module, pooling: str, causal: bool):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pooling: str,
+        attention: EncoderAttention | CausalAttention | BidirectionalAttention,
+        check_attention: bool = True,
+    ):
+        """check_attention: see _check_attention; tensors without data can't be compared."""
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
-        self.causal = causal
+        self.attention = attention
+        self._attention_is_checked = not check_attention
         self.register_parameter(LOG_SCALE_CHANGE, None)
 
     def learn_temperature(self) -> None:
         """Add the parameter of a learned temperature; forward then returns its value (1,) beside the vectors."""
         self.log_scale_change = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True) -> Tensor | tuple[Tensor, Tensor]:
         """Unit vectors (B, D) in float32 of token ids (B, S), right-padded, of `lengths` (B,).
 
         has_padding: False promises that every text has S tokens, which saves the attention mask.
         """
-        attention_mask = None
-        # In a causal model no token of a right-padded text sees the padding behind it, so the
-        # mask would change nothing but the kernel: without it attention takes the fast causal path.
-        if has_padding and not self.causal:
-            attention_mask = token_mask(lengths, input_ids.shape[1]).long()
-        arguments = {"use_cache": False} if self.causal else {}
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **arguments).last_hidden_state
+        if not self._attention_is_checked:
+            self._check_attention(input_ids)
+        states = self._states(input_ids, lengths, has_padding)
         vectors = nn.functional.normalize(pool(states, lengths, self.pooling), dim=1)
         if self.log_scale_change is None:
             return vectors
         # A product, since under ZeRO-3 the parameter itself is empty again after the forward pass.
         return vectors, self.log_scale_change.float() * 1.0
+
+    def _states(self, input_ids: Tensor, lengths: Tensor, has_padding: bool) -> Tensor:
+        dtype = next(self.backbone.parameters()).dtype
+        arguments = self.attention.arguments(lengths, input_ids.shape[1], has_padding, dtype)
+        return self.backbone(input_ids=input_ids, **arguments).last_hidden_state
+
+    @torch.no_grad()
+    def _check_attention(self, like: Tensor) -> None:
+        """See once, by trying, that the first token depends on those behind it just when it should.
+
+        It runs within the first forward pass, on whatever device and under whatever partitioning that has,
+        and draws no random numbers. A RuntimeError would mean that the model's code does not do as it is told.
+        """
+        was_training = self.backbone.training
+        self.backbone.eval()
+        ids = torch.tensor([[10, 11, 12, 13], [10, 15, 16, 17]], device=like.device)
+        lengths = torch.full((1,), 4, device=like.device)
+        first, other = (self._states(text[None], lengths, False)[0, 0].float() for text in ids)
+        self.backbone.train(was_training)
+        if not torch.isfinite(first).all():
+            return  # weights that are no numbers show nothing, and whoever uses the vectors will notice
+        sees_behind = bool((first - other).norm() > SAME_STATE * first.norm())
+        is_causal = isinstance(self.attention, CausalAttention)
+        if sees_behind == is_causal:
+            found, wanted = ("bidirectional", "causal") if is_causal else ("causal", "bidirectional")
+            raise RuntimeError(
+                f"{type(self.backbone).__name__}: its attention is {found} and should be {wanted}; "
+                "another --attn_implementation may do"
+            )
+        self._attention_is_checked = True
 
 
 def learned_temperature(initial: float, log_scale_change: float) -> float:

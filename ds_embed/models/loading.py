@@ -2,15 +2,28 @@
 
 import contextlib
 import inspect
+import json
+import pickle
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
 from ds_embed.config import ModelArguments, TextArguments
+from ds_embed.models.attention import (
+    BidirectionalAttention,
+    CausalAttention,
+    EncoderAttention,
+    check_bidirectional,
+    is_bidirectional,
+    make_bidirectional,
+)
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.math_attention import register_math_kernel
 
 # What transformers' models call the table of learned positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -26,12 +39,14 @@ class ModelSource:
     card: EmbeddingCard | None
 
 
-def find_model(model_name_or_path: str, adapter_path: str | None = None) -> ModelSource:
+def find_model(
+    model_name_or_path: str, adapter_path: str | None = None, flag: str = "model_name_or_path"
+) -> ModelSource:
     """Resolve a base model, a run folder, a PEFT folder, or a base plus an adapter.
 
     Raises ValueError naming the flag when a folder does not exist or holds no model.
     """
-    folder = _model_folder("model_name_or_path", model_name_or_path)
+    folder = _model_folder(flag, model_name_or_path)
     if adapter_path is not None:
         adapter = _model_folder("adapter_path", adapter_path)
         if adapter is None or not (adapter / "adapter_config.json").exists():
@@ -44,7 +59,7 @@ def find_model(model_name_or_path: str, adapter_path: str | None = None) -> Mode
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base_folder = _model_folder("model_name_or_path", base, hint=f" (the base model that {folder} names)")
+    base_folder = _model_folder(flag, base, hint=f" (the base model that {folder} names)")
     return ModelSource(str(base_folder or base), folder, str(folder), EmbeddingCard.load(folder))
 
 
@@ -71,7 +86,8 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
+        with _without_foreign_code(source.base):
+            config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -94,13 +110,21 @@ def is_decoder(config: Any) -> bool:
 def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments) -> EmbeddingCard:
     """How texts become vectors: flags, else the model's own card, else our defaults for its kind.
 
-    ValueError when a length exceeds what the model has positions for.
+    ValueError when a length exceeds what the model has positions for, or its attention can't be as asked.
     """
     config = load_config(source, model.trust_remote_code)
+    decoder = is_decoder(config)
+    if not decoder and model.bidirectional is False:
+        raise ValueError(f"--bidirectional false: {source.base} is a BERT-style encoder, which always is bidirectional")
+    if decoder:
+        known = None if source.card is None else source.card.bidirectional
+        asked = known if model.bidirectional is None else model.bidirectional
+        check_bidirectional(config, asked, source.base)
     return EmbeddingCard.choose(
         text,
-        model.pooling,
-        decoder=is_decoder(config),
+        model,
+        decoder=decoder,
+        bidirectional=not decoder or is_bidirectional(config),
         base=source.base,
         known=source.card,
         longest=longest_text(config),
@@ -130,58 +154,75 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     """The fast tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
+    with _without_foreign_code(source.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ValueError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
     return tokenizer
 
 
 def load_encoder(
-    source: ModelSource, *, pooling: str, bf16: bool, attn_implementation: str | None, trust_remote_code: bool
+    source: ModelSource,
+    *,
+    pooling: str,
+    bidirectional: bool,
+    bf16: bool,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> TextEncoder:
     """The encoder with its base weights (and adapter, frozen, where the source has one).
 
+    bidirectional: whether a decoder's tokens see the whole text; encoders' always do.
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
     from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
+    register_math_kernel()
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, trust_remote_code)
-    with _named_attention(attn_implementation):
+    with _named_attention(attn_implementation), _without_foreign_code(source.base):
         backbone = AutoModel.from_pretrained(
             source.base, config=config, attn_implementation=attn_implementation, **options
         )
+    attention = _attention_of(backbone, config, bidirectional)
     if source.adapter is not None:
-        from peft import PeftModel
-
-        backbone = PeftModel.from_pretrained(backbone, str(source.adapter))
-        backbone = backbone.to(options["dtype"])
-    return TextEncoder(backbone, pooling, causal=is_decoder(config))
+        backbone = put_adapter_on(backbone, source.adapter).to(options["dtype"])
+    return TextEncoder(backbone, pooling, attention)
 
 
 def build_encoder(
-    config: Any, *, pooling: str, bf16: bool, attn_implementation: str | None, trust_remote_code: bool
+    config: Any,
+    *,
+    pooling: str,
+    bidirectional: bool,
+    bf16: bool,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> TextEncoder:
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
     from transformers import AutoModel
 
+    register_math_kernel()
     options = _model_options(config, bf16, trust_remote_code)
-    with _named_attention(attn_implementation):
+    with _named_attention(attn_implementation), _without_foreign_code(config.name_or_path):
         backbone = AutoModel.from_config(config, attn_implementation=attn_implementation, **options)
-    return TextEncoder(backbone, pooling, causal=is_decoder(config))
+    return TextEncoder(backbone, pooling, _attention_of(backbone, config, bidirectional), check_attention=False)
 
 
 def _model_options(config: Any, bf16: bool, trust_remote_code: bool) -> dict[str, Any]:
     """What AutoModel is told about every backbone."""
-    from transformers import MODEL_MAPPING
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return {"dtype": dtype, "trust_remote_code": trust_remote_code, **without_pooler(config)}
 
-    options = {"dtype": torch.bfloat16 if bf16 else torch.float32, "trust_remote_code": trust_remote_code}
-    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
-    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False  # BERT's pooler would be trained without ever being used
-    return options
+
+def _attention_of(
+    backbone: torch.nn.Module, config: Any, bidirectional: bool
+) -> EncoderAttention | CausalAttention | BidirectionalAttention:
+    if not is_decoder(config):
+        return EncoderAttention()
+    return make_bidirectional(backbone) if bidirectional else CausalAttention()
 
 
 @contextlib.contextmanager
@@ -193,3 +234,53 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
         if attn_implementation is None:
             raise
         raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
+
+
+def put_adapter_on(backbone: torch.nn.Module, adapter: Path) -> Any:
+    """The backbone wrapped by PEFT, with the frozen LoRA matrices of the folder `adapter`."""
+    from peft import PeftModel
+
+    _refuse_named_modules(adapter)
+    with _without_foreign_code(str(adapter)), warnings.catch_warnings():
+        # About a call of PEFT's to transformers, which a user can do nothing about.
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(backbone, str(adapter))
+
+
+def without_pooler(config: Any) -> dict[str, Any]:
+    """What from_pretrained must be told so that no pooler is built: BERT's would be trained without ever being used."""
+    from transformers import MODEL_MAPPING
+
+    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
+
+
+@contextlib.contextmanager
+def _without_foreign_code(name: str) -> Iterator[None]:
+    """ValueError naming the model when reading it would run code of its own, or its weights are not plain tensors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{name}: its weights can't be read as plain tensors, and nothing else of them is run ({reason}); "
+            "bring back the file, best as .safetensors"
+        ) from None
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: comes with Python code of its own, which is not run; read it, and if you trust it give "
+            "--trust_remote_code true"
+        ) from None
+
+
+def _refuse_named_modules(adapter: Path) -> None:
+    """PEFT imports the module that an adapter names as its Megatron; we train no such adapter."""
+    content = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if content.get("megatron_config") is not None:
+        raise ValueError(f"{adapter}: adapter_config.json has megatron_config; such adapters are not supported")

@@ -26,7 +26,9 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
     try:
         encoder.backbone = get_peft_model(encoder.backbone, config)
     except ValueError as error:
-        linear = sorted({n.split(".")[-1] for n, m in encoder.backbone.named_modules() if isinstance(m, torch.nn.Linear)})
+        linear = sorted(
+            {n.split(".")[-1] for n, m in encoder.backbone.named_modules() if isinstance(m, torch.nn.Linear)}
+        )
         raise ValueError(
             f"--lora_target_modules {' '.join(modules)}: {error}; linear modules of this model: {', '.join(linear)}"
         ) from None

@@ -19,6 +19,7 @@ from typing import TextIO
 import ir_measures
 import numpy as np
 
+from ds_embed.data.formats.trec import read_judgments, read_run, unique_judgments
 from ds_embed.data.json_files import read_json_objects
 from ds_embed.data.records import parse_query_record
 from ds_embed.durable import replaced_when_whole
@@ -29,13 +30,15 @@ DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@1", "R@10", "R@100")
 _EXAMPLES = ", ".join(DEFAULT_MEASURES)
 # Their means are means over queries; counts such as NumRet are summed instead.
 _FAMILIES = ("nDCG", "RR", "R", "P", "AP", "Success", "Rprec")
-_BEIR_HEADER = ["query-id", "corpus-id", "score"]
 _QUERIES_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class SearchRun:
-    """What search returned, with names: scores and indices (N, k), a row for each of `query_ids`."""
+    """What search returned, with names: scores and indices (N, k), a row for each of `query_ids`.
+
+    An index of -1, which approximate search may give, stands for no document.
+    """
 
     query_ids: Sequence[str]
     document_ids: Sequence[str]
@@ -44,7 +47,7 @@ class SearchRun:
 
     def items(self) -> Iterator[tuple[str, dict[str, float]]]:
         for query_id, scores, indices in zip(self.query_ids, self.scores, self.indices):
-            yield query_id, {self.document_ids[i]: s for i, s in zip(indices.tolist(), scores.tolist())}
+            yield query_id, {self.document_ids[i]: s for i, s in zip(indices.tolist(), scores.tolist()) if i >= 0}
 
 
 @dataclass(frozen=True)
@@ -87,74 +90,79 @@ def read_qrels(path: str | os.PathLike) -> Qrels:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; give a TREC qrels file or a BEIR tsv")
     qrels: Qrels = {}
-    beir = None
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                if beir is None:
-                    beir = line.rstrip("\r\n").split("\t") == _BEIR_HEADER
-                    if beir:
-                        continue
-                query_id, document_id, relevance = _judgment(f"{path}:{number}", line, beir)
-                before = qrels.setdefault(query_id, {}).setdefault(document_id, relevance)
-                if before != relevance:
-                    raise ValueError(
-                        f"{path}:{number}: document '{document_id}' has relevance {relevance} for query "
-                        f"'{query_id}' and had {before} further up; keep one of the two"
-                    )
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    for _, judgment in unique_judgments(read_judgments(path)):
+        qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
     if not any(relevance > 0 for judged in qrels.values() for relevance in judged.values()):
         raise ValueError(f"{path}: judges no document relevant (above 0), so there is nothing to measure")
     return qrels
 
 
-def _judgment(where: str, line: str, beir: bool) -> tuple[str, str, int]:
-    columns = line.rstrip("\r\n").split("\t") if beir else line.split()
-    if len(columns) != (3 if beir else 4):
-        raise ValueError(
-            f"{where}: {len(columns)} columns; want 'query-id 0 doc-id relevance' (TREC), or tab-separated "
-            f"query, document, score under the header {' '.join(_BEIR_HEADER)} (BEIR)"
-        )
-    query_id, document_id, relevance = columns[0], columns[-2], columns[-1]
-    try:
-        return query_id, document_id, int(relevance)
-    except ValueError:
-        raise ValueError(f"{where}: relevance '{relevance}', want a whole number") from None
+def load_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
+    """A TREC run file as {query id: {document id: score}}, all of it in memory.
+
+    ValueError with file and line: other columns, a score that is no number, a document twice for a query.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; give a TREC run file")
+    run: dict[str, dict[str, float]] = {}
+    for where, line in read_run(path):
+        scores = run.setdefault(line.query_id, {})
+        if line.doc_id in scores:
+            raise ValueError(f"{where}: document '{line.doc_id}' stands twice for query '{line.query_id}'; keep one")
+        scores[line.doc_id] = line.score
+    return run
 
 
-def match_qrels(
-    qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[str], source: str
-) -> list[str]:
+def match_qrels(qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[str] | None, source: str) -> list[str]:
     """Check that judgments and vectors speak of the same ids; returns the query ids without judgments.
 
-    `source` names the judgments in errors. ValueError, with the count, an example and the cure: no
-    query has judgments, or judged queries or relevant documents have no vector (scoring them 0 would
-    blame the model for a wrong file).
+    `source` names the judgments in errors; document_ids of None are not looked at. ValueError, with the
+    count, an example and the cure: no query has judgments, or judged queries or relevant documents have
+    no vector (scoring them 0 would blame the model for a wrong file).
     """
     unjudged = [query_id for query_id in query_ids if query_id not in qrels]
-    missing = set(qrels).difference(query_ids)
+    missing, unknown, num_relevant = _without_vectors(qrels, query_ids, document_ids)
     if len(missing) == len(qrels):
         raise ValueError(
-            f"{source}: none of its {len(qrels)} queries, such as '{next(iter(qrels))}', has a vector; "
+            f"{source}: none of its {len(qrels)} queries, such as '{missing[0]}', has a vector; "
             "give the judgments of the queries that were encoded"
         )
     if missing:
-        example = next(query_id for query_id in qrels if query_id in missing)
         raise ValueError(
-            f"{source}: {len(missing)} of {len(qrels)} judged queries have no vector, such as '{example}'; "
-            "encode these queries too, or take them out of the judgments"
+            f"{source}: {len(missing)} of {len(qrels)} judged queries have no vector, such as '{missing[0]}'; "
+            "encode these queries too, take them out of the judgments, or set --skip_unknown true"
         )
-    relevant = {name for judged in qrels.values() for name, relevance in judged.items() if relevance > 0}
-    unknown = relevant.difference(document_ids)
     if unknown:
         raise ValueError(
-            f"{source}: {len(unknown)} of {len(relevant)} relevant document ids are not in the corpus, such "
-            f"as '{min(unknown)}'; encode the documents that are judged, or give this corpus's judgments"
+            f"{source}: {len(unknown)} of {num_relevant} relevant document ids are not in the corpus, such as "
+            f"'{min(unknown)}'; encode the documents that are judged, give this corpus's judgments, or set "
+            "--skip_unknown true"
         )
     return unjudged
+
+
+def skip_unknown(
+    qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[str] | None
+) -> tuple[Qrels, dict[str, int]]:
+    """The judgments of the queries that have a vector, and what is unknown, by its name in metrics.json.
+
+    Relevant documents that aren't in the corpus stay: they count as not retrieved, as trec_eval has it.
+    """
+    absent = set(qrels).difference(query_ids)
+    known = {query_id: judged for query_id, judged in qrels.items() if query_id not in absent}
+    _, unknown, _ = _without_vectors(known, query_ids, document_ids)
+    counts = {"num_judged_queries_without_vector": len(absent), "num_relevant_documents_without_vector": len(unknown)}
+    return known or qrels, counts  # where nothing is known, match_qrels says so
+
+
+def _without_vectors(
+    qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[str] | None
+) -> tuple[list[str], set[str], int]:
+    """Judged queries and relevant documents that have no vector, and the number of relevant documents."""
+    absent = set(qrels).difference(query_ids)
+    missing = [query_id for query_id in qrels if query_id in absent]
+    relevant = {name for judged in qrels.values() for name, relevance in judged.items() if relevance > 0}
+    return missing, set() if document_ids is None else relevant.difference(document_ids), len(relevant)
 
 
 def parse_measures(names: Iterable[str], depth: int | None = None) -> list:

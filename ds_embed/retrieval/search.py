@@ -36,7 +36,7 @@ def search(
     its own rounding of the midpoint of two float32 values. Blocks count queries and documents.
     ValueError: k above M, shapes or dtypes that do not fit, NaN or infinite scores, no such device.
     """
-    _check(queries, documents, k, tie_rank)
+    check_search(queries, documents, k, tie_rank)
     num_documents = len(documents)
     target = _device(device)
     if query_block is None:
@@ -55,9 +55,7 @@ def search(
         ranks = torch.tensor(tie_rank, dtype=torch.int64, device=target)
         # Select in fp32, which is fast, and more than k, because its rounding can swap neighbours.
         num_candidates = min(num_documents, k + max(32, k // 4))
-        candidates, bound = _candidates(
-            queries, documents, num_candidates, target, query_block, document_block
-        )
+        candidates, bound = _candidates(queries, documents, num_candidates, target, query_block, document_block)
         keys = _exact_keys_of(queries, documents, candidates, ranks).topk(k, dim=1).values
         del candidates
         # Sure where no document that was left out can reach the k-th place.
@@ -106,19 +104,41 @@ def _candidates(queries, documents, num_candidates, device, query_block, documen
     return torch.cat([indices.cpu() for _, indices in best.values()]), bound
 
 
-def _exact_keys_of(queries, documents, candidates, ranks):
-    """Keys (N, C) of the candidates' exact scores; documents are read in ascending order."""
-    num_candidates = candidates.shape[1]
-    flat = candidates.numpy().ravel()
-    order = np.argsort(flat, kind="stable")
-    scores = torch.empty(len(flat), dtype=torch.float32)
+def pair_scores(
+    queries: np.ndarray, documents: np.ndarray, query_rows: np.ndarray, document_rows: np.ndarray, device: str = "cpu"
+) -> np.ndarray:
+    """Scores (P,) float32 of P pairs of rows, summed in float64: the numbers that search gives.
+
+    Documents are read in ascending order, a block of pairs at a time.
+    """
+    target = torch.device(device)
+    order = np.argsort(document_rows, kind="stable")
+    scores = torch.empty(len(order), dtype=torch.float32)
     pairs = max(1, MEMORY_BYTES // (128 * queries.shape[1]))  # two rows in fp32 and float64, their product
     for start in range(0, len(order), pairs):
         chosen = order[start : start + pairs]
-        query_rows = _load(queries[chosen // num_candidates], ranks.device, torch.float64)
-        document_rows = _load(documents[flat[chosen]], ranks.device, torch.float64)
-        scores[torch.from_numpy(chosen)] = (query_rows * document_rows).sum(dim=1).float().cpu()
-    return _keys(scores.view(candidates.shape), ranks.cpu()[candidates])
+        left = _load(queries[query_rows[chosen]], target, torch.float64)
+        right = _load(documents[document_rows[chosen]], target, torch.float64)
+        scores[torch.from_numpy(chosen)] = (left * right).sum(dim=1).float().cpu()
+    return scores.numpy()
+
+
+def best_of(scores: np.ndarray, rows: np.ndarray, k: int, tie_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of C scored documents of each query, (N, C) to (N, k), in the order of search.
+
+    A place without a document has the score -inf and the row -1, and comes last.
+    """
+    keys = _keys(torch.from_numpy(scores), torch.from_numpy(tie_rank[rows]))
+    places = keys.topk(k, dim=1).indices.numpy()
+    return np.take_along_axis(scores, places, axis=1), np.take_along_axis(rows, places, axis=1)
+
+
+def _exact_keys_of(queries, documents, candidates, ranks):
+    """Keys (N, C) of the candidates' exact scores."""
+    num_queries, num_candidates = candidates.shape
+    query_rows = np.repeat(np.arange(num_queries, dtype=np.int32), num_candidates)
+    scores = pair_scores(queries, documents, query_rows, candidates.numpy().ravel(), ranks.device)
+    return _keys(torch.from_numpy(scores).view(candidates.shape), ranks.cpu()[candidates])
 
 
 def _exact_keys(queries, documents, k, ranks, query_block, document_block):
@@ -202,15 +222,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check(queries, documents, k, tie_rank) -> None:
+def check_search(queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray | None) -> None:
+    """What search asks of its arguments, as ValueErrors."""
     for name, rows in (("queries", queries), ("documents", documents)):
         if rows.ndim != 2 or rows.dtype != np.float32 or 0 in rows.shape:
             found = f"{rows.dtype} {rows.shape}"
             raise ValueError(f"{name}: want float32 rows of shape (n, D), neither 0; got {found}")
     if queries.shape[1] != documents.shape[1]:
         raise ValueError(
-            f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}; "
-            "use one model for both"
+            f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}; use one model for both"
         )
     if not 1 <= k <= len(documents):
         count = len(documents)

@@ -18,9 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ds_embed.config import LoraArguments, ModelArguments
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.dropout import use_cpu_dropout
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import build_encoder
 from ds_embed.models.lora import add_lora
+from ds_embed.models.math_attention import training_kernel
 
 # Attention on tensors that say they are on a CPU, which torch's registry of FLOPs lacks: where the queries stand among
 # the arguments. Two matrix products forward, and five backward, which computes the scores again.
@@ -90,8 +93,8 @@ class ModelCost:
 
 
 def measure_model(
-    config: Any, pooling: str, model: ModelArguments, lora: LoraArguments, *,
-    bf16: bool, gradient_checkpointing: bool, learnable_temperature: bool, num_tokens: int,
+    config: Any, card: EmbeddingCard, model: ModelArguments, lora: LoraArguments, *,
+    bf16: bool, gradient_checkpointing: bool, learnable_temperature: bool, num_tokens: int, on_gpu: bool,
 ) -> ModelCost:  # fmt: skip
     """Count what the model of a transformers `config` takes, with texts of at most num_tokens tokens.
 
@@ -102,7 +105,8 @@ def measure_model(
     num_tokens = max(2, num_tokens - num_tokens % 2)
     with torch.device("meta"):
         encoder = build_encoder(
-            config, pooling=pooling, bf16=bf16, attn_implementation=model.attn_implementation,
+            config, pooling=card.pooling, bidirectional=card.bidirectional, bf16=bf16,
+            attn_implementation=training_kernel(config, model.attn_implementation, "cuda" if on_gpu else "cpu"),
             trust_remote_code=model.trust_remote_code,
         )  # fmt: skip
         if gradient_checkpointing:
@@ -113,6 +117,8 @@ def measure_model(
             add_lora(encoder, lora, seed=0, dtype=torch.bfloat16 if bf16 else torch.float32)
         if learnable_temperature:
             encoder.learn_temperature()
+    if not on_gpu:
+        use_cpu_dropout(encoder)
     encoder.train()
     with FakeTensorMode(allow_non_fake_inputs=True), _one_text_a_row(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels and checkpoints that miss their data

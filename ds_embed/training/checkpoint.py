@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Callable
 
@@ -38,6 +39,10 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints in `folder`, newest first, whole or not."""
     found = [(m, path) for path in folder.glob("step_*") if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
     return sorted(((int(m[1]), path) for m, path in found), reverse=True)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
 
 
 def save_checkpoint(
@@ -103,7 +108,7 @@ def load_checkpoint(engine: Any, world: World, path: Path, state: dict[str, Any]
         reader = _Reader(path)
         reader.check(shapes)
 
-    world.on_main(f"open {path}", open_and_check)
+    world.on_main(f"open {path} after {engine.global_steps} steps", open_and_check)
     restore_state(engine, world, state["adam_step"], reader.read if reader else None)
 
 
@@ -142,9 +147,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
-    for _, path in list_checkpoints(folder)[keep:] if keep else []:
+def prune(folder: Path, keep: int, protected: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints and those of the steps in `protected`; `keep` 0 deletes none."""
+    for step, path in list_checkpoints(folder)[keep:] if keep else []:
+        if step in protected:
+            continue
         # Renamed first: a job killed here must not leave something that looks like a damaged checkpoint.
         away = path.with_name(f"{_HIDDEN}{path.name}-old")
         shutil.rmtree(away, ignore_errors=True)
@@ -186,7 +193,7 @@ class _Writer:
     """Fills a hidden folder beside the checkpoint's place and, at the end, gives it its name."""
 
     def __init__(self, folder: Path, step: int):
-        self.final = folder / f"step_{step:08d}"
+        self.final = checkpoint_path(folder, step)
         self.path = folder / f"{_HIDDEN}{self.final.name}-{os.getpid()}"
         is_first = not folder.exists()
         self.path.mkdir(parents=True)
@@ -235,12 +242,17 @@ class _Reader:
     """The tensors of a checkpoint by name, from however many shards."""
 
     def __init__(self, path: Path):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.path = path
         self.tensors: dict[str, Any] = {}  # name in the file: the open shard that holds it
-        for shard in sorted(path.glob("*.safetensors")):
-            file = safe_open(str(shard), framework="pt")
+        # Those that the manifest vouches for, whatever else lies there.
+        names = json.loads((path / MANIFEST).read_bytes())["files"]
+        for shard in sorted(name for name in names if name.endswith(".safetensors")):
+            try:
+                file = safe_open(str(path / shard), framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path / shard}: not a file of tensors ({error}); remove {path}") from None
             self.tensors |= {name: file for name in file.keys()}
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -13,12 +13,14 @@ from ds_embed.config import (
     OptimizerArguments,
     RunArguments,
     StepArguments,
+    ValidationArguments,
     resolve_deepspeed_config,
 )
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.distributed import EXIT_REQUEUE, World
 from ds_embed.engine import partitioned_loading, start_engine, take_step
+from ds_embed.models.dropout import use_cpu_dropout
 from ds_embed.models.loading import (
     choose_card,
     find_model,
@@ -28,16 +30,24 @@ from ds_embed.models.loading import (
     load_tokenizer,
 )
 from ds_embed.models.lora import add_lora
+from ds_embed.models.math_attention import training_kernel
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
-from ds_embed.training.prepare import check_prefixes, prepare_store, sample_order
+from ds_embed.training.prepare import (
+    check_prefixes,
+    describe_prefixes,
+    file_formats,
+    prepare_store,
+    sample_order,
+)
 from ds_embed.training.report import StepLog, non_finite_message, whole_size
 from ds_embed.training.resume import Start, clear_way, find_start
 from ds_embed.training.run_folder import RunFolder
-from ds_embed.training.save import save_model
+from ds_embed.training.save import load_best, save_model
 from ds_embed.training.schedule import count_steps, learning_rate
 from ds_embed.training.signals import StopRequest
 from ds_embed.training.step import ContrastiveStep, StepResult
+from ds_embed.training.validation import StoppedMeanwhile, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +64,12 @@ class TrainingRun:
         step: StepArguments,
         optimizer: OptimizerArguments,
         run: RunArguments,
+        validation: ValidationArguments,
     ):
         self.world, self.model, self.lora, self.data = world, model, lora, data
         self.step_arguments, self.optimizer, self.run = step, optimizer, run
+        world.set_timeouts(run.rank_timeout_seconds, run.stall_timeout_seconds)
+        self.validation_arguments = validation
         self.deepspeed_config = resolve_deepspeed_config(
             run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
         )
@@ -69,19 +82,27 @@ class TrainingRun:
             check_prefixes(step, config.get_text_config().hidden_size)
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
-        self.store = prepare_store(world, data, step, self.tokenizer, self.card)
+        self.store = prepare_store(world, data.train_files, data, step, self.tokenizer, file_formats(data, self.card))
         self.order = sample_order(self.store, data, step, run.seed)
         self.max_steps = count_steps(self.store.num_records, step.global_batch_size, optimizer)
+        self.validation = None
+        if validation.is_on:
+            self.validation = Validation(
+                world, validation, data, step, run.seed, self.tokenizer, self.card, self.folder
+            )
         self.fingerprint: dict[str, str] = {}  # on rank 0, which reads and writes checkpoints
         commit = getattr(config, "_commit_hash", None)
         self.start = world.on_main("find checkpoint", lambda: self._find_start(commit))
+        self.best = self.start.best
+        self.skipped_steps, self.saved_step = self.start.skipped_steps, self.start.step
 
     def _find_start(self, commit: str | None) -> Start:
         self.fingerprint = fingerprint(
             self.store.manifest, self.source, commit, self.card,
             self.lora, self.data, self.step_arguments, self.optimizer, self.run,
         )  # fmt: skip
-        return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps)
+        best = self.validation.best() if self.validation else None
+        return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps, best)
 
     def require_decoder(self) -> None:
         """ValueError unless the base model is a causal decoder."""
@@ -100,23 +121,25 @@ class TrainingRun:
             )
 
     def train(self) -> None:
-        """Load the model, run the steps from the start to max_steps, write RUN/model/.
+        """Load the model, run the steps from the start to the end, write RUN/model/.
 
         Leaves with SystemExit(EXIT_REQUEUE) when a signal asks for it, after saving a checkpoint.
         """
         if self.start.is_finished:
             return
+        self.world.mark("load model")
+        encoder = self._load_encoder()
+        engine = start_engine(encoder, self.deepspeed_config, self.optimizer, self.world)
+        if self.start.checkpoint is not None:
+            load_checkpoint(engine, self.world, self.start.checkpoint, self.start.state)
+        # Opened last, so that a run that could not start leaves no folder behind.
+        self.world.on_main("open run", self._open_folder)
+        if self.world.is_main:
+            self._print_arithmetic(encoder)
+        # Until here a signal ends the job at once: there is nothing to save.
         with StopRequest(self.world) as stop:
-            encoder = self._load_encoder()
-            engine = start_engine(encoder, self.deepspeed_config, self.optimizer, self.world)
-            if self.start.checkpoint is not None:
-                load_checkpoint(engine, self.world, self.start.checkpoint, self.start.state)
-            # Opened last, so that a run that could not start leaves no folder behind.
-            self.world.on_main("open run", self._open_folder)
-            if self.world.is_main:
-                self._print_arithmetic(encoder)
-            self._run_steps(engine, stop)
-            consumed = self._consumed(self.max_steps)
+            last_step = self._run_steps(engine, stop)
+            consumed = load_best(engine, self.best, last_step, self.folder, self.world) or self._consumed(last_step)
             card = replace(self.card, consumed_samples=consumed, temperature=self.step_arguments.temperature)
             save_model(encoder, self.tokenizer, card, self.folder, self.world)
         self.folder.close()
@@ -125,72 +148,106 @@ class TrainingRun:
 
     def _open_folder(self) -> None:
         settings = [self.model, self.lora, self.data, self.step_arguments, self.optimizer, self.run]
-        self.folder.open(settings, self.deepspeed_config, self.run, self.start.step)
+        settings.append(self.validation_arguments)
+        self.folder.open(settings, self.deepspeed_config, self.run, self.start.step, self.best.last_validation)
         clear_way(self.folder, self.start)
 
     def _consumed(self, number: int) -> int:
         """Samples consumed after step `number`; a resumed run counts on from where its checkpoint stood."""
         return self.start.consumed_samples + (number - self.start.step) * self.step_arguments.global_batch_size
 
-    def _run_steps(self, engine: Any, stop: StopRequest) -> None:
+    def _run_steps(self, engine: Any, stop: StopRequest) -> int:
+        """Train until max_steps or until nothing gets better; returns the last step."""
         contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
-        skipped_steps = self.start.skipped_steps
-        saved_step = self.start.step
+        number = self.start.step
         engine.train()
         with StepLog(self.world, self.folder, self.start.step, self.max_steps, self.run.log_interval) as log:
-            for number in range(self.start.step + 1, self.max_steps + 1):
-                self._leave_if_asked(engine, stop, number - 1, saved_step, skipped_steps)
+            # The model before training, or one whose validation a signal has cut short.
+            self._validate(engine, stop, number, log)
+            while number < self.max_steps and not self.best.is_exhausted:
+                self._leave_if_asked(engine, stop, number)
+                number += 1
                 started = time.perf_counter()
+                self.world.mark("data", number)
                 batch = self._batch(self._consumed(number - 1))
                 rate = learning_rate(number, self.max_steps, self.optimizer)
                 result = contrastive.run(batch)
                 # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
                 # is not: either way no rank has changed a weight.
+                self.world.mark("optimizer")
                 norm = take_step(engine, rate) if result.is_finite else math.nan
                 is_skipped = not math.isfinite(norm)
                 if is_skipped:
-                    skipped_steps += 1
-                    self._report_skip(number, result, batch, skipped_steps)
+                    self.skipped_steps += 1
+                    self._report_skip(number, result, batch)
                 seconds = time.perf_counter() - started
-                log.add(number, self._consumed(number), rate, norm, result, seconds, skipped_steps if is_skipped else None)
+                skipped_steps = self.skipped_steps if is_skipped else None
+                log.add(number, self._consumed(number), rate, norm, result, seconds, skipped_steps)
+                # Before the checkpoint, so that the checkpoint knows the outcome.
+                is_among_best = self._validate(engine, stop, number, log)
+                is_last = number == self.max_steps or self.best.is_exhausted
                 interval = self.run.save_interval
-                if number == self.max_steps or interval and number % interval == 0:
-                    self._save(engine, number, skipped_steps)
-                    saved_step = number
+                if is_last or is_among_best or interval and number % interval == 0:
+                    self._save(engine, number)
+        if number < self.max_steps and self.world.is_main:
+            logger.info(
+                "stopped after step %d of %d: %d validation(s) without a better %s (--early_stopping_patience)",
+                number, self.max_steps, self.best.num_without_better, self.best.metric,
+            )  # fmt: skip
+        return number
 
-    def _leave_if_asked(self, engine: Any, stop: StopRequest, number: int, saved_step: int, skipped: int) -> None:
+    def _validate(self, engine: Any, stop: StopRequest, number: int, log: StepLog) -> bool:
+        """Measure the model if that is due after step `number`; True when it is one of the best, to be saved."""
+        if self.validation is None or number == self.best.last_validation:
+            return False
+        if not self.validation.is_due(number, self.max_steps):
+            return False
+        self.world.mark("validate")
+        started, consumed = time.perf_counter(), self._consumed(number)
+        try:
+            metrics = self.validation.run(engine, consumed, stop)
+        except StoppedMeanwhile:  # the resumed run will do it
+            self._leave_if_asked(engine, stop, number)
+            raise AssertionError("a signal that all ranks had agreed on is gone") from None
+        is_among_best = self.best.add(number, consumed, metrics[self.best.metric])
+        log.add_validation(number, consumed, metrics, time.perf_counter() - started, self.best.describe())
+        return is_among_best
+
+    def _leave_if_asked(self, engine: Any, stop: StopRequest, number: int) -> None:
         """End the job between two steps, all ranks at the same one, when any of them was sent a signal."""
         signal_name = stop.agreed()
         if signal_name is None:
             return
-        if number > saved_step:
-            self._save(engine, number, skipped)
+        if number > self.saved_step:
+            self._save(engine, number)
         self.folder.close()
         if self.world.is_main:
+            place = f"after step {number}, which is saved" if number else "before the first step"
             logger.info(
-                "%s: stopped after step %d, which is saved; the same command goes on from there (exit code %d)",
-                signal_name, number, EXIT_REQUEUE,
-            )  # fmt: skip
+                "%s: stopped %s; the same command goes on from there (exit code %d)", signal_name, place, EXIT_REQUEUE
+            )
         raise SystemExit(EXIT_REQUEUE)
 
-    def _save(self, engine: Any, number: int, skipped_steps: int) -> None:
+    def _save(self, engine: Any, number: int) -> None:
+        self.world.mark("save")
         zero = self.deepspeed_config["zero_optimization"].get("stage", 0)
         state = {
             "consumed_samples": self._consumed(number),
             "max_steps": self.max_steps,
-            "skipped_steps": skipped_steps,
-            "best": self.start.best,
+            "skipped_steps": self.skipped_steps,
+            "best": self.best.state(),
             "written_by": f"{self.world.size} rank(s), ZeRO-{zero}",
             "fingerprint": self.fingerprint,
         }
         save_checkpoint(engine, self.world, self.folder.checkpoints_dir, number, state, before=self.folder.sync_log)
         if self.world.is_main:
-            prune(self.folder.checkpoints_dir, self.run.save_total_limit)
+            prune(self.folder.checkpoints_dir, self.run.save_total_limit, self.best.steps)
+        self.saved_step = number
 
-    def _report_skip(self, number: int, result: StepResult, batch: GlobalBatch, skipped_steps: int) -> None:
+    def _report_skip(self, number: int, result: StepResult, batch: GlobalBatch) -> None:
         """Warn of a step whose loss or gradient is not finite, or raise ValueError when there were too many."""
         message = non_finite_message(number, result, batch, self.store)
-        limit = self.run.max_skipped_steps
+        limit, skipped_steps = self.run.max_skipped_steps, self.skipped_steps
         if skipped_steps > limit:
             raise ValueError(f"{message}. Lower --learning_rate, raise --warmup_steps, or try --bf16 false")
         if self.world.is_main:
@@ -199,12 +256,15 @@ class TrainingRun:
     def _load_encoder(self):
         import torch
 
+        config = load_config(self.source, self.model.trust_remote_code)
+        kernel = training_kernel(config, self.model.attn_implementation, self.world.device.type)
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
                 self.source,
                 pooling=self.card.pooling,
+                bidirectional=self.card.bidirectional,
                 bf16=self.run.bf16,
-                attn_implementation=self.model.attn_implementation,
+                attn_implementation=kernel,
                 trust_remote_code=self.model.trust_remote_code,
             )
         if self.step_arguments.gradient_checkpointing:
@@ -215,6 +275,8 @@ class TrainingRun:
             add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
         if self.step_arguments.learnable_temperature:
             encoder.learn_temperature()
+        if self.world.device.type == "cpu":
+            use_cpu_dropout(encoder)
         return encoder
 
     def _batch(self, first_sample: int) -> GlobalBatch:
@@ -250,4 +312,6 @@ class TrainingRun:
             unit = "batches" if self.order.batch_size else "samples"
             shares = zip(self.data.train_files, self.store.file_sizes, self.order.probabilities)
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
-        logger.info("\n".join(lines))
+        if self.validation is not None:
+            lines.append(f"validation     {self.validation.describe()}")
+        logger.info("\n".join(lines + describe_prefixes(self.data, self.card)))

@@ -1,11 +1,16 @@
 """The token store of a training run: built once by rank 0, mapped by all, checked against the settings."""
 
+import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 from ds_embed.config import DataArguments, StepArguments
+from ds_embed.config.data_arguments import unescape
 from ds_embed.data.order import SampleOrder
+from ds_embed.data.skipping import describe_skipped
 from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
+from ds_embed.data.tokenize import TextFormat
 from ds_embed.distributed import World
 from ds_embed.models.card import EmbeddingCard
 
@@ -13,25 +18,59 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_store(
-    world: World, data: DataArguments, step: StepArguments, tokenizer: Any, card: EmbeddingCard
+    world: World,
+    files: list[str],
+    data: DataArguments,
+    step: StepArguments,
+    tokenizer: Any,
+    formats: tuple[TextFormat | list[TextFormat], TextFormat | list[TextFormat]],
+    name: str = "token store",
 ) -> TrainingStore:
-    """Build or find the store of the training files and check that every setting fits it."""
-    query_format, document_format = card.text_formats()
+    """Build or find the store of `files`, of training or held-out records, and check that every setting fits it.
 
+    `formats` says how queries and documents become tokens. `name` must be unique in the job.
+    """
     num_negatives = data.hard_negatives if data.hard_negatives_sampling == "first" else None  # None: all
 
     def build() -> str:
         path = build_training_store(
-            data.train_files, tokenizer, query_format, document_format, num_negatives, data.cache_dir
+            files, tokenizer, *formats, num_negatives, data.cache_dir, skip_bad_records=data.skip_bad_records
         )
         check_store(TrainingStore.open(path), data, step)
         return str(path)
 
-    return TrainingStore.open(world.on_main("token store", build))
+    return TrainingStore.open(world.on_main(name, build))
+
+
+def file_formats(
+    data: DataArguments, card: EmbeddingCard
+) -> tuple[TextFormat | list[TextFormat], TextFormat | list[TextFormat]]:
+    """How queries and documents become tokens: the card's way, or with a prefix for each file."""
+    query_format, document_format = card.text_formats()
+    return (
+        [replace(query_format, prefix=unescape(prefix)) for prefix in data.query_prefixes] or query_format,
+        [replace(document_format, prefix=unescape(prefix)) for prefix in data.doc_prefixes] or document_format,
+    )
+
+
+def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
+    """Lines that say which prefix each file is trained with and which one the model keeps, where they differ."""
+    lines = []
+    for what, prefixes, kept in (
+        ("queries", data.query_prefixes, card.query_prefix),
+        ("documents", data.doc_prefixes, card.doc_prefix),
+    ):
+        if prefixes:
+            pairs = zip(data.train_files, prefixes)
+            lines += [f"{what:<14} {json.dumps(unescape(p), ensure_ascii=False)} for {path}" for path, p in pairs]
+            lines.append(f"{what:<14} {json.dumps(kept, ensure_ascii=False)} kept by the model, for later ones")
+    return lines
 
 
 def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
     """ValueError, with file and line where there is one, when the data don't serve the settings."""
+    for line in describe_skipped(store.manifest.get("skipped_records", {})):
+        logger.warning("training data: %s", line)
     first = store.manifest["first_record_without_negatives"]
     if data.hard_negatives and first:
         raise ValueError(
@@ -40,7 +79,9 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
         )
     check_texts_fit(store, step.micro_batch_tokens)
     if step.negatives == "pair" and data.hard_negatives == 0:
-        raise ValueError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
+        raise ValueError(
+            "--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more"
+        )
     if step.distillation_weight:
         _check_scores(store, data)
 

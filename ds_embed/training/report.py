@@ -1,6 +1,9 @@
 """What a run shows of itself: the progress bar, a line of metrics a step, and what went wrong in one."""
 
 import math
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from ds_embed.data.batch import GlobalBatch
@@ -14,7 +17,7 @@ class StepLog:
     """The bar on rank 0's terminal and the lines of metrics.jsonl; on other ranks it does nothing."""
 
     def __init__(self, world: World, folder: RunFolder, first_step: int, max_steps: int, interval: int):
-        self.folder, self.max_steps, self.interval = folder, max_steps, interval
+        self.world, self.folder, self.max_steps, self.interval = world, folder, max_steps, interval
         self.bar = None
         if world.is_main:
             from tqdm import tqdm
@@ -32,6 +35,8 @@ class StepLog:
         skipped_steps: int | None,
     ) -> None:
         """One line of metrics; a skipped step always has one, with the count of them, and null for what is no number."""
+        is_logged = number % self.interval == 0 or number == self.max_steps or skipped_steps is not None
+        peak_gib = self.world.max([peak_memory_gib(self.world.device)])[0] if is_logged else None
         if self.bar is None:
             return
         tokens_per_second = result.num_tokens / seconds
@@ -42,7 +47,7 @@ class StepLog:
             tokens_per_s=f"{tokens_per_second:,.0f}",
             padding=f"{result.padding_share:.1%}",
         )
-        if number % self.interval and number != self.max_steps and skipped_steps is None:
+        if not is_logged:
             return
         counted = {} if skipped_steps is None else {"skipped_steps": skipped_steps}
         self.folder.log(
@@ -53,6 +58,7 @@ class StepLog:
                 "accuracy": result.accuracy,
                 "positive_similarity": result.positive_similarity,
                 "negative_similarity": result.negative_similarity,
+                "margin": result.margin,
                 "temperature": result.temperature,
                 "learning_rate": rate,
                 "grad_norm": norm if math.isfinite(norm) else None,
@@ -60,8 +66,21 @@ class StepLog:
                 "tokens_per_second": tokens_per_second,
                 "padding_share": result.padding_share,
                 "seconds": seconds,
+                "peak_memory_gib": peak_gib,
             }
         )
+
+    def add_validation(
+        self, number: int, consumed_samples: int, metrics: dict[str, float], seconds: float, best: str
+    ) -> None:
+        """One line of metrics, and one on the terminal; `best` is what it says of the best validation so far."""
+        if self.bar is None:
+            return
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.bar.write(f"step {number}: {shown} ({best}{seconds:.1f} seconds)", file=sys.stderr)
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        place = {"step": number, "consumed_samples": consumed_samples}
+        self.folder.log(place | finite | {"seconds": seconds}, group="val")
 
     def __enter__(self) -> "StepLog":
         return self
@@ -80,6 +99,17 @@ def non_finite_message(number: int, result: StepResult, batch: GlobalBatch, stor
         f"step {number}: {what}; samples {batch.first_sample} to "
         f"{batch.first_sample + batch.num_queries - 1}, the first from {shown}; no weight was changed by this step"
     )
+
+
+def peak_memory_gib(device: Any) -> float:
+    """Most memory this rank has held so far, in GiB: on the accelerator, or of the process where there is none."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Not getrusage, which counts what the process was before it became this program.
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def whole_size(parameter: Any) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.training.best import BestValidations
 from ds_embed.training.checkpoint import damage, list_checkpoints, read_state, remove_unfinished, set_aside
 from ds_embed.training.fingerprint import check_unchanged
 from ds_embed.training.run_folder import RunFolder
@@ -20,22 +21,30 @@ class Start:
     step: int = 0  # the last step taken
     consumed_samples: int = 0
     skipped_steps: int = 0
-    best: Any = None  # best validation metric so far and its step; whoever validates fills it
+    best: BestValidations = field(default_factory=BestValidations)
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
     damaged: tuple[Path, ...] = ()  # newer checkpoints that did not verify
     is_finished: bool = False
 
 
-def find_start(folder: RunFolder, fingerprint: dict[str, str], accepted: list[str], max_steps: int) -> Start:
+def find_start(
+    folder: RunFolder,
+    fingerprint: dict[str, str],
+    accepted: list[str],
+    max_steps: int,
+    best: BestValidations | None = None,
+) -> Start:
     """Choose the newest checkpoint that verifies and check that it belongs to this run; rank 0 calls it.
 
+    `best` holds this job's settings (None: nothing is measured); the run's history of it comes with the checkpoint.
     ValueError when there are checkpoints and none is whole, when the run differs in a name that is not
     in `accepted`, or when it has trained more than max_steps.
     """
+    best = best or BestValidations()
     checkpoints = list_checkpoints(folder.checkpoints_dir)
     if not checkpoints:
-        return _without_checkpoint(folder)
+        return _without_checkpoint(folder, best)
     problems = {}
     for step, path in checkpoints:
         problem = damage(path)
@@ -57,20 +66,23 @@ def find_start(folder: RunFolder, fingerprint: dict[str, str], accepted: list[st
             f"--max_steps {max_steps}: {path} has trained {step} steps already; "
             "give at least that many or choose another --output_dir"
         )
+    best = best.restored(state["best"], {step for step, _ in checkpoints})
+    model = best.to_load
     start = Start(
         step=step,
         consumed_samples=state["consumed_samples"],
         skipped_steps=state["skipped_steps"],
-        best=state["best"],
+        best=best,
         checkpoint=path,
         state=state,
         damaged=tuple(problems),
-        is_finished=step == max_steps and _model_samples(folder) == state["consumed_samples"],
+        is_finished=(step == max_steps or best.is_exhausted)
+        and _model_samples(folder) == (model.consumed_samples if model else state["consumed_samples"]),
     )
     if start.is_finished:
         logger.info(
-            "%s: finished at step %d already, the model is in %s; a higher --max_steps trains on",
-            folder.path, step, folder.model_dir,
+            "%s: finished at step %d already, the model is in %s; a higher %s trains on",
+            folder.path, step, folder.model_dir, "--max_steps" if step == max_steps else "--early_stopping_patience",
         )  # fmt: skip
         return start
     logger.info("resuming from %s: step %d of %d, sample %d", path, step, max_steps, start.consumed_samples)
@@ -89,7 +101,7 @@ def clear_way(folder: RunFolder, start: Start) -> None:
         logger.warning("warning: the damaged checkpoint is kept as %s", set_aside(path))
 
 
-def _without_checkpoint(folder: RunFolder) -> Start:
+def _without_checkpoint(folder: RunFolder, best: BestValidations) -> Start:
     if folder.model_dir.exists():
         raise ValueError(
             f"--output_dir {folder.path}: holds a finished run without checkpoints, which can't go on; "
@@ -97,7 +109,7 @@ def _without_checkpoint(folder: RunFolder) -> Start:
         )
     if folder.held_run:
         logger.info("%s: the run there was stopped before its first checkpoint; it starts from step 1", folder.path)
-    return Start()
+    return Start(best=best)
 
 
 def _model_samples(folder: RunFolder) -> int | None:

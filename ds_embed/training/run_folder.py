@@ -1,18 +1,17 @@
 """The folder of a run: its settings, its log, its monitors, its model."""
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ds_embed.config import RunArguments
-from ds_embed.durable import replaced_when_whole, sync_path
+from ds_embed.durable import check_writable_folder, hold_lock, replaced_when_whole, sync_path
+from ds_embed.training.monitors import Monitors
 
 LOCK_NAME = ".lock"
 
@@ -37,13 +36,13 @@ class RunFolder:
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def validation_dir(self) -> Path:
+        return self.path / "validation"
+
     def claim(self, resume_if_exists: bool) -> None:
         """Take the folder for this job. ValueError when it can't be written, is in use, or may not be resumed."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--output_dir {self.path}: is a file; give a folder")
-        parent = next(p for p in [self.path, *self.path.parents] if p.exists())
-        if not os.access(parent, os.W_OK):
-            raise ValueError(f"--output_dir {self.path}: {parent} can't be written")
+        check_writable_folder("--output_dir", self.path)
         if self.path.exists():  # otherwise a run that can't start would leave a folder behind
             self._take_lock()
         self.held_run = self._holds_run()
@@ -61,28 +60,17 @@ class RunFolder:
         """Hold RUN/.lock until this process ends, however it ends: the system frees it."""
         if self._lock is not None:
             return
-        path = self.path / LOCK_NAME
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ValueError(
-                f"--output_dir {self.path}: in use by another job ({holder}), which holds the lock {path}; "
-                "wait until it ends or choose another folder"
-            ) from None
-        except OSError as error:
-            logger.warning("%s: this file system has no locks (%s): see to it that one job uses it", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._lock = file
+        self._lock = hold_lock(self.path / LOCK_NAME, "--output_dir", self.path)
 
     def open(
-        self, settings: list[Any], deepspeed_config: dict[str, Any], arguments: RunArguments, last_step: int
+        self,
+        settings: list[Any],
+        deepspeed_config: dict[str, Any],
+        arguments: RunArguments,
+        last_step: int,
+        last_validation: int,
     ) -> None:
-        """Write the settings and open the log, which keeps the lines up to `last_step`, and the monitors."""
+        """Write the settings and open the log, cut back to these steps, and the monitors."""
         import yaml
 
         self.path.mkdir(parents=True, exist_ok=True)
@@ -96,37 +84,26 @@ class RunFolder:
             yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = lines_up_to(metrics.read_text(encoding="utf-8", errors="replace"), last_step)
+            kept = lines_up_to(metrics.read_text(encoding="utf-8", errors="replace"), last_step, last_validation)
             with replaced_when_whole(metrics) as file:
                 file.writelines(kept)
         self._metrics = open(metrics, "a", encoding="utf-8")
-        self._monitor = self._open_monitor(arguments.report_to)
+        self._monitor = Monitors(self.path, arguments, last_step)
 
-    def _open_monitor(self, names: list[str]) -> Any:
-        from deepspeed.monitor.config import get_monitor_config
-        from deepspeed.monitor.monitor import MonitorMaster
-
-        sections = {
-            "tensorboard": {"enabled": True, "output_path": str(self.path), "job_name": "tensorboard"},
-            "csv": {"enabled": True, "output_path": str(self.path), "job_name": "csv"},
-            "wandb": {"enabled": True, "project": "ds_embed"},
-            "comet": {"enabled": True, "project": "ds_embed", "experiment_name": self.path.name},
-        }
-        keys = {"csv": "csv_monitor"}
+    def log(self, values: dict[str, Any], group: str = "train") -> None:
+        """One line of metrics.jsonl and, for the numbers, one event a monitor at values["step"], as group/name."""
         try:
-            # Our own, beside the engine's: the engine would log its count of samples, which is not ours.
-            return MonitorMaster(get_monitor_config({keys.get(n, n): sections[n] for n in names if n != "none"}))
-        except ImportError as error:
-            raise ValueError(f"--report_to {' '.join(names)}: {error}; install it or leave it out") from None
-
-    def log(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl and, for the numbers, one event a monitor at values["step"]."""
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise OSError(
+                f"--output_dir {self.path}: metrics.jsonl could not be written ({error.strerror}); the checkpoints are "
+                "untouched. Cure that and start the same command again"
+            ) from error
         step = values["step"]
         skip = ("step", "time")
-        events = [(f"train/{k}", v, step) for k, v in values.items() if k not in skip and v is not None]
-        self._monitor.write_events(events)
+        numbers = {k.removeprefix("val_"): v for k, v in values.items() if k not in skip and v is not None}
+        self._monitor.write_events([(f"{group}/{k}", v, step) for k, v in numbers.items()])
 
     def sync_log(self) -> None:
         """Bring the lines written so far to the disk, for a checkpoint that counts on them."""
@@ -135,6 +112,8 @@ class RunFolder:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+        if self._monitor is not None:
+            self._monitor.close()
 
     def publish_model(self, fill: Any) -> None:
         """Let `fill(folder)` write the model, and give the folder its name only when it is whole.
@@ -162,12 +141,16 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def lines_up_to(text: str, last_step: int) -> list[str]:
-    """The lines of a metrics.jsonl whose step is at most `last_step`; a line cut off by a crash goes too."""
+def lines_up_to(text: str, last_step: int, last_validation: int = -1) -> list[str]:
+    """The lines of a metrics.jsonl up to a step; a line cut off by a crash goes too.
+
+    Those of validations, which have no "loss", up to one of their own: a step may be saved and not yet validated.
+    """
     kept = []
     for line in text.splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= last_step and line.endswith("\n"):
+            values = json.loads(line)
+            if values["step"] <= (last_step if "loss" in values else last_validation) and line.endswith("\n"):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

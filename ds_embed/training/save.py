@@ -1,5 +1,6 @@
 """A trained model as users load it: a PEFT adapter or a whole Hugging Face model, with the card beside it."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from ds_embed.distributed import World
 from ds_embed.engine import gather_weights
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
+from ds_embed.training.best import BestValidations
+from ds_embed.training.checkpoint import checkpoint_path, damage, load_checkpoint, read_state
 from ds_embed.training.run_folder import RunFolder
 
 _PREFIX = "backbone."
+
+logger = logging.getLogger(__name__)
 
 
 def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder: RunFolder, world: World) -> None:
@@ -39,6 +44,31 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
         card.save(target)
 
     world.on_main("save model", lambda: folder.publish_model(fill))
+
+
+def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFolder, world: World) -> int | None:
+    """Put the best checkpoint into the engine, where asked for and not there; returns its samples, else None.
+
+    Every rank must call it. ValueError when the checkpoint is damaged.
+    """
+    chosen = best.to_load
+    if chosen is None or chosen.step == last_step:
+        return None
+    path = checkpoint_path(folder.checkpoints_dir, chosen.step)
+
+    def verify() -> dict[str, Any]:
+        problem = damage(path)
+        if problem is not None:
+            raise ValueError(
+                f"--load_best_at_end: {path} is damaged ({problem}); start the same command with "
+                "--load_best_at_end false to make the model from the last step"
+            )
+        return read_state(path)
+
+    load_checkpoint(engine, world, path, world.on_main("verify best checkpoint", verify))
+    if world.is_main:
+        logger.info("the best model is that of step %d, with %s %.4f", chosen.step, best.metric, chosen.value)
+    return chosen.consumed_samples
 
 
 def _check_adapter(weights: dict[str, torch.Tensor]) -> None:

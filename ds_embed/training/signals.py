@@ -4,9 +4,7 @@ import logging
 import signal
 from types import FrameType
 
-from ds_embed.distributed import World
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from ds_embed.distributed import STOP_SIGNALS, World
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +21,11 @@ class StopRequest:
         self._before: list = []
 
     def __enter__(self) -> "StopRequest":
-        self._before = [signal.signal(number, self._note) for number in _SIGNALS]
+        self._before = [signal.signal(number, self._note) for number in STOP_SIGNALS]
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in zip(_SIGNALS, self._before):
+        for number, handler in zip(STOP_SIGNALS, self._before):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -28,6 +28,7 @@ class StepResult:
     accuracy: float  # share of queries whose positive scores above every negative
     positive_similarity: float  # mean cosine of query and positive
     negative_similarity: float  # mean cosine of query and its highest-scored negative
+    margin: float  # mean of the positive's cosine less that of the highest-scored negative, where there is one
     temperature: float  # that the loss was computed with
     grad_log_scale: float  # of the loss by log(1 / temperature)
     num_tokens: int
@@ -57,13 +58,17 @@ class ContrastiveStep:
         plan = plan_micro_batches(batch.lengths, self.arguments.micro_batch_tokens, self.world.size)
         inputs = [self._inputs(batch, texts) for texts in plan.micro_batches[self.world.rank]]
         keep_graphs = not self.arguments.grad_cache
+        self.world.mark("encode")
         with torch.set_grad_enabled(keep_graphs):
             outputs = [self._encode(batch, number, item) for number, item in enumerate(inputs)]
+        self.world.mark("gather")
         table = self._gather([vectors.detach() for vectors, _ in outputs], plan)
         temperature = self._temperature(outputs[0][1])
+        self.world.mark("loss")
         loss = self._loss(table, batch, temperature)
         result = self._summarise(loss, plan, batch, temperature)
         if result.is_finite:
+            self.world.mark("backward")
             rows = self._own_gradients(loss.gradient, plan)
             # The last micro-batch carries the gradient of a learned temperature, the others a zero.
             on_scale = [0.0] * (len(inputs) - 1) + [_temperature_gradient(result)]
@@ -72,6 +77,19 @@ class ContrastiveStep:
             else:
                 self._backward_again(batch, inputs, rows, on_scale)
         return result
+
+    def evaluate(self, batch: GlobalBatch, first_query: int) -> tuple[float, float]:
+        """The sum of the losses of queries first_query .. N, and how many of them have their positive first.
+
+        No gradient is computed into the engine, which the caller puts into evaluation mode. Same on every rank.
+        """
+        plan = plan_micro_batches(batch.lengths, self.arguments.micro_batch_tokens, self.world.size)
+        micro_batches = enumerate(plan.micro_batches[self.world.rank])
+        with torch.no_grad():
+            outputs = [self._encode(batch, number, self._inputs(batch, texts)) for number, texts in micro_batches]
+        table = self._gather([vectors for vectors, _ in outputs], plan)
+        loss, _, correct, *_ = self._sums(self._loss(table, batch, self._temperature(outputs[0][1]), first_query))
+        return loss * batch.num_queries, correct
 
     def _inputs(self, batch: GlobalBatch, texts) -> tuple[Tensor, Tensor, bool, int]:
         """Token ids, lengths, whether there is padding, and the number of real texts (0: a dummy)."""
@@ -105,33 +123,37 @@ class ContrastiveStep:
         table[order] = gathered
         return table
 
-    def _loss(self, table: Tensor, batch: GlobalBatch, temperature: float) -> LossResult:
-        """The part of this rank's share of the queries (and of their positives) in the loss."""
+    def _loss(self, table: Tensor, batch: GlobalBatch, temperature: float, first_query: int = 0) -> LossResult:
+        """The part of this rank's share of queries first_query .. N (and of their positives) in the loss."""
+        num_queries, num_ranks = batch.num_queries - first_query, self.world.size
         return contrastive_loss(
             table,
             torch.from_numpy(batch.document_keys).to(table.device),
             num_queries=batch.num_queries,
-            first_query=batch.num_queries * self.world.rank // self.world.size,
-            last_query=batch.num_queries * (self.world.rank + 1) // self.world.size,
+            first_query=first_query + num_queries * self.world.rank // num_ranks,
+            last_query=first_query + num_queries * (self.world.rank + 1) // num_ranks,
             temperature=temperature,
             options=self.options,
             teacher_scores=torch.from_numpy(batch.teacher_scores).to(table.device),
         )
 
     def _summarise(self, loss: LossResult, plan: Plan, batch: GlobalBatch, temperature: float) -> StepResult:
-        """Add up the ranks' shares, so that all ranks know (and agree on) the loss of the batch."""
-        sums = self.world.sum(torch.stack(loss.sums.values()).double().tolist())
-        total, on_log_scale, correct, positive, negative, with_negatives = sums
+        total, on_log_scale, correct, positive, negative, with_negatives, margin = self._sums(loss)
         return StepResult(
             loss=total,
             accuracy=correct / batch.num_queries,
             positive_similarity=positive / batch.num_queries,
             negative_similarity=negative / max(1.0, with_negatives),
+            margin=margin / max(1.0, with_negatives),
             temperature=temperature,
             grad_log_scale=on_log_scale,
             num_tokens=plan.num_tokens,
             padding_share=plan.padding_share,
         )
+
+    def _sums(self, loss: LossResult) -> list[float]:
+        """Add up the ranks' shares, so that all ranks know (and agree on) the loss of the batch."""
+        return self.world.sum(torch.stack(loss.sums.values()).double().tolist())
 
     def _own_gradients(self, gradient: Tensor, plan: Plan) -> list[Tensor]:
         """Gradient of the batch loss by this rank's embeddings, micro-batch by micro-batch."""
@@ -159,9 +181,7 @@ class ContrastiveStep:
             self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(total, scale_wrt_gas=False)
 
-    def _backward_again(
-        self, batch: GlobalBatch, inputs: list, gradients: list[Tensor], on_scale: list[float]
-    ) -> None:
+    def _backward_again(self, batch: GlobalBatch, inputs: list, gradients: list[Tensor], on_scale: list[float]) -> None:
         for number, (item, *parts) in enumerate(zip(inputs, gradients, on_scale)):
             if self.has_boundary:
                 self.engine.set_gradient_accumulation_boundary(number == len(inputs) - 1)

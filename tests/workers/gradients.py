@@ -28,6 +28,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
         encoder = load_encoder(
             find_model(case["model"]),
             pooling=case["pooling"],
+            bidirectional=case["bidirectional"],
             bf16=case["bf16"],
             attn_implementation=None,
             trust_remote_code=False,

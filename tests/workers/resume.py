@@ -40,6 +40,7 @@ def make_engine(world, case: dict):
         encoder = load_encoder(
             find_model(case["model"]),
             pooling="last",
+            bidirectional=False,
             bf16=case["bf16"],
             attn_implementation="sdpa",
             trust_remote_code=False,
@@ -62,12 +63,12 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
     engine = make_engine(world, case)
     store = TrainingStore.open(case["store"])
     arguments = StepArguments(global_batch_size=QUERIES, micro_batch_tokens=150, temperature=0.1)
-    first, checkpoint = 0, Path(case["load"]) if case.get("load") else None
+    first, consumed, checkpoint = 0, 0, Path(case["load"]) if case.get("load") else None
     if checkpoint is not None:
         state = world.on_main(f"state of {name}", lambda: read_state(checkpoint))
         load_checkpoint(engine, world, checkpoint, state)
-        first = state["step"]
-    answer = {"losses": {}}
+        first, consumed = state["step"], state["consumed_samples"]
+    answer = {"losses": {}, "records": {}}
     if case.get("check"):
         now = whole_state(engine, world)
         if world.is_main:
@@ -80,12 +81,14 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
     step = ContrastiveStep(engine, store, world, arguments, seed=3)
     order = SampleOrder(3, store.file_sizes)
     for number in range(first + 1, case["steps"] + 1):
-        batch = assemble_batch(store, order, first_sample=(number - 1) * QUERIES, num_queries=QUERIES, hard_negatives=1)
+        batch = assemble_batch(store, order, first_sample=consumed, num_queries=QUERIES, hard_negatives=1)
+        consumed += QUERIES
         result = step.run(batch)
         answer["losses"][number] = result.loss
+        answer["records"][number] = batch.records.tolist()
         norm = take_step(engine, 1e-2 / number)
         if number in case.get("save_after", []):
-            save_checkpoint(engine, world, out / name, number, {"consumed_samples": number * QUERIES}, lambda: None)
+            save_checkpoint(engine, world, out / name, number, {"consumed_samples": consumed}, lambda: None)
         if number in (*case.get("save_after", []), case["steps"]):
             now = whole_state(engine, world)
             if world.is_main:

@@ -20,6 +20,7 @@ from ds_embed.distributed import initialize, run_recipe
 from ds_embed.engine import partitioned_loading, start_engine, take_step
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
+from ds_embed.models.math_attention import MATH_KERNEL
 from ds_embed.sizing.measure import Tally
 from ds_embed.training.step import ContrastiveStep
 
@@ -92,7 +93,7 @@ def run_case(world, wire: Wire, case: dict) -> dict:
     before = {"rss": status("VmRSS"), "live": live_bytes()}
     with partitioned_loading(config), Tally([]) as load:
         encoder = load_encoder(
-            find_model(case["model"]), pooling="last", bf16=case["bf16"], attn_implementation=None,
+            find_model(case["model"]), pooling="last", bidirectional=False, bf16=case["bf16"], attn_implementation=MATH_KERNEL,
             trust_remote_code=False,
         )  # fmt: skip
     loading = status("VmHWM") - before["rss"]

@@ -1,0 +1,115 @@
+"""Which tokens a token sees: all of its text, or in a causal decoder those before it and itself.
+
+A decoder made bidirectional sees all of the text; in its layers with a sliding window of w tokens, those less
+than w away on either side: whatever the causal layer lets see each other in one direction, it does in both.
+
+Shapes: B texts, S tokens (right-padded).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_embed.models.math_attention import MATH_KERNEL
+from ds_embed.models.pooling import token_mask
+
+# Decoders whose forward pass takes masks as they are: one for all layers, without a window or with one, or one
+# per type of layer.
+_ONE_MASK = ("llama", "gemma", "olmo2", "granite")
+_ONE_WINDOWED_MASK = ("mistral", "phi3")
+_MASK_PER_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+BIDIRECTIONAL_FAMILIES = (*_ONE_MASK, *_ONE_WINDOWED_MASK, *_MASK_PER_LAYER_TYPE)
+_KERNELS = ("sdpa", MATH_KERNEL, "eager", "flash_attention_2", "flash_attention_3")
+
+
+class EncoderAttention:
+    """BERT and its kin: bidirectional as they are, padding has to be masked."""
+
+    def arguments(self, lengths: Tensor, num_tokens: int, has_padding: bool, dtype: torch.dtype) -> dict[str, Any]:
+        """What the backbone is called with besides the token ids."""
+        return {"attention_mask": token_mask(lengths, num_tokens).long() if has_padding else None}
+
+
+class CausalAttention:
+    """No token of a right-padded text sees the padding behind it: a mask would change nothing but the kernel."""
+
+    def arguments(self, lengths: Tensor, num_tokens: int, has_padding: bool, dtype: torch.dtype) -> dict[str, Any]:
+        return {"attention_mask": None, "use_cache": False}
+
+
+@dataclass(frozen=True)
+class BidirectionalAttention:
+    """A decoder that sees all of the text, by masks of our own.
+
+    What transformers does with `config.is_causal = False` differs from kernel to kernel: the window is one
+    token wider in one, and without padding another stays causal.
+    """
+
+    kernel: str
+    windows: dict[str, int | None]  # tokens, by type of layer; under "" those of all layers
+
+    def arguments(self, lengths: Tensor, num_tokens: int, has_padding: bool, dtype: torch.dtype) -> dict[str, Any]:
+        if self.kernel.startswith("flash"):  # takes the padding, and the window as we define it, by itself
+            mask = token_mask(lengths, num_tokens).long() if has_padding else None
+        else:
+            tokens = token_mask(lengths, num_tokens) if has_padding else None
+            masks = {name: self._mask(tokens, window, lengths, num_tokens) for name, window in self.windows.items()}
+            if self.kernel == "eager":
+                masks = {name: _additive(mask, num_tokens, lengths, dtype) for name, mask in masks.items()}
+            mask = masks[""] if "" in masks else masks
+        return {"attention_mask": mask, "use_cache": False}
+
+    def _mask(self, tokens: Tensor | None, window: int | None, lengths: Tensor, num_tokens: int) -> Tensor | None:
+        """Who sees whom, (B or 1, 1, S or 1, S) bool; None where every token sees every other."""
+        seen = None if tokens is None else tokens[:, None, None, :]
+        # At S = w too, where all see all, since transformers would make a causal mask of its own there.
+        if window is not None and num_tokens >= window:
+            place = torch.arange(num_tokens, device=lengths.device)
+            distance = (place[:, None] - place[None, :]).abs()
+            near = (distance < window)[None, None]
+            # Padding sees itself, so that no row is empty: a softmax over nothing is no number.
+            seen = near if seen is None else near & seen | (distance == 0)
+        return seen
+
+
+def _additive(mask: Tensor | None, num_tokens: int, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as the eager kernel adds it to scores; it takes none for causal, so here there is always one."""
+    if mask is None:
+        return torch.zeros((1, 1, 1, num_tokens), dtype=dtype, device=lengths.device)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def is_bidirectional(config: Any) -> bool:
+    """Whether a decoder's own config.json says that it is not causal, as EmbeddingGemma's does."""
+    return bool(getattr(config, "use_bidirectional_attention", None)) or getattr(config, "is_causal", True) is False
+
+
+def check_bidirectional(config: Any, asked: bool | None, name: str) -> None:
+    """ValueError when the decoder of this config can't be made bidirectional, or causal, as asked."""
+    if asked is False and is_bidirectional(config):
+        raise ValueError(f"--bidirectional false: {name} is bidirectional by its config.json; leave the flag out")
+    if (asked or is_bidirectional(config)) and config.model_type not in BIDIRECTIONAL_FAMILIES:
+        raise ValueError(
+            f"--bidirectional true: {name} is a {config.model_type}, which can't be made bidirectional; "
+            f"supported are {', '.join(BIDIRECTIONAL_FAMILIES)}"
+        )
+
+
+def make_bidirectional(backbone: nn.Module) -> BidirectionalAttention:
+    """Tell the attention of a supported decoder, in place, that it is not causal. ValueError for other kernels."""
+    config = backbone.config
+    kernel = config._attn_implementation
+    if kernel not in _KERNELS:
+        raise ValueError(
+            f"--attn_implementation {kernel}: with --bidirectional true choose one of {', '.join(_KERNELS)}"
+        )
+    for module in backbone.modules():
+        if getattr(module, "is_causal", False):
+            module.is_causal = False
+    window = getattr(config, "sliding_window", None)
+    if config.model_type not in _MASK_PER_LAYER_TYPE:
+        return BidirectionalAttention(kernel, {"": window if config.model_type in _ONE_WINDOWED_MASK else None})
+    types = {"full_attention", *config.layer_types}
+    return BidirectionalAttention(kernel, {name: window if name == "sliding_attention" else None for name in types})

@@ -1,0 +1,254 @@
+"""Validation between two steps: loss and accuracy on held-out records, retrieval over a whole corpus.
+
+Nothing of it reaches training: dropout off and back on, no gradient, and every random draw of a step is seeded by
+that step. All ranks make the same forward passes; rank 0 searches and measures, the others learn the numbers.
+
+Shapes: R held-out records, N queries of a batch.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_embed.config import DataArguments, EncodeArguments, StepArguments, ValidationArguments
+from ds_embed.data.batch import GlobalBatch, assemble_batch
+from ds_embed.data.order import sample_records
+from ds_embed.data.store import TextStore, TrainingStore
+from ds_embed.distributed import World
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.retrieval.encode import encode_store
+from ds_embed.retrieval.generate import build_stores, link_test_doc
+from ds_embed.retrieval.metrics import (
+    DEFAULT_MEASURES,
+    SearchRun,
+    evaluate,
+    match_qrels,
+    parse_measures,
+    read_qrels_from_queries,
+)
+from ds_embed.retrieval.search import search
+from ds_embed.retrieval.vectors import Ids, read_embeddings
+from ds_embed.training.best import BestValidations
+from ds_embed.training.prepare import prepare_store
+from ds_embed.training.run_folder import RunFolder
+from ds_embed.training.signals import StopRequest
+from ds_embed.training.step import ContrastiveStep
+
+_LEAST_DEPTH = 100  # documents kept for each query, as recipes/evaluate.py does
+
+
+class StoppedMeanwhile(Exception):
+    """A signal asks the job to stop: on all ranks, at the same forward pass."""
+
+
+@dataclass(frozen=True)
+class _HeldOutOrder:
+    """The held-out records of a file (or of all of them) in an order that is the same at every validation."""
+
+    seed: int
+    first_record: int
+    num_records: int
+
+    def records(self, first_sample: int, num_samples: int) -> np.ndarray:
+        return self.first_record + sample_records(self.seed, self.num_records, first_sample, num_samples)
+
+
+class Validation:
+    """What is measured and on what. Building it checks every setting and file; every rank must build it."""
+
+    def __init__(
+        self,
+        world: World,
+        arguments: ValidationArguments,
+        data: DataArguments,
+        step: StepArguments,
+        seed: int,
+        tokenizer: Any,
+        card: EmbeddingCard,
+        folder: RunFolder,
+    ):
+        self.world, self.arguments, self.data, self.step, self.seed = world, arguments, data, step, seed
+        self.folder = folder
+        self.measures = _measures(arguments) if arguments.val_query_files else []
+        self.names = self.measures + (["val_loss", "val_accuracy"] if arguments.val_files else [])
+        if arguments.best_metric not in (None, *self.names):
+            raise ValueError(
+                f"--best_metric {arguments.best_metric}: is not measured; choose one of {', '.join(self.names)}"
+            )
+        self.store: TrainingStore | None = None
+        if arguments.val_files:
+            # With the prefixes that the model keeps, also where each training file has one of its own.
+            self.store = prepare_store(
+                world, arguments.val_files, data, step, tokenizer, card.text_formats(), "held-out token store"
+            )
+        self.text_stores: list[tuple[str, str, TextStore]] = []
+        if self.measures:
+            files = EncodeArguments(
+                query_files=arguments.val_query_files,
+                doc_files=arguments.val_doc_files,
+                micro_batch_tokens=step.micro_batch_tokens,
+                cache_dir=data.cache_dir,
+            )
+            self.text_stores = build_stores(world, files, tokenizer, card)
+            world.on_main("held-out judgments", self._read_qrels)
+
+    def _read_qrels(self) -> None:
+        """On rank 0: the right documents of the queries, all of them among the documents, with ids of their own."""
+        self.qrels = read_qrels_from_queries(self.arguments.val_query_files)
+        queries, documents = (Ids(store.ids_path.read_bytes()) for _, _, store in self.text_stores)
+        order, same = documents.sorted_rows
+        if same.any():
+            raise ValueError(
+                f"--val_doc_files: the doc_id '{documents[int(order[np.argmax(same)])]}' stands there more than once; "
+                "give each document its own"
+            )
+        match_qrels(self.qrels, queries, documents, "--val_query_files")
+
+    def best(self) -> BestValidations:
+        """The search for the best checkpoint that the settings ask for, before any validation."""
+        metric = self.arguments.best_metric or self.names[0]
+        stores = [self.store] if metric.startswith("val_") else [store for _, _, store in self.text_stores]
+        hashes = [file["sha256"] for store in stores for file in store.manifest["files"]]
+        return BestValidations(
+            metric=metric,
+            data=hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16],
+            top_k=self.arguments.save_top_k,
+            load_at_end=self.arguments.load_best_at_end,
+            patience=self.arguments.early_stopping_patience,
+            min_delta=self.arguments.early_stopping_min_delta,
+        )
+
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Whether the model after `step` is to be measured; 0 is the model before training."""
+        interval = self.arguments.val_check_interval
+        if step == 0:
+            return self.arguments.val_before_training
+        return step == max_steps or bool(interval and step % interval == 0)
+
+    def describe(self) -> str:
+        """What is measured, in a line."""
+        parts = []
+        if self.store is not None:
+            parts.append(f"{self.store.num_records:,} held-out records")
+        if self.text_stores:
+            (_, _, queries), (_, _, documents) = self.text_stores
+            parts.append(f"{queries.num_records:,} queries in {documents.num_records:,} documents")
+        interval = self.arguments.val_check_interval
+        return " and ".join(parts) + (f", every {interval:,} steps and" if interval else ",") + " at the end"
+
+    def run(self, engine: Any, consumed_samples: int, stop: StopRequest) -> dict[str, float]:
+        """Measure the engine's model; every rank must call it, and gets the same numbers.
+
+        Raises StoppedMeanwhile on all ranks when a signal asks for it: the model is as it was, nothing is kept.
+        """
+        name = f"consumed_samples{consumed_samples}"
+        target = self.folder.validation_dir / f".{name}"
+        losses = {}
+        engine.eval()
+        try:
+            if self.store is not None:
+                losses = self._held_out_loss(engine, stop)
+            if self.text_stores:
+                self.world.on_main(f"clear {target}", lambda: shutil.rmtree(target, ignore_errors=True))
+                encode = _Encode(engine, stop)
+                for kind, subfolder, store in self.text_stores:
+                    encode_store(
+                        store,
+                        encode,
+                        self.world,
+                        micro_batch_tokens=self.step.micro_batch_tokens,
+                        target=target / subfolder,
+                        name=kind,
+                    )
+        finally:
+            engine.train()
+        # Once more from rank 0, so that no rank decides by a number that differs in its last bit.
+        return self.world.on_main(f"measure {target}", lambda: losses | self._retrieve(target, name))
+
+    def _held_out_loss(self, engine: Any, stop: StopRequest) -> dict[str, float]:
+        """Mean over all records of the loss, and of whether the positive is first, each in a batch like training's."""
+        contrastive = ContrastiveStep(engine, self.store, self.world, self.step, self.seed)
+        total = correct = 0.0
+        for batch, first_query in self._batches():
+            _leave_if_asked(stop)
+            batch_loss, batch_correct = contrastive.evaluate(batch, first_query)
+            total, correct = total + batch_loss, correct + batch_correct
+        return {"val_loss": total / self.store.num_records, "val_accuracy": correct / self.store.num_records}
+
+    def _batches(self) -> Iterator[tuple[GlobalBatch, int]]:
+        """The held-out records as global batches, with the first query of each that has not been in one before.
+
+        The last batch is filled up with records of the one before it, which stand in it only to be scored
+        against: so each record is counted once, against as many documents as in training.
+        """
+        sizes = self.store.file_sizes if self.data.batching == "homogeneous" else [self.store.num_records]
+        for first_record, num_records in zip(np.cumsum([0, *sizes]).tolist(), sizes):
+            order = _HeldOutOrder(self.seed, first_record, num_records)
+            num_queries = min(self.step.global_batch_size, num_records)
+            for start in range(0, num_records, num_queries):
+                first_sample = min(start, num_records - num_queries)
+                batch = assemble_batch(
+                    self.store,
+                    order,
+                    first_sample=first_sample,
+                    num_queries=num_queries,
+                    hard_negatives=self.data.hard_negatives,
+                    hard_negatives_sampling=self.data.hard_negatives_sampling,
+                )
+                yield batch, start - first_sample
+
+    def _retrieve(self, target: Path, name: str) -> dict[str, float]:
+        """On rank 0: search with the vectors in `target`, which become validation/`name` or go, and measure."""
+        if not self.measures:
+            return {}
+        try:
+            queries, documents = read_embeddings(target)
+            cutoffs = [measure.params.get("cutoff", 0) for measure in parse_measures(self.measures)]
+            depth = min(len(documents), max(_LEAST_DEPTH, *cutoffs))
+            scores, indices = search(
+                queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, device=str(self.world.device)
+            )
+        except ValueError as error:
+            raise ValueError(f"validation after {name.removeprefix('consumed_samples')} samples: {error}") from error
+        means = evaluate(SearchRun(queries.ids, documents.ids, scores, indices), self.qrels, self.measures).means
+        if self.arguments.val_save_embeddings:
+            link_test_doc(target)
+            final = target.with_name(name)
+            shutil.rmtree(final, ignore_errors=True)  # of a job that was killed before its next checkpoint
+            target.rename(final)
+        else:
+            shutil.rmtree(target)
+        return means
+
+
+class _Encode:
+    """The engine as a corpus is encoded with it, ready to stop before any forward pass."""
+
+    def __init__(self, engine: Any, stop: StopRequest):
+        self.engine, self.stop = engine, stop
+
+    def __call__(self, ids: Tensor, lengths: Tensor, has_padding: bool) -> Tensor:
+        _leave_if_asked(self.stop)
+        # What a model caches in inference mode, such as rotary tables, training's graphs could not use.
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = self.engine(ids, lengths, has_padding)
+        return outputs[0] if isinstance(outputs, tuple) else outputs  # beside a learned temperature
+
+
+def _leave_if_asked(stop: StopRequest) -> None:
+    if stop.agreed() is not None:
+        raise StoppedMeanwhile
+
+
+def _measures(arguments: ValidationArguments) -> list[str]:
+    try:
+        return [str(measure) for measure in parse_measures(arguments.val_metrics or DEFAULT_MEASURES)]
+    except ValueError as error:
+        raise ValueError(f"--val_metrics: {error}") from None

@@ -1,0 +1,48 @@
+"""Build a FAISS index of documents that recipes/generate.py encoded, in a file that faiss.read_index reads.
+
+    python recipes/build_index.py --embeddings OUT/consumed_samplesX --index hnsw --output_file OUT/docs.faiss
+
+Row i of the index is line i of test_docs/doc.ids. Scores are inner products. recipes/evaluate.py and
+recipes/search.py take the file as --index_file.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+from ds_embed.config import parse_arguments
+from ds_embed.config.checks import one_of
+from ds_embed.config.fields import setting
+from ds_embed.config.index_arguments import INDEX_KINDS, IndexArguments
+from ds_embed.distributed import run_recipe
+from ds_embed.retrieval.vectors import read_vectors
+
+
+@dataclass(kw_only=True)
+class BuildIndexArguments(IndexArguments):
+    embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
+    output_file: str = setting("file that gets the index")
+    index: str = setting(f"kind of the index: {', '.join(INDEX_KINDS)}", default="hnsw")
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self, "index", INDEX_KINDS)
+
+
+def main(argv=None):
+    (arguments,) = parse_arguments(BuildIndexArguments, argv=argv)
+    documents = read_vectors(arguments.embeddings, "doc")
+    from ds_embed.retrieval.faiss_index import build_index, index_kind, read_index, write_index
+
+    start = time.perf_counter()
+    index = build_index(arguments.index, documents.rows, arguments)
+    write_index(index, arguments.output_file)
+    read_index(arguments.output_file, documents.rows)
+    size = os.path.getsize(arguments.output_file) / 2**20
+    print(f"documents  {len(documents)}, vectors of {documents.rows.shape[1]} dimensions")
+    print(f"index      {index_kind(index)}, built in {time.perf_counter() - start:.1f} seconds")
+    print(f"written to {arguments.output_file}, {size:.1f} MiB")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))

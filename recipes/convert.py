@@ -1,0 +1,186 @@
+"""Convert data between our files and those of others, in both directions; docs/data_formats.md shows each.
+
+    python recipes/convert.py --input_format beir --input BEIR_FOLDER --split train --output_format training --output train.jsonl
+    python recipes/convert.py --input_format beir --input BEIR_FOLDER --split test --output_format test --output TEST
+    python recipes/convert.py --input_format table --input pairs.parquet --columns query=question pos_doc=answer \
+        --output_format training --output train.jsonl
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_embed.config import parse_arguments
+from ds_embed.config.checks import above_zero, existing_files, one_of
+from ds_embed.config.fields import listed, setting
+from ds_embed.data.formats import conversions, training_sources, trec
+from ds_embed.data.formats.columns import read_columns
+from ds_embed.data.formats.retrieval_sets import (
+    BeirFolder,
+    OurFiles,
+    RetrievalSet,
+    TrainingSet,
+)
+from ds_embed.data.formats.tables import table_writer
+from ds_embed.data.formats.tally import Tally
+from ds_embed.data.formats.text_table import TextTable
+from ds_embed.distributed import run_recipe
+
+_TRAINING_OUTPUTS = ("training", "pairs", "triplets")
+_QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")
+# What can be made of what.
+OUTPUTS = {
+    "beir": (*_TRAINING_OUTPUTS, "test", *_QRELS_OUTPUTS),
+    "test": ("beir", *_QRELS_OUTPUTS),
+    "training": (*_TRAINING_OUTPUTS, "beir"),
+    "table": (*_TRAINING_OUTPUTS, "beir", "queries", "documents", *_QRELS_OUTPUTS, "trec_run"),
+    "msmarco": (*_TRAINING_OUTPUTS, "beir"),
+    "qrels": _QRELS_OUTPUTS,
+    "run": ("table",),
+}
+
+
+@dataclass
+class ConvertArguments:
+    input_format: str = setting(
+        "beir (a folder), test (--query_files, --doc_files, --qrels), training (our JSONL), table (.csv .tsv .parquet "
+        ".jsonl with --columns), msmarco (lines of query, positive, negative), qrels (TREC or BEIR), run (TREC)"
+    )
+    output_format: str = setting(
+        "training, test, beir, pairs or triplets (sentence-transformers' columns), trec_qrels, beir_qrels; from tables "
+        "also queries, documents, trec_run; from runs table"
+    )
+    output: str = setting("file to write, or folder for beir and test; must not exist yet")
+    input: list[str] = setting("files to read, or one folder for beir", default_factory=list)
+    split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", default="test")
+    columns: list[str] = setting(
+        "which column of a table holds what, such as query=question neg_doc=worse,worst (default: columns named as "
+        "our keys, or anchor, positive, negative, negative_1 and so on)",
+        default_factory=list,
+    )
+    query_files: list[str] = setting(
+        "queries of test; for id triples of MS MARCO, lines of id, text", default_factory=list
+    )
+    doc_files: list[str] = setting(
+        "documents of test; for id triples of MS MARCO, lines of id, text", default_factory=list
+    )
+    qrels: str | None = setting("judgments of test (default: the doc_id of each query)", default=None)
+    join_titles: bool = setting("put the title of a document in front of its text, as BEIR does", default=True)
+    judged_negatives: bool = setting(
+        "documents judged not relevant become neg_doc of the query's records", default=False
+    )
+    num_negatives: int = setting("negatives in each row of triplets; a record needs so many", default=1)
+    skip_bad_records: bool = setting("leave out and count records that can't be used", default=False)
+    skip_unknown: bool = setting("leave out and count judgments and triples whose ids have no text", default=False)
+
+    def __post_init__(self):
+        one_of(self, "input_format", list(OUTPUTS))
+        if self.output_format not in OUTPUTS[self.input_format]:
+            outputs = ", ".join(OUTPUTS[self.input_format])
+            raise ValueError(f"--output_format {self.output_format}: {self.input_format} can become {outputs}")
+        if self.input_format == "test":
+            existing_files("query_files", self.query_files)
+            existing_files("doc_files", self.doc_files)
+        elif self.input_format == "beir":
+            if len(self.input) != 1:
+                raise ValueError(f"--input {listed(self.input)}: want one BEIR folder")
+        else:
+            existing_files("input", self.input)
+        if bool(self.query_files) != bool(self.doc_files):
+            raise ValueError("--query_files and --doc_files go together; one of them is missing")
+        if self.qrels is not None:
+            existing_files("qrels", [self.qrels])
+        if self.query_files and self.input_format not in ("test", "msmarco"):
+            raise ValueError(f"--query_files {listed(self.query_files)}: only test and msmarco read them")
+        if self.qrels is not None and self.input_format != "test":
+            raise ValueError(f"--qrels {self.qrels}: only test reads them; judgments alone are --input_format qrels")
+        if self.judged_negatives and (self.input_format != "beir" or self.output_format not in _TRAINING_OUTPUTS):
+            raise ValueError("--judged_negatives true: only for training records out of a BEIR folder")
+        if self.columns and self.input_format != "table":
+            raise ValueError(f"--columns {listed(self.columns)}: only a table has columns (--input_format table)")
+        above_zero(self, "num_negatives")
+        if Path(self.output).exists():
+            raise ValueError(f"--output {self.output}: is there already; delete it or choose another name")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = parse_arguments(ConvertArguments, argv=argv)
+    tally = Tally(skip_bad_records=arguments.skip_bad_records, skip_unknown=arguments.skip_unknown)
+    output = Path(arguments.output).absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, where there is room for texts, if anywhere.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".convert-") as work:
+        convert(arguments, output, Path(work), tally)
+    print("\n".join(tally.lines()) + f"\nwritten to {arguments.output}")
+
+
+def convert(arguments: ConvertArguments, output: Path, work: Path, tally: Tally) -> None:
+    """Write `output`, whole or not at all."""
+    target = arguments.output_format
+    if target == "training":
+        conversions.write_training(output, records(arguments, work, tally), tally)
+    elif target in ("pairs", "triplets"):
+        num_negatives = arguments.num_negatives if target == "triplets" else 0
+        conversions.write_pairs(output, records(arguments, work, tally), num_negatives, tally)
+    elif target == "test":
+        conversions.write_test_files(output, retrieval_set(arguments, tally), tally)
+    elif target == "beir" and arguments.input_format == "test":
+        conversions.write_beir(output, arguments.split, retrieval_set(arguments, tally), tally)
+    elif target == "beir":
+        with TextTable(work, "text") as ids_by_text:
+            source = TrainingSet(lambda again: records(arguments, work, again), ids_by_text, tally)
+            conversions.write_beir(output, arguments.split, source, tally)
+    elif target in ("queries", "documents"):
+        rows = read_columns(arguments.input, target, arguments.columns, tally)
+        conversions.write_texts(output, target, rows, work, tally, join_titles=arguments.join_titles)
+    elif target in _QRELS_OUTPUTS:
+        write = trec.write_trec_qrels if target == "trec_qrels" else trec.write_beir_qrels
+        unique = trec.unique_judgments(judgments(arguments, tally))
+        write(output, tally.counted("judgments written", (judgment for _, judgment in unique)))
+    elif target == "trec_run":
+        rows = read_columns(arguments.input, "run", arguments.columns, tally)
+        lines = (trec.run_line(where, row) for where, row in rows)
+        trec.write_trec_run(output, tally.counted("lines written", lines), "converted")
+    else:
+        assert target == "table"
+        with table_writer(output, trec.RunLine.__annotations__) as write:
+            for path in arguments.input:
+                for _, line in tally.counted("rows written", trec.read_run(path)):
+                    write(line._asdict())
+
+
+def records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversions.NumberedRecords:
+    """The training records of the input."""
+    if arguments.input_format == "training":
+        return training_sources.from_json(arguments.input, tally)
+    if arguments.input_format == "table":
+        return training_sources.from_tables(arguments.input, arguments.columns, tally)
+    if arguments.input_format == "beir":
+        source, negatives = retrieval_set(arguments, tally), arguments.judged_negatives
+        return conversions.training_records(source, tally, work, judged_negatives=negatives)
+    if arguments.query_files:
+        files = arguments.input, arguments.query_files, arguments.doc_files
+        return training_sources.from_id_triples(*files, tally, work)
+    return training_sources.from_triples(arguments.input, tally)
+
+
+def retrieval_set(arguments: ConvertArguments, tally: Tally) -> RetrievalSet:
+    if arguments.input_format == "test":
+        return OurFiles(arguments.query_files, arguments.doc_files, arguments.qrels)
+    return BeirFolder(Path(arguments.input[0]), arguments.split, tally, join_titles=arguments.join_titles)
+
+
+def judgments(arguments: ConvertArguments, tally: Tally) -> Iterator[tuple[str, trec.Judgment]]:
+    if arguments.input_format in ("beir", "test"):
+        yield from retrieval_set(arguments, tally).judgments()
+    elif arguments.input_format == "table":
+        for where, row in read_columns(arguments.input, "judgments", arguments.columns, tally):
+            yield where, trec.judgment(where, row)
+    else:
+        for path in arguments.input:
+            yield from trec.read_judgments(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))

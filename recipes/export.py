@@ -1,0 +1,50 @@
+"""Write a finished run as a folder for other libraries, loaded there and compared before it is called done.
+
+    python recipes/export.py --run RUN --format sentence-transformers --output_dir DIR
+
+adapter: the LoRA matrices, for PEFT. merged: a whole model, for AutoModel. sentence-transformers: a whole
+model with pooling, normalisation and the prefixes as prompts. Each has a README.md that shows how to load it.
+"""
+
+from dataclasses import dataclass
+
+from ds_embed.config import parse_arguments
+from ds_embed.config.checks import one_of
+from ds_embed.config.fields import setting
+from ds_embed.distributed import run_recipe
+
+
+@dataclass
+class ExportArguments:
+    run: str = setting("folder of a finished run, or its model/")
+    output_dir: str = setting("folder to write; must not exist, or be empty")
+    format: str = setting("adapter, merged or sentence-transformers", default="sentence-transformers")
+    dtype: str = setting(
+        "of the weights of a whole model on disk: auto (the base model's), float32, bfloat16 or float16", default="auto"
+    )
+    device: str = setting("where the checks run, in float32: cpu or cuda", default="cpu")
+    trust_remote_code: bool = setting("run Python code that comes with the model", default=False)
+
+    def __post_init__(self):
+        one_of(self, "format", ("adapter", "merged", "sentence-transformers"))
+        one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        if self.format == "adapter" and self.dtype != "auto":
+            raise ValueError(f"--dtype {self.dtype}: an adapter is copied as it is; leave the flag out")
+
+
+def main(argv=None):
+    (arguments,) = parse_arguments(ExportArguments, argv=argv)
+    from ds_embed.export.job import export  # torch takes seconds to import; mistakes in flags are found before
+
+    export(
+        arguments.run,
+        arguments.format,
+        arguments.output_dir,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))

@@ -1,0 +1,23 @@
+"""Give training records hard negatives: near documents that are not their positives, with scores.
+
+    deepspeed recipes/mine_negatives.py --model_name_or_path RUN --train_files train.jsonl \
+        --output_file mined.jsonl --num_negatives 4 --relative_margin 0.05
+    python recipes/mine_negatives.py --method bm25 --train_files train.jsonl --output_file mined.jsonl
+
+Candidates are the records' own pos_doc, or --doc_files. Writes the records with neg_doc, pos_score and
+neg_scores, a summary (.summary.json) and a plot of the scores (.scores.png). Started again after a kill it goes on.
+"""
+
+from ds_embed.config import TextArguments, parse_arguments
+from ds_embed.config.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.distributed import initialize, run_recipe
+from ds_embed.retrieval.mining.job import mine
+
+
+def main() -> None:
+    world = initialize()
+    mine(world, *parse_arguments(MiningModelArguments, TextArguments, MiningArguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))

@@ -1,0 +1,115 @@
+"""Prefixes and templates: where the text stands, what truncation leaves, one for each training file."""
+
+import json
+
+import pytest
+from test_tokenize import TEXTS, bert_tokenizer, byte_level_tokenizer
+from test_tokenizer_kinds import llama
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from ds_embed.config import DataArguments, ModelArguments, TextArguments, parse_arguments
+from ds_embed.data.store import TrainingStore, build_training_store
+from ds_embed.data.tokenize import TextFormat, TextTokenizer, encode_texts
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.training.prepare import describe_prefixes, file_formats
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level_tokenizer("<s> $A"), llama(add_bos_token=True), bert_tokenizer()])
+def test_what_stands_behind_the_text_is_never_cut_off(tokenizer):
+    template = "the {text} sep" if tokenizer.sep_token else "to {text} </s>\n<end>"
+    append_eos = tokenizer.eos_token is not None
+    front, back = template.split("{text}")
+
+    def tokens_of(text):
+        encoding = tokenizer.backend_tokenizer
+        encoding.encode_special_tokens = True
+        found = encoding.encode(text, add_special_tokens=False).ids
+        encoding.encode_special_tokens = False
+        return found
+
+    before = len(tokens_of(front))
+    plain = encode_texts(tokenizer, TEXTS, TextFormat(template, 1000, append_eos))
+    suffix = len(tokens_of("a" + back)) - len(tokens_of("a"))
+    assert suffix > 0
+    for max_length in (before + suffix + 4, 30 + suffix):
+        short = encode_texts(tokenizer, TEXTS, TextFormat(template, max_length, append_eos))
+        for text, whole, cut in zip(TEXTS, plain, short):
+            assert whole.tolist()[1:-1] == tokens_of((front + text).strip() + back)
+            assert len(cut) == min(len(whole), max_length)
+            body = len(cut) - suffix - 1
+            assert cut.tolist() == whole.tolist()[:body] + whole.tolist()[len(whole) - suffix - 1 :]
+
+
+def test_prefixes_that_leave_no_room_or_melt_into_the_text_are_refused():
+    tokenizer = byte_level_tokenizer()
+    needed = len(encode_texts(tokenizer, ["x"], TextFormat("to find:", 100, True))[0])
+    TextTokenizer(tokenizer, TextFormat("to find:", needed, True))
+    with pytest.raises(
+        ValueError, match=f"query_max_length={needed - 1} leaves no room .* set query_max_length to {needed} "
+    ):
+        TextTokenizer(tokenizer, TextFormat("to find:", needed - 1, True), "query_max_length")
+    vocabulary = {character: number for number, character in enumerate(map(chr, range(32, 127)))}
+    merges = [(last, "e") for last in "re1"]  # what the texts that are tried end with
+    backend = Tokenizer(models.BPE(vocabulary | {a + b: 100 + n for n, (a, b) in enumerate(merges)}, merges))
+    with pytest.raises(ValueError, match="'er' behind {text} becomes one token with the end of a text"):
+        TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="~"), TextFormat("{text}er", 9, True))
+
+
+def data(tmp_path, **settings):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(json.dumps({"query": f"the {name}", "pos_doc": "a lake"}) + "\n")
+    return DataArguments(train_files=[str(tmp_path / "a"), str(tmp_path / "b")], **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(query_prefixes=["x"], query_prefix="x"), "--query_prefixes: there are 1, and --train_files has 2 files"),
+        (dict(doc_prefixes=["x", "y"]), "--doc_prefixes: give --doc_prefix too, the one that the trained model"),
+        (dict(query_prefixes=["x", "{query}"], query_prefix=""), "--query_prefixes '{query}': only {text} can stand"),
+        (dict(query_prefix="{text} {text}"), "--query_prefix '{text} {text}': .* once; found {text} {text}"),
+        (dict(doc_prefix="{}: "), "--doc_prefix '{}: ': only {text}"),
+    ],
+)
+def test_mistakes_name_the_setting(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        data(tmp_path, **settings)
+
+
+def choose(text, known=None):
+    return EmbeddingCard.choose(
+        text, ModelArguments("m"), decoder=True, bidirectional=False, base="m", known=known, longest=None
+    )
+
+
+def test_new_lines_are_written_as_on_a_command_line(tmp_path):
+    card = choose(TextArguments(query_prefix=r"Instruct: find\nQuery: {text}\n<response>", doc_prefix=r"C:\\new\d: "))
+    assert card.query_prefix == "Instruct: find\nQuery: {text}\n<response>" and card.doc_prefix == r"C:\new\d: "
+    assert choose(TextArguments(), card) == card  # what a card holds is not read a second time
+    yaml = tmp_path / "c.yaml"
+    yaml.write_text("query_prefix: 'a\\nb'\ndoc_prefix: \"a\\nb\"\n")
+    (text,) = parse_arguments(TextArguments, argv=["--config", str(yaml)])
+    assert choose(text).query_prefix == choose(text).doc_prefix == "a\nb"
+
+
+def test_each_file_has_its_own(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    settings = data(tmp_path, query_prefix=r"{text}\n", query_prefixes=[r"first\n{text} .", "second "], doc_prefix="d ")
+    card = choose(settings)
+    query_formats, document_format = file_formats(settings, card)
+    folder = build_training_store(settings.train_files, tokenizer, query_formats, document_format, 0, tmp_path / "c")
+    store = TrainingStore.open(folder)
+    texts = ["first\nthe a .", "d a lake", "second the b", "d a lake"]
+    assert [tokenizer.decode(store.tokens_of(i)[:-1]) for i in range(4)] == texts
+    again = build_training_store(settings.train_files, tokenizer, query_formats, document_format, 0, tmp_path / "c")
+    other = build_training_store(
+        settings.train_files, tokenizer, query_formats[::-1], document_format, 0, tmp_path / "c"
+    )
+    assert again == folder != other
+    assert describe_prefixes(settings, card) == [
+        f'queries        "first\\n{{text}} ." for {tmp_path / "a"}',
+        f'queries        "second " for {tmp_path / "b"}',
+        'queries        "{text}\\n" kept by the model, for later ones',
+    ]
+    assert describe_prefixes(data(tmp_path, query_prefix="x"), card) == []

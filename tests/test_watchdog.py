@@ -1,0 +1,193 @@
+"""Ranks that die, stop or get stuck: real processes with real watchers, killed and stopped by signals.
+
+All jobs run at the same time, so that waiting costs once.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import REPOSITORY
+
+from ds_embed.distributed import EXIT_REQUEUE
+from ds_embed.watcher import EXIT_RANK_LOST
+
+TIMEOUT, LONG = 2.0, 1000.0
+
+
+class Job:
+    """Ranks of tests/workers/watched.py."""
+
+    def __init__(self, folder, size=2, rank_timeout=TIMEOUT, stall_timeout=LONG):
+        folder.mkdir()
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "tests/workers/watched.py", folder, str(rank_timeout), str(stall_timeout)],
+                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"},
+                cwd=REPOSITORY, text=True, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+
+    def wait_until_ready(self):
+        for rank in self.ranks:
+            assert rank.stdout.readline() == f"ready {rank.pid}\n", rank.stderr.read()
+
+    def tell(self, *commands):
+        for rank, command in zip(self.ranks, commands):
+            rank.stdin.write(command + "\n")
+            rank.stdin.flush()
+
+    def end(self):
+        """Exit codes and the error lines of all ranks; every process that they started has ended as well."""
+        codes = [rank.wait(timeout=60) for rank in self.ranks]
+        lines = [line for rank in self.ranks for line in rank.stderr.read().splitlines() if line]
+        return codes, lines
+
+
+def message(job, rank, what):
+    who = rf"rank {rank} \(\S+, process {job.ranks[rank].pid}\)"
+    place = r"(step 7, phase work|phase start)"  # the last report may be half a second old
+    return rf"error: {who} {what}; last seen in {place}; the job is ended"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """All jobs after their accident, none waited for."""
+    root = tmp_path_factory.mktemp("watch")
+    jobs = {
+        "killed": Job(root / "killed", size=3),
+        "killed_main": Job(root / "killed_main"),
+        "stopped": Job(root / "stopped"),
+        "stopped_main": Job(root / "stopped_main"),
+        "stuck": Job(root / "stuck", stall_timeout=TIMEOUT),
+        "failed": Job(root / "failed"),
+        "lost": Job(root / "lost", rank_timeout=LONG),
+        "lost_main": Job(root / "lost_main", rank_timeout=LONG),
+        "silent": Job(root / "silent"),
+        "busy": Job(root / "busy", rank_timeout=3),
+        "suspended": Job(root / "suspended", rank_timeout=3, stall_timeout=3),
+        "suspended_ranks": Job(root / "suspended_ranks", rank_timeout=3),
+        "waiting": Job(root / "waiting", rank_timeout=3, stall_timeout=1),
+    }
+    for job in jobs.values():
+        job.wait_until_ready()
+    watchers = {name: [watcher_of(rank.pid) for rank in job.ranks] for name, job in jobs.items()}
+    jobs["killed"].ranks[1].kill()
+    jobs["killed_main"].ranks[0].kill()
+    jobs["stopped"].ranks[1].send_signal(signal.SIGSTOP)
+    jobs["stopped_main"].ranks[0].send_signal(signal.SIGSTOP)
+    jobs["stuck"].tell("wait", "think")
+    jobs["failed"].tell("wait", "leave 1")
+    for name, rank in (("lost", 1), ("lost_main", 0)):
+        os.killpg(jobs[name].ranks[rank].pid, signal.SIGKILL)  # the watcher too, as when a host goes down
+    os.kill(watchers["silent"][1], signal.SIGSTOP)  # as when a host hangs
+    jobs["busy"].tell("hold 6", "wait")
+    for job in (jobs["suspended"], jobs["suspended_ranks"]):
+        job.tell("wait", "wait")
+        for rank in job.ranks:
+            stop = os.killpg if job is jobs["suspended"] else os.kill
+            stop(rank.pid, signal.SIGSTOP)
+    jobs["waiting"].tell("wait", "wait")
+    yield jobs, watchers, time.monotonic()
+    for job in jobs.values():
+        for rank in job.ranks:
+            try:
+                os.killpg(rank.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            rank.wait()
+            for pipe in (rank.stdin, rank.stdout, rank.stderr):
+                pipe.close()
+
+
+def watcher_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        (watcher,) = file.read().split()
+    return int(watcher)
+
+
+@pytest.mark.parametrize(
+    "name, rank, what, codes",
+    [
+        ("killed", 1, "died: killed, out of memory, or crashed", [EXIT_RANK_LOST, -9, EXIT_RANK_LOST]),
+        ("killed_main", 0, "died: killed, out of memory, or crashed", [-9, EXIT_RANK_LOST]),
+        ("stopped", 1, r"has not answered for \d+ s: its process is stopped \(SIGSTOP\)", [EXIT_RANK_LOST, -9]),
+        ("stopped_main", 0, r"has not answered for \d+ s: its process is stopped \(SIGSTOP\)", [-9, EXIT_RANK_LOST]),
+        ("stuck", 1, r"has made no progress for \d+ s while others wait for it", [EXIT_RANK_LOST] * 2),
+        ("lost", 1, "can't be reached: its host, or the process that watches it, is gone", [EXIT_RANK_LOST, -9]),
+        ("lost_main", 0, r"has not answered for \d+ s", [-9, EXIT_RANK_LOST]),
+    ],
+)  # fmt: skip
+def test_lost_rank_ends_the_job_with_its_name(jobs, name, rank, what, codes):
+    job = jobs[0][name]
+    got, lines = job.end()
+    assert len(lines) == 1 and re.fullmatch(message(job, rank, what), lines[0]), lines
+    assert got == codes
+
+
+def test_silent_host_ends_the_job(jobs):
+    """Its own watcher can't end it; here the test does, on a cluster its scheduler."""
+    job, watchers = jobs[0]["silent"], jobs[1]["silent"]
+    assert job.ranks[0].wait(timeout=60) == EXIT_RANK_LOST
+    os.kill(watchers[1], signal.SIGCONT)  # it finds the verdict
+    codes, lines = job.end()
+    assert codes == [EXIT_RANK_LOST] * 2
+    assert len(lines) == 1 and re.fullmatch(message(job, 1, r"has not answered for \d+ s"), lines[0]), lines
+
+
+def test_rank_that_left_with_an_error_takes_the_others_along(jobs):
+    codes, lines = jobs[0]["failed"].end()
+    assert (codes, lines) == ([1, 1], [])  # it has said itself why
+
+
+def test_nobody_is_accused(jobs):
+    """A rank in a long call that keeps the interpreter; a job stopped as a whole; one whose ranks all wait."""
+    time.sleep(max(0.0, jobs[2] + 4.1 - time.monotonic()))
+    for number in range(2):
+        for name, resume in (("suspended", os.killpg), ("suspended_ranks", os.kill)):
+            resume(jobs[0][name].ranks[number].pid, signal.SIGCONT)
+        time.sleep(1)  # one rank later than the other
+    time.sleep(2.5)  # longer than the timeout of a rank, and so were they stopped
+    for name in ("busy", "suspended", "suspended_ranks", "waiting"):
+        job = jobs[0][name]
+        assert [rank.poll() for rank in job.ranks] == [None, None], name
+        job.tell("end", "end")
+        assert job.end() == ([0, 0], []), name
+
+
+def test_signal_before_the_first_step_is_not_swallowed():
+    code = (
+        "import time\nfrom ds_embed.distributed import run_recipe\n"
+        "def main():\n    print(flush=True)\n    while True:\n"
+        "        try:\n            time.sleep(0.01)\n        except:\n            pass\n"  # as libraries do
+        "raise SystemExit(run_recipe(main))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=60) == ("", f"SIGUSR1: stopped (exit code {EXIT_REQUEUE})\n")
+    assert process.returncode == EXIT_REQUEUE
+
+
+def test_no_watcher_stays(jobs):
+    watchers = [watcher for job in jobs[1].values() for watcher in job]
+    deadline = time.monotonic() + 20
+    while (left := [w for w in watchers if is_running(w)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
