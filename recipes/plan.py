@@ -3,7 +3,7 @@
     python recipes/plan.py --model_name_or_path MODEL --deepspeed ds_configs/zero3.json \
         --global_batch_size 1024 --hard_negatives 4 --num_gpus 16 --gpu_memory_gb 80
 
-It takes the flags of train_gpt.py and train_bert.py. The model's config.json is enough; train_files are read
+It takes the flags of train_gpt.py or train_bert.py, as the model is, whose config.json is enough; train_files are read
 where they are given.
 """
 
@@ -27,33 +27,43 @@ from ds_embed.sizing.dry_run import job_to_size
 from ds_embed.sizing.job import table
 
 
-def main() -> None:
-    world = initialize()
-    if world.size > 1:
-        raise ValueError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
-    *settings, _ = parse_arguments(
+def encoder_settings() -> tuple:
+    """With the defaults of train_bert.py."""
+    return parse_arguments(
+        ModelArguments,
+        BertLoraArguments,
+        SizingDataArguments,
+        BertStepArguments,
+        BertOptimizerArguments,
+        SizingRunArguments,
+        ValidationArguments,
+        SizingArguments,
+    )
+
+
+def decoder_settings() -> tuple:
+    """With the defaults of train_gpt.py."""
+    return parse_arguments(
         ModelArguments,
         LoraArguments,
         SizingDataArguments,
         StepArguments,
         OptimizerArguments,
         SizingRunArguments,
+        ValidationArguments,
         SizingArguments,
-        ValidationArguments,  # so that a training command can be used
     )
-    model = settings[0]
+
+
+def main() -> None:
+    world = initialize()
+    if world.size > 1:
+        raise ValueError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
+    model, *_ = settings = decoder_settings()
     if not is_decoder(load_config(find_model(model.model_name_or_path), model.trust_remote_code)):
-        *settings, _ = parse_arguments(
-            ModelArguments,
-            BertLoraArguments,
-            SizingDataArguments,
-            BertStepArguments,
-            BertOptimizerArguments,
-            SizingRunArguments,
-            SizingArguments,
-            ValidationArguments,
-        )
-    print(table(job_to_size(world, *settings)))
+        settings = encoder_settings()
+    *settings, _, sizing = settings  # what validation takes is not counted
+    print(table(job_to_size(world, *settings, sizing)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "settings.md"
+LIKE_TRAIN_GPT = ("plan.py", "train_bert.py")  # take its settings, and list what differs
 _HEAD = """# All settings
 
 Each is a flag, or a key of one YAML file (`--config FILE.yaml`; flags win). Booleans take `true` or `false`, lists take
@@ -21,7 +22,7 @@ def page() -> str:
         parts.append(f"## {path.name}\n")
         if path.stem == "train_gpt":
             train_gpt = rows
-        elif path.stem in ("train_bert", "plan"):
+        elif path.name in LIKE_TRAIN_GPT:
             rows = {name: row for name, row in rows.items() if train_gpt.get(name) != row}
             for_encoders = " (for encoders as `train_bert.py`)" if path.stem == "plan" else ""
             parts.append(f"As `train_gpt.py`{for_encoders}, but for:\n")

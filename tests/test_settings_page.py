@@ -13,6 +13,6 @@ def test_every_flag_of_every_recipe_is_on_it():
     listed = {section.split("\n")[0]: section for section in sections[1:]}
     assert listed.keys() == {path.name for path in (REPOSITORY / "recipes").glob("*.py")}
     for path in (REPOSITORY / "recipes").glob("*.py"):
-        where = listed[path.name] + (listed["train_gpt.py"] if path.name in ("train_bert.py", "plan.py") else "")
+        where = listed[path.name] + (listed["train_gpt.py"] if path.name in settings_page.LIKE_TRAIN_GPT else "")
         for name, (_, help) in settings_page.settings_of(path).items():
             assert f"| `--{name}` |" in where and help.strip()

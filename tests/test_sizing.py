@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.attention import CausalAttention, EncoderAttention
+from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import find_model, load_config, load_tokenizer
 from ds_embed.models.lora import add_lora
@@ -46,6 +48,7 @@ CASES = {
     "zero2_lora": dict(zero=2, lora=4), "zero3": dict(zero=3, lora=0),
     "zero3_lora_grad_cache": dict(zero=3, lora=4, grad_cache=True),
 }  # fmt: skip
+CARD = EmbeddingCard("last", "", "", LONGEST, LONGEST, True, "", 0)
 MEASURED = [name for name in CASES if name != "warm_up"]
 
 
@@ -91,7 +94,7 @@ def sizing_of(place, name) -> Sizing:
     return Sizing(
         Job(
             ModelArguments(str(root / "model")), LoraArguments(lora_rank=case["lora"]), step, SizingRunArguments(),
-            config, load_config(find_model(str(root / "model")), False), "last", False, int(store.lengths.max()),
+            config, load_config(find_model(str(root / "model")), False), CARD, int(store.lengths.max()),
             batch.lengths, "", None, RANKS, RANKS, False, SizingArguments(),
         )
     )  # fmt: skip
@@ -141,15 +144,16 @@ def test_zero3_loads_no_whole_model(place, measured):
 def test_counts_are_those_of_real_tensors(kind, lora, checkpointing):
     config_class, settings = MODELS[kind]
     config = getattr(transformers, config_class)(**(settings | dict(hidden_size=256, num_hidden_layers=4)))
-    pooling, attention = ("last", CausalAttention()) if kind == "llama" else ("mean", EncoderAttention())
+    card = replace(CARD, pooling="last" if kind == "llama" else "mean", bidirectional=kind == "bert")
     arguments = LoraArguments(lora_rank=lora)
     cost = measure_model(
-        config, pooling, False, ModelArguments(""), arguments, on_gpu=True, bf16=True, gradient_checkpointing=checkpointing,
-        learnable_temperature=False, num_tokens=32,
+        config, card, ModelArguments(""), arguments, bf16=True, gradient_checkpointing=checkpointing,
+        learnable_temperature=False, num_tokens=32, on_gpu=True,
     )  # fmt: skip
     options = {} if kind == "llama" else {"add_pooling_layer": False}
+    attention = CausalAttention() if kind == "llama" else EncoderAttention()
     backbone = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, **options)
-    encoder = TextEncoder(backbone, pooling, attention, check_attention=False)
+    encoder = TextEncoder(backbone, card.pooling, attention, check_attention=False)
     if checkpointing:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
@@ -166,7 +170,7 @@ def test_counts_are_those_of_real_tensors(kind, lora, checkpointing):
     assert cost.of_tokens("peak_bytes", 5 * 32) == pytest.approx(real.peak_bytes, rel=0.05)
     # Attention written out is made of products that torch counts; the fused kernel's backward has one product more.
     eager = transformers.AutoModel.from_config(config, attn_implementation="eager", dtype=torch.bfloat16, **options)
-    plain = TextEncoder(eager, pooling, attention, check_attention=False)
+    plain = TextEncoder(eager, card.pooling, attention, check_attention=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(torch.zeros(5, 24, dtype=torch.long), torch.full((5,), 24))
     if not lora:

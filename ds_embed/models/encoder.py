@@ -27,8 +27,9 @@ class TextEncoder(nn.Module):
         backbone: nn.Module,
         pooling: str,
         attention: EncoderAttention | CausalAttention | BidirectionalAttention,
-        check_attention: bool = True,  # once, in the first forward pass
+        check_attention: bool = True,
     ):
+        """check_attention: see _check_attention; tensors without data can't be compared."""
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling

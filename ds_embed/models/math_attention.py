@@ -38,7 +38,7 @@ def takes_math_kernel(config: Any) -> bool:
     return softcap is None and getattr(model_class, "_supports_attention_backend", False) and model_class._supports_sdpa
 
 
-def training_kernel(asked: str | None, config: Any, device_type: str) -> str | None:
+def training_kernel(config: Any, asked: str | None, device_type: str) -> str | None:
     """The kernel to train with: the one that was asked for; else this one on CPUs; else None, transformers' choice."""
     return MATH_KERNEL if asked is None and device_type == "cpu" and takes_math_kernel(config) else asked
 

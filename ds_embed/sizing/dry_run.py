@@ -40,7 +40,7 @@ def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
     )  # fmt: skip
     job = Job(
         run.model, run.lora, run.step_arguments, run.run, run.deepspeed_config,
-        config=load_config(run.source, run.model.trust_remote_code), pooling=run.card.pooling, bidirectional=run.card.bidirectional,
+        config=load_config(run.source, run.model.trust_remote_code), card=run.card,
         longest_text=int(np.max(run.store.lengths)), lengths=first.lengths, lengths_from="the first batch",
         max_steps=run.max_steps, num_ranks=run.world.size, ranks_per_node=run.world.local_size,
         on_gpu=run.world.device.type == "cuda", hardware=_with_memory(arguments, run.world.device.type == "cuda", run.world.local_size),
@@ -62,14 +62,8 @@ def job_to_size(
     longest = max(card.query_max_length, card.doc_max_length)
     num_records = sizing.num_records
     if data.train_files:
-        store = prepare_store(
-            world,
-            data.train_files,
-            data,
-            step,
-            load_tokenizer(source, model.trust_remote_code),
-            file_formats(data, card),
-        )
+        tokenizer = load_tokenizer(source, model.trust_remote_code)
+        store = prepare_store(world, data.train_files, data, step, tokenizer, file_formats(data, card))
         order = sample_order(store, data, step, run.seed)
         lengths = assemble_batch(
             store, order, first_sample=0, num_queries=step.global_batch_size, hard_negatives=data.hard_negatives,
@@ -93,7 +87,7 @@ def job_to_size(
     if num_records is not None:
         max_steps = count_steps(num_records, step.global_batch_size, optimizer)
     return Job(
-        model, lora, step, run, deepspeed_config, config=config, pooling=card.pooling, bidirectional=card.bidirectional, longest_text=longest,
+        model, lora, step, run, deepspeed_config, config=config, card=card, longest_text=longest,
         lengths=lengths, lengths_from=lengths_from, max_steps=max_steps, num_ranks=sizing.num_gpus,
         ranks_per_node=min(sizing.num_gpus, sizing.gpus_per_node), on_gpu=True, hardware=_with_memory(sizing, True, sizing.gpus_per_node),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import numpy as np
 
 from ds_embed.config import HardwareArguments, LoraArguments, ModelArguments, RunArguments, StepArguments
 from ds_embed.data.plan import plan_micro_batches
+from ds_embed.models.card import EmbeddingCard
 from ds_embed.sizing.estimate import StepTime, payloads, rank_flops, step_shape, step_time
 from ds_embed.sizing.measure import ModelCost, measure_model
 from ds_embed.sizing.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Memory, Zero, rank_memory
@@ -28,8 +29,7 @@ class Job:
     run: RunArguments
     deepspeed_config: dict[str, Any]
     config: Any  # transformers'
-    pooling: str
-    bidirectional: bool
+    card: EmbeddingCard
     longest_text: int  # tokens
     lengths: np.ndarray
     lengths_from: str
@@ -46,9 +46,9 @@ class Sizing:
     def __init__(self, job: Job):
         self.job = job
         self.cost: ModelCost = measure_model(
-            job.config, job.pooling, job.bidirectional, job.model, job.lora,
-            on_gpu=job.on_gpu, bf16=job.run.bf16, gradient_checkpointing=job.step.gradient_checkpointing,
-            learnable_temperature=job.step.learnable_temperature, num_tokens=job.longest_text,
+            job.config, job.card, job.model, job.lora,
+            bf16=job.run.bf16, gradient_checkpointing=job.step.gradient_checkpointing,
+            learnable_temperature=job.step.learnable_temperature, num_tokens=job.longest_text, on_gpu=job.on_gpu,
         )  # fmt: skip
         self.zero = Zero.of(job.deepspeed_config)
         self.plan = plan_micro_batches(job.lengths, job.step.micro_batch_tokens, job.num_ranks)

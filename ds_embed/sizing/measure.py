@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ds_embed.config import LoraArguments, ModelArguments
+from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.dropout import use_cpu_dropout
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import build_encoder
@@ -92,8 +93,8 @@ class ModelCost:
 
 
 def measure_model(
-    config: Any, pooling: str, bidirectional: bool, model: ModelArguments, lora: LoraArguments, *,
-    on_gpu: bool, bf16: bool, gradient_checkpointing: bool, learnable_temperature: bool, num_tokens: int,
+    config: Any, card: EmbeddingCard, model: ModelArguments, lora: LoraArguments, *,
+    bf16: bool, gradient_checkpointing: bool, learnable_temperature: bool, num_tokens: int, on_gpu: bool,
 ) -> ModelCost:  # fmt: skip
     """Count what the model of a transformers `config` takes, with texts of at most num_tokens tokens.
 
@@ -104,8 +105,8 @@ def measure_model(
     num_tokens = max(2, num_tokens - num_tokens % 2)
     with torch.device("meta"):
         encoder = build_encoder(
-            config, pooling=pooling, bidirectional=bidirectional, bf16=bf16,
-            attn_implementation=training_kernel(model.attn_implementation, config, "cuda" if on_gpu else "cpu"),
+            config, pooling=card.pooling, bidirectional=card.bidirectional, bf16=bf16,
+            attn_implementation=training_kernel(config, model.attn_implementation, "cuda" if on_gpu else "cpu"),
             trust_remote_code=model.trust_remote_code,
         )  # fmt: skip
         if gradient_checkpointing:

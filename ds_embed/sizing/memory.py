@@ -111,9 +111,6 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, bf16: bool, nu
     kept, peak = _activations(cost, shape)
     context = CONTEXT_BYTES if on_gpu else 0.0
     slack = FRAGMENTATION if on_gpu else 0.0
-    # CPU AdamW makes the root of the second moment, tensor by tensor; the GPU's does all in one kernel.
-    largest = sizes.largest if zero.stage == 0 else own
-    adam = 0.0 if on_gpu or zero.offload_optimizer else 8.0 * min(own, largest)
     always = {"weights": weights + sizes.buffer_bytes, "optimizer": state, "context": context}
     reserved = gradients if zero.stage == 3 else 0.0  # ZeRO-3 allocates them once
     copies = 4 if num_ranks > 1 else 3  # embeddings, gradient, and the gradient in rank order (padded, to be sent)
@@ -128,7 +125,7 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, bf16: bool, nu
             "buckets": buckets, "embeddings": 2 * table,
         },
         "optimizer": {
-            "gradients": gradients + for_step + adam, "buckets": buckets if zero.stage == 3 else 0.0,
+            "gradients": gradients + for_step, "buckets": buckets if zero.stage == 3 else 0.0,
             "embeddings": 2 * table,
         },
     }  # fmt: skip

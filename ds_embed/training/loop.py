@@ -256,15 +256,15 @@ class TrainingRun:
     def _load_encoder(self):
         import torch
 
-        device_type = self.world.device.type
         config = load_config(self.source, self.model.trust_remote_code)
+        kernel = training_kernel(config, self.model.attn_implementation, self.world.device.type)
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
                 self.source,
                 pooling=self.card.pooling,
                 bidirectional=self.card.bidirectional,
                 bf16=self.run.bf16,
-                attn_implementation=training_kernel(self.model.attn_implementation, config, device_type),
+                attn_implementation=kernel,
                 trust_remote_code=self.model.trust_remote_code,
             )
         if self.step_arguments.gradient_checkpointing:
@@ -275,7 +275,7 @@ class TrainingRun:
             add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
         if self.step_arguments.learnable_temperature:
             encoder.learn_temperature()
-        if device_type == "cpu":
+        if self.world.device.type == "cpu":
             use_cpu_dropout(encoder)
         return encoder
 
