@@ -1,7 +1,7 @@
 """The attention kernel that training on a CPU takes: plain matrix products in the model's precision.
 
 torch's own kernel for CPUs knows no dropout: with one, it computes in float32 and looks for rows that see nothing.
-Without, it is made for long texts; those of a retriever are short.
+Without, its backward pass in bfloat16 takes 2 to 7 times as long (head sizes 32 and 64, 40 to 512 tokens).
 
     O = c (K * softmax(Q K^T / sqrt(d))) V,   K which weights are kept, c = 1 / (1 - probability of dropout)
 
@@ -60,8 +60,8 @@ def math_attention(
     Outside of training, and for what it can't do, it is sdpa.
     """
     num_tokens = query.shape[2]
-    is_short = num_tokens == key.shape[2] and (num_tokens <= _LONGEST or dropout > 0)
-    if not (module.training and is_short and query.device.type == "cpu"):
+    is_slow_elsewhere = dropout > 0 or query.dtype != torch.float32 and num_tokens <= _LONGEST
+    if not (module.training and is_slow_elsewhere and num_tokens == key.shape[2] and query.device.type == "cpu"):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
