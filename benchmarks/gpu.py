@@ -6,9 +6,10 @@
 A Mistral-7B-shaped model with random weights and texts of random words; speed does not depend on either. The shipped
 recipes run through the launcher: LoRA 16 under ZeRO-2 and ZeRO-3 with grad_cache off and on, with gradient
 checkpointing, then encoding. Prints and writes results.json: real tokens per second (without padding), the peak memory
-of the fullest rank beside what --dry_run true said, and the utilisation of model FLOPs: 4 N a token for training LoRA
-(forward 2, gradients of activations 2), 2 N for encoding, N the weights in matrix products, over the measured rate of
-large bfloat16 products. What is computed twice (grad_cache, checkpointing) and attention do not count.
+of the fullest rank beside what --dry_run true said (which on a GPU counts 1.5 GiB of context too), and the utilisation
+of model FLOPs over the measured rate of large bfloat16 products: 4 N a token for training LoRA (forward 2, gradients of
+activations 2), 2 N for encoding, N the weights in matrix products. What is computed twice (grad_cache, checkpointing)
+and attention do not count.
 """
 
 import json

@@ -196,7 +196,7 @@ def test_every_configuration_has_a_plan(place, path):
     assert len({row[:40].replace("(yours)", "").strip() for row in rows}) == len(rows) >= 8
 
 
-def test_what_does_not_fit_is_said_and_a_budget_fits(place):
+def test_what_does_not_fit_is_said_and_a_budget_fits(place, measured):
     def row(gib):
         job = ["--grad_cache", "true", "--deepspeed", "ds_configs/zero0.json", "--gpu_memory_gb", str(gib)]
         return next(line for line in plan_of(place, *job).splitlines() if "(yours)" in line).split()
