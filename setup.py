@@ -41,6 +41,8 @@ setup(
         "mteb": ["mteb"],
         # --map tsne of recipes/report.py.
         "report": ["scikit-learn"],
-        "test": ["pytest", "scikit-learn", "sentence-transformers", "mteb"],
+        # What benchmarks/ compares with.
+        "benchmark": ["sentence-transformers>=6", "datasets", "accelerate"],
+        "test": ["pytest", "scikit-learn", "sentence-transformers", "mteb", "datasets", "accelerate"],
     },
 )

@@ -3,7 +3,7 @@
     python recipes/plan.py --model_name_or_path MODEL --deepspeed ds_configs/zero3.json \
         --global_batch_size 1024 --hard_negatives 4 --num_gpus 16 --gpu_memory_gb 80
 
-It takes the flags of train_gpt.py (whose defaults docs/settings.md shows) or train_bert.py, as the model is. Its config.json is enough; train_files are read
+It takes the flags of train_gpt.py or train_bert.py, as the model is, whose config.json is enough; train_files are read
 where they are given.
 """
 

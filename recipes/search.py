@@ -47,7 +47,9 @@ def main() -> None:
 
     documents = read_vectors(arguments.embeddings, "doc")
     source = find_model(model.model_name_or_path, arguments.adapter_path)
-    query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries([arguments.query])
+    query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries(
+        [arguments.query]
+    )
     top_k = min(arguments.top_k, len(documents))
     scores, rows, _ = search_by_arguments(index, query, documents.rows, top_k, tie_rank=documents.ids.ranks)
     ids = [documents.ids[row] for row in rows[0] if row >= 0]

@@ -24,7 +24,8 @@ def page() -> str:
             train_gpt = rows
         elif path.name in LIKE_TRAIN_GPT:
             rows = {name: row for name, row in rows.items() if train_gpt.get(name) != row}
-            parts.append("As `train_gpt.py`, but for:\n")
+            for_encoders = " (for encoders as `train_bert.py`)" if path.stem == "plan" else ""
+            parts.append(f"As `train_gpt.py`{for_encoders}, but for:\n")
         lines = ["| flag | default | what it decides |", "|---|---|---|"]
         lines += [f"| `--{name}` | {default} | {help} |" for name, (default, help) in rows.items()]
         parts.append("\n".join(lines) + "\n")
@@ -42,7 +43,9 @@ def settings_of(recipe: Path) -> dict[str, tuple[str, str]]:
     types = [
         getattr(module, argument.id) for call in parsed for argument in call.args if isinstance(argument, ast.Name)
     ]
-    fields = {field.name: field for one in types for field in dataclasses.fields(one)}
+    # Of a setting that is parsed twice, the first stands.
+    fields = {field.name: field for one in reversed(types) for field in dataclasses.fields(one)}
+    fields = {field.name: fields[field.name] for one in types for field in dataclasses.fields(one)}
     return {name: (_default(field), field.metadata["help"].replace("|", "\\|")) for name, field in fields.items()}
 
 

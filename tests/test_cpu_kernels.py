@@ -52,15 +52,15 @@ def test_attention_and_its_gradient(groups, kind, dropout):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_outside_of_training_it_is_sdpa():
-    query, key, value = torch.randn(3, 2, 4, 5, 8).unbind()
-    module = SimpleNamespace(training=False, is_causal=False)
-    got, _ = math_attention(module, query, key, value, None)
+@pytest.mark.parametrize("training, dtype", [(False, torch.bfloat16), (True, torch.float32)])
+def test_where_sdpa_is_quicker_it_is_sdpa(training, dtype):
+    query, key, value = torch.randn(3, 2, 4, 5, 8, dtype=dtype).unbind()
+    got, _ = math_attention(SimpleNamespace(training=training, is_causal=False), query, key, value, None)
     assert torch.equal(got, torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2))
 
 
 def test_what_it_does_not_know_is_refused():
-    query = torch.randn(2, 4, 5, 8)
+    query = torch.randn(2, 4, 5, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="softcap; choose eager"):
         math_attention(SimpleNamespace(training=True), query, query, query, None, softcap=30.0)
 

@@ -68,6 +68,18 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def runs(group):
+    """Whether a process of the group is there that has not ended."""
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, _, its_group = open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its_group) == group and state != "Z":
+            return True
+    return False
+
+
 def kill_while_encoding(root, name, num_ranks, rng, while_it_runs=None):
     """Start the job, let it save some rows, and kill -9 all of its processes; returns how far it saved."""
     path = root / name / "consumed_samples0" / ".unfinished-test_docs" / "progress.json"
@@ -93,6 +105,8 @@ def kill_while_encoding(root, name, num_ranks, rng, while_it_runs=None):
         except ProcessLookupError:
             pass
         process.wait()
+        while runs(process.pid):  # the launcher is gone, its ranks may hold their locks for another moment
+            time.sleep(0.01)
     assert path.exists(), "the job was quicker than its end"
     return json.loads(path.read_text())["saves"][-1]["end"]
 

@@ -84,9 +84,7 @@ def parse_query_record(where: str, record: dict) -> QueryRecord:
 
 def parse_document_record(where: str, record: dict) -> DocumentRecord:
     """Check one record of a documents file: pos_doc (may be empty: corpora hold such) and doc_id."""
-    return DocumentRecord(
-        _text(where, record, "pos_doc", may_be_blank=True), _required_id(where, record, "doc_id")
-    )
+    return DocumentRecord(_text(where, record, "pos_doc", may_be_blank=True), _required_id(where, record, "doc_id"))
 
 
 def read_document_texts(paths: Sequence[str | os.PathLike], wanted: set[str]) -> dict[str, str]:
@@ -106,9 +104,7 @@ def read_query_texts(paths: Sequence[str | os.PathLike], wanted: set[str]) -> di
     return {query.query_id: query.query for query in queries if query.query_id in wanted}
 
 
-def _teacher_scores(
-    where: str, record: dict, num_negatives: int
-) -> tuple[float | None, tuple[float, ...] | None]:
+def _teacher_scores(where: str, record: dict, num_negatives: int) -> tuple[float | None, tuple[float, ...] | None]:
     """pos_score and neg_scores of a record; either may be missing."""
     pos_score = record.get("pos_score")
     if pos_score is not None and not _is_finite_number(pos_score):

@@ -47,9 +47,7 @@ def content_keys(texts: Sequence[str]) -> np.ndarray:
 class StoreWriter:
     """Gathers records into chunks and appends each chunk to the arrays of a store."""
 
-    def __init__(
-        self, folder: Path, sides: dict[str, TextTokenizer], progress: Progress | None, with_ids: bool
-    ):
+    def __init__(self, folder: Path, sides: dict[str, TextTokenizer], progress: Progress | None, with_ids: bool):
         """`sides` are the kinds of texts, with their encoders; `with_ids` says text store, not training."""
         self._folder = folder
         self._sides = sides
@@ -135,8 +133,7 @@ class StoreWriter:
         if not self._numbers:
             return
         encoded = [
-            encoder.encode_flat(list(distinct))
-            for encoder, distinct in zip(self._sides.values(), self._distinct)
+            encoder.encode_flat(list(distinct)) for encoder, distinct in zip(self._sides.values(), self._distinct)
         ]
         pool, pool_lengths, pool_full_lengths = (np.concatenate(parts) for parts in zip(*encoded))
         side_starts = np.cumsum([0] + [len(distinct) for distinct in self._distinct])

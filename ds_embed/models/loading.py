@@ -23,7 +23,7 @@ from ds_embed.models.attention import (
 )
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.math_attention import register_math_kernel
+from ds_embed.models.math_attention import MATH_KERNEL, register_math_kernel, takes_math_kernel
 
 # What transformers' models call the table of learned positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -181,12 +181,10 @@ def load_encoder(
     disable_progress_bar()  # one bar per rank for reading a file
     register_math_kernel()
     config = load_config(source, trust_remote_code)
-    options = _model_options(config, bf16, trust_remote_code)
-    with _named_attention(attn_implementation), _without_foreign_code(source.base):
-        backbone = AutoModel.from_pretrained(
-            source.base, config=config, attn_implementation=attn_implementation, **options
-        )
-    attention = _attention_of(backbone, config, bidirectional)
+    options = _model_options(config, bf16, attn_implementation, trust_remote_code)
+    with _without_foreign_code(source.base), _named_attention(attn_implementation):
+        backbone = AutoModel.from_pretrained(source.base, config=config, **options)
+    attention = _attention_of(backbone, bidirectional)
     if source.adapter is not None:
         backbone = put_adapter_on(backbone, source.adapter).to(options["dtype"])
     return TextEncoder(backbone, pooling, attention)
@@ -205,24 +203,32 @@ def build_encoder(
     from transformers import AutoModel
 
     register_math_kernel()
-    options = _model_options(config, bf16, trust_remote_code)
-    with _named_attention(attn_implementation), _without_foreign_code(config.name_or_path):
-        backbone = AutoModel.from_config(config, attn_implementation=attn_implementation, **options)
-    return TextEncoder(backbone, pooling, _attention_of(backbone, config, bidirectional), check_attention=False)
-
-
-def _model_options(config: Any, bf16: bool, trust_remote_code: bool) -> dict[str, Any]:
-    """What AutoModel is told about every backbone."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return {"dtype": dtype, "trust_remote_code": trust_remote_code, **without_pooler(config)}
+    options = _model_options(config, bf16, attn_implementation, trust_remote_code)
+    with _named_attention(attn_implementation):
+        backbone = AutoModel.from_config(config, **options)
+    return TextEncoder(backbone, pooling, _attention_of(backbone, bidirectional), check_attention=False)
 
 
 def _attention_of(
-    backbone: torch.nn.Module, config: Any, bidirectional: bool
+    backbone: torch.nn.Module, bidirectional: bool
 ) -> EncoderAttention | CausalAttention | BidirectionalAttention:
-    if not is_decoder(config):
+    if not is_decoder(backbone.config):
         return EncoderAttention()
     return make_bidirectional(backbone) if bidirectional else CausalAttention()
+
+
+def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What AutoModel is told about every backbone."""
+    if attn_implementation == MATH_KERNEL and not takes_math_kernel(config):
+        raise ValueError(
+            f"--attn_implementation {MATH_KERNEL}: {config.model_type} models can't take it; leave the flag out"
+        )
+    return {
+        "dtype": torch.bfloat16 if bf16 else torch.float32,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        **without_pooler(config),
+    }
 
 
 @contextlib.contextmanager
@@ -231,7 +237,7 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
     try:
         yield
     except (ImportError, ValueError) as error:
-        if attn_implementation is None:
+        if attn_implementation in (None, MATH_KERNEL):
             raise
         raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
 

@@ -32,6 +32,8 @@ PACKAGES = (STDLIB, "numpy", "torch", "transformers", "peft")
 # or dropped by newer versions: without them, machines agree on more.
 SKIPPED_DIRS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 SKIPPED_DIRS |= {"distutils", "ensurepip", "idlelib", "lib2to3", "turtledemo"}
+
+
 class Source(NamedTuple):
     """A tree of Python files. In ids, `name` takes the place of `root`, which differs between machines."""
 

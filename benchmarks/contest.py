@@ -1,0 +1,174 @@
+"""What the benchmarks share: contestants in processes of their own, by turns, round by round; medians, goals, tables.
+
+A contestant is a function that returns a dict of numbers. The rounds go through the contestants forwards and backwards
+by turns, so that a machine that gets slower or faster favours none, and ratios are taken within a round.
+"""
+
+import importlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CORES = len(os.sched_getaffinity(0))
+_KIB_PER_GIB = 2**20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, smallest and largest of the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        shown = [f"{v:,.0f}" if self.median >= 100 else f"{v:.3g}" for v in (self.median, self.low, self.high)]
+        return f"{shown[0]} ({shown[1]}–{shown[2]})" if self.low < self.high else shown[0]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was measured of a figure, and the bound it is held to."""
+
+    what: str
+    measured: Spread
+    bound: float
+    at_least: bool = True
+
+    @property
+    def is_met(self) -> bool:
+        return self.measured.median >= self.bound if self.at_least else self.measured.median <= self.bound
+
+    def cells(self) -> list[str]:
+        return [self.what, str(self.measured), f"{'>=' if self.at_least else '<='} {self.bound:g}", self._verdict()]
+
+    def _verdict(self) -> str:
+        return "met" if self.is_met else "missed"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended well. peak_gib: of the largest process of its tree."""
+
+    output: str
+    seconds: float
+    peak_gib: float
+
+
+def run_process(words: list[object], threads: int) -> Finished:
+    """Run a command from the repository and wait for it; SystemExit with what it said when it fails."""
+    command = [str(word) for word in words]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=said, text=True
+        )
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)}\n{output[-3000:]}\n{said.read()[-6000:]}")
+    return Finished(output, seconds, usage.ru_maxrss / _KIB_PER_GIB)
+
+
+def launched(ranks: int, script: str | Path, *flags: object) -> Finished:
+    """Run a script of the repository as users do, with the deepspeed launcher; the ranks share the cores."""
+    with socket.socket() as free:  # so that it runs beside other jobs of this machine
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port]
+    return run_process([*launcher, REPOSITORY / script, *flags], threads=max(1, CORES // ranks))
+
+
+def in_process(function: str, **arguments: Any) -> dict:
+    """What `module:function(**arguments)` of this folder returns in a fresh process with all cores, and its peak_gib."""
+    finished = run_process([sys.executable, __file__, function, json.dumps(arguments, default=str)], threads=CORES)
+    return {"peak_gib": finished.peak_gib} | json.loads(finished.output.splitlines()[-1])
+
+
+def play(contestants: dict[str, Callable[[int], dict]], rounds: int) -> dict[str, list[dict]]:
+    """What every contestant measured in each of the rounds, whose number it is given."""
+    results: dict[str, list[dict]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        names = list(contestants)[:: 1 if number % 2 == 0 else -1]
+        for name in names:
+            started = time.perf_counter()
+            results[name].append(contestants[name](number))
+            print(f"round {number + 1}: {name}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return results
+
+
+def spread(results: dict[str, list[dict]], name: str, key: str) -> Spread:
+    return Spread.of([measured[key] for measured in results[name]])
+
+
+def ratio(results: dict[str, list[dict]], name: str, other: str, key: str = "tokens_per_second") -> Spread:
+    """Of `name` to `other`, round by round."""
+    return Spread.of([mine[key] / theirs[key] for mine, theirs in zip(results[name], results[other])])
+
+
+def goals(
+    results: dict[str, list[dict]], wanted: list[tuple[str, str, str, float, bool]], key: str = "tokens_per_second"
+) -> list[Goal]:
+    """One for each (what, name, other, bound, at_least) whose contestants played."""
+    return [
+        Goal(what, ratio(results, name, other, key), bound, at_least)
+        for what, name, other, bound, at_least in wanted
+        if name in results and other in results
+    ]
+
+
+def print_table(header: list[str], rows: list[list[object]]) -> None:
+    """As Markdown."""
+    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def print_goals(reached: list[Goal]) -> None:
+    if reached:
+        print_table(["figure", "measured", "goal", ""], [goal.cells() for goal in reached])
+
+
+def write_results(path: str | Path, settings: Any, results: Any, reached: list[Goal] = []) -> None:
+    """Settings, every single measurement and the goals, as JSON."""
+    content = {
+        "settings": vars(settings),
+        "cores": CORES,
+        "results": results,
+        "goals": [
+            {"figure": g.what, **vars(g.measured), "bound": g.bound, "at_least": g.at_least, "met": g.is_met}
+            for g in reached
+        ],
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    module, name = sys.argv[1].split(":")
+    print("\n" + json.dumps(getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))))

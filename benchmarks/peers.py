@@ -1,0 +1,193 @@
+"""What a user would take instead, each as its own documentation has it: contestants that run in their own process.
+
+All of them count tokens as the ones of the attention mask, and time whole steps after the first `skip_steps`.
+"""
+
+import time
+from typing import Any
+
+from ds_embed.data.json_files import read_json_objects
+
+
+def train_sentence_transformers(
+    *, model: str, train_file: str, folder: str, batch_size: int, max_length: int, max_steps: int, skip_steps: int,
+    learning_rate: float, temperature: float, pooling: str, lora_rank: int, bf16: bool, cached: bool, mini_batch_size: int,
+) -> dict:  # fmt: skip
+    """Its trainer with (Cached)MultipleNegativesRankingLoss, fp32 or bf16 by autocast."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer import losses
+    from transformers import TrainerCallback
+
+    transformer = sentence_transformer(model, pooling, max_length)
+    if lora_rank:
+        transformer.add_adapter(lora_config(lora_rank))
+    records = [record for _, record in read_json_objects(train_file)]
+    data = Dataset.from_list([{"anchor": r["query"], "positive": r["pos_doc"]} for r in records])
+    scale = 1 / temperature
+    if cached:
+        loss = losses.CachedMultipleNegativesRankingLoss(transformer, scale=scale, mini_batch_size=mini_batch_size)
+    else:
+        loss = losses.MultipleNegativesRankingLoss(transformer, scale=scale)
+    steps = Steps(skip_steps)
+    loss.register_forward_pre_hook(
+        lambda module, inputs, named: steps.add(_count_masks([*inputs, *named.values()])), with_kwargs=True
+    )
+
+    class Timer(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            steps.end()
+
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=folder, max_steps=max_steps, per_device_train_batch_size=batch_size, bf16=bf16, use_cpu=True,
+        learning_rate=learning_rate, lr_scheduler_type="constant", weight_decay=0.01, save_strategy="no",
+        report_to="none", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    SentenceTransformerTrainer(
+        model=transformer, args=arguments, train_dataset=data, loss=loss, callbacks=[Timer()]
+    ).train()
+    return steps.result()
+
+
+def train_bare_loop(
+    *, model: str, store: str, batch_size: int, micro_batch_tokens: int, max_steps: int, skip_steps: int,
+    learning_rate: float, temperature: float, pooling: str, lora_rank: int, grad_cache: bool, seed: int,
+    our_kernels: bool,
+) -> dict:  # fmt: skip
+    """A loop around a Hugging Face model in bfloat16 with AdamW: our batches and micro-batches, nothing else of ours.
+
+    our_kernels: with our attention and dropout, so that what is left of the difference is what DeepSpeed and we add.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from ds_embed.data.batch import assemble_batch, collate
+    from ds_embed.data.order import SampleOrder
+    from ds_embed.data.plan import plan_micro_batches
+    from ds_embed.data.store import TrainingStore
+    from ds_embed.models.dropout import use_cpu_dropout
+    from ds_embed.models.math_attention import MATH_KERNEL, register_math_kernel
+
+    tokens = TrainingStore.open(store)
+    order = SampleOrder(seed, tokens.file_sizes)
+    if our_kernels:
+        register_math_kernel()
+    kernel = {"attn_implementation": MATH_KERNEL} if our_kernels else {}
+    backbone = AutoModel.from_pretrained(model, dtype=torch.bfloat16, **kernel).train()
+    if lora_rank:
+        from peft import get_peft_model
+
+        backbone = get_peft_model(backbone, lora_config(lora_rank))
+    if our_kernels:
+        use_cpu_dropout(backbone)
+    trained = [p for p in backbone.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01, fused=True)
+    steps = Steps(skip_steps)
+
+    def encode(texts) -> torch.Tensor:
+        ids, lengths = (torch.from_numpy(array) for array in collate(tokens, texts))
+        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        states = backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        if pooling == "last":
+            vectors = states[torch.arange(len(ids)), lengths - 1]
+        else:
+            vectors = (states * mask[:, :, None]).sum(1) / lengths[:, None]
+        return torch.nn.functional.normalize(vectors.float(), dim=1)
+
+    def loss_of(pieces: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        table = torch.cat(pieces)[positions]
+        scores = table[:batch_size] @ table[batch_size:].T / temperature
+        return torch.nn.functional.cross_entropy(scores, torch.arange(batch_size))
+
+    for number in range(max_steps):
+        batch = assemble_batch(
+            tokens, order, first_sample=number * batch_size, num_queries=batch_size, hard_negatives=0
+        )
+        (parts,) = plan_micro_batches(batch.lengths, micro_batch_tokens, 1).micro_batches
+        positions = torch.argsort(torch.cat([torch.from_numpy(part) for part in parts]))
+        if grad_cache:
+            states = []
+            with torch.no_grad():
+                pieces = []
+                for part in parts:
+                    states.append(torch.get_rng_state())
+                    pieces.append(encode(batch.texts[part]))
+            leaves = [piece.requires_grad_() for piece in pieces]
+            loss_of(leaves, positions).backward()
+            for part, leaf, state in zip(parts, leaves, states):
+                torch.set_rng_state(state)
+                encode(batch.texts[part]).backward(leaf.grad)
+        else:
+            loss_of([encode(batch.texts[part]) for part in parts], positions).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.add(int(batch.lengths.sum()))
+        steps.end()
+    return steps.result()
+
+
+def encode_sentence_transformers(*, model: str, text_file: str, pooling: str, max_length: int, bf16: bool) -> dict:
+    """`SentenceTransformer.encode` of the texts of a file, as shipped: batches of 32, sorted by length."""
+    import torch
+
+    transformer = sentence_transformer(model, pooling, max_length, torch.bfloat16 if bf16 else torch.float32)
+    texts = read_texts(text_file)
+    transformer.encode(texts[:64])
+    started = time.perf_counter()
+    transformer.encode(texts)
+    seconds = time.perf_counter() - started
+    num_tokens = sum(map(len, transformer.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]))
+    return {"tokens_per_second": num_tokens / seconds, "seconds": seconds, "num_tokens": num_tokens}
+
+
+def sentence_transformer(model: str, pooling: str, max_length: int, dtype: Any = None) -> Any:
+    """The model as it loads it, with the pooling named, on the CPU."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    named = {} if dtype is None else {"model_kwargs": {"dtype": dtype}}
+    backbone = Transformer(model, max_seq_length=max_length, **named)
+    assert dtype in (None, backbone.auto_model.dtype)
+    pooled = Pooling(backbone.get_embedding_dimension(), {"last": "lasttoken"}.get(pooling, pooling))
+    return SentenceTransformer(modules=[backbone, pooled, Normalize()], device="cpu")
+
+
+def lora_config(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="FEATURE_EXTRACTION", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
+def read_texts(path: str) -> list[str]:
+    """The documents of a file to encode."""
+    return [record["pos_doc"] for _, record in read_json_objects(path)]
+
+
+def _count_masks(values: list) -> int:
+    """Ones of the attention masks in (features of anchors, features of positives)."""
+    (features,) = [value for value in values if isinstance(value, (list, tuple)) and isinstance(value[0], dict)]
+    return sum(int(side["attention_mask"].sum()) for side in features)
+
+
+class Steps:
+    """Tokens and seconds of a loop's steps, each from the end of the one before."""
+
+    def __init__(self, skip_steps: int):
+        self.skip_steps = skip_steps
+        self.seconds: list[float] = []
+        self.num_tokens: list[int] = []
+        self._last = time.perf_counter()
+
+    def add(self, num_tokens: int) -> None:
+        self.num_tokens.append(num_tokens)
+
+    def end(self) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+    def result(self) -> dict:
+        assert len(self.seconds) == len(self.num_tokens) > self.skip_steps
+        seconds, num_tokens = sum(self.seconds[self.skip_steps :]), sum(self.num_tokens[self.skip_steps :])
+        return {"tokens_per_second": num_tokens / seconds, "seconds": seconds, "num_tokens": num_tokens}

@@ -1,0 +1,125 @@
+"""The benchmarks run, in tiny forms, and say what they are meant to say; how fast anything is is not tested here.
+
+Contestants are real. Those that are not launched run in the test's own process where processes are not the point.
+"""
+
+import importlib
+import json
+import sys
+
+import pytest
+from tiny import REPOSITORY, make_model, make_training_file
+
+SCRIPTS = ("train", "encode", "loss", "scaling", "data", "startup")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    make_model(folder / "bert", "bert")
+    make_training_file(folder / "train.jsonl", 80, 0)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, material, capsys):
+    """Run a benchmark's main() with flags; its results file and what it printed."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+
+    def here(function, **arguments):
+        module, name = function.split(":")
+        if name == "matrix_rates":
+            arguments["size"] = 64
+        return {"peak_gib": 0.0} | getattr(importlib.import_module(module), name)(
+            **json.loads(json.dumps(arguments, default=str))
+        )
+
+    def run(name, *flags):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "in_process", here)
+        words = ["--output_dir", material / name, "--rounds", 2, *flags]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        module.main()
+        return json.loads((material / name / f"{name}.json").read_text()), capsys.readouterr().out
+
+    yield run
+    for name in (*SCRIPTS, "contest", "peers", "machine", "search"):  # their names are too plain to be left about
+        sys.modules.pop(name, None)
+
+
+def test_train_compares_ours_with_a_bare_loop_and_sentence_transformers(script, material):
+    result, printed = script(
+        "train", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
+        "--rounds", 1, "--max_steps", 2, "--skip_steps", 1, "--global_batch_size", 8, "--max_length", 32,
+        "--contestants", "ds_embed, 2 ranks", "bare loop, grad_cache", "sentence-transformers, bf16",
+        "sentence-transformers, bf16, cached",
+    )  # fmt: skip
+    rounds = result["results"]["rounds"]
+    assert len(rounds) == 5 and all(len(measured) == 1 for measured in rounds.values())
+    rates = {name: measured[0] for name, measured in rounds.items() if name != "matrix products"}
+    assert all(m["tokens_per_second"] > 0 for m in rates.values())
+    # Ours and the bare loop see the same second batch, the peer another of as many texts.
+    ours, bare = rates["ds_embed, 2 ranks"]["num_tokens"], rates["bare loop, grad_cache"]["num_tokens"]
+    assert ours == bare and 16 < rates["sentence-transformers, bf16"]["num_tokens"] <= 16 * 32
+    figures = [goal["figure"] for goal in result["goals"]]
+    assert figures == ["ds_embed, 2 ranks / sentence-transformers, bf16", "padding, ds_embed, 2 ranks"]
+    assert "| ds_embed, 2 ranks / sentence-transformers, bf16 |" in printed and ">= 2.5" in printed
+
+
+def test_encode_compares_at_the_same_precision(script, material):
+    result, printed = script(
+        "encode", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
+        "--num_texts", 70, "--same_length", 5, "--precisions", "bf16", "--ranks", 0, "--max_length", 32,
+    )  # fmt: skip
+    assert list(result["results"]) == ["mixed, bf16", "same, bf16"]
+    for case in result["results"].values():
+        counted = {m["num_tokens"] for name in ("sentence-transformers", "ds_embed.Embedder") for m in case[name]}
+        assert len(counted) == 1 and all(len(measured) == 2 for measured in case.values())
+    assert result["results"]["same, bf16"]["sentence-transformers"][0]["num_tokens"] == 70 * 7  # with CLS and SEP
+    assert [goal["bound"] for goal in result["goals"]] == [1.5, 1.0]
+
+
+def test_loss_is_compared_with_float64_and_its_memory_measured(script):
+    result, printed = script(
+        "loss", "--num_queries", 64, "--dimensions", 16, "--exact_queries", 100, "--long", "true",
+        "--long_queries", 6000, "--long_dimensions", 8, "--repeats", 1,
+    )  # fmt: skip
+    time_ratio, difference, memory = result["goals"]
+    assert difference["met"] and difference["median"] > 0
+    # 6000 x 6000 logits are 0.144 GB; in tiles of 1024 rows it is less, and it is more than the gradient alone.
+    assert memory["median"] < 0.144 and result["results"]["long"]["logits_gb"] == pytest.approx(0.144)
+    assert time_ratio["low"] <= time_ratio["median"] <= time_ratio["high"]
+
+
+def test_scaling_counts_the_bytes_that_the_formulas_say(script, material):
+    result, printed = script(
+        "scaling", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
+        "--rounds", 1, "--parts", "wire", "--num_layers", 0, "--max_steps", 2, "--max_length", 16, "--wire_ranks", 2,
+        "--stages", 1, "--modes", "cached",
+    )  # fmt: skip
+    rows = {row["what"]: row for row in result["results"]["wire"]}
+    assert sorted(rows) == [
+        "gather of vectors", "reduce-scatter of their gradient", "weights: all_gather", "weights: all_reduce",
+    ]  # fmt: skip
+    assert all(row["counted"] == row["formula"] > 0 for row in rows.values())
+
+
+def test_data_compares_the_store_with_datasets(script, material):
+    pytest.importorskip("datasets")
+    result, printed = script(
+        "data", "--model_name_or_path", material / "bert", "--records", 50, "--rounds", 1, "--batch_sizes", 8
+    )
+    assert {"token store", "datasets.map"} < set(result["results"])
+    assert set(result["results"]["times"]) == {"peak_gib", "open the store", "batch of 8"}
+
+
+def test_processes_are_measured(script, monkeypatch):
+    contest = importlib.import_module("contest")
+    measured = contest.in_process("startup:import_seconds", statement="import ds_embed")
+    assert 0 < measured["seconds"] < 60 and 0.01 < measured["peak_gib"] < 16
+    with pytest.raises(SystemExit, match="AssertionError"):
+        contest.run_process([sys.executable, "-c", "assert False"], threads=1)
+    calls = []
+    results = contest.play({name: lambda n, name=name: calls.append(name) or {"x": n + 1} for name in "ab"}, 3)
+    assert calls == list("abbaab")
+    assert str(contest.ratio(results, "a", "b", "x")) == "1" and str(contest.spread(results, "a", "x")) == "2 (1–3)"
