@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ds_embed.config import parse_arguments
 from ds_embed.config.checks import existing_files
@@ -70,21 +71,25 @@ def draw_anew(settings: RecoveryArguments, seed: int, folder: Path) -> Path:
     return folder
 
 
-def run(*command: object, threads: int) -> None:
+def run(*command: object, threads: int) -> str:
+    """Run a command to its end; returns what it printed."""
     words = [str(word) for word in command]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(words, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stdout.decode()}")
+    return done.stdout.decode()
 
 
-def launched(settings: RecoveryArguments, recipe: str, *flags: object) -> None:
+def launched(settings: Any, recipe: str, *flags: object) -> str:
+    """Run a recipe on settings.num_ranks ranks; returns what it printed."""
     ranks = settings.num_ranks
     with socket.socket() as free:  # so that it runs beside other jobs of this machine
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port]
-    run(*launcher, REPOSITORY / "recipes" / recipe, *flags, threads=max(1, len(os.sched_getaffinity(0)) // ranks))
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return run(*launcher, REPOSITORY / "recipes" / recipe, *flags, threads=threads)
 
 
 def train_ours(settings: RecoveryArguments, base: Path, seed: int, folder: Path) -> Path:

@@ -105,13 +105,11 @@ def table(job: Job) -> str:
     unit = "GPU" if job.on_gpu else "rank"
     lines = _heading(job, sizing)
     lines += ["", f"Memory of a {unit} in GiB, by phase of a step ({memory.peak_phase} is the peak)", ""]
-    lines.append(f"{'':18}" + "".join(f"{phase:>11}" for phase in memory.phases))
-    for part in PARTS:
-        values = [parts.get(part, 0.0) for parts in memory.phases.values()]
-        if any(values):
-            lines.append(f"{part:18}" + "".join(f"{value / GIB:11.2f}" for value in values))
-    totals = [sum(parts.values()) for parts in memory.phases.values()]
-    lines.append(f"{'total':18}" + "".join(f"{value / GIB:11.2f}" for value in totals))
+    lines += _by_part(memory.phases)
+    stages = [other for other in choices(zero) if other.stage != zero.stage and not other.offload_optimizer]
+    peaks = {"yours": memory} | {other.name: sizing.memory(other) for other in stages}
+    lines += ["", "At the peak of each stage", ""]
+    lines += _by_part({name: found.phases[found.peak_phase] for name, found in peaks.items()})
     lines += ["", f"{'choice':42}{'GiB':>8}{'CPU GiB':>9}{'fits':>6}{'micro_batch_tokens':>20}{'s/step':>9}", ""]
     for number, other in enumerate(choices(zero)):
         found, budget = sizing.memory(other), sizing.largest_budget(other, available)
@@ -122,6 +120,17 @@ def table(job: Job) -> str:
         )
     lines += ["", f"fits: in {available / GIB:.1f} GiB. micro_batch_tokens: the largest that fits."]
     return "\n".join(lines + _time_lines(job, sizing) + _assumptions(job, zero))
+
+
+def _by_part(columns: dict[str, dict[str, float]]) -> list[str]:
+    """A table in GiB of bytes by part, in named columns, with their sums."""
+    lines = [f"{'':18}" + "".join(f"{name:>11}" for name in columns)]
+    for part in PARTS:
+        values = [parts.get(part, 0.0) for parts in columns.values()]
+        if any(values):
+            lines.append(f"{part:18}" + "".join(f"{value / GIB:11.2f}" for value in values))
+    totals = [sum(parts.values()) for parts in columns.values()]
+    return [*lines, f"{'total':18}" + "".join(f"{value / GIB:11.2f}" for value in totals)]
 
 
 def _heading(job: Job, sizing: Sizing) -> list[str]:

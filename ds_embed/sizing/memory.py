@@ -33,6 +33,7 @@ class Zero:
     bucket: int  # elements
     overlap: bool
     prefetch: int  # elements
+    reuse: int  # elements between two uses of a weight, up to which it stays gathered
     persistence: int  # parameters of at most so many elements stay whole
     offload_optimizer: bool
     offload_param: bool
@@ -51,6 +52,7 @@ class Zero:
             bucket=int(zero.get("reduce_bucket_size", 5e8)),
             overlap=bool(zero.get("overlap_comm", stage == 3)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             offload_optimizer=stage > 0 and is_offloaded("offload_optimizer"),
             offload_param=stage == 3 and is_offloaded("offload_param"),
@@ -156,7 +158,11 @@ def _weights(sizes: Parameters, zero: Zero, width: int, num_ranks: int, shape: S
     if not shape.grad_cache and shape.micro_batches > 1:
         # DeepSpeed frees a weight after the last graph that needs it, so that one backward over several holds all.
         return held, everything - width * small
-    return held, width * min(sizes.num_all - small, sizes.largest + zero.prefetch)
+    # From the forward to the backward pass the last weights stay: between their two uses lie those behind them, twice.
+    # What is prefetched arrives in one piece, and is copied out of it weight by weight.
+    large = sizes.num_all - small
+    whole = min(large, sizes.largest + zero.prefetch + zero.reuse // 2)
+    return held, width * (whole + min(large, zero.prefetch))
 
 
 def _gradients(sizes: Parameters, zero: Zero, width: int, own: float, bf16: bool) -> tuple[float, float]:

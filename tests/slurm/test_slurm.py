@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 
 import pytest
 from cluster import Cluster
-from tiny import REPOSITORY, launch_environment, make_model, make_training_file
+from tiny import REPOSITORY, launch_environment, make_model, make_training_file, sentence
+
+from ds_embed.retrieval.corpus_plan import BLOCK_TEXTS
 
 STEPS = 40
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
@@ -205,3 +208,36 @@ def no_python(place):
     path = place / "no_python.sh"
     path.write_text("export DS_EMBED_PYTHON=/no/python DS_EMBED_MAX_REQUEUES=1\n")
     return path
+
+
+def test_an_array_of_shards_and_its_merge_give_the_files_of_one_job(cluster, place):
+    """Enough documents for two blocks of rows, which are what the shards divide among them."""
+    words = random.Random(0)
+    docs = [json.dumps({"pos_doc": sentence(words, 2, 9), "doc_id": f"d{i}"}) for i in range(BLOCK_TEXTS + 3000)]
+    (place / "docs.jsonl").write_text("\n".join(docs) + "\n")
+    queries = [json.dumps({"query": sentence(words), "query_id": f"q{i}"}) for i in range(9)]
+    (place / "queries.jsonl").write_text("\n".join(queries) + "\n")
+
+    def submit(name, *words, prefix):
+        return Job(
+            cluster, place, name, "--nodes=1", *words, "slurm/generate.sh", "--model_name_or_path", place / "llama",
+            "--query_files", place / "queries.jsonl", "--doc_files", place / "docs.jsonl", "--max_length", 24,
+            "--cache_dir", place / "cache", "--bf16", "false", "--output_prefix", place / prefix,
+            *(["--num_shards", 2, "--merge_shards", "true"] if "merge" in name else []),
+        )  # fmt: skip
+
+    shards = submit("shards", "--gpus-per-node=1", "--array=3-4", prefix="parts")
+    after = [f"--dependency=afterok:{shards.id}", "--kill-on-invalid-dep=yes"]
+    merge = submit("merge", "--gpus-per-node=0", *after, prefix="parts")
+    one = submit("one", "--gpus-per-node=2", prefix="one")
+    assert merge.wait_for_end() == "COMPLETED", shards.output() + merge.output()
+    assert one.wait_for_end() == "COMPLETED", one.output()
+    for index in range(2):
+        part = place / "parts" / "consumed_samples0" / "shards" / f"{index:05d}_of_00002" / "test_docs" / "doc.npy"
+        assert part.stat().st_size > 1000 * 32 * 4
+    assert shards.output().count("x 1 rank(s)") == 2 and "x 2 rank(s)" in one.output()
+    for name in ("test_queries/query", "test_docs/doc"):
+        parts, whole = (place / prefix / "consumed_samples0" / name for prefix in ("parts", "one"))
+        assert parts.with_suffix(".ids").read_text() == whole.with_suffix(".ids").read_text() != ""
+        for file in (".ids", ".npy"):
+            assert parts.with_suffix(file).read_bytes() == whole.with_suffix(file).read_bytes()
