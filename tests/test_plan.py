@@ -1,10 +1,12 @@
 """The plan of micro-batches and the order of samples: pure functions, the same on every rank."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
 from ds_embed.data.order import sample_records
-from ds_embed.data.plan import plan_micro_batches
+from ds_embed.data.plan import ROUND_COST, _in_sequence, plan_micro_batches
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
@@ -33,6 +35,41 @@ def test_balanced_and_tight():
     # A few more micro-batches than the fewest, where that saves padding; never many more.
     fewest = -(-lengths.sum() // (4 * 4096))
     assert plan.num_micro_batches <= 1.5 * fewest + 4
+
+
+def cost_of(descending, starts, num_ranks, budget):
+    """By the definition: the slowest micro-batch of every round, and a constant."""
+    padded = [(b - a) * descending[a] for a, b in zip(starts, [*starts[1:], len(descending)])]
+    rounds = [max(padded[i : i + num_ranks]) for i in range(0, len(padded), num_ranks)]
+    return sum(rounds) + len(rounds) * budget * ROUND_COST if max(padded) <= budget else np.inf
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_the_cut_is_nearly_the_best_of_all(num_ranks):
+    rng, ratios = np.random.default_rng(num_ranks), []
+    for _ in range(25):
+        descending = np.sort(rng.lognormal(3, 1, 9).clip(2, 90).astype(int))[::-1]
+        budget = int(rng.integers(90, 400))
+        cuts = product([False, True], repeat=len(descending) - 1)
+        every = ([0, *(1 + np.flatnonzero(cut))] for cut in cuts)
+        best = min(cost_of(descending, starts, num_ranks, budget) for starts in every)
+        plan = plan_micro_batches(descending, budget, num_ranks)
+        batches = [batch for together in zip(*plan.micro_batches) for batch in together if len(batch)]
+        ratios.append(cost_of(descending, [batch[0] for batch in batches], num_ranks, budget) / best)
+    assert min(ratios) >= 1 and np.mean(ratios) < 1.02 and max(ratios) < 1.15
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8, 13])
+def test_many_steps_at_once_are_those_one_by_one(num_ranks):
+    rng = np.random.default_rng(num_ranks)
+    following = np.minimum(np.arange(50) + rng.integers(1, 5, (3, 50)), 49)
+    costs = rng.integers(0, 1000, (3, 50))
+    ends, highest = np.tile(np.arange(50), (3, 1)), np.zeros((3, 50), int)
+    for _ in range(num_ranks):
+        highest = np.maximum(highest, np.take_along_axis(costs, ends, 1))
+        ends = np.take_along_axis(following, ends, 1)
+    got = _in_sequence((following, costs), num_ranks)
+    assert np.array_equal(got[0], ends) and np.array_equal(got[1], highest)
 
 
 def test_text_longer_than_budget():

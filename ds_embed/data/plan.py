@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What one more micro-batch costs, as a share of a full one: launches, and under ZeRO-3 a gather of the weights.
-# More and smaller micro-batches pad less, so a few more than must be often pay.
-ROUND_COST = 1 / 64
+# What one more micro-batch costs, as a share of a full one: launches, adding up gradients, under ZeRO-3 a gather of
+# the weights. More and smaller micro-batches pad less, so some more than must be often pay.
+ROUND_COST = 1 / 32
+# Sizes of micro-batches that are tried: a step's time allows many when there are few texts.
+_FEWEST_SIZES, _MOST_SIZES = 48, 512
 
 
 @dataclass(frozen=True)
@@ -45,44 +47,65 @@ class Plan:
 def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: int) -> Plan:
     """Cut texts of `lengths` (T,) tokens into micro-batches of at most micro_batch_tokens padded tokens.
 
-    Texts are sorted by length and cut, longest first, into at most W P micro-batches of about the
-    same padded size, for P from the fewest that fit upwards; the P with the least padding and
-    idling is taken. Neighbours in length go to different ranks at the same time.
+    Texts are sorted by length and cut, longest first, into rounds of W micro-batches of about the same padded size, so
+    that the ranks wait little for each other; the cut with the least padding, idling and cost of rounds is taken.
     Raises ValueError when one text is longer than micro_batch_tokens.
     """
     lengths = np.asarray(lengths)
-    longest = _check_budget(lengths, micro_batch_tokens)
+    _check_budget(lengths, micro_batch_tokens)
     order = np.argsort(-lengths, kind="stable")
-    descending = lengths[order]
-    fewest = -(-len(_cut(descending, micro_batch_tokens)) // num_ranks)
-    cuts = [
-        _even_cut(descending, per_rank * num_ranks, longest, micro_batch_tokens)
-        for per_rank in range(fewest, fewest + 1 + max(4, fewest // 2))
-    ]
-    starts = min(cuts, key=lambda cut: _cost(descending, cut, num_ranks, micro_batch_tokens))
+    starts = _cheapest_cut(lengths[order], micro_batch_tokens, num_ranks)
     batches = np.split(order, starts[1:])
     padded = sum(len(batch) * int(lengths[batch[0]]) for batch in batches)
     batches += [order[:0]] * (-len(batches) % num_ranks)
     return Plan([batches[rank::num_ranks] for rank in range(num_ranks)], int(lengths.sum()), padded)
 
 
-def _even_cut(descending: np.ndarray, num_batches: int, low: int, high: int) -> list[int]:
-    """The cut into at most num_batches whose largest micro-batch is smallest, so that all take about as long."""
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(descending, middle)) <= num_batches:
-            high = middle
-        else:
-            low = middle + 1
-    return _cut(descending, high)
+def _cheapest_cut(descending: np.ndarray, budget: int, num_ranks: int) -> list[int]:
+    """First positions of the micro-batches of the rounds that together cost least; `descending` (T,).
+
+    A round, a micro-batch for every rank, costs the padded tokens of its largest micro-batch and a constant. It takes
+    as many texts as fit into micro-batches of one of many sizes; which size, from which text on, dynamic
+    programming decides from the shortest text backwards.
+    """
+    num_texts, position = len(descending), np.arange(len(descending) + 1)
+    num_sizes = min(_MOST_SIZES, max(_FEWEST_SIZES, 2**18 // num_texts))
+    sizes = np.geomspace(max(descending[-1], budget / 1024), budget, num_sizes).round().astype(np.int64)
+    lengths = np.append(descending, 1)  # and one to stand on behind the last text
+    taken = np.maximum(1, sizes[:, None] // lengths)
+    following = np.minimum(position + taken, num_texts)  # of a size and the first text of a micro-batch
+    padded = (following - position) * lengths
+    ends, costs = _in_sequence((following, padded), num_ranks)
+    # (A text longer than the size is a micro-batch of its own; none is longer than the budget.)
+    costs = costs + budget * ROUND_COST
+    least, choice = np.zeros(num_texts + 1), np.zeros(num_texts, np.int64)
+    for first in range(num_texts - 1, -1, -1):
+        total = costs[:, first] + least[ends[:, first]]
+        choice[first] = number = total.argmin()
+        least[first] = total[number]
+    starts, first = [], 0
+    while first < num_texts:
+        row = following[choice[first]]
+        for _ in range(num_ranks):
+            if first < num_texts:
+                starts.append(first)
+                first = int(row[first])
+    return starts
 
 
-def _cost(descending: np.ndarray, starts: list[int], num_ranks: int, micro_batch_tokens: int) -> float:
-    """Tokens that the slowest rank of each round computes, plus the fixed cost of a round."""
-    bounds = [*starts, len(descending)]
-    padded = [(b - a) * int(descending[a]) for a, b in zip(bounds, bounds[1:])]
-    rounds = [max(padded[i : i + num_ranks]) for i in range(0, len(padded), num_ranks)]
-    return sum(rounds) + len(rounds) * micro_batch_tokens * ROUND_COST
+def _in_sequence(step: tuple[np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where `count` steps in sequence lead, and the largest cost among them, from where each leads and costs."""
+    if count == 1:
+        return step
+    twice = _after(step, step)
+    return _in_sequence(twice, count // 2) if count % 2 == 0 else _after(step, _in_sequence(twice, count // 2))
+
+
+def _after(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    ends, costs = first
+    return np.take_along_axis(second[0], ends, 1), np.maximum(costs, np.take_along_axis(second[1], ends, 1))
 
 
 def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
@@ -92,14 +115,13 @@ def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarr
     return np.split(order, _cut(lengths[order], micro_batch_tokens)[1:])
 
 
-def _check_budget(lengths: np.ndarray, micro_batch_tokens: int) -> int:
+def _check_budget(lengths: np.ndarray, micro_batch_tokens: int) -> None:
     longest = int(lengths.max(initial=0))
     if longest > micro_batch_tokens:
         raise ValueError(
             f"--micro_batch_tokens {micro_batch_tokens}: smaller than one text of {longest} tokens; "
             f"raise it to at least {longest} or lower --max_length"
         )
-    return longest
 
 
 def _cut(descending: np.ndarray, budget: int) -> list[int]:
