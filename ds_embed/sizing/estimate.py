@@ -6,7 +6,7 @@ n (W - 1) / W, an all-reduce twice that. Per step, with t trained and a all weig
     ZeRO-0  all-reduce b t (m times with grad_cache)
     ZeRO-1  all-reduce b t, all-gather b t
     ZeRO-2  all-reduce b t (m times with grad_cache), all-gather b t
-    ZeRO-3  all-gather b a: m forward passes (2 m with grad_cache) and m backward passes (at most 2 when graphs
+    ZeRO-3  all-gather b a: m forward passes (2 m - 1 with grad_cache) and m backward passes (at most 2 when graphs
             are kept; m more with gradient_checkpointing), less what stays whole; reduce-scatter b t (m with grad_cache)
     always  all-gather and reduce-scatter of the T x D table in float32
 """
@@ -48,16 +48,18 @@ def step_shape(plan: Plan, lengths: np.ndarray, num_queries: int, grad_cache: bo
 
 
 def rank_flops(cost: ModelCost, plan: Plan, lengths: np.ndarray, grad_cache: bool) -> float:
-    """FLOPs of a step, each round of micro-batches as long as its longest; grad_cache encodes once more."""
+    """FLOPs of a step, each round of micro-batches as long as its longest; grad_cache encodes all but the last twice."""
 
-    def flops(texts: np.ndarray) -> float:
+    def flops(texts: np.ndarray, twice: bool) -> float:
         if not len(texts):
             return 0.0
         length = float(lengths[texts].max())
-        again = cost.flops("forward_flops", length) if grad_cache else 0.0
+        again = cost.flops("forward_flops", length) if twice else 0.0
         return len(texts) * (cost.flops("flops", length) + again)
 
-    return sum(max(flops(texts) for texts in together) for together in zip(*plan.micro_batches))
+    rounds = list(zip(*plan.micro_batches))
+    twice = [grad_cache] * (len(rounds) - 1) + [False]
+    return sum(max(flops(texts, again) for texts in together) for together, again in zip(rounds, twice))
 
 
 def payloads(
@@ -77,7 +79,7 @@ def payloads(
         found["updated weights"] = (float(width * sizes.num_trained), "all-gather")
     if zero.stage == 3:
         small = [n for n in sizes.trained + sizes.frozen if n <= zero.persistence]
-        passes = 3 * number if shape.grad_cache else number + min(2, number)
+        passes = 3 * number - 1 if shape.grad_cache else number + min(2, number)
         passes += number if gradient_checkpointing else 0
         once = float(width * (sizes.num_all - sum(small)))
         from_all = passes if zero.group == 1 else 1

@@ -136,8 +136,8 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, bf16: bool, nu
 
 def _activations(cost: ModelCost, shape: StepShape) -> tuple[float, float]:
     """Bytes of all graphs when the loss is computed, and at the peak of the backward pass."""
-    if shape.grad_cache:
-        return 0.0, cost.of_tokens("peak_bytes", shape.micro_batch_tokens)
+    if shape.grad_cache:  # the graph of the last micro-batch is there already
+        return tuple(cost.of_tokens(part, shape.micro_batch_tokens) for part in ("kept_bytes", "peak_bytes"))
     tokens = min(shape.micro_batch_tokens, shape.rank_tokens)
     one = cost.of_tokens("peak_bytes", tokens)
     kept = cost.of_tokens("kept_bytes", shape.rank_tokens)

@@ -57,10 +57,13 @@ class ContrastiveStep:
         """Encode the batch, compute its loss and, when that is finite, its gradient."""
         plan = plan_micro_batches(batch.lengths, self.arguments.micro_batch_tokens, self.world.size)
         inputs = [self._inputs(batch, texts) for texts in plan.micro_batches[self.world.rank]]
-        keep_graphs = not self.arguments.grad_cache
+        keep_graphs, last = not self.arguments.grad_cache, len(inputs) - 1
         self.world.mark("encode")
-        with torch.set_grad_enabled(keep_graphs):
-            outputs = [self._encode(batch, number, item) for number, item in enumerate(inputs)]
+        outputs = []
+        for number, item in enumerate(inputs):
+            # grad_cache holds one graph at a time; that of the last micro-batch needs no second pass.
+            with torch.set_grad_enabled(keep_graphs or number == last):
+                outputs.append(self._encode(batch, number, item))
         self.world.mark("gather")
         table = self._gather([vectors.detach() for vectors, _ in outputs], plan)
         temperature = self._temperature(outputs[0][1])
@@ -75,7 +78,7 @@ class ContrastiveStep:
             if keep_graphs:
                 self._backward_kept(outputs, rows, on_scale)
             else:
-                self._backward_again(batch, inputs, rows, on_scale)
+                self._backward_again(batch, inputs, outputs, rows, on_scale)
         return result
 
     def evaluate(self, batch: GlobalBatch, first_query: int) -> tuple[float, float]:
@@ -181,11 +184,17 @@ class ContrastiveStep:
             self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(total, scale_wrt_gas=False)
 
-    def _backward_again(self, batch: GlobalBatch, inputs: list, gradients: list[Tensor], on_scale: list[float]) -> None:
-        for number, (item, *parts) in enumerate(zip(inputs, gradients, on_scale)):
+    def _backward_again(
+        self, batch: GlobalBatch, inputs: list, outputs: list, gradients: list[Tensor], on_scale: list[float]
+    ) -> None:
+        """The last micro-batch first, which has its graph; then the others, each encoded again."""
+        numbers = [len(inputs) - 1, *range(len(inputs) - 1)]
+        for number in numbers:
             if self.has_boundary:
-                self.engine.set_gradient_accumulation_boundary(number == len(inputs) - 1)
-            self.engine.backward(self._surrogate(self._encode(batch, number, item), *parts), scale_wrt_gas=False)
+                self.engine.set_gradient_accumulation_boundary(number == numbers[-1])
+            output = outputs.pop() if number == numbers[0] else self._encode(batch, number, inputs[number])
+            self.engine.backward(self._surrogate(output, gradients[number], on_scale[number]), scale_wrt_gas=False)
+            del output  # its graph, before the next one grows
 
 
 def loss_options(arguments: StepArguments) -> LossOptions:
