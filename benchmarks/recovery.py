@@ -100,7 +100,7 @@ def train_ours(settings: RecoveryArguments, base: Path, seed: int, folder: Path)
         "--doc_max_length", settings.doc_max_length, "--global_batch_size", settings.global_batch_size,
         "--max_steps", settings.max_steps, "--learning_rate", settings.learning_rate, "--lr_scheduler", "linear",
         "--warmup_steps", settings.warmup_steps, "--temperature", settings.temperature, "--adam_beta2", 0.999,
-        "--report_to", "none", "--attn_implementation", "sdpa",
+        "--report_to", "none",
     )  # fmt: skip
     return folder / "model"
 

@@ -38,7 +38,6 @@ def train(settings: RoundsArguments, base: Path, records: Path, seed: int, folde
         "--doc_max_length", settings.doc_max_length, "--global_batch_size", settings.global_batch_size,
         "--max_steps", settings.max_steps, "--learning_rate", settings.learning_rate, "--lr_scheduler", "linear",
         "--warmup_steps", settings.warmup_steps, "--temperature", settings.temperature, "--report_to", "none",
-        "--attn_implementation", "sdpa",
     )  # fmt: skip
     return folder / "model"
 

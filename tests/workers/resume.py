@@ -64,7 +64,13 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
     store = TrainingStore.open(case["store"])
     arguments = StepArguments(global_batch_size=QUERIES, micro_batch_tokens=150, temperature=0.1)
     first, consumed, checkpoint = 0, 0, Path(case["load"]) if case.get("load") else None
+    engine.train()
+    step = ContrastiveStep(engine, store, world, arguments, seed=3)
+    order = SampleOrder(3, store.file_sizes)
     if checkpoint is not None:
+        if case.get("check"):  # into an engine that has trained already, as --load_best_at_end does
+            step.run(assemble_batch(store, order, first_sample=0, num_queries=QUERIES, hard_negatives=1))
+            take_step(engine, 1e-2)
         state = world.on_main(f"state of {name}", lambda: read_state(checkpoint))
         load_checkpoint(engine, world, checkpoint, state)
         first, consumed = state["step"], state["consumed_samples"]
@@ -77,9 +83,6 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
             saved = load_file(out / f"{case['check']}-{first}.safetensors")
             assert saved.keys() == now.keys()
             answer["not_restored"] = [n for n in saved if not torch.equal(saved[n], now[n])]
-    engine.train()
-    step = ContrastiveStep(engine, store, world, arguments, seed=3)
-    order = SampleOrder(3, store.file_sizes)
     for number in range(first + 1, case["steps"] + 1):
         batch = assemble_batch(store, order, first_sample=consumed, num_queries=QUERIES, hard_negatives=1)
         consumed += QUERIES
