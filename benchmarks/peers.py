@@ -14,12 +14,14 @@ def train_sentence_transformers(
     learning_rate: float, temperature: float, pooling: str, lora_rank: int, bf16: bool, cached: bool, mini_batch_size: int,
 ) -> dict:  # fmt: skip
     """Its trainer with (Cached)MultipleNegativesRankingLoss, fp32 or bf16 by autocast."""
+    import torch
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer import losses
     from transformers import TrainerCallback
 
-    transformer = sentence_transformer(model, pooling, max_length)
+    # Without a dtype weights come as they are stored, which may be bfloat16.
+    transformer = sentence_transformer(model, pooling, max_length, None if bf16 else torch.float32)
     if lora_rank:
         transformer.add_adapter(lora_config(lora_rank))
     records = [record for _, record in read_json_objects(train_file)]

@@ -12,12 +12,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import platform
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,8 +155,9 @@ def make_pairs(output_dir, sources, num_test=500, num_workers=1):
     files = [file for source in sources for file in list_files(source)]
     print(f"reading {len(files)} files of " + ", ".join(f"{s.name} {s.version}" for s in sources), flush=True)
     if num_workers > 1:
-        with multiprocessing.Pool(num_workers) as pool:
-            results = pool.map(read_file, files, chunksize=16)
+        # It ends by letting its processes finish; multiprocessing.Pool kills them, and may wait for one's lock forever.
+        with ProcessPoolExecutor(num_workers) as pool:
+            results = list(pool.map(read_file, files, chunksize=16))
     else:
         results = [read_file(file) for file in files]
     counts = sum((file_counts for _, file_counts in results), collections.Counter())
