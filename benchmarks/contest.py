@@ -95,11 +95,15 @@ def run_process(words: list[object], threads: int) -> Finished:
 
 def launched(ranks: int, script: str | Path, *flags: object) -> Finished:
     """Run a script of the repository as users do, with the deepspeed launcher; the ranks share the cores."""
-    with socket.socket() as free:  # so that it runs beside other jobs of this machine
+    return run_process([*launcher(ranks), REPOSITORY / script, *flags], threads=max(1, CORES // ranks))
+
+
+def launcher(ranks: int) -> list[object]:
+    """The words that start a script on so many ranks, beside other jobs of this machine."""
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port]
-    return run_process([*launcher, REPOSITORY / script, *flags], threads=max(1, CORES // ranks))
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port]
 
 
 def in_process(function: str, **arguments: Any) -> dict:

@@ -11,7 +11,6 @@ results.json. Needs `pip install -e .[benchmark]`.
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contest import REPOSITORY, launcher
+
 from ds_embed.config import parse_arguments
 from ds_embed.config.checks import existing_files
 from ds_embed.config.fields import setting
 from ds_embed.data.json_files import read_json_objects
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MEASURES = ("nDCG@10", "RR@10", "R@1", "R@10")
 
 
@@ -84,12 +84,8 @@ def run(*command: object, threads: int) -> str:
 def launched(settings: Any, recipe: str, *flags: object) -> str:
     """Run a recipe on settings.num_ranks ranks; returns what it printed."""
     ranks = settings.num_ranks
-    with socket.socket() as free:  # so that it runs beside other jobs of this machine
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port]
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    return run(*launcher, REPOSITORY / "recipes" / recipe, *flags, threads=threads)
+    return run(*launcher(ranks), REPOSITORY / "recipes" / recipe, *flags, threads=threads)
 
 
 def train_ours(settings: RecoveryArguments, base: Path, seed: int, folder: Path) -> Path:
@@ -155,8 +151,23 @@ def measure(settings: RecoveryArguments, model: Path | str, folder: Path) -> dic
     )  # fmt: skip
     (vectors,) = folder.glob("consumed_samples*")
     run(sys.executable, "recipes/evaluate.py", "--embeddings", vectors, "--query_files", settings.query_file, threads=2)
-    metrics = json.loads((vectors / "metrics.json").read_text())
+    return read_metrics(vectors)
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    metrics = json.loads((folder / "metrics.json").read_text())
     return {name: metrics[name] for name in MEASURES}
+
+
+def summarise(settings: RecoveryArguments, results: dict[str, list[dict[str, float]]], output: Path) -> None:
+    """Print the means over seeds, and write everything to results.json."""
+    for name, runs in results.items():
+        means = [statistics.mean(r[m] for r in runs) for m in MEASURES]
+        spread = statistics.stdev(r["nDCG@10"] for r in runs) if len(runs) > 1 else 0.0
+        print(f"{name:<22} mean " + " ".join(f"{m:8.4f}" for m in means) + f"   nDCG@10 +- {spread:.4f}", flush=True)
+    (output / "results.json").write_text(
+        json.dumps({"settings": settings.__dict__, "results": results}, indent=2) + "\n"
+    )
 
 
 def main() -> None:
@@ -181,13 +192,7 @@ def main() -> None:
             metrics = measure(settings, model, output / f"vectors-{name}-{seed}")
             results[name].append(metrics | {"train_seconds": seconds})
             print(f"{name:<22} {seed:>4} " + " ".join(f"{metrics[m]:8.4f}" for m in MEASURES), flush=True)
-    for name, runs in results.items():
-        means = [statistics.mean(r[m] for r in runs) for m in MEASURES]
-        spread = statistics.stdev(r["nDCG@10"] for r in runs) if len(runs) > 1 else 0.0
-        print(f"{name:<22} mean " + " ".join(f"{m:8.4f}" for m in means) + f"   nDCG@10 +- {spread:.4f}", flush=True)
-    (output / "results.json").write_text(
-        json.dumps({"settings": settings.__dict__, "results": results}, indent=2) + "\n"
-    )
+    summarise(settings, results, output)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ goes on from round 1 with them; as a control, another round 2 goes on without. B
 Prints a table and writes results.json.
 """
 
-import json
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from recovery import MEASURES, REPOSITORY, RecoveryArguments, draw_anew, launched, measure, run
+from recovery import MEASURES, REPOSITORY, RecoveryArguments, draw_anew, launched, measure, read_metrics, run, summarise
 
 from ds_embed.config import parse_arguments
 from ds_embed.config.fields import setting
@@ -73,11 +71,6 @@ def bm25(settings: RoundsArguments, folder: Path) -> dict[str, float]:
     return read_metrics(folder)
 
 
-def read_metrics(folder: Path) -> dict[str, float]:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {name: metrics[name] for name in MEASURES}
-
-
 def main() -> None:
     (settings,) = parse_arguments(RoundsArguments)
     output = Path(settings.output_dir).resolve()
@@ -101,13 +94,7 @@ def main() -> None:
         add("round 2, mined", seed, measure(settings, second, place / "vectors-round2"))
         control = train(settings, first, Path(settings.train_file), seed + 1000, place / "control", 0)
         add("round 2, without", seed, measure(settings, control, place / "vectors-control"))
-    for name, runs in results.items():
-        means = [statistics.mean(r[m] for r in runs) for m in MEASURES]
-        spread = statistics.stdev(r["nDCG@10"] for r in runs) if len(runs) > 1 else 0.0
-        print(f"{name:<22} mean " + " ".join(f"{m:8.4f}" for m in means) + f"   nDCG@10 +- {spread:.4f}", flush=True)
-    (output / "results.json").write_text(
-        json.dumps({"settings": settings.__dict__, "results": results}, indent=2) + "\n"
-    )
+    summarise(settings, results, output)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: 
     Raises ValueError when one text is longer than micro_batch_tokens.
     """
     lengths = np.asarray(lengths)
-    _check_budget(lengths, micro_batch_tokens)
+    check_budget(int(lengths.max(initial=0)), micro_batch_tokens)
     order = np.argsort(-lengths, kind="stable")
     starts = _cheapest_cut(lengths[order], micro_batch_tokens, num_ranks)
     batches = np.split(order, starts[1:])
@@ -110,13 +110,13 @@ def _after(
 
 def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
     """Micro-batches of text positions, longest texts first, whatever the number of ranks."""
-    _check_budget(lengths, micro_batch_tokens)
+    check_budget(int(lengths.max(initial=0)), micro_batch_tokens)
     order = np.argsort(-lengths, kind="stable")
     return np.split(order, _cut(lengths[order], micro_batch_tokens)[1:])
 
 
-def _check_budget(lengths: np.ndarray, micro_batch_tokens: int) -> None:
-    longest = int(lengths.max(initial=0))
+def check_budget(longest: int, micro_batch_tokens: int) -> None:
+    """ValueError when a text of `longest` tokens fits into no micro-batch."""
     if longest > micro_batch_tokens:
         raise ValueError(
             f"--micro_batch_tokens {micro_batch_tokens}: smaller than one text of {longest} tokens; "

@@ -83,7 +83,7 @@ def build_training_store(
             left = write_without(conflicts)
             assert not left
 
-    return obtain_store(Path(cache_dir).expanduser(), f"training-{_store_key('training', settings, sources)}", write)
+    return obtain_store(Path(cache_dir), f"training-{_store_key('training', settings, sources)}", write)
 
 
 def _add_training_record(
@@ -138,7 +138,7 @@ def build_text_store(
                     writer.end_record(number, row_id=getattr(record, id_key))
             writer.finish(_manifest_start(kind, settings, sources))
 
-    return obtain_store(Path(cache_dir).expanduser(), f"{kind}-{_store_key(kind, settings, sources)}", write)
+    return obtain_store(Path(cache_dir), f"{kind}-{_store_key(kind, settings, sources)}", write)
 
 
 class _Source:

@@ -100,6 +100,7 @@ def obtain_store(cache_dir: Path, name: str, write: Callable[[Path], None]) -> P
     systems without locks each builds, and the first to finish wins. Which of the two happened is
     logged. OSError with the cure when there is no room; nothing half-done is left behind then.
     """
+    cache_dir = cache_dir.expanduser()  # a default or a YAML file's value, which no shell has seen
     final = cache_dir / name
     if _is_complete(final):
         return final

@@ -19,6 +19,7 @@ from ds_embed.config import (
     resolve_deepspeed_config,
 )
 from ds_embed.data.batch import assemble_batch
+from ds_embed.data.plan import check_budget
 from ds_embed.distributed import World
 from ds_embed.models.loading import choose_card, find_model, load_config, load_tokenizer
 from ds_embed.sizing.job import DEFAULT_GPU_GIB, Job, table
@@ -34,14 +35,10 @@ def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
     """Say what a training run will take on the ranks that the launcher started; rank 0 prints."""
     if not run.world.is_main:
         return
-    first = assemble_batch(
-        run.store, run.order, first_sample=0, num_queries=run.step_arguments.global_batch_size,
-        hard_negatives=run.data.hard_negatives, hard_negatives_sampling=run.data.hard_negatives_sampling,
-    )  # fmt: skip
     job = Job(
         run.model, run.lora, run.step_arguments, run.run, run.deepspeed_config,
-        config=load_config(run.source, run.model.trust_remote_code), card=run.card,
-        longest_text=int(np.max(run.store.lengths)), lengths=first.lengths, lengths_from="the first batch",
+        config=run.config, card=run.card,
+        longest_text=int(np.max(run.store.lengths)), lengths=run.batch(0).lengths, lengths_from="the first batch",
         max_steps=run.max_steps, num_ranks=run.world.size, ranks_per_node=run.world.local_size,
         on_gpu=run.world.device.type == "cuda", hardware=_with_memory(arguments, run.world.device.type == "cuda", run.world.local_size),
     )  # fmt: skip
@@ -78,11 +75,7 @@ def job_to_size(
         queries = step.global_batch_size
         lengths = np.repeat([query, document], [queries, queries * (1 + data.hard_negatives)])
         lengths_from = f"assumed: {query} tokens a query, {document} a document"
-    if longest > step.micro_batch_tokens:
-        raise ValueError(
-            f"--micro_batch_tokens {step.micro_batch_tokens}: smaller than one text of {longest} tokens; "
-            f"raise it to at least {longest} or lower --max_length"
-        )
+    check_budget(longest, step.micro_batch_tokens)
     max_steps = optimizer.max_steps
     if num_records is not None:
         max_steps = count_steps(num_records, step.global_batch_size, optimizer)

@@ -76,7 +76,7 @@ class TrainingRun:
         self.folder = RunFolder(run.output_dir)
         world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
         self.source = find_model(model.model_name_or_path)
-        config = load_config(self.source, model.trust_remote_code)
+        self.config = config = load_config(self.source, model.trust_remote_code)
         self.is_decoder = is_decoder(config)
         if step.matryoshka_dims:
             check_prefixes(step, config.get_text_config().hidden_size)
@@ -169,7 +169,7 @@ class TrainingRun:
                 number += 1
                 started = time.perf_counter()
                 self.world.mark("data", number)
-                batch = self._batch(self._consumed(number - 1))
+                batch = self.batch(self._consumed(number - 1))
                 rate = learning_rate(number, self.max_steps, self.optimizer)
                 result = contrastive.run(batch)
                 # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
@@ -256,8 +256,7 @@ class TrainingRun:
     def _load_encoder(self):
         import torch
 
-        config = load_config(self.source, self.model.trust_remote_code)
-        kernel = training_kernel(config, self.model.attn_implementation, self.world.device.type)
+        kernel = training_kernel(self.config, self.model.attn_implementation, self.world.device.type)
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
                 self.source,
@@ -279,7 +278,8 @@ class TrainingRun:
             use_cpu_dropout(encoder)
         return encoder
 
-    def _batch(self, first_sample: int) -> GlobalBatch:
+    def batch(self, first_sample: int) -> GlobalBatch:
+        """The global batch of the samples from `first_sample` on."""
         return assemble_batch(
             self.store,
             self.order,
@@ -291,7 +291,7 @@ class TrainingRun:
 
     def _print_arithmetic(self, encoder: Any) -> None:
         """Say what a step is made of, from the first batch: the numbers a user would otherwise guess."""
-        batch = self._batch(0)
+        batch = self.batch(0)
         plan = plan_micro_batches(batch.lengths, self.step_arguments.micro_batch_tokens, self.world.size)
         trained = sum(whole_size(p) for p in encoder.parameters() if p.requires_grad)
         total = sum(whole_size(p) for p in encoder.parameters())
