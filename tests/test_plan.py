@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from ds_embed.data.order import sample_records
-from ds_embed.data.plan import ROUND_COST, _in_sequence, plan_micro_batches
+from ds_embed.data.plan import (
+    LARGEST_GAP,
+    ROUND_COST,
+    SMALLEST_MICRO_BATCH,
+    _in_sequence,
+    cut_by_length,
+    plan_micro_batches,
+)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
@@ -70,6 +77,23 @@ def test_many_steps_at_once_are_those_one_by_one(num_ranks):
         ends = np.take_along_axis(following, ends, 1)
     got = _in_sequence((following, costs), num_ranks)
     assert np.array_equal(got[0], ends) and np.array_equal(got[1], highest)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_corpus_is_cut_where_texts_get_shorter(seed):
+    rng = np.random.default_rng(seed)
+    lengths = np.exp(rng.uniform(1, 6, 3000)).astype(int)
+    batches = cut_by_length(lengths, 8192)
+    assert sorted(np.concatenate(batches)) == list(range(3000))
+    sizes = [len(texts) * lengths[texts].max() for texts in batches]
+    assert max(sizes) <= 8192
+    for texts, size, following in zip(batches, sizes, batches[1:]):
+        longest, next_longest = lengths[texts].max(), lengths[following].max()
+        # What ends a micro-batch: no room, or a text that is much shorter.
+        assert size + longest > 8192 or next_longest < longest * (1 - LARGEST_GAP) and size >= SMALLEST_MICRO_BATCH
+        # What goes on in spite of a much shorter text: a micro-batch that is not worth a forward pass.
+        assert lengths[texts].min() >= longest * (1 - LARGEST_GAP) or size < SMALLEST_MICRO_BATCH + longest
+    assert 1 - lengths.sum() / sum(sizes) < 0.02
 
 
 def test_text_longer_than_budget():

@@ -10,6 +10,10 @@ import numpy as np
 # What one more micro-batch costs, as a share of a full one: launches, adding up gradients, under ZeRO-3 a gather of
 # the weights. More and smaller micro-batches pad less, so some more than must be often pay.
 ROUND_COST = 1 / 32
+# A corpus is encoded in micro-batches whose texts are about equally long: at most by this share shorter than the longest
+# one, once there are so many tokens that one more forward pass costs little.
+LARGEST_GAP = 1 / 32
+SMALLEST_MICRO_BATCH = 1024
 # Sizes of micro-batches that are tried: a step's time allows many when there are few texts.
 _FEWEST_SIZES, _MOST_SIZES = 48, 512
 
@@ -125,9 +129,14 @@ def check_budget(longest: int, micro_batch_tokens: int) -> None:
 
 
 def _cut(descending: np.ndarray, budget: int) -> list[int]:
-    """First positions of the micro-batches when each takes texts while count * longest <= budget."""
-    starts, start, total = [], 0, len(descending)
+    """First positions of the micro-batches: each takes texts while count * longest <= budget, and ends before that
+    where a text is shorter by LARGEST_GAP and the micro-batch is worth a forward pass."""
+    ascending, total = descending[::-1], len(descending)
+    starts, start = [], 0
     while start < total:
         starts.append(start)
-        start += max(1, budget // max(1, int(descending[start])))
+        longest = max(1, int(descending[start]))
+        shorter = total - int(np.searchsorted(ascending, longest * (1 - LARGEST_GAP)))
+        worth_it = start + -(-SMALLEST_MICRO_BATCH // longest)
+        start = max(start + 1, min(start + budget // longest, max(shorter, worth_it)))
     return starts

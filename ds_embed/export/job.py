@@ -138,7 +138,8 @@ class _Export:
 
     def _embedder(self, source: ModelSource) -> Embedder:
         model = ModelArguments(source.base, trust_remote_code=self.trust_remote_code)
-        return Embedder.from_source(source, model, TextArguments(), device=self.device, bf16=False)
+        text = TextArguments()
+        return Embedder.from_source(source, model, text, device=self.device, bf16=False, keep_weights=True)
 
     def _check_tokens(self, folder: Path) -> list[str]:
         """Compare token ids; returns what a user must know about texts that spell control tokens."""

@@ -22,6 +22,7 @@ from ds_embed.data.tokenize import TextFormat, encode_texts
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_encoder, load_tokenizer
+from ds_embed.models.packed_linear import pack_linear_layers
 from ds_embed.retrieval.corpus_plan import BLOCK_TEXTS, cut_block
 
 _DTYPES = ("bfloat16", "float32")
@@ -43,8 +44,12 @@ class Embedder:
         *,
         micro_batch_tokens: int = 16384,
         truncate_dim: int | None = None,
+        keep_weights: bool = False,
     ):
+        """keep_weights: on a CPU too, where linear layers are packed otherwise: faster, and not to be read or saved."""
         self.encoder = encoder.eval().requires_grad_(False)
+        if not keep_weights:
+            pack_linear_layers(self.encoder)
         self.tokenizer = tokenizer
         self.card = card
         self.micro_batch_tokens = micro_batch_tokens
@@ -69,14 +74,16 @@ class Embedder:
         trust_remote_code: bool = False,
         micro_batch_tokens: int = 16384,
         truncate_dim: int | None = None,
+        keep_weights: bool = False,
         **text_settings: Any,
     ) -> Embedder:
         """Load a run, an exported or base model's folder, or a hub name, with an adapter on it if asked.
 
         device: default cuda where there is one, else cpu. dtype: bfloat16 (generate's default) or float32.
-        truncate_dim: keep the first so many dimensions, normalised again. pooling, bidirectional and text_settings
-        (max_length, query_max_length, doc_max_length, query_prefix, doc_prefix) are needed for base
-        models only: a run knows its own. ValueError names the setting, as the flag of generate.
+        truncate_dim: keep the first so many dimensions, normalised again. keep_weights: see Embedder.
+        pooling, bidirectional and text_settings (max_length, query_max_length, doc_max_length, query_prefix,
+        doc_prefix) are needed for base models only: a run knows its own.
+        ValueError names the setting, as the flag of generate.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in _DTYPES:
@@ -97,6 +104,7 @@ class Embedder:
             bf16=name == "bfloat16",
             micro_batch_tokens=micro_batch_tokens,
             truncate_dim=truncate_dim,
+            keep_weights=keep_weights,
         )
 
     @classmethod

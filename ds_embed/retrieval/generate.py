@@ -13,6 +13,7 @@ from ds_embed.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.identity import identify_files, identify_model, identify_tokenizer
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
+from ds_embed.models.packed_linear import pack_linear_layers
 from ds_embed.retrieval.corpus_plan import rows_of_shard
 from ds_embed.retrieval.encode import encode_store
 from ds_embed.retrieval.shards import merge_shards, shard_folder
@@ -179,7 +180,9 @@ def _load(
     encoder.requires_grad_(False)
     if deepspeed_config["zero_optimization"]["stage"] < 3:
         # Only ZeRO-3 changes a forward pass; the other stages would just cost a wrapper.
-        return encoder.to(world.device)
+        encoder.to(world.device)
+        pack_linear_layers(encoder)
+        return encoder
     engine = start_inference_engine(encoder, deepspeed_config)
     engine.eval()
     return engine
