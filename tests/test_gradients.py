@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from loss_reference import reference
+from peft.tuners.lora.layer import Linear as PeftLinear
 from tiny import check, launch, make_model, make_training_file, write_teacher_scores
 
 from ds_embed.config import LoraArguments
@@ -17,6 +18,7 @@ from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
+from ds_embed.models.lora_linear import LoraLinear
 
 TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
@@ -101,6 +103,9 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         for name, parameter in encoder.named_parameters():
             if "lora_B" in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        for module in encoder.modules():  # PEFT's own computation, by autograd
+            if isinstance(module, LoraLinear):
+                module.__class__ = PeftLinear
     encoder = encoder.double()
     n = case["queries"]
     order = SampleOrder(3, store.file_sizes)

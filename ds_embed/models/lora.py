@@ -14,6 +14,8 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
     """
     from peft import LoraConfig, get_peft_model
 
+    from ds_embed.models.lora_linear import use_lora_linear
+
     modules = arguments.lora_target_modules
     config = LoraConfig(
         task_type="FEATURE_EXTRACTION",
@@ -35,3 +37,4 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
     for parameter in encoder.backbone.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    use_lora_linear(encoder)
