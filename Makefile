@@ -37,7 +37,7 @@ benchmark: install
 	$(BIN)/python benchmarks/loss.py --output_dir $(RUNS)/loss --rounds 1 --num_queries 1024 4096 --dimensions 384
 	$(BIN)/python benchmarks/data.py --output_dir $(RUNS)/data --rounds 1 --records 20000 \
 		--model_name_or_path runs/quickstart/base
-	$(BIN)/python benchmarks/scaling.py $(SAME) --output_dir $(RUNS)/scaling --parts wire search --num_layers 1 \
+	$(BIN)/python benchmarks/scaling.py $(SAME) --output_dir $(RUNS)/scaling --parts wire generate search --num_layers 1 \
 		--max_steps 2 --wire_ranks 2 --stages 1 --modes cached --corpus_sizes 1000 100000
 
 clean:

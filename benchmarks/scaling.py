@@ -4,11 +4,12 @@
 
 A model with few layers, so that the sizes and not the model decide. Every row is a run of recipes/train_bert.py or train_gpt.py, started by the
 deepspeed launcher; tokens per second and memory (of the largest rank) are those of its metrics.jsonl. "wire" counts
-the collectives of a step (wire.py) and compares their bytes with the formulas of docs/scaling.md. "search" runs
-search.py.
+the collectives of a step (wire.py) and compares their bytes with the formulas of docs/scaling.md. "generate" runs
+recipes/generate.py over corpora of short texts, its start and the preparation of tokens included; "search" runs search.py.
 """
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from ds_embed.config.checks import above_zero, at_least, existing_files
 from ds_embed.config.fields import setting
 from ds_embed.data.json_files import read_json_objects
 
-PARTS = ("batch", "length", "ranks", "wire", "search")
+PARTS = ("batch", "length", "ranks", "wire", "generate", "search")
+_WORDS = 6  # of a text that is encoded
 _FLOAT, _BF16 = 4, 2
 
 
@@ -52,7 +54,7 @@ class ScalingArguments:
     max_length: int = setting("longest text in tokens, where that isn't what is varied", default=32)
     micro_batch_tokens: int = setting("padded tokens per forward pass", default=4096)
     corpus_sizes: list[int] = setting(
-        "numbers of documents that are searched", default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000]
+        "numbers of documents that are encoded, and searched", default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000]
     )
     search_queries: int = setting("queries that search in them", default=1_000)
 
@@ -117,11 +119,12 @@ class Scaling:
                 file.write(json.dumps({"query": text, "pos_doc": f"{record['query']} {text}"}) + "\n")
         return path
 
-    def table(self, what: str, cases: dict[str, Callable[[int], dict]]) -> dict:
+    def table(self, what: str, cases: dict[str, Callable[[int], dict]], seconds: str = "step_seconds") -> dict:
         results = play(cases, self.settings.rounds)
-        keys = ("tokens_per_second", "step_seconds", "peak_gib")
+        keys = ("tokens_per_second", seconds, "peak_gib")
         rows = [[name, *(spread(results, name, key) for key in keys)] for name in cases]
-        print_table([what, "tokens/s: median (range)", "seconds a step", "peak memory of a rank, GiB"], rows)
+        shown = "seconds a step" if seconds == "step_seconds" else seconds
+        print_table([what, "tokens/s: median (range)", shown, "peak memory of a rank, GiB"], rows)
         return results
 
     def wire(self, weights: int, dimensions: int) -> list[dict]:
@@ -154,6 +157,28 @@ class Scaling:
             ],
         )  # fmt: skip
         return found
+
+
+    def generate(self, num_texts: int) -> dict:
+        """recipes/generate.py over so many texts of a few random words; "peak_gib" is that of its process."""
+        texts, cache, vectors = (self.folder / name for name in ("texts.jsonl", "encode_cache", "vectors"))
+        shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(vectors, ignore_errors=True)
+        words = " ".join(record["pos_doc"] for _, record in read_json_objects(self.settings.train_file)).split()
+        rng = random.Random(0)
+        with open(texts, "w", encoding="utf-8") as file:
+            for number in range(num_texts):
+                text = " ".join(rng.choices(words, k=_WORDS))
+                file.write(json.dumps({"pos_doc": text, "doc_id": f"d{number}"}) + "\n")
+        finished = launched(
+            1, "recipes/generate.py", "--model_name_or_path", self.model, "--doc_files", texts, "--output_prefix", vectors,
+            "--cache_dir", cache, "--doc_prefix", "", "--max_length", self.settings.max_length, "--pooling", self.settings.pooling,
+        )  # fmt: skip
+        (manifest,) = cache.glob("*/manifest.json")
+        num_tokens = json.loads(manifest.read_text())["num_tokens"]
+        return {
+            "tokens_per_second": num_tokens / finished.seconds, "seconds": finished.seconds, "peak_gib": finished.peak_gib
+        }  # fmt: skip
 
 
 def by_purpose(collectives: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -212,6 +237,9 @@ def main() -> None:
     if "wire" in settings.parts:
         weights = in_process("machine:count_weights", model=scaling.model)
         results["wire"] = scaling.wire(weights["total"], weights["dimensions"])
+    if "generate" in settings.parts:
+        cases = {f"{n:,}": lambda _, n=n: scaling.generate(n) for n in settings.corpus_sizes}
+        results["generate"] = scaling.table("texts encoded", cases, seconds="seconds")
     if "search" in settings.parts:
         results["search"] = search_table(settings)
     write_results(scaling.folder / "scaling.json", settings, results)

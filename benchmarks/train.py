@@ -5,8 +5,9 @@
         --output_dir speed-lora --lora_rank 16 --pooling last --global_batch_size 32 --max_length 64
 
 Ours is recipes/train_bert.py or, with --pooling last, train_gpt.py, started by the deepspeed launcher. Theirs is
-sentence-transformers' trainer, and a bare loop that has our micro-batches and kernels and does nothing besides. All have the same model,
-data, batch size, length and number of steps; the first steps are left out. A token is one that stands in a text:
+sentence-transformers' trainer, FlagEmbedding's where it is installed, and a bare loop that has our micro-batches and
+kernels and does nothing besides. All have the same model, data, batch size, length and number of steps; the first steps
+are left out. A token is one that stands in a text:
 padding counts for nobody. "of the chip" is 6 N (all weights trained) or 4 N (LoRA) operations per token, N the weights
 without embedding tables, attention scores and the second forward pass of grad_cache not counted, as a share of
 the rate of matrix products in the contestant's precision (autocast: bf16), measured in the same rounds. Peak memory is
@@ -17,6 +18,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from contest import Goal, Spread, goals, in_process, launched, play, print_goals, print_table, spread, write_results
@@ -35,12 +37,14 @@ OURS_FP32 = "ds_embed, fp32"
 BARE, BARE_CACHED, PLAIN = "bare loop", "bare loop, grad_cache", "bare loop, Hugging Face's kernels"
 PEER_FP32, PEER_BF16 = "sentence-transformers, fp32", "sentence-transformers, bf16"
 PEER_CACHED = "sentence-transformers, bf16, cached"
+FLAG = "FlagEmbedding, bf16"
 MATRICES = "matrix products"
 # (figure, contestant, other, bound): tokens per second of the contestant are so many times those of the other.
 GOALS = [
     ("{mine} / " + PEER_FP32, (OURS, TWO), PEER_FP32, 3.0),
     ("{mine} / " + PEER_BF16, (OURS, TWO), PEER_BF16, 2.5),
     ("{mine} / " + PEER_CACHED, (OURS_CACHED, TWO_CACHED), PEER_CACHED, 3.0),
+    ("{mine} / " + FLAG, (OURS, TWO), FLAG, 1.0),
     ("{mine} / " + BARE, (OURS,), BARE, 0.9),
     ("{mine} / " + BARE_CACHED, (OURS_CACHED,), BARE_CACHED, 0.9),
 ]
@@ -102,8 +106,11 @@ class Speed:
             PEER_FP32: lambda _: self.peer(bf16=False, cached=False),
             PEER_BF16: lambda _: self.peer(bf16=True, cached=False),
             PEER_CACHED: lambda _: self.peer(bf16=True, cached=True),
+            FLAG: lambda _: self.flag_embedding(),
         }
         wanted = self.settings.contestants
+        if not wanted and (self.settings.pooling != "mean" or find_spec("FlagEmbedding") is None):
+            del every[FLAG]  # not of the extra: see flag_embedding.py
         for name in wanted:
             if name not in every:
                 raise ValueError(f"--contestants '{name}': choose from {', '.join(map(repr, every))}")
@@ -135,6 +142,13 @@ class Speed:
             "peers:train_sentence_transformers", **self._of_all(), train_file=str(Path(settings.train_file).resolve()),
             folder=self.folder / "peer", max_length=settings.max_length, bf16=bf16, cached=cached,
             mini_batch_size=settings.mini_batch_size,
+        )  # fmt: skip
+
+    def flag_embedding(self) -> dict:
+        settings = self.settings
+        return in_process(
+            "flag_embedding:train", **self._of_all(), train_file=str(Path(settings.train_file).resolve()),
+            folder=self.folder / "peer", max_length=settings.max_length, bf16=True,
         )  # fmt: skip
 
     def bare(self, grad_cache: bool = False, our_kernels: bool = True) -> dict:

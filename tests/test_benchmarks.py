@@ -104,6 +104,26 @@ def test_scaling_counts_the_bytes_that_the_formulas_say(script, material):
     assert all(row["counted"] == row["formula"] > 0 for row in rows.values())
 
 
+def test_scaling_encodes_corpora(script, material):
+    result, printed = script(
+        "scaling", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
+        "--rounds", 1, "--parts", "generate", "--num_layers", 0, "--max_length", 16, "--corpus_sizes", 5, 50,
+    )  # fmt: skip
+    small, large = (result["results"]["generate"][size][0] for size in ("5", "50"))
+    rates = [measured["tokens_per_second"] * measured["seconds"] for measured in (small, large)]
+    assert 5 * 6 < rates[0] < 5 * 40 and 50 * 6 < rates[1] < 50 * 40  # tokens: six words and what tokenizers make of them
+    assert "| 50 |" in printed
+
+
+def test_flag_embedding_takes_part_where_it_is_installed(script, monkeypatch, material):
+    module = importlib.import_module("train")
+    flags = {"model_name_or_path": str(material / "bert"), "train_file": str(material / "train.jsonl")}
+    for installed, pooling, takes_part in ((True, "mean", True), (True, "last", False), (False, "mean", False)):
+        monkeypatch.setattr(module, "find_spec", lambda name, installed=installed: object() if installed else None)
+        settings = module.SpeedArguments(**flags, output_dir=str(material / "flags"), pooling=pooling)
+        assert ("FlagEmbedding, bf16" in module.Speed(settings).contestants()) == takes_part
+
+
 def test_data_compares_the_store_with_datasets(script, material):
     pytest.importorskip("datasets")
     result, printed = script(
