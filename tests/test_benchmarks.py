@@ -10,7 +10,7 @@ import sys
 import pytest
 from tiny import REPOSITORY, make_model, make_training_file
 
-SCRIPTS = ("train", "encode", "loss", "scaling", "data", "startup")
+SCRIPTS = ("train", "encode", "loss", "scaling", "data", "startup", "kernels")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,18 @@ def test_flag_embedding_takes_part_where_it_is_installed(script, monkeypatch, ma
         monkeypatch.setattr(module, "find_spec", lambda name, installed=installed: object() if installed else None)
         settings = module.SpeedArguments(**flags, output_dir=str(material / "flags"), pooling=pooling)
         assert ("FlagEmbedding, bf16" in module.Speed(settings).contestants()) == takes_part
+
+
+def test_kernels_are_compared_with_what_they_stand_for(script, material):
+    result, printed = script(
+        "kernels", "--model_name_or_path", material / "bert", "--parts", "lora", "training", "encoding",
+        "--num_texts", 2, "--length", 8, "--lora_rank", 2,
+    )  # fmt: skip
+    found = result["results"]
+    sides = {part: [name for name in times if "first" not in name] for part, times in found.items()}
+    assert {part: len(names) - 1 for part, names in sides.items()} == {"lora": 2, "training": 2, "encoding": 4}
+    assert all(len(found[part][name]) == 2 for part in found for name in sides[part] if name != "peak_gib")
+    assert "| bf16: packed layers / bf16: plain layers |" in printed
 
 
 def test_data_compares_the_store_with_datasets(script, material):

@@ -1,0 +1,178 @@
+"""Do our own layers pay on this machine? Each against what it stands for, by turns in one process.
+
+    python benchmarks/kernels.py --model_name_or_path SmolLM2-135M-Instruct --output_dir kernels
+    python benchmarks/kernels.py --model_name_or_path all-MiniLM-L6-v2 --output_dir kernels --parts training encoding compiled
+
+"lora": a training pass (forwards and backwards) with LoraLinear and with PEFT's layers. "training": one with all weights,
+with our attention kernel for CPUs and dropout, and with torch's. "encoding": a forward pass with packed linear layers and with
+plain ones, in either precision. "compiled": a training pass with each layer of the model compiled by torch.compile, and
+without; its first pass, which compiles, is told apart. Texts are random tokens, all of one length.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from contest import Spread, in_process, print_table, write_results
+
+from ds_embed.config import parse_arguments
+from ds_embed.config.checks import above_zero
+from ds_embed.config.fields import setting
+
+PARTS = ("lora", "training", "encoding", "compiled")
+
+
+@dataclass
+class KernelArguments:
+    model_name_or_path: str = setting("model folder or hub name")
+    output_dir: str = setting("folder for kernels.json")
+    parts: list[str] = setting(f"what is compared: {', '.join(PARTS)}", default_factory=lambda: list(PARTS))
+    rounds: int = setting("timed passes of either side", default=7)
+    num_texts: int = setting("texts of a pass", default=32)
+    length: int = setting("tokens of a text", default=64)
+    lora_rank: int = setting("rank of the LoRA matrices, in lora, and in compiled unless 0", default=16)
+
+    def __post_init__(self):
+        above_zero(self, "rounds", "num_texts", "length")
+        for part in self.parts:
+            if part not in PARTS:
+                raise ValueError(f"--parts {part}: choose from {', '.join(PARTS)}")
+
+
+def load(model: str, kernel: str | None, bf16: bool = True) -> Any:
+    """The encoder as training and generate load it."""
+    from ds_embed.models.loading import find_model, is_decoder, load_config, load_encoder
+
+    source = find_model(model)
+    decoder = is_decoder(load_config(source, False))
+    return load_encoder(
+        source, pooling="last" if decoder else "mean", bidirectional=not decoder, bf16=bf16, attn_implementation=kernel,
+        trust_remote_code=False,
+    )  # fmt: skip
+
+
+def trained(model: str, kernel: str | None, lora_rank: int) -> Any:
+    """The encoder as the training loop dresses it on a CPU."""
+    import torch
+
+    from ds_embed.config import LoraArguments
+    from ds_embed.models.dropout import use_cpu_dropout
+    from ds_embed.models.lora import add_lora
+
+    encoder = load(model, kernel)
+    if lora_rank:
+        add_lora(encoder, LoraArguments(lora_rank=lora_rank), seed=0, dtype=torch.bfloat16)
+    if kernel is not None:
+        use_cpu_dropout(encoder)
+    return encoder.train()
+
+
+def random_texts(encoder: Any, num_texts: int, length: int) -> tuple[Any, Any]:
+    import torch
+
+    words = encoder.backbone.config.vocab_size
+    return torch.randint(words // 2, words, (num_texts, length)), torch.full((num_texts,), length)
+
+
+def training_pass(encoder: Any, num_texts: int, length: int) -> Callable[[], None]:
+    import torch
+
+    ids, lengths = random_texts(encoder, num_texts, length)
+
+    def run() -> None:
+        encoder.zero_grad()
+        vectors = encoder(ids, lengths, False)
+        (vectors * torch.linspace(-1, 1, vectors.shape[1])).sum().backward()
+
+    return run
+
+
+def forward_pass(encoder: Any, num_texts: int, length: int) -> Callable[[], None]:
+    import torch
+
+    ids, lengths = random_texts(encoder, num_texts, length)
+    encoder.eval().requires_grad_(False)
+
+    def run() -> None:
+        with torch.inference_mode():
+            encoder(ids, lengths, False)
+
+    return run
+
+
+def by_turns(passes: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every pass in every round, after one that is not timed but as `name, first`."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for number in range(rounds + 1):
+        for name in list(passes)[:: 1 if number % 2 else -1]:
+            started = time.perf_counter()
+            passes[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return {f"{name}, first": times[:1] for name, times in seconds.items()} | {n: t[1:] for n, t in seconds.items()}
+
+
+def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, lora_rank: int) -> dict:
+    """Seconds of ours and of the other side in each round, for one part, and for each precision where there are two."""
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    from ds_embed.models.loading import find_model, load_config
+    from ds_embed.models.lora_linear import LoraLinear
+    from ds_embed.models.math_attention import training_kernel
+    from ds_embed.models.packed_linear import pack_linear_layers
+
+    shape = (num_texts, length)
+    kernel = training_kernel(load_config(find_model(model), False), None, "cpu")
+    if part == "lora":
+        ours, plain = (trained(model, kernel, lora_rank or 16) for _ in range(2))
+        for module in plain.modules():
+            if isinstance(module, LoraLinear):
+                module.__class__ = PeftLinear
+        passes = {"LoraLinear": training_pass(ours, *shape), "PEFT's layers": training_pass(plain, *shape)}
+    elif part == "training":
+        passes = {
+            "our attention and dropout": training_pass(trained(model, kernel, 0), *shape),
+            "torch's": training_pass(trained(model, None, 0), *shape),
+        }
+    elif part == "encoding":
+        passes = {}
+        for name, bf16 in (("bf16", True), ("fp32", False)):
+            packed, plain = (load(model, None, bf16) for _ in range(2))
+            pack_linear_layers(packed)
+            passes[f"{name}: packed layers"] = forward_pass(packed, *shape)
+            passes[f"{name}: plain layers"] = forward_pass(plain, *shape)
+    else:
+        compiled, plain = (trained(model, kernel, lora_rank) for _ in range(2))
+        for layer in layers_of(compiled.backbone):
+            layer.compile(dynamic=True)
+        passes = {"compiled": training_pass(compiled, *shape), "not compiled": training_pass(plain, *shape)}
+    return by_turns(passes, rounds)
+
+
+def layers_of(backbone: Any) -> Any:
+    """The list of a model's equal layers."""
+    import torch
+
+    return max((m for m in backbone.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
+def main() -> None:
+    (settings,) = parse_arguments(KernelArguments)
+    names = ("rounds", "num_texts", "length", "lora_rank")
+    same = {name: getattr(settings, name) for name in names} | {"model": settings.model_name_or_path}
+    rows, results = [], {}
+    for part in settings.parts:
+        found = in_process("kernels:compare", part=part, **same)
+        results[part] = found
+        sides = [name for name in found if not name.endswith(", first") and name != "peak_gib"]
+        for ours, other in zip(sides[::2], sides[1::2]):
+            gain = Spread.of([theirs / mine for mine, theirs in zip(found[ours], found[other])])
+            seconds = [f"{1000 * Spread.of(found[side]).median:,.0f}" for side in (ours, other)]
+            rows.append([part, f"{ours} / {other}", *seconds, gain, f"{found[f'{ours}, first'][0]:.1f}"])
+    print_table(["part", "what", "ours, ms", "other, ms", "times as fast: median (range)", "first pass, s"], rows)
+    write_results(Path(settings.output_dir) / "kernels.json", settings, results)
+
+
+if __name__ == "__main__":
+    main()
