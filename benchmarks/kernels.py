@@ -6,7 +6,9 @@
 "lora": a training pass (forwards and backwards) with LoraLinear and with PEFT's layers. "training": one with all weights,
 with our attention kernel for CPUs and dropout, and with torch's. "encoding": a forward pass with packed linear layers and with
 plain ones, in either precision. "compiled": a training pass with each layer of the model compiled by torch.compile, and
-without; its first pass, which compiles, is told apart. Texts are random tokens, all of one length.
+without; its first pass, which compiles, is told apart. "products": both passes in bfloat16 with products through float32,
+and before with torch's own, which take minutes on a CPU without instructions for bfloat16 and are the quicker ones on another;
+this part only runs when it is named. Texts are random tokens, all of one length.
 """
 
 import time
@@ -21,14 +23,15 @@ from ds_embed.config import parse_arguments
 from ds_embed.config.checks import above_zero
 from ds_embed.config.fields import setting
 
-PARTS = ("lora", "training", "encoding", "compiled")
+SHORT_PARTS = ("lora", "training", "encoding", "compiled")
+PARTS = (*SHORT_PARTS, "products")
 
 
 @dataclass
 class KernelArguments:
     model_name_or_path: str = setting("model folder or hub name")
     output_dir: str = setting("folder for kernels.json")
-    parts: list[str] = setting(f"what is compared: {', '.join(PARTS)}", default_factory=lambda: list(PARTS))
+    parts: list[str] = setting(f"what is compared: {', '.join(PARTS)}", default_factory=lambda: list(SHORT_PARTS))
     rounds: int = setting("timed passes of either side", default=7)
     num_texts: int = setting("texts of a pass", default=32)
     length: int = setting("tokens of a text", default=64)
@@ -123,6 +126,8 @@ def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, 
     from ds_embed.models.packed_linear import pack_linear_layers
 
     shape = (num_texts, length)
+    if part == "products":
+        return products(model, rounds, shape)
     kernel = training_kernel(load_config(find_model(model), False), None, "cpu")
     if part == "lora":
         ours, plain = (trained(model, kernel, lora_rank or 16) for _ in range(2))
@@ -148,6 +153,23 @@ def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, 
             layer.compile(dynamic=True)
         passes = {"compiled": training_pass(compiled, *shape), "not compiled": training_pass(plain, *shape)}
     return by_turns(passes, rounds)
+
+
+def products(model: str, rounds: int, shape: tuple[int, int]) -> dict:
+    """Seconds of passes with torch's products of bfloat16, then with ours: kernels are replaced for a whole process."""
+    from unittest.mock import patch
+
+    from ds_embed.models.cpu_products import multiply_through_float32
+
+    def passes(whose: str) -> dict[str, Callable[[], None]]:
+        training, encoding = trained(model, None, 0), load(model, None)
+        return {f"training: {whose}": training_pass(training, *shape), f"encoding: {whose}": forward_pass(encoding, *shape)}
+
+    with patch("ds_embed.models.encoder.use_quick_products"):
+        torchs = by_turns(passes("torch's"), rounds)
+        multiply_through_float32()
+        ours = by_turns(passes("through float32"), rounds)
+    return {name: times for pair in zip(ours.items(), torchs.items()) for name, times in pair}
 
 
 def layers_of(backbone: Any) -> Any:

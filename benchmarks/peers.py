@@ -67,6 +67,7 @@ def train_bare_loop(
     from ds_embed.data.order import SampleOrder
     from ds_embed.data.plan import plan_micro_batches
     from ds_embed.data.store import TrainingStore
+    from ds_embed.models.cpu_products import use_quick_products
     from ds_embed.models.dropout import use_cpu_dropout
     from ds_embed.models.math_attention import MATH_KERNEL, register_math_kernel
 
@@ -74,6 +75,7 @@ def train_bare_loop(
     order = SampleOrder(seed, tokens.file_sizes)
     if our_kernels:
         register_math_kernel()
+        use_quick_products("cpu")
     kernel = {"attn_implementation": MATH_KERNEL} if our_kernels else {}
     backbone = AutoModel.from_pretrained(model, dtype=torch.bfloat16, **kernel).train()
     if lora_rank:

@@ -126,14 +126,15 @@ def test_flag_embedding_takes_part_where_it_is_installed(script, monkeypatch, ma
 
 def test_kernels_are_compared_with_what_they_stand_for(script, material):
     result, printed = script(
-        "kernels", "--model_name_or_path", material / "bert", "--parts", "lora", "training", "encoding",
+        "kernels", "--model_name_or_path", material / "bert", "--parts", "lora", "training", "encoding", "products",
         "--num_texts", 2, "--length", 8, "--lora_rank", 2,
     )  # fmt: skip
     found = result["results"]
     sides = {part: [name for name in times if "first" not in name] for part, times in found.items()}
-    assert {part: len(names) - 1 for part, names in sides.items()} == {"lora": 2, "training": 2, "encoding": 4}
+    assert {part: len(names) - 1 for part, names in sides.items()} == {"lora": 2, "training": 2, "encoding": 4, "products": 4}
     assert all(len(found[part][name]) == 2 for part in found for name in sides[part] if name != "peak_gib")
     assert "| bf16: packed layers / bf16: plain layers |" in printed
+    assert "| training: through float32 / training: torch's |" in printed
 
 
 def test_data_compares_the_store_with_datasets(script, material):

@@ -7,11 +7,17 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ds_embed import Embedder
+from ds_embed.models.cpu_products import multiplies_bfloat16
 from ds_embed.models.packed_linear import PackedLinear, pack_linear_layers
 
 TEXTS = [" ".join(f"word{i}" for i in range(n)) for n in range(1, 24)]
 # Units in the last place of the largest value of a sum of 24 products.
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+HAS_BFLOAT16 = multiplies_bfloat16()
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 products")),
+]
 
 
 class Intermediate(nn.Module):
@@ -44,7 +50,7 @@ def exact(module, values):
     return module.double()(values.double())
 
 
-@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_computes_the_product(dtype, bias):
     torch.manual_seed(0)
@@ -56,7 +62,7 @@ def test_a_layer_computes_the_product(dtype, bias):
     assert (got - wanted).abs().max() <= CLOSE[dtype] * wanted.abs().max()
 
 
-@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"])
 @pytest.mark.parametrize("kind", [Intermediate, Gated])
 def test_the_activation_moves_into_the_layer(kind, name, dtype):
@@ -101,9 +107,10 @@ def test_lora_matrices_and_other_precisions_stay():
     assert kinds["lora_A"] is nn.Linear and kinds["lora_B"] is nn.Linear
     assert any(type(part) is PackedLinear for part in module.modules())
     assert torch.allclose(module(values), wanted, atol=1e-6)
-    half = nn.Sequential(nn.Linear(4, 4).half())
-    pack_linear_layers(half)
-    assert type(half[0]) is nn.Linear
+    for dtype, is_packed in ((torch.float16, False), (torch.bfloat16, HAS_BFLOAT16)):
+        other = nn.Sequential(nn.Linear(4, 4).to(dtype))
+        pack_linear_layers(other)
+        assert type(other[0]) is (PackedLinear if is_packed else nn.Linear)
 
 
 @pytest.mark.parametrize("family, pooling", [("bert", "mean"), ("llama", "last")])

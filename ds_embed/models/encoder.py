@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds_embed.config.step_arguments import MIN_LEARNED_TEMPERATURE
 from ds_embed.models.attention import BidirectionalAttention, CausalAttention, EncoderAttention
+from ds_embed.models.cpu_products import use_quick_products
 from ds_embed.models.pooling import pool
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder
@@ -46,7 +47,8 @@ class TextEncoder(nn.Module):
 
         has_padding: False promises that every text has S tokens, which saves the attention mask.
         """
-        if not self._attention_is_checked:
+        if not self._attention_is_checked:  # the first forward pass
+            use_quick_products(input_ids.device.type)
             self._check_attention(input_ids)
         states = self._states(input_ids, lengths, has_padding)
         vectors = nn.functional.normalize(pool(states, lengths, self.pooling), dim=1)

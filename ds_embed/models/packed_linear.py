@@ -10,6 +10,8 @@ Shapes: I and O dimensions in and out.
 import torch
 from torch import Tensor, nn
 
+from ds_embed.models.cpu_products import multiplies_bfloat16
+
 _DTYPES = (torch.float32, torch.bfloat16)
 _EXPECTED_ROWS = 2048  # of an input, for which oneDNN chooses the order
 # Where transformers' modules keep a linear layer and the activation function that is called on its output alone.
@@ -61,7 +63,7 @@ def pack_linear_layers(model: nn.Module) -> None:
 def _can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or multiplies_bfloat16()
 
 
 def _pack_with_activation(module: nn.Module, layer: str, activation: str) -> None:
