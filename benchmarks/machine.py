@@ -5,11 +5,16 @@ from pathlib import Path
 
 
 def matrix_rates(size: int = 2048, repeats: int = 12) -> dict:
-    """Floating-point operations per second of a size x size x size matrix product: the best of `repeats`."""
+    """Floating-point operations per second of a size x size x size matrix product: the best of `repeats`.
+
+    Where the CPU has no instructions for bfloat16, its rate is that of float32, through which its products go.
+    """
     import torch
 
+    from ds_embed.models.cpu_products import multiplies_bfloat16
+
     rates = {}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.float32, torch.bfloat16) if multiplies_bfloat16() else (torch.float32,):
         left, right = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
         best = float("inf")
         for _ in range(repeats):
@@ -17,7 +22,7 @@ def matrix_rates(size: int = 2048, repeats: int = 12) -> dict:
             torch.mm(left, right)
             best = min(best, time.perf_counter() - started)
         rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / best
-    return rates
+    return {"bfloat16": rates["float32"]} | rates
 
 
 def count_weights(model: str) -> dict:

@@ -58,7 +58,7 @@ def train_bare_loop(
 ) -> dict:  # fmt: skip
     """A loop around a Hugging Face model in bfloat16 with AdamW: our batches and micro-batches, nothing else of ours.
 
-    our_kernels: with our attention and dropout, so that what is left of the difference is what DeepSpeed and we add.
+    our_kernels: with our attention, dropout and products, so that what is left of the difference is what DeepSpeed and we add.
     """
     import torch
     from transformers import AutoModel

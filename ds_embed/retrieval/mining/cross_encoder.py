@@ -13,7 +13,9 @@ import torch
 from ds_embed.config.mining_arguments import MiningArguments
 from ds_embed.data.plan import cut_by_length
 from ds_embed.distributed import World
+from ds_embed.models.cpu_products import use_quick_products
 from ds_embed.models.loading import longest_text
+from ds_embed.models.packed_linear import pack_linear_layers
 from ds_embed.retrieval.mining.catalog import Catalog
 
 # Tokenized together and cut into micro-batches: what a rank scores does not depend on how many there are.
@@ -29,7 +31,9 @@ class CrossEncoder:
         self._world = world
         self._probability = arguments.cross_encoder_scores == "probability"
         self._tokenizer, self._model = _load(arguments.cross_encoder, arguments.cross_encoder_bf16)
-        self._model.to(world.device).eval()
+        self._model.to(world.device).eval().requires_grad_(False)
+        use_quick_products(world.device.type)
+        pack_linear_layers(self._model)
         longest = longest_text(self._model.config)
         wanted = arguments.cross_encoder_max_length
         self._max_length = min(_DEFAULT_MAX_LENGTH, longest or _DEFAULT_MAX_LENGTH) if wanted is None else wanted
