@@ -69,3 +69,26 @@ def test_merged_and_disabled_layers_are_pefts_as_well():
     ours.unmerge_adapter()
     merged = ours.merge_and_unload()
     assert torch.allclose(merged(values), wanted, atol=1e-5) and not kinds(merged)
+
+
+def test_a_base_that_is_trained_stays_pefts():
+    plain, _ = layers()
+    for module in plain.modules():
+        if type(module) is PeftLinear:
+            module.base_layer.weight.requires_grad_()
+    use_lora_linear(plain)
+    assert kinds(plain) == {PeftLinear}
+
+
+def test_several_adapters_and_adapters_by_name_are_pefts():
+    plain, ours = layers()
+    values = torch.randn(9, 12)
+    for model in (plain, ours):
+        torch.manual_seed(3)
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+        model.eval()
+    names = ["default"] * 4 + ["other"] * 5
+    assert torch.allclose(plain(values, adapter_names=names), ours(values, adapter_names=names), atol=1e-6)
+    for model in (plain, ours):
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.allclose(plain(values), ours(values), atol=1e-6)
