@@ -1,4 +1,4 @@
-"""Do our own layers pay on this machine? Each against what it stands for, by turns in one process.
+"""Do our own layers pay on this machine? Each against what it stands for, by turns in one process where that can be.
 
     python benchmarks/kernels.py --model_name_or_path SmolLM2-135M-Instruct --output_dir kernels
     python benchmarks/kernels.py --model_name_or_path all-MiniLM-L6-v2 --output_dir kernels --parts training encoding compiled
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contest import Spread, in_process, print_table, write_results
+from contest import Spread, in_process, play, print_table, write_results
 
 from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero
+from ds_embed.config.checks import above_zero, at_least
 from ds_embed.config.fields import setting
 
 SHORT_PARTS = ("lora", "training", "encoding", "compiled")
@@ -39,6 +39,9 @@ class KernelArguments:
 
     def __post_init__(self):
         above_zero(self, "rounds", "num_texts", "length")
+        at_least(self, 0, "lora_rank")
+        if "lora" in self.parts and not self.lora_rank:
+            raise ValueError("--lora_rank 0: leaves nothing to compare in lora; give a rank, or leave lora out of --parts")
         for part in self.parts:
             if part not in PARTS:
                 raise ValueError(f"--parts {part}: choose from {', '.join(PARTS)}")
@@ -105,14 +108,19 @@ def forward_pass(encoder: Any, num_texts: int, length: int) -> Callable[[], None
     return run
 
 
+def timed(run: Callable[[], None]) -> Callable[[int], dict]:
+    def contestant(_: int) -> dict:
+        started = time.perf_counter()
+        run()
+        return {"seconds": time.perf_counter() - started}
+
+    return contestant
+
+
 def by_turns(passes: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every pass in every round, after one that is not timed but as `name, first`."""
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for number in range(rounds + 1):
-        for name in list(passes)[:: 1 if number % 2 else -1]:
-            started = time.perf_counter()
-            passes[name]()
-            seconds[name].append(time.perf_counter() - started)
+    """Seconds of every pass in every round, after one that counts as `name, first` alone."""
+    played = play({name: timed(run) for name, run in passes.items()}, rounds + 1)
+    seconds = {name: [measured["seconds"] for measured in results] for name, results in played.items()}
     return {f"{name}, first": times[:1] for name, times in seconds.items()} | {n: t[1:] for n, t in seconds.items()}
 
 
@@ -130,7 +138,7 @@ def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, 
         return products(model, rounds, shape)
     kernel = training_kernel(load_config(find_model(model), False), None, "cpu")
     if part == "lora":
-        ours, plain = (trained(model, kernel, lora_rank or 16) for _ in range(2))
+        ours, plain = (trained(model, kernel, lora_rank) for _ in range(2))
         for module in plain.modules():
             if isinstance(module, LoraLinear):
                 module.__class__ = PeftLinear
