@@ -156,8 +156,10 @@ def print_goals(reached: list[Goal]) -> None:
         print_table(["figure", "measured", "goal", ""], [goal.cells() for goal in reached])
 
 
-def write_results(path: str | Path, settings: Any, results: Any, reached: list[Goal] = []) -> None:
+def write_results(path: str | Path, settings: Any, results: Any, reached: list[Goal] | None = None) -> None:
     """Settings, every single measurement and the goals, as JSON."""
+    if reached is None:
+        reached = []
     content = {
         "settings": vars(settings),
         "cores": CORES,

@@ -148,9 +148,11 @@ def main() -> None:
     ]
     print_goals(reached)
     results["times"] = in_process(
-        "data:open_and_plan", store=results[OURS][-1]["store"], batch_sizes=settings.batch_sizes,
+        "data:open_and_plan",
+        store=results[OURS][-1]["store"],
+        batch_sizes=settings.batch_sizes,
         micro_batch_tokens=settings.micro_batch_tokens,
-    )  # fmt: skip
+    )
     times = {name: value for name, value in results["times"].items() if name != "peak_gib"}
     print_table(["what", "ms"], [[name, f"{value:.3g}"] for name, value in times.items()])
     write_results(folder / "data.json", settings, results, reached)

@@ -63,9 +63,15 @@ def encode_with_embedder(
     from ds_embed.data.tokenize import encode_texts
 
     embedder = Embedder.from_pretrained(
-        model, device="cpu", dtype="bfloat16" if bf16 else "float32", pooling=pooling, max_length=max_length,
-        query_prefix="", doc_prefix="", micro_batch_tokens=micro_batch_tokens,
-    )  # fmt: skip
+        model,
+        device="cpu",
+        dtype="bfloat16" if bf16 else "float32",
+        pooling=pooling,
+        max_length=max_length,
+        query_prefix="",
+        doc_prefix="",
+        micro_batch_tokens=micro_batch_tokens,
+    )
     texts = read_texts(text_file)
     embedder.encode_documents(texts[:64])
     started = time.perf_counter()
@@ -82,11 +88,29 @@ def generate(settings: EncodingArguments, folder: Path, text_file: Path, ranks: 
         for name in ("vectors", "cache"):
             shutil.rmtree(folder / name, ignore_errors=True)
         finished = launched(
-            ranks, "recipes/generate.py", "--model_name_or_path", settings.model_name_or_path, "--doc_files", file,
-            "--output_prefix", folder / "vectors", "--cache_dir", folder / "cache", "--query_prefix", "",
-            "--doc_prefix", "", "--max_length", settings.max_length, "--bf16", str(bf16).lower(),
-            "--micro_batch_tokens", settings.micro_batch_tokens, "--pooling", settings.pooling,
-        )  # fmt: skip
+            ranks,
+            "recipes/generate.py",
+            "--model_name_or_path",
+            settings.model_name_or_path,
+            "--doc_files",
+            file,
+            "--output_prefix",
+            folder / "vectors",
+            "--cache_dir",
+            folder / "cache",
+            "--query_prefix",
+            "",
+            "--doc_prefix",
+            "",
+            "--max_length",
+            settings.max_length,
+            "--bf16",
+            str(bf16).lower(),
+            "--micro_batch_tokens",
+            settings.micro_batch_tokens,
+            "--pooling",
+            settings.pooling,
+        )
         (manifest,) = (folder / "cache").glob("*/manifest.json")
         return finished.seconds, finished.peak_gib, json.loads(manifest.read_text())["num_tokens"]
 
@@ -96,9 +120,13 @@ def generate(settings: EncodingArguments, folder: Path, text_file: Path, ranks: 
     is_noise = seconds - start_seconds < 0.2 * start_seconds
     net = seconds if is_noise else seconds - start_seconds
     return {
-        "tokens_per_second": num_tokens / net, "seconds": net, "num_tokens": num_tokens, "start_seconds": start_seconds,
-        "peak_gib": peak, "includes_start": is_noise,
-    }  # fmt: skip
+        "tokens_per_second": num_tokens / net,
+        "seconds": net,
+        "num_tokens": num_tokens,
+        "start_seconds": start_seconds,
+        "peak_gib": peak,
+        "includes_start": is_noise,
+    }
 
 
 def write_texts(settings: EncodingArguments, folder: Path) -> dict[str, Path]:
@@ -123,9 +151,12 @@ def write_texts(settings: EncodingArguments, folder: Path) -> dict[str, Path]:
 
 def contestants(settings: EncodingArguments, folder: Path, text_file: Path, bf16: bool) -> dict[str, Callable]:
     same = {
-        "model": settings.model_name_or_path, "text_file": text_file, "pooling": settings.pooling,
-        "max_length": settings.max_length, "bf16": bf16,
-    }  # fmt: skip
+        "model": settings.model_name_or_path,
+        "text_file": text_file,
+        "pooling": settings.pooling,
+        "max_length": settings.max_length,
+        "bf16": bf16,
+    }
     ours = same | {"micro_batch_tokens": settings.micro_batch_tokens}
     playing: dict[str, Callable[[int], dict]] = {
         MATRICES: lambda _: in_process("machine:matrix_rates"),

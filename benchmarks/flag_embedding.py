@@ -13,9 +13,20 @@ from ds_embed.data.json_files import read_json_objects
 
 
 def train(
-    *, model: str, train_file: str, folder: str, batch_size: int, max_length: int, max_steps: int, skip_steps: int,
-    learning_rate: float, temperature: float, pooling: str, lora_rank: int, bf16: bool,
-) -> dict:  # fmt: skip
+    *,
+    model: str,
+    train_file: str,
+    folder: str,
+    batch_size: int,
+    max_length: int,
+    max_steps: int,
+    skip_steps: int,
+    learning_rate: float,
+    temperature: float,
+    pooling: str,
+    lora_rank: int,
+    bf16: bool,
+) -> dict:
     """Its EncoderOnlyEmbedderRunner without hard negatives, fp32 or bf16 by autocast; tokens per second as ours."""
     from FlagEmbedding.finetune.embedder.encoder_only.base import (
         EncoderOnlyEmbedderDataArguments,
@@ -35,16 +46,29 @@ def train(
     runner = EncoderOnlyEmbedderRunner(
         model_args=EncoderOnlyEmbedderModelArguments(model_name_or_path=model),
         data_args=EncoderOnlyEmbedderDataArguments(
-            train_data=[str(data)], cache_path=str(Path(folder) / "flag_embedding_cache"), train_group_size=1,
-            query_max_len=max_length, passage_max_len=max_length,
+            train_data=[str(data)],
+            cache_path=str(Path(folder) / "flag_embedding_cache"),
+            train_group_size=1,
+            query_max_len=max_length,
+            passage_max_len=max_length,
         ),
         training_args=EncoderOnlyEmbedderTrainingArguments(
-            output_dir=str(Path(folder) / "flag_embedding"), max_steps=max_steps, bf16=bf16, use_cpu=True,
-            per_device_train_batch_size=batch_size, learning_rate=learning_rate, lr_scheduler_type="constant",
-            weight_decay=0.01, temperature=temperature, sentence_pooling_method=pooling, save_strategy="no",
-            report_to="none", disable_tqdm=True, logging_strategy="no",
+            output_dir=str(Path(folder) / "flag_embedding"),
+            max_steps=max_steps,
+            bf16=bf16,
+            use_cpu=True,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=0.01,
+            temperature=temperature,
+            sentence_pooling_method=pooling,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
         ),
-    )  # fmt: skip
+    )
     steps = Steps(skip_steps)
 
     class Timer(TrainerCallback):

@@ -28,13 +28,23 @@ from ds_embed.config.checks import above_zero, at_least
 from ds_embed.config.fields import setting
 
 MISTRAL_7B = dict(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=32768,
+    sliding_window=4096,
+)
 SMALL = MISTRAL_7B | dict(
-    vocab_size=2000, hidden_size=256, intermediate_size=896, num_hidden_layers=4, num_attention_heads=8,
+    vocab_size=2000,
+    hidden_size=256,
+    intermediate_size=896,
+    num_hidden_layers=4,
+    num_attention_heads=8,
     num_key_value_heads=2,
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -122,20 +132,50 @@ def write_texts(settings: GpuArguments, vocab_size: int, folder: Path) -> tuple[
 
 def model_flags(settings: GpuArguments, output: Path) -> list[object]:
     return [
-        "--model_name_or_path", output / "model", "--query_prefix", "", "--doc_prefix", "", "--max_length", 512,
-        "--micro_batch_tokens", settings.micro_batch_tokens, "--cache_dir", output / "cache",
-    ]  # fmt: skip
+        "--model_name_or_path",
+        output / "model",
+        "--query_prefix",
+        "",
+        "--doc_prefix",
+        "",
+        "--max_length",
+        512,
+        "--micro_batch_tokens",
+        settings.micro_batch_tokens,
+        "--cache_dir",
+        output / "cache",
+    ]
 
 
 def train(settings: GpuArguments, output: Path, records: Path, stage: int, grad_cache: bool) -> dict[str, float]:
     """Medians over the steps after the first two, the peak memory, and what was expected of it."""
     run_folder = output / f"zero{stage}-{'cached' if grad_cache else 'kept'}"
     words = [
-        "train_gpt.py", "--deepspeed", f"ds_configs/zero{stage}.json", *model_flags(settings, output),
-        "--train_files", records, "--output_dir", run_folder, "--lora_rank", 16, "--hard_negatives", 1,
-        "--global_batch_size", settings.global_batch_size, "--max_steps", settings.max_steps, "--report_to", "none",
-        "--grad_cache", str(grad_cache).lower(), "--gradient_checkpointing", "true", "--save_interval", 0,
-    ]  # fmt: skip
+        "train_gpt.py",
+        "--deepspeed",
+        f"ds_configs/zero{stage}.json",
+        *model_flags(settings, output),
+        "--train_files",
+        records,
+        "--output_dir",
+        run_folder,
+        "--lora_rank",
+        16,
+        "--hard_negatives",
+        1,
+        "--global_batch_size",
+        settings.global_batch_size,
+        "--max_steps",
+        settings.max_steps,
+        "--report_to",
+        "none",
+        "--grad_cache",
+        str(grad_cache).lower(),
+        "--gradient_checkpointing",
+        "true",
+        "--save_interval",
+        0,
+    ]
     planned = launched(settings, *words, "--dry_run", "true")
     launched(settings, *words)
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

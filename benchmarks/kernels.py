@@ -41,7 +41,9 @@ class KernelArguments:
         above_zero(self, "rounds", "num_texts", "length")
         at_least(self, 0, "lora_rank")
         if "lora" in self.parts and not self.lora_rank:
-            raise ValueError("--lora_rank 0: leaves nothing to compare in lora; give a rank, or leave lora out of --parts")
+            raise ValueError(
+                "--lora_rank 0: leaves nothing to compare in lora; give a rank, or leave lora out of --parts"
+            )
         for part in self.parts:
             if part not in PARTS:
                 raise ValueError(f"--parts {part}: choose from {', '.join(PARTS)}")
@@ -54,9 +56,13 @@ def load(model: str, kernel: str | None, bf16: bool = True) -> Any:
     source = find_model(model)
     decoder = is_decoder(load_config(source, False))
     return load_encoder(
-        source, pooling="last" if decoder else "mean", bidirectional=not decoder, bf16=bf16, attn_implementation=kernel,
+        source,
+        pooling="last" if decoder else "mean",
+        bidirectional=not decoder,
+        bf16=bf16,
+        attn_implementation=kernel,
         trust_remote_code=False,
-    )  # fmt: skip
+    )
 
 
 def trained(model: str, kernel: str | None, lora_rank: int) -> Any:
@@ -171,7 +177,10 @@ def products(model: str, rounds: int, shape: tuple[int, int]) -> dict:
 
     def passes(whose: str) -> dict[str, Callable[[], None]]:
         training, encoding = trained(model, None, 0), load(model, None)
-        return {f"training: {whose}": training_pass(training, *shape), f"encoding: {whose}": forward_pass(encoding, *shape)}
+        return {
+            f"training: {whose}": training_pass(training, *shape),
+            f"encoding: {whose}": forward_pass(encoding, *shape),
+        }
 
     with patch("ds_embed.models.encoder.use_quick_products"):
         torchs = by_turns(passes("torch's"), rounds)

@@ -10,9 +10,22 @@ from ds_embed.data.json_files import read_json_objects
 
 
 def train_sentence_transformers(
-    *, model: str, train_file: str, folder: str, batch_size: int, max_length: int, max_steps: int, skip_steps: int,
-    learning_rate: float, temperature: float, pooling: str, lora_rank: int, bf16: bool, cached: bool, mini_batch_size: int,
-) -> dict:  # fmt: skip
+    *,
+    model: str,
+    train_file: str,
+    folder: str,
+    batch_size: int,
+    max_length: int,
+    max_steps: int,
+    skip_steps: int,
+    learning_rate: float,
+    temperature: float,
+    pooling: str,
+    lora_rank: int,
+    bf16: bool,
+    cached: bool,
+    mini_batch_size: int,
+) -> dict:
     """Its trainer with (Cached)MultipleNegativesRankingLoss, fp32 or bf16 by autocast."""
     import torch
     from datasets import Dataset
@@ -41,10 +54,19 @@ def train_sentence_transformers(
             steps.end()
 
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=folder, max_steps=max_steps, per_device_train_batch_size=batch_size, bf16=bf16, use_cpu=True,
-        learning_rate=learning_rate, lr_scheduler_type="constant", weight_decay=0.01, save_strategy="no",
-        report_to="none", disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=folder,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        bf16=bf16,
+        use_cpu=True,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     SentenceTransformerTrainer(
         model=transformer, args=arguments, train_dataset=data, loss=loss, callbacks=[Timer()]
     ).train()
@@ -52,10 +74,21 @@ def train_sentence_transformers(
 
 
 def train_bare_loop(
-    *, model: str, store: str, batch_size: int, micro_batch_tokens: int, max_steps: int, skip_steps: int,
-    learning_rate: float, temperature: float, pooling: str, lora_rank: int, grad_cache: bool, seed: int,
+    *,
+    model: str,
+    store: str,
+    batch_size: int,
+    micro_batch_tokens: int,
+    max_steps: int,
+    skip_steps: int,
+    learning_rate: float,
+    temperature: float,
+    pooling: str,
+    lora_rank: int,
+    grad_cache: bool,
+    seed: int,
     our_kernels: bool,
-) -> dict:  # fmt: skip
+) -> dict:
     """A loop around a Hugging Face model in bfloat16 with AdamW: our batches and micro-batches, nothing else of ours.
 
     our_kernels: with our attention, dropout and products, so that what is left of the difference is what DeepSpeed and we add.

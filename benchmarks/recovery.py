@@ -90,14 +90,43 @@ def launched(settings: Any, recipe: str, *flags: object) -> str:
 
 def train_ours(settings: RecoveryArguments, base: Path, seed: int, folder: Path) -> Path:
     launched(
-        settings, "train_bert.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", base,
-        "--train_files", settings.train_file, "--output_dir", folder, "--seed", seed,
-        "--query_prefix", "", "--doc_prefix", "", "--query_max_length", settings.query_max_length,
-        "--doc_max_length", settings.doc_max_length, "--global_batch_size", settings.global_batch_size,
-        "--max_steps", settings.max_steps, "--learning_rate", settings.learning_rate, "--lr_scheduler", "linear",
-        "--warmup_steps", settings.warmup_steps, "--temperature", settings.temperature, "--adam_beta2", 0.999,
-        "--report_to", "none",
-    )  # fmt: skip
+        settings,
+        "train_bert.py",
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        base,
+        "--train_files",
+        settings.train_file,
+        "--output_dir",
+        folder,
+        "--seed",
+        seed,
+        "--query_prefix",
+        "",
+        "--doc_prefix",
+        "",
+        "--query_max_length",
+        settings.query_max_length,
+        "--doc_max_length",
+        settings.doc_max_length,
+        "--global_batch_size",
+        settings.global_batch_size,
+        "--max_steps",
+        settings.max_steps,
+        "--learning_rate",
+        settings.learning_rate,
+        "--lr_scheduler",
+        "linear",
+        "--warmup_steps",
+        settings.warmup_steps,
+        "--temperature",
+        settings.temperature,
+        "--adam_beta2",
+        0.999,
+        "--report_to",
+        "none",
+    )
     return folder / "model"
 
 
@@ -131,11 +160,23 @@ def peer(base: str, seed: str, folder: str, settings_text: str) -> None:
         assert len(tokenizer(record["query"])["input_ids"]) <= settings.doc_max_length
         records.append({"anchor": record["query"], "positive": record["pos_doc"]})
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=folder, max_steps=settings.max_steps, per_device_train_batch_size=settings.global_batch_size,
-        learning_rate=settings.learning_rate, lr_scheduler_type="linear", warmup_steps=settings.warmup_steps,
-        weight_decay=0.01, seed=int(seed), data_seed=int(seed), bf16=True, use_cpu=True, save_strategy="no", report_to="none",
-        batch_sampler=BatchSamplers.NO_DUPLICATES, disable_tqdm=True, max_grad_norm=1.0,
-    )  # fmt: skip
+        output_dir=folder,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.global_batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=0.01,
+        seed=int(seed),
+        data_seed=int(seed),
+        bf16=True,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        disable_tqdm=True,
+        max_grad_norm=1.0,
+    )
     loss = MultipleNegativesRankingLoss(model, scale=1 / settings.temperature)
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(records), loss=loss).train()
     target = Path(folder) / "model"
@@ -145,10 +186,27 @@ def peer(base: str, seed: str, folder: str, settings_text: str) -> None:
 
 def measure(settings: RecoveryArguments, model: Path | str, folder: Path) -> dict[str, float]:
     launched(
-        settings, "generate.py", "--model_name_or_path", model, "--query_files", settings.query_file,
-        "--doc_files", settings.doc_file, "--output_prefix", folder, "--pooling", "mean", "--query_prefix", "",
-        "--doc_prefix", "", "--query_max_length", settings.query_max_length, "--doc_max_length", settings.doc_max_length,
-    )  # fmt: skip
+        settings,
+        "generate.py",
+        "--model_name_or_path",
+        model,
+        "--query_files",
+        settings.query_file,
+        "--doc_files",
+        settings.doc_file,
+        "--output_prefix",
+        folder,
+        "--pooling",
+        "mean",
+        "--query_prefix",
+        "",
+        "--doc_prefix",
+        "",
+        "--query_max_length",
+        settings.query_max_length,
+        "--doc_max_length",
+        settings.doc_max_length,
+    )
     (vectors,) = folder.glob("consumed_samples*")
     run(sys.executable, "recipes/evaluate.py", "--embeddings", vectors, "--query_files", settings.query_file, threads=2)
     return read_metrics(vectors)

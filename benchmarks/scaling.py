@@ -54,7 +54,8 @@ class ScalingArguments:
     max_length: int = setting("longest text in tokens, where that isn't what is varied", default=32)
     micro_batch_tokens: int = setting("padded tokens per forward pass", default=4096)
     corpus_sizes: list[int] = setting(
-        "numbers of documents that are encoded, and searched", default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000]
+        "numbers of documents that are encoded, and searched",
+        default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000],
     )
     search_queries: int = setting("queries that search in them", default=1_000)
 
@@ -83,27 +84,61 @@ class Scaling:
         if settings.num_layers:
             self.model = str(self.folder / "model")
             in_process(
-                "machine:keep_layers", model=settings.model_name_or_path, num_layers=settings.num_layers,
+                "machine:keep_layers",
+                model=settings.model_name_or_path,
+                num_layers=settings.num_layers,
                 folder=self.model,
-            )  # fmt: skip
+            )
 
     def train(
-        self, *, ranks: int = 1, batch: int = 64, length: int | None = None, file: Path | str | None = None,
-        stage: int = 1, grad_cache: bool = True, counts: Path | None = None, budget: int | None = None,
-    ) -> dict:  # fmt: skip
+        self,
+        *,
+        ranks: int = 1,
+        batch: int = 64,
+        length: int | None = None,
+        file: Path | str | None = None,
+        stage: int = 1,
+        grad_cache: bool = True,
+        counts: Path | None = None,
+        budget: int | None = None,
+    ) -> dict:
         """A run; with `counts`, one whose collectives are counted into that file."""
         settings, run = self.settings, self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         recipe = recipe_of(settings.pooling)
         script = ["benchmarks/wire.py", counts, REPOSITORY / recipe]
         launched(
-            ranks, *(script if counts else [recipe]),
-            "--deepspeed", REPOSITORY / f"ds_configs/zero{stage}.json", "--model_name_or_path", self.model,
-            "--train_files", file or settings.train_file, "--output_dir", run, "--cache_dir", self.folder / "cache",
-            "--query_prefix", "", "--doc_prefix", "", "--max_length", length or settings.max_length,
-            "--global_batch_size", batch, "--micro_batch_tokens", budget or settings.micro_batch_tokens,
-            "--lora_rank", 0, "--grad_cache", str(grad_cache).lower(), "--max_steps", settings.max_steps, "--report_to", "none",
-        )  # fmt: skip
+            ranks,
+            *(script if counts else [recipe]),
+            "--deepspeed",
+            REPOSITORY / f"ds_configs/zero{stage}.json",
+            "--model_name_or_path",
+            self.model,
+            "--train_files",
+            file or settings.train_file,
+            "--output_dir",
+            run,
+            "--cache_dir",
+            self.folder / "cache",
+            "--query_prefix",
+            "",
+            "--doc_prefix",
+            "",
+            "--max_length",
+            length or settings.max_length,
+            "--global_batch_size",
+            batch,
+            "--micro_batch_tokens",
+            budget or settings.micro_batch_tokens,
+            "--lora_rank",
+            0,
+            "--grad_cache",
+            str(grad_cache).lower(),
+            "--max_steps",
+            settings.max_steps,
+            "--report_to",
+            "none",
+        )
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         measured = steady(run / "metrics.jsonl", settings.skip_steps) | {"peak_gib": last["peak_memory_gib"]}
         return measured | {"step_seconds": measured["seconds"] / (settings.max_steps - settings.skip_steps)}
@@ -151,13 +186,22 @@ class Scaling:
         print_table(
             ["ZeRO", "ranks", "graphs", "what", "bytes of a step", "formula", "difference"],
             [
-                [r["stage"], r["ranks"], r["mode"], r["what"], f"{r['counted']:,}",
-                 *(["-", "-"] if r["formula"] is None else [f"{r['formula']:,}", f"{r['counted'] / r['formula'] - 1:+.2%}"])]
+                [
+                    r["stage"],
+                    r["ranks"],
+                    r["mode"],
+                    r["what"],
+                    f"{r['counted']:,}",
+                    *(
+                        ["-", "-"]
+                        if r["formula"] is None
+                        else [f"{r['formula']:,}", f"{r['counted'] / r['formula'] - 1:+.2%}"]
+                    ),
+                ]
                 for r in found
             ],
-        )  # fmt: skip
+        )
         return found
-
 
     def generate(self, num_texts: int) -> dict:
         """recipes/generate.py over so many texts of a few random words; "peak_gib" is that of its process."""
@@ -171,14 +215,30 @@ class Scaling:
                 text = " ".join(rng.choices(words, k=_WORDS))
                 file.write(json.dumps({"pos_doc": text, "doc_id": f"d{number}"}) + "\n")
         finished = launched(
-            1, "recipes/generate.py", "--model_name_or_path", self.model, "--doc_files", texts, "--output_prefix", vectors,
-            "--cache_dir", cache, "--doc_prefix", "", "--max_length", self.settings.max_length, "--pooling", self.settings.pooling,
-        )  # fmt: skip
+            1,
+            "recipes/generate.py",
+            "--model_name_or_path",
+            self.model,
+            "--doc_files",
+            texts,
+            "--output_prefix",
+            vectors,
+            "--cache_dir",
+            cache,
+            "--doc_prefix",
+            "",
+            "--max_length",
+            self.settings.max_length,
+            "--pooling",
+            self.settings.pooling,
+        )
         (manifest,) = cache.glob("*/manifest.json")
         num_tokens = json.loads(manifest.read_text())["num_tokens"]
         return {
-            "tokens_per_second": num_tokens / finished.seconds, "seconds": finished.seconds, "peak_gib": finished.peak_gib
-        }  # fmt: skip
+            "tokens_per_second": num_tokens / finished.seconds,
+            "seconds": finished.seconds,
+            "peak_gib": finished.peak_gib,
+        }
 
 
 def by_purpose(collectives: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -213,9 +273,15 @@ def expected_bytes(
 def search_table(settings: ScalingArguments) -> str:
     """The table that search.py prints."""
     command = [
-        sys.executable, REPOSITORY / "benchmarks/search.py", "--index", "none", "--num_documents", *settings.corpus_sizes,
-        "--num_queries", settings.search_queries,
-    ]  # fmt: skip
+        sys.executable,
+        REPOSITORY / "benchmarks/search.py",
+        "--index",
+        "none",
+        "--num_documents",
+        *settings.corpus_sizes,
+        "--num_queries",
+        settings.search_queries,
+    ]
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True)
     print(f"\n{done.stdout}")
     return done.stdout

@@ -53,11 +53,27 @@ def launch_seconds(settings: StartupArguments, folder: Path, ranks: int) -> dict
     shutil.rmtree(run, ignore_errors=True)
     started = time.time()
     launched(
-        ranks, recipe_of(settings.pooling), "--deepspeed", settings.deepspeed,
-        "--model_name_or_path", settings.model_name_or_path, "--train_files", settings.train_file,
-        "--output_dir", run, "--cache_dir", folder / "cache", "--max_length", settings.max_length,
-        "--global_batch_size", settings.global_batch_size, "--max_steps", 1, "--report_to", "none",
-    )  # fmt: skip
+        ranks,
+        recipe_of(settings.pooling),
+        "--deepspeed",
+        settings.deepspeed,
+        "--model_name_or_path",
+        settings.model_name_or_path,
+        "--train_files",
+        settings.train_file,
+        "--output_dir",
+        run,
+        "--cache_dir",
+        folder / "cache",
+        "--max_length",
+        settings.max_length,
+        "--global_batch_size",
+        settings.global_batch_size,
+        "--max_steps",
+        1,
+        "--report_to",
+        "none",
+    )
     # Its one line is the last thing that is written to it.
     return {"seconds": (run / "metrics.jsonl").stat().st_mtime - started}
 

@@ -90,7 +90,12 @@ class Speed:
         self.model = settings.model_name_or_path
         if settings.num_layers:
             self.model = str(self.folder / f"model-{settings.num_layers}-layers")
-            in_process("machine:keep_layers", model=settings.model_name_or_path, num_layers=settings.num_layers, folder=self.model)  # fmt: skip
+            in_process(
+                "machine:keep_layers",
+                model=settings.model_name_or_path,
+                num_layers=settings.num_layers,
+                folder=self.model,
+            )
 
     def contestants(self) -> dict[str, Callable[[int], dict]]:
         every = {
@@ -120,15 +125,47 @@ class Speed:
         settings, run = self.settings, self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         finished = launched(
-            ranks, recipe_of(settings.pooling),
-            "--deepspeed", settings.deepspeed, "--model_name_or_path", self.model, "--train_files", settings.train_file,
-            "--output_dir", run, "--cache_dir", self.folder / "cache", "--query_prefix", "", "--doc_prefix", "",
-            "--max_length", settings.max_length, "--global_batch_size", settings.global_batch_size,
-            "--micro_batch_tokens", settings.micro_batch_tokens, "--lora_rank", settings.lora_rank,
-            "--lora_alpha", 2 * max(1, settings.lora_rank), "--grad_cache", str(grad_cache).lower(), "--bf16", str(bf16).lower(),
-            "--learning_rate", settings.learning_rate, "--lr_scheduler", "constant", "--temperature", settings.temperature,
-            "--max_steps", settings.max_steps, "--report_to", "none",
-        )  # fmt: skip
+            ranks,
+            recipe_of(settings.pooling),
+            "--deepspeed",
+            settings.deepspeed,
+            "--model_name_or_path",
+            self.model,
+            "--train_files",
+            settings.train_file,
+            "--output_dir",
+            run,
+            "--cache_dir",
+            self.folder / "cache",
+            "--query_prefix",
+            "",
+            "--doc_prefix",
+            "",
+            "--max_length",
+            settings.max_length,
+            "--global_batch_size",
+            settings.global_batch_size,
+            "--micro_batch_tokens",
+            settings.micro_batch_tokens,
+            "--lora_rank",
+            settings.lora_rank,
+            "--lora_alpha",
+            2 * max(1, settings.lora_rank),
+            "--grad_cache",
+            str(grad_cache).lower(),
+            "--bf16",
+            str(bf16).lower(),
+            "--learning_rate",
+            settings.learning_rate,
+            "--lr_scheduler",
+            "constant",
+            "--temperature",
+            settings.temperature,
+            "--max_steps",
+            settings.max_steps,
+            "--report_to",
+            "none",
+        )
         return steady(run / "metrics.jsonl", settings.skip_steps) | {"peak_gib": finished.peak_gib}
 
     def _of_all(self) -> dict:
@@ -139,17 +176,26 @@ class Speed:
     def peer(self, *, bf16: bool, cached: bool) -> dict:
         settings = self.settings
         return in_process(
-            "peers:train_sentence_transformers", **self._of_all(), train_file=str(Path(settings.train_file).resolve()),
-            folder=self.folder / "peer", max_length=settings.max_length, bf16=bf16, cached=cached,
+            "peers:train_sentence_transformers",
+            **self._of_all(),
+            train_file=str(Path(settings.train_file).resolve()),
+            folder=self.folder / "peer",
+            max_length=settings.max_length,
+            bf16=bf16,
+            cached=cached,
             mini_batch_size=settings.mini_batch_size,
-        )  # fmt: skip
+        )
 
     def flag_embedding(self) -> dict:
         settings = self.settings
         return in_process(
-            "flag_embedding:train", **self._of_all(), train_file=str(Path(settings.train_file).resolve()),
-            folder=self.folder / "peer", max_length=settings.max_length, bf16=True,
-        )  # fmt: skip
+            "flag_embedding:train",
+            **self._of_all(),
+            train_file=str(Path(settings.train_file).resolve()),
+            folder=self.folder / "peer",
+            max_length=settings.max_length,
+            bf16=True,
+        )
 
     def bare(self, grad_cache: bool = False, our_kernels: bool = True) -> dict:
         stores = sorted((self.folder / "cache").glob("training-*/manifest.json"), key=lambda path: path.stat().st_mtime)
@@ -157,9 +203,14 @@ class Speed:
             self.ours(1)
             return self.bare(grad_cache, our_kernels)
         return in_process(
-            "peers:train_bare_loop", **self._of_all(), store=stores[-1].parent, grad_cache=grad_cache, seed=42,
-            our_kernels=our_kernels, micro_batch_tokens=self.settings.micro_batch_tokens,
-        )  # fmt: skip
+            "peers:train_bare_loop",
+            **self._of_all(),
+            store=stores[-1].parent,
+            grad_cache=grad_cache,
+            seed=42,
+            our_kernels=our_kernels,
+            micro_batch_tokens=self.settings.micro_batch_tokens,
+        )
 
 
 def recipe_of(pooling: str) -> str:
@@ -176,9 +227,11 @@ def steady(metrics: Path, skip_steps: int) -> dict:
     computed = sum(line["tokens_per_second"] * line["seconds"] / (1 - line["padding_share"]) for line in lines)
     seconds = sum(line["seconds"] for line in lines)
     return {
-        "tokens_per_second": num_tokens / seconds, "seconds": seconds, "num_tokens": round(num_tokens),
+        "tokens_per_second": num_tokens / seconds,
+        "seconds": seconds,
+        "num_tokens": round(num_tokens),
         "padding_share": 1 - num_tokens / computed,
-    }  # fmt: skip
+    }
 
 
 def share_of_chip(results: dict[str, list[dict]], name: str, operations: int) -> Spread:
@@ -210,10 +263,15 @@ def main() -> None:
     operations = (4 if settings.lora_rank else 6) * weights["multiplied"]
     results = play(contestants, settings.rounds)
     rows = [
-        [name, spread(results, name, "tokens_per_second"), f"{share_of_chip(results, name, operations)} %",
-         spread(results, name, "peak_gib")]
-        for name in results if name != MATRICES
-    ]  # fmt: skip
+        [
+            name,
+            spread(results, name, "tokens_per_second"),
+            f"{share_of_chip(results, name, operations)} %",
+            spread(results, name, "peak_gib"),
+        ]
+        for name in results
+        if name != MATRICES
+    ]
     chip = ", ".join(
         f"{spread(results, MATRICES, d).median / 1e9:,.0f} GFLOP/s in {d}" for d in ("bfloat16", "float32")
     )

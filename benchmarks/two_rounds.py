@@ -30,22 +30,65 @@ class RoundsArguments(RecoveryArguments):
 
 def train(settings: RoundsArguments, base: Path, records: Path, seed: int, folder: Path, hard_negatives: int) -> Path:
     launched(
-        settings, "train_bert.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", base,
-        "--train_files", records, "--output_dir", folder, "--seed", seed, "--hard_negatives", hard_negatives,
-        "--hard_negatives_sampling", "random", "--query_prefix", "", "--doc_prefix", "", "--query_max_length", settings.query_max_length,
-        "--doc_max_length", settings.doc_max_length, "--global_batch_size", settings.global_batch_size,
-        "--max_steps", settings.max_steps, "--learning_rate", settings.learning_rate, "--lr_scheduler", "linear",
-        "--warmup_steps", settings.warmup_steps, "--temperature", settings.temperature, "--report_to", "none",
-    )  # fmt: skip
+        settings,
+        "train_bert.py",
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        base,
+        "--train_files",
+        records,
+        "--output_dir",
+        folder,
+        "--seed",
+        seed,
+        "--hard_negatives",
+        hard_negatives,
+        "--hard_negatives_sampling",
+        "random",
+        "--query_prefix",
+        "",
+        "--doc_prefix",
+        "",
+        "--query_max_length",
+        settings.query_max_length,
+        "--doc_max_length",
+        settings.doc_max_length,
+        "--global_batch_size",
+        settings.global_batch_size,
+        "--max_steps",
+        settings.max_steps,
+        "--learning_rate",
+        settings.learning_rate,
+        "--lr_scheduler",
+        "linear",
+        "--warmup_steps",
+        settings.warmup_steps,
+        "--temperature",
+        settings.temperature,
+        "--report_to",
+        "none",
+    )
     return folder / "model"
 
 
 def mine(settings: RoundsArguments, run_folder: Path, output: Path) -> Path:
     launched(
-        settings, "mine_negatives.py", "--model_name_or_path", run_folder, "--train_files", settings.train_file,
-        "--output_file", output, "--num_negatives", settings.num_negatives,
-        "--relative_margin", settings.relative_margin, "--drop_without_negatives", "true",
-    )  # fmt: skip
+        settings,
+        "mine_negatives.py",
+        "--model_name_or_path",
+        run_folder,
+        "--train_files",
+        settings.train_file,
+        "--output_file",
+        output,
+        "--num_negatives",
+        settings.num_negatives,
+        "--relative_margin",
+        settings.relative_margin,
+        "--drop_without_negatives",
+        "true",
+    )
     return output
 
 
@@ -65,9 +108,16 @@ def bm25(settings: RoundsArguments, folder: Path) -> dict[str, float]:
             for rank, (row, score) in enumerate(zip(found, values), start=1):
                 file.write(f"{query['query_id']} Q0 {documents[row]['doc_id']} {rank} {score:.6f} bm25\n")
     run(
-        sys.executable, REPOSITORY / "recipes/evaluate.py", "--run_file", folder / "run.trec",
-        "--query_files", settings.query_file, "--output_dir", folder, threads=2,
-    )  # fmt: skip
+        sys.executable,
+        REPOSITORY / "recipes/evaluate.py",
+        "--run_file",
+        folder / "run.trec",
+        "--query_files",
+        settings.query_file,
+        "--output_dir",
+        folder,
+        threads=2,
+    )
     return read_metrics(folder)
 
 

@@ -10,8 +10,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 from ds_embed.process import join_deepspeed, keep_freed_memory, read_environment
 from ds_embed.watchdog import Watch

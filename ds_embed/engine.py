@@ -6,7 +6,8 @@ Training and encoding both stand on it, so it is a room of its own, above both.
 import contextlib
 import io
 import math
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 

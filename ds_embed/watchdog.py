@@ -45,8 +45,10 @@ class Watch:
             # -I and -S: nothing but the standard library is looked at.
             [sys.executable, "-I", "-S", watcher.__file__],
             env=os.environ | {watcher.SETTINGS: json.dumps(settings)},  # other users can't read it
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=settings[-3:],
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=settings[-3:],
+        )
         for ours in (theirs, link):
             ours.close()
         os.close(descriptor)

@@ -16,12 +16,7 @@ from ds_embed.config.checks import above_zero, existing_files, one_of
 from ds_embed.config.fields import listed, setting
 from ds_embed.data.formats import conversions, training_sources, trec
 from ds_embed.data.formats.columns import read_columns
-from ds_embed.data.formats.retrieval_sets import (
-    BeirFolder,
-    OurFiles,
-    RetrievalSet,
-    TrainingSet,
-)
+from ds_embed.data.formats.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.data.formats.tables import table_writer
 from ds_embed.data.formats.tally import Tally
 from ds_embed.data.formats.text_table import TextTable

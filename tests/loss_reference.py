@@ -5,16 +5,30 @@ from torch.nn.functional import normalize
 
 
 def reference(
-    table, keys, num_queries, temperature, negatives="all", label_smoothing=0.0, symmetric=False,
-    false_negative_margin=None, matryoshka_dims=(), matryoshka_weights=(), distillation_weight=0.0,
-    distillation_temperature=1.0, teacher_scores=None,
-):  # fmt: skip
+    table,
+    keys,
+    num_queries,
+    temperature,
+    negatives="all",
+    label_smoothing=0.0,
+    symmetric=False,
+    false_negative_margin=None,
+    matryoshka_dims=(),
+    matryoshka_weights=(),
+    distillation_weight=0.0,
+    distillation_temperature=1.0,
+    teacher_scores=None,
+):
     """Mean loss over all queries of the table (queries, positives, hard negatives) of unit vectors."""
     options = dict(
-        negatives=negatives, label_smoothing=label_smoothing, symmetric=symmetric, margin=false_negative_margin,
-        distillation_weight=distillation_weight, distillation_temperature=distillation_temperature,
+        negatives=negatives,
+        label_smoothing=label_smoothing,
+        symmetric=symmetric,
+        margin=false_negative_margin,
+        distillation_weight=distillation_weight,
+        distillation_temperature=distillation_temperature,
         teacher=teacher_scores,
-    )  # fmt: skip
+    )
     if not matryoshka_dims:
         return _one_table(table, keys, num_queries, temperature, **options)
     terms = [
@@ -25,9 +39,19 @@ def reference(
 
 
 def _one_table(
-    table, keys, num_queries, temperature, *, negatives, label_smoothing, symmetric, margin, distillation_weight,
-    distillation_temperature, teacher,
-):  # fmt: skip
+    table,
+    keys,
+    num_queries,
+    temperature,
+    *,
+    negatives,
+    label_smoothing,
+    symmetric,
+    margin,
+    distillation_weight,
+    distillation_temperature,
+    teacher,
+):
     queries, documents = table[:num_queries], table[num_queries:]
     num_hard = len(documents) // num_queries - 1
     losses = []

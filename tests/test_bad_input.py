@@ -63,24 +63,44 @@ CASES = {
 # Noticed by every rank, by rank 0 alone, before and after the model is loaded: with two ranks. The rest, which
 # differ from these in the message alone, as one plain process, which starts twice as fast.
 ON_TWO_RANKS = [
-    "missing file", "empty file", "not JSON", "number as id", "unknown flag", "unknown key", "no such model",
-    "tiny budget", "too few samples", "unknown module",
-]  # fmt: skip
+    "missing file",
+    "empty file",
+    "not JSON",
+    "number as id",
+    "unknown flag",
+    "unknown key",
+    "no such model",
+    "tiny budget",
+    "too few samples",
+    "unknown module",
+]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_training(name, place, tmp_path):
     changes, words = CASES[name]
     flags = {
-        "deepspeed": "ds_configs/zero2.json", "model_name_or_path": "{}/llama", "train_files": "{}/good.jsonl",
-        "max_steps": "2", "max_length": "32", "global_batch_size": "8", "hard_negatives": "1", "report_to": "none",
-    } | changes  # fmt: skip
+        "deepspeed": "ds_configs/zero2.json",
+        "model_name_or_path": "{}/llama",
+        "train_files": "{}/good.jsonl",
+        "max_steps": "2",
+        "max_length": "32",
+        "global_batch_size": "8",
+        "hard_negatives": "1",
+        "report_to": "none",
+    } | changes
     command = [word for key, value in flags.items() for word in (f"--{key}", value.replace("{}", str(place)))]
     out, cache = tmp_path / "run", tmp_path / "cache"
     result = launch(
-        2 if name in ON_TWO_RANKS else 0, "recipes/train_gpt.py", *command,
-        "--output_dir", out, "--cache_dir", cache, timeout=SECONDS,
-    )  # fmt: skip
+        2 if name in ON_TWO_RANKS else 0,
+        "recipes/train_gpt.py",
+        *command,
+        "--output_dir",
+        out,
+        "--cache_dir",
+        cache,
+        timeout=SECONDS,
+    )
     assert_one_clear_error(result, words)
     assert not out.exists()
     # A store that was finished before the mistake was found may stay; nothing unfinished may.
@@ -102,9 +122,13 @@ BERT_CASES = {
 def test_training_bert(name, place, tmp_path):
     changes, words = BERT_CASES[name]
     flags = {
-        "deepspeed": "ds_configs/zero2.json", "model_name_or_path": "{}/bert", "train_files": "{}/good.jsonl",
-        "max_steps": "2", "global_batch_size": "8", "report_to": "none",
-    } | changes  # fmt: skip
+        "deepspeed": "ds_configs/zero2.json",
+        "model_name_or_path": "{}/bert",
+        "train_files": "{}/good.jsonl",
+        "max_steps": "2",
+        "global_batch_size": "8",
+        "report_to": "none",
+    } | changes
     command = [word for key, value in flags.items() for word in (f"--{key}", value.replace("{}", str(place)))]
     out = tmp_path / "run"
     result = launch(
@@ -132,9 +156,15 @@ def test_generate(name, place, tmp_path):
     if "--model_name_or_path" not in flags:
         flags += ["--model_name_or_path", place / "llama"]
     result = launch(
-        2 if name == "id missing" else 0, "recipes/generate.py", *flags, "--output_prefix", tmp_path / "out", "--cache_dir", tmp_path / "cache",
+        2 if name == "id missing" else 0,
+        "recipes/generate.py",
+        *flags,
+        "--output_prefix",
+        tmp_path / "out",
+        "--cache_dir",
+        tmp_path / "cache",
         timeout=SECONDS,
-    )  # fmt: skip
+    )
     assert_one_clear_error(result, words)
     assert not (tmp_path / "out").exists()
 
@@ -143,10 +173,20 @@ def test_run_that_may_not_be_resumed_is_refused(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("max_steps: 1\n")
     result = launch(
-        0, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", place / "llama",
-        "--train_files", place / "good.jsonl", "--output_dir", tmp_path / "run", "--resume_if_exists", "false",
+        0,
+        "recipes/train_gpt.py",
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        place / "llama",
+        "--train_files",
+        place / "good.jsonl",
+        "--output_dir",
+        tmp_path / "run",
+        "--resume_if_exists",
+        "false",
         timeout=SECONDS,
-    )  # fmt: skip
+    )
     assert_one_clear_error(result, ["--output_dir", "holds a run that was stopped", "--resume_if_exists"])
 
 
@@ -155,9 +195,18 @@ def test_folder_that_cannot_be_written(place, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     result = launch(
-        0, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", place / "llama",
-        "--train_files", place / "good.jsonl", "--output_dir", locked / "run", timeout=SECONDS,
-    )  # fmt: skip
+        0,
+        "recipes/train_gpt.py",
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        place / "llama",
+        "--train_files",
+        place / "good.jsonl",
+        "--output_dir",
+        locked / "run",
+        timeout=SECONDS,
+    )
     assert_one_clear_error(result, ["--output_dir", "can't be written"])
 
 
@@ -178,7 +227,10 @@ def test_a_master_port_that_another_job_uses_is_named():
         ended = subprocess.run(
             [sys.executable, "-c", "from ds_embed.distributed import *; raise SystemExit(run_recipe(initialize))"],
             env=environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            cwd=REPOSITORY, timeout=SECONDS, text=True, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            cwd=REPOSITORY,
+            timeout=SECONDS,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"error: MASTER_PORT {port} is in use")

@@ -49,11 +49,27 @@ def script(monkeypatch, material, capsys):
 
 def test_train_compares_ours_with_a_bare_loop_and_sentence_transformers(script, material):
     result, printed = script(
-        "train", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
-        "--rounds", 1, "--max_steps", 2, "--skip_steps", 1, "--global_batch_size", 8, "--max_length", 32,
-        "--contestants", "ds_embed, 2 ranks", "bare loop, grad_cache", "sentence-transformers, bf16",
+        "train",
+        "--model_name_or_path",
+        material / "bert",
+        "--train_file",
+        material / "train.jsonl",
+        "--rounds",
+        1,
+        "--max_steps",
+        2,
+        "--skip_steps",
+        1,
+        "--global_batch_size",
+        8,
+        "--max_length",
+        32,
+        "--contestants",
+        "ds_embed, 2 ranks",
+        "bare loop, grad_cache",
+        "sentence-transformers, bf16",
         "sentence-transformers, bf16, cached",
-    )  # fmt: skip
+    )
     rounds = result["results"]["rounds"]
     assert len(rounds) == 5 and all(len(measured) == 1 for measured in rounds.values())
     rates = {name: measured[0] for name, measured in rounds.items() if name != "matrix products"}
@@ -68,9 +84,22 @@ def test_train_compares_ours_with_a_bare_loop_and_sentence_transformers(script, 
 
 def test_encode_compares_at_the_same_precision(script, material):
     result, printed = script(
-        "encode", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
-        "--num_texts", 70, "--same_length", 5, "--precisions", "bf16", "--ranks", 0, "--max_length", 32,
-    )  # fmt: skip
+        "encode",
+        "--model_name_or_path",
+        material / "bert",
+        "--train_file",
+        material / "train.jsonl",
+        "--num_texts",
+        70,
+        "--same_length",
+        5,
+        "--precisions",
+        "bf16",
+        "--ranks",
+        0,
+        "--max_length",
+        32,
+    )
     assert list(result["results"]) == ["mixed, bf16", "same, bf16"]
     for case in result["results"].values():
         counted = {m["num_tokens"] for name in ("sentence-transformers", "ds_embed.Embedder") for m in case[name]}
@@ -81,9 +110,22 @@ def test_encode_compares_at_the_same_precision(script, material):
 
 def test_loss_is_compared_with_float64_and_its_memory_measured(script):
     result, printed = script(
-        "loss", "--num_queries", 64, "--dimensions", 16, "--exact_queries", 100, "--long", "true",
-        "--long_queries", 6000, "--long_dimensions", 8, "--repeats", 1,
-    )  # fmt: skip
+        "loss",
+        "--num_queries",
+        64,
+        "--dimensions",
+        16,
+        "--exact_queries",
+        100,
+        "--long",
+        "true",
+        "--long_queries",
+        6000,
+        "--long_dimensions",
+        8,
+        "--repeats",
+        1,
+    )
     time_ratio, difference, memory = result["goals"]
     assert difference["met"] and difference["median"] > 0
     # 6000 x 6000 logits are 0.144 GB; in tiles of 1024 rows it is less, and it is more than the gradient alone.
@@ -93,25 +135,62 @@ def test_loss_is_compared_with_float64_and_its_memory_measured(script):
 
 def test_scaling_counts_the_bytes_that_the_formulas_say(script, material):
     result, printed = script(
-        "scaling", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
-        "--rounds", 1, "--parts", "wire", "--num_layers", 0, "--max_steps", 2, "--max_length", 16, "--wire_ranks", 2,
-        "--stages", 1, "--modes", "cached",
-    )  # fmt: skip
+        "scaling",
+        "--model_name_or_path",
+        material / "bert",
+        "--train_file",
+        material / "train.jsonl",
+        "--rounds",
+        1,
+        "--parts",
+        "wire",
+        "--num_layers",
+        0,
+        "--max_steps",
+        2,
+        "--max_length",
+        16,
+        "--wire_ranks",
+        2,
+        "--stages",
+        1,
+        "--modes",
+        "cached",
+    )
     rows = {row["what"]: row for row in result["results"]["wire"]}
     assert sorted(rows) == [
-        "gather of vectors", "reduce-scatter of their gradient", "weights: all_gather", "weights: all_reduce",
-    ]  # fmt: skip
+        "gather of vectors",
+        "reduce-scatter of their gradient",
+        "weights: all_gather",
+        "weights: all_reduce",
+    ]
     assert all(row["counted"] == row["formula"] > 0 for row in rows.values())
 
 
 def test_scaling_encodes_corpora(script, material):
     result, printed = script(
-        "scaling", "--model_name_or_path", material / "bert", "--train_file", material / "train.jsonl",
-        "--rounds", 1, "--parts", "generate", "--num_layers", 0, "--max_length", 16, "--corpus_sizes", 5, 50,
-    )  # fmt: skip
+        "scaling",
+        "--model_name_or_path",
+        material / "bert",
+        "--train_file",
+        material / "train.jsonl",
+        "--rounds",
+        1,
+        "--parts",
+        "generate",
+        "--num_layers",
+        0,
+        "--max_length",
+        16,
+        "--corpus_sizes",
+        5,
+        50,
+    )
     small, large = (result["results"]["generate"][size][0] for size in ("5", "50"))
     rates = [measured["tokens_per_second"] * measured["seconds"] for measured in (small, large)]
-    assert 5 * 6 < rates[0] < 5 * 40 and 50 * 6 < rates[1] < 50 * 40  # tokens: six words and what tokenizers make of them
+    assert (
+        5 * 6 < rates[0] < 5 * 40 and 50 * 6 < rates[1] < 50 * 40
+    )  # tokens: six words and what tokenizers make of them
     assert "| 50 |" in printed
 
 
@@ -126,12 +205,29 @@ def test_flag_embedding_takes_part_where_it_is_installed(script, monkeypatch, ma
 
 def test_kernels_are_compared_with_what_they_stand_for(script, material):
     result, printed = script(
-        "kernels", "--model_name_or_path", material / "bert", "--parts", "lora", "training", "encoding", "products",
-        "--num_texts", 2, "--length", 8, "--lora_rank", 2,
-    )  # fmt: skip
+        "kernels",
+        "--model_name_or_path",
+        material / "bert",
+        "--parts",
+        "lora",
+        "training",
+        "encoding",
+        "products",
+        "--num_texts",
+        2,
+        "--length",
+        8,
+        "--lora_rank",
+        2,
+    )
     found = result["results"]
     sides = {part: [name for name in times if "first" not in name] for part, times in found.items()}
-    assert {part: len(names) - 1 for part, names in sides.items()} == {"lora": 2, "training": 2, "encoding": 4, "products": 4}
+    assert {part: len(names) - 1 for part, names in sides.items()} == {
+        "lora": 2,
+        "training": 2,
+        "encoding": 4,
+        "products": 4,
+    }
     assert all(len(found[part][name]) == 2 for part in found for name in sides[part] if name != "peak_gib")
     assert "| bf16: packed layers / bf16: plain layers |" in printed
     assert "| training: through float32 / training: torch's |" in printed

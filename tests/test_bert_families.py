@@ -19,9 +19,13 @@ def folders(tmp_path_factory):
 
 def load(folder, pooling):
     return load_encoder(
-        find_model(str(folder)), pooling=pooling, bidirectional=True, bf16=False, attn_implementation=None,
+        find_model(str(folder)),
+        pooling=pooling,
+        bidirectional=True,
+        bf16=False,
+        attn_implementation=None,
         trust_remote_code=False,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

@@ -11,10 +11,18 @@ from tiny import check, launch, make_model, make_training_file
 KINDS = {
     f"zero{zero}_{'bf16' if bf16 else 'fp32'}_{'lora' if lora else 'full'}": dict(zero=zero, bf16=bf16, lora=lora)
     for zero, bf16, lora in [
-        (0, False, False), (0, True, True), (1, True, False), (1, False, True), (2, False, False),
-        (2, False, True), (2, True, False), (3, False, False), (3, False, True), (3, True, True),
+        (0, False, False),
+        (0, True, True),
+        (1, True, False),
+        (1, False, True),
+        (2, False, False),
+        (2, False, True),
+        (2, True, False),
+        (3, False, False),
+        (3, False, True),
+        (3, True, True),
     ]
-}  # fmt: skip
+}
 HPZ = {
     "hpz_fp32_full": dict(zero=3, bf16=False, lora=False, hpz=2),
     "hpz_bf16_lora": dict(zero=3, bf16=True, lora=True, hpz=2),
@@ -22,10 +30,18 @@ HPZ = {
 SAVED, STEPS = 3, 6
 # On how many ranks, what is loaded, under which stage.
 MOVES = [
-    (1, "zero2_fp32_full", 3), (1, "zero3_fp32_lora", 2), (1, "zero2_fp32_lora", 0),
-    (4, "zero2_fp32_lora", 3), (4, "zero3_fp32_full", 2), (4, "zero0_fp32_full", 3), (4, "zero1_fp32_lora", 1),
-    (2, "zero2_fp32_full", 3), (2, "zero3_fp32_full", 2), (2, "zero3_fp32_lora", 0), (2, "one_rank", 2),
-]  # fmt: skip
+    (1, "zero2_fp32_full", 3),
+    (1, "zero3_fp32_lora", 2),
+    (1, "zero2_fp32_lora", 0),
+    (4, "zero2_fp32_lora", 3),
+    (4, "zero3_fp32_full", 2),
+    (4, "zero0_fp32_full", 3),
+    (4, "zero1_fp32_lora", 1),
+    (2, "zero2_fp32_full", 3),
+    (2, "zero3_fp32_full", 2),
+    (2, "zero3_fp32_lora", 0),
+    (2, "one_rank", 2),
+]
 
 
 @pytest.fixture(scope="module")

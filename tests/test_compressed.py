@@ -34,9 +34,15 @@ def test_equals_plain_numpy(monkeypatch, block_bytes):
         queries, documents, k, tie_rank, truncate_dims=[12], quantize=["int8", "binary"], rescore_multiplier=3
     )
     assert [(kind, dims, r.bytes_per_vector) for (kind, dims), r in results.items()] == [
-        ("float32", 24, 96), ("int8", 24, 24), ("binary", 24, 3), ("binary, rescored x3", 24, 3),
-        ("float32", 12, 48), ("int8", 12, 12), ("binary", 12, 2), ("binary, rescored x3", 12, 2),
-    ]  # fmt: skip
+        ("float32", 24, 96),
+        ("int8", 24, 24),
+        ("binary", 24, 3),
+        ("binary, rescored x3", 24, 3),
+        ("float32", 12, 48),
+        ("int8", 12, 12),
+        ("binary", 12, 2),
+        ("binary, rescored x3", 12, 2),
+    ]
     for dims in (24, 12):
         short = [rows[:, :dims].astype(np.float64) for rows in (queries, documents)]
         if dims == 12:

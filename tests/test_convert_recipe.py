@@ -13,11 +13,23 @@ from tiny import REPOSITORY, launch_environment, load_recipe
 
 RECIPE = REPOSITORY / "recipes" / "convert.py"
 TRAINING = [
-    {"query": "what is a lake", "pos_doc": "water", "neg_doc": ["a hill", "丘 \"x\", y"], "query_id": "q1", "doc_id": "d1"},
-    {"query": "what is a lake", "pos_doc": "a hole\nwith water", "neg_doc": ["a hill", "丘 \"x\", y"], "query_id": "q1", "doc_id": "d2"},
+    {
+        "query": "what is a lake",
+        "pos_doc": "water",
+        "neg_doc": ["a hill", '丘 "x", y'],
+        "query_id": "q1",
+        "doc_id": "d1",
+    },
+    {
+        "query": "what is a lake",
+        "pos_doc": "a hole\nwith water",
+        "neg_doc": ["a hill", '丘 "x", y'],
+        "query_id": "q1",
+        "doc_id": "d2",
+    },
     {"query": "a hill?", "pos_doc": "a hill", "neg_doc": ["water"], "query_id": "q2", "doc_id": "d3"},
     {"query": "no negative", "pos_doc": "so", "query_id": "q3", "doc_id": "d4"},
-]  # fmt: skip
+]
 
 
 recipe = load_recipe("convert")
@@ -40,10 +52,14 @@ def read_jsonl(path):
 
 def beir_folder(folder, split="test"):
     """Three documents, a query with graded judgments, one judged 0 alone, and one of another split."""
-    jsonl(folder / "corpus.jsonl", [
-        {"_id": "d1", "title": "Lakes", "text": "are water"}, {"_id": "d2", "title": "", "text": "a hill "},
-        {"_id": "d3", "title": "Empty", "text": "", "metadata": {}},
-    ])  # fmt: skip
+    jsonl(
+        folder / "corpus.jsonl",
+        [
+            {"_id": "d1", "title": "Lakes", "text": "are water"},
+            {"_id": "d2", "title": "", "text": "a hill "},
+            {"_id": "d3", "title": "Empty", "text": "", "metadata": {}},
+        ],
+    )
     queries = {"q1": "what is a lake", "q2": "what is a hill", "q9": "of another split"}
     jsonl(folder / "queries.jsonl", [{"_id": name, "text": text} for name, text in queries.items()])
     (folder / "qrels").mkdir()
@@ -55,8 +71,17 @@ def beir_folder(folder, split="test"):
 
 def test_beir_to_training_and_back(tmp_path, capsys):
     folder = beir_folder(tmp_path / "beir")
-    plain = convert("beir", "training", tmp_path / "plain.jsonl", "--input", folder, "--join_titles", "false",
-                    "--skip_bad_records", "true")  # fmt: skip
+    plain = convert(
+        "beir",
+        "training",
+        tmp_path / "plain.jsonl",
+        "--input",
+        folder,
+        "--join_titles",
+        "false",
+        "--skip_bad_records",
+        "true",
+    )
     assert read_jsonl(plain) == [{"query": "what is a lake", "pos_doc": "are water", "query_id": "q1", "doc_id": "d1"}]
     assert f"1 skipped: pos_doc is blank (at {folder}/qrels/test.tsv:4)" in capsys.readouterr().out
     joined = convert("beir", "training", tmp_path / "joined.jsonl", "--input", folder, "--judged_negatives", "true")
@@ -68,8 +93,9 @@ def test_beir_to_training_and_back(tmp_path, capsys):
     made = convert("training", "beir", tmp_path / "made", "--input", source, "--split", "train")
     assert "4 documents written" not in capsys.readouterr().out  # 4 positives and one more negative
     assert len(read_jsonl(made / "corpus.jsonl")) == 5 and len(read_jsonl(made / "queries.jsonl")) == 3
-    back = convert("beir", "training", tmp_path / "back.jsonl", "--input", made, "--split", "train",
-                   "--judged_negatives", "true")  # fmt: skip
+    back = convert(
+        "beir", "training", tmp_path / "back.jsonl", "--input", made, "--split", "train", "--judged_negatives", "true"
+    )
     assert read_jsonl(back) == TRAINING
     # What is a positive of the query in one record is no negative of it in another.
     jsonl(source, [TRAINING[0], {"query": "what is a lake", "pos_doc": "sea", "neg_doc": ["water"], "query_id": "q1"}])
@@ -82,13 +108,16 @@ def test_beir_to_test_files_and_back(tmp_path):
     folder = beir_folder(tmp_path / "beir")
     test = convert("beir", "test", tmp_path / "test", "--input", folder)
     assert read_jsonl(test / "docs.jsonl") == [
-        {"pos_doc": "Lakes are water", "doc_id": "d1"}, {"pos_doc": "a hill ", "doc_id": "d2"},
+        {"pos_doc": "Lakes are water", "doc_id": "d1"},
+        {"pos_doc": "a hill ", "doc_id": "d2"},
         {"pos_doc": "Empty", "doc_id": "d3"},
-    ]  # fmt: skip
+    ]
     lake = {"query": "what is a lake", "query_id": "q1"}
     assert read_jsonl(test / "queries.jsonl") == [
-        lake | {"doc_id": "d1"}, lake | {"doc_id": "d3"}, {"query": "what is a hill", "query_id": "q2"},
-    ]  # fmt: skip
+        lake | {"doc_id": "d1"},
+        lake | {"doc_id": "d3"},
+        {"query": "what is a hill", "query_id": "q2"},
+    ]
     qrels = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq1\td3\t1\nq2\td1\t0\n"
     assert (test / "qrels.tsv").read_text() == qrels
     files = "--query_files", test / "queries.jsonl", "--doc_files", test / "docs.jsonl"
@@ -204,21 +233,45 @@ def append(name, row):
 @pytest.mark.parametrize(
     ("spoil", "flags", "message"),
     [
-        (qrels("q1\td1\t1\n"), [], "test.tsv:1: 3 columns; want 'query-id 0 doc-id relevance' (TREC), or tab-separated"),
+        (
+            qrels("q1\td1\t1\n"),
+            [],
+            "test.tsv:1: 3 columns; want 'query-id 0 doc-id relevance' (TREC), or tab-separated",
+        ),
         (qrels(HEADER + "q1\td1\n"), [], "test.tsv:2: 2 columns"),
         (qrels(HEADER + "q1\td1\t0.5\n"), [], "test.tsv:2: relevance '0.5', want a whole number"),
-        (qrels(HEADER + "q1\td1\t1\nq1\td1\t2\n"), [], "test.tsv:3: document 'd1' has relevance 2 for query 'q1' and had 1"),
+        (
+            qrels(HEADER + "q1\td1\t1\nq1\td1\t2\n"),
+            [],
+            "test.tsv:3: document 'd1' has relevance 2 for query 'q1' and had 1",
+        ),
         (qrels(HEADER + "q1\td1\t1\nq1\td8\t1\n"), [], "test.tsv:3: document 'd8' is judged and has no text; add"),
         (qrels(HEADER + "q8\td1\t1\n"), [], "test.tsv:2: query 'q8' is judged and has no text; add"),
-        (append("corpus.jsonl", {"_id": "d1", "text": "other"}), [], "corpus.jsonl:4: document id 'd1' stands with another text at "),
+        (
+            append("corpus.jsonl", {"_id": "d1", "text": "other"}),
+            [],
+            "corpus.jsonl:4: document id 'd1' stands with another text at ",
+        ),
         (append("corpus.jsonl", {"_id": "d4"}), [], "corpus.jsonl:4: pos_doc is null, want a string"),
-        (append("queries.jsonl", {"_id": "q1", "text": "other"}), [], "queries.jsonl:4: query id 'q1' stands with another text"),
+        (
+            append("queries.jsonl", {"_id": "q1", "text": "other"}),
+            [],
+            "queries.jsonl:4: query id 'q1' stands with another text",
+        ),
         (lambda folder: (folder / "corpus.jsonl").unlink(), [], "has no corpus.jsonl; a BEIR folder holds"),
-        (lambda folder: jsonl(folder / "corpus.jsonl", [{"id": "d1", "text": ""}]), [], "corpus.jsonl: has no '_id'; BEIR's files"),
+        (
+            lambda folder: jsonl(folder / "corpus.jsonl", [{"id": "d1", "text": ""}]),
+            [],
+            "corpus.jsonl: has no '_id'; BEIR's files",
+        ),
         (lambda folder: None, ["--split", "dev"], "--split dev: there is no "),
-        (lambda folder: (folder / "qrels" / "test.tsv").write_bytes(HEADER.encode() + b"q\xff\td\t1\n"), [], "test.tsv:2: not UTF-8"),
+        (
+            lambda folder: (folder / "qrels" / "test.tsv").write_bytes(HEADER.encode() + b"q\xff\td\t1\n"),
+            [],
+            "test.tsv:2: not UTF-8",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_beir_folders(tmp_path, spoil, flags, message):
     folder = beir_folder(tmp_path / "beir")
     (folder / "qrels" / "test.tsv").write_text(HEADER + "q1\td1\t1\n")
@@ -242,15 +295,24 @@ def test_mistakes_in_beir_folders(tmp_path, spoil, flags, message):
         ("a.csv", b"anchor,anchor\n", [], "a.csv: has two columns named 'anchor'"),
         ("a.csv", b"", [], "a.csv: has no columns; want a header"),
         ("a.tsv", b"anchor\tpositive\nx\ty\tz\n", [], "a.tsv:2: 3 columns"),
-        ("a.csv", b"q,p\nx,y\n", ["--columns", "query=question", "pos_doc=p"],
-         "a.csv: --columns query=question: its columns are q, p; set --columns query=COLUMN"),
-        ("a.csv", b"q,p\nx,y\n", ["--columns", "question=q"], "--columns question=q: want KEY=COLUMN, where KEY is one of query,"),
+        (
+            "a.csv",
+            b"q,p\nx,y\n",
+            ["--columns", "query=question", "pos_doc=p"],
+            "a.csv: --columns query=question: its columns are q, p; set --columns query=COLUMN",
+        ),
+        (
+            "a.csv",
+            b"q,p\nx,y\n",
+            ["--columns", "question=q"],
+            "--columns question=q: want KEY=COLUMN, where KEY is one of query,",
+        ),
         ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', [], "a.jsonl:1: pos_doc is a number, want a string"),
         ("a.jsonl", b'{"anchor": "x", "positive": "y"}\n{"anchor": \n', [], "a.jsonl:2: not JSON"),
         ("a.parquet", b"PAR1xxxx", [], "a.parquet: not a whole Parquet file"),
         ("a.txt", b"x", [], "a.txt: its name must end in one of .jsonl, .json, .csv"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_tables(tmp_path, name, content, flags, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:

@@ -77,7 +77,9 @@ def test_a_product_is_that_of_float32_rounded_once(through_float32, monkeypatch,
     assert widened.count(torch.bfloat16) == NUM_OPERANDS.get(name, len(shapes))
     for got, wanted in zip(found if isinstance(found, list) else [found], rounded_once(function, values), strict=True):
         assert got.dtype == torch.bfloat16
-        if name.startswith("attention") and got is not found[0]:  # a backward pass is given the output as it was rounded
+        if (
+            name.startswith("attention") and got is not found[0]
+        ):  # a backward pass is given the output as it was rounded
             assert (got.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
         else:
             assert torch.equal(got, wanted)

@@ -25,9 +25,15 @@ def write(folder, step):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             writer.add(name, kind, torch.full((5, 3), float(step)))
     state = dict(
-        format_version=1, step=step, adam_step=step, consumed_samples=4 * step, skipped_steps=0, best=None,
-        max_steps=30, fingerprint=FINGERPRINT,
-    )  # fmt: skip
+        format_version=1,
+        step=step,
+        adam_step=step,
+        consumed_samples=4 * step,
+        skipped_steps=0,
+        best=None,
+        max_steps=30,
+        fingerprint=FINGERPRINT,
+    )
     writer.finish(state)
     writer.publish()
     return writer.final
@@ -167,8 +173,11 @@ def test_changed_run(run_path, tmp_path):
     changed = FINGERPRINT | {"train_files": "cccc (10 records)", "learning_rate": "0.2"}
     with pytest.raises(ValueError) as caught:
         find(run_path, fingerprint=changed)
-    for words in ("train_files was aaaa (10 records) and is cccc (10 records)", "learning_rate was 0.1 and is 0.2",
-                  "--accept_changes train_files learning_rate"):  # fmt: skip
+    for words in (
+        "train_files was aaaa (10 records) and is cccc (10 records)",
+        "learning_rate was 0.1 and is 0.2",
+        "--accept_changes train_files learning_rate",
+    ):
         assert words in str(caught.value)
     with pytest.raises(ValueError, match="train_files was"):
         find(run_path, fingerprint=changed, accepted=["learning_rate"])

@@ -23,9 +23,13 @@ def folders(tmp_path_factory):
 
 def load(folder, bidirectional, pooling="last", kernel=None):
     return load_encoder(
-        find_model(str(folder)), pooling=pooling, bidirectional=bidirectional, bf16=False, attn_implementation=kernel,
+        find_model(str(folder)),
+        pooling=pooling,
+        bidirectional=bidirectional,
+        bf16=False,
+        attn_implementation=kernel,
         trust_remote_code=False,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def texts():
@@ -62,9 +66,11 @@ def plain_states(folder, kind, text, bidirectional):
 
 def pooled(states, pooling):
     weights = {
-        "mean": torch.ones(len(states)), "cls": torch.eye(len(states))[0], "last": torch.eye(len(states))[-1],
+        "mean": torch.ones(len(states)),
+        "cls": torch.eye(len(states))[0],
+        "last": torch.eye(len(states))[-1],
         "weighted_mean": torch.arange(1, len(states) + 1),
-    }[pooling].double()  # fmt: skip
+    }[pooling].double()
     return torch.nn.functional.normalize((states * weights[:, None]).sum(0) / weights.sum(), dim=0)
 
 

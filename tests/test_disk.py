@@ -43,11 +43,31 @@ def test_training_on_a_disk_that_fills_up(tmp_path, mount):
     make_training_file(tmp_path / "train.jsonl", 60, num_negatives=0)
     disk = mount(tmp_path / "disk", "size=700k")  # room for three checkpoints of 190 KB
     result = launch(
-        2, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", tmp_path / "llama",
-        "--train_files", tmp_path / "train.jsonl", "--output_dir", disk / "run", "--cache_dir", tmp_path / "cache",
-        "--max_length", 24, "--global_batch_size", 4, "--max_steps", 15, "--save_interval", 1,
-        "--save_total_limit", 0, "--report_to", "none",
-    )  # fmt: skip
+        2,
+        "recipes/train_gpt.py",
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        tmp_path / "llama",
+        "--train_files",
+        tmp_path / "train.jsonl",
+        "--output_dir",
+        disk / "run",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--max_length",
+        24,
+        "--global_batch_size",
+        4,
+        "--max_steps",
+        15,
+        "--save_interval",
+        1,
+        "--save_total_limit",
+        0,
+        "--report_to",
+        "none",
+    )
     assert result.returncode == 2, result.stderr[-4000:]
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     (last, path), *_ = kept = list_checkpoints(disk / "run" / "checkpoints")

@@ -72,9 +72,16 @@ def small_blocks(monkeypatch):
 def run(store, target, encoder=None, rows=None, made_from=MADE_FROM, save_seconds=0.0):
     encoder = encoder or Encoder()
     encode.encode_store(
-        store, encoder, WORLD, micro_batch_tokens=int(made_from["micro_batch_tokens"]), target=target, name="doc",
-        rows=rows, made_from=made_from, save_seconds=save_seconds,
-    )  # fmt: skip
+        store,
+        encoder,
+        WORLD,
+        micro_batch_tokens=int(made_from["micro_batch_tokens"]),
+        target=target,
+        name="doc",
+        rows=rows,
+        made_from=made_from,
+        save_seconds=save_seconds,
+    )
     return encoder.num_passes
 
 

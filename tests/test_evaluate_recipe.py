@@ -81,7 +81,11 @@ def test_measures_are_right_and_written(files):
     assert f"nDCG@10  {expected['nDCG@10']:.4f}\nRR@10    0.4167\n" in result.stdout
     assert "documents  120, vectors of 3 dimensions" in result.stdout
     assert sorted(path.name for path in folder.iterdir()) == [
-        "metrics.json", "per_query.jsonl", "run.trec", "test_docs", "test_queries"
+        "metrics.json",
+        "per_query.jsonl",
+        "run.trec",
+        "test_docs",
+        "test_queries",
     ]
 
 
@@ -108,8 +112,12 @@ def test_qrels_file_measures_output_dir_and_small_corpus(files, tmp_path):
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["metrics.json", "per_query.jsonl"]
     assert json.loads((tmp_path / "new/metrics.json").read_text()) == {
-        "RR@10": 0.75, "R@2": 1.0,
-        "num_queries": 2, "num_documents": 3, "num_queries_without_qrels": 2, "top_k": 3,
+        "RR@10": 0.75,
+        "R@2": 1.0,
+        "num_queries": 2,
+        "num_documents": 3,
+        "num_queries_without_qrels": 2,
+        "top_k": 3,
     }
     assert "top_k      3 (all documents)" in result.stdout
     assert "2 without judgments, such as 'q1'" in result.stdout
@@ -233,9 +241,12 @@ def test_one_call_with_everything(files, tmp_path):
         (kind, dims, size)
         for dims in (16, 4, 8)
         for kind, size in (
-            ("float32", 4 * dims), ("int8", dims), ("binary", -(-dims // 8)), ("binary, rescored x2", -(-dims // 8))
+            ("float32", 4 * dims),
+            ("int8", dims),
+            ("binary", -(-dims // 8)),
+            ("binary, rescored x2", -(-dims // 8)),
         )
-    ]  # fmt: skip
+    ]
     assert metrics["compressed_vectors"][0]["nDCG@10"] == metrics["nDCG@10"]
     assert metrics["compressed_vectors"][1]["nDCG@10"] == pytest.approx(metrics["nDCG@10"], abs=0.05)
     (ndcg, _) = metrics["comparison"]

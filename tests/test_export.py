@@ -87,9 +87,12 @@ def place(tmp_path_factory):
 def generated(root, model, out):
     """Queries and documents as generate writes them, with no flag but the model's."""
     arguments = EncodeArguments(
-        bf16=False, query_files=[str(root / "query.jsonl")], doc_files=[str(root / "pos_doc.jsonl")],
-        output_prefix=str(out), cache_dir=str(root / "cache"),
-    )  # fmt: skip
+        bf16=False,
+        query_files=[str(root / "query.jsonl")],
+        doc_files=[str(root / "pos_doc.jsonl")],
+        output_prefix=str(out),
+        cache_dir=str(root / "cache"),
+    )
     folder = generate(WORLD, ModelArguments(str(model)), TextArguments(), arguments)
     assert folder.name == "consumed_samples30"
     return np.load(folder / "test_queries" / "query.npy"), np.load(folder / "test_docs" / "doc.npy")
@@ -171,9 +174,16 @@ def test_rounded_weights_are_told_apart(place, tmp_path, capsys):
     """A merge stored in 16 bits: the library is held to the stored weights, the rounding is printed."""
     _, _, runs, vectors = place
     recipe(
-        "export", "--run", runs["llama", "mean"], "--format", "merged", "--dtype", "bfloat16",
-        "--output_dir", tmp_path / "rounded",
-    )  # fmt: skip
+        "export",
+        "--run",
+        runs["llama", "mean"],
+        "--format",
+        "merged",
+        "--dtype",
+        "bfloat16",
+        "--output_dir",
+        tmp_path / "rounded",
+    )
     printed = capsys.readouterr().out
     assert "checked weights rounded to bfloat16: smallest cosine 0.99" in printed and "checked AutoModel" in printed
     from safetensors.torch import load_file
@@ -211,9 +221,14 @@ def test_mteb_measures_what_evaluate_measures(place):
 
     class Local(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            name="Local", description="files of this test", type="Retrieval", main_score="ndcg_at_10",
-            dataset={"path": "none", "revision": "none"}, eval_splits=["test"], eval_langs=["eng-Latn"],
-        )  # fmt: skip
+            name="Local",
+            description="files of this test",
+            type="Retrieval",
+            main_score="ndcg_at_10",
+            dataset={"path": "none", "revision": "none"},
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+        )
 
         def load_data(self, **unused):
             def table(key):

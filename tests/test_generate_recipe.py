@@ -22,17 +22,39 @@ def place(tmp_path_factory):
         return records
 
     root_files = {
-        "queries": write("q1.jsonl", "query", "query_id", range(30, 0, -1)) + write("q2.jsonl", "query", "query_id", [77]),
-        "docs": write("d1.jsonl", "pos_doc", "doc_id", range(40)) + write("d2.jsonl", "pos_doc", "doc_id", range(99, 50, -1)),
+        "queries": write("q1.jsonl", "query", "query_id", range(30, 0, -1))
+        + write("q2.jsonl", "query", "query_id", [77]),
+        "docs": write("d1.jsonl", "pos_doc", "doc_id", range(40))
+        + write("d2.jsonl", "pos_doc", "doc_id", range(99, 50, -1)),
     }
     check(
         launch(
-            2, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", root / "llama",
-            "--train_files", root / "train.jsonl", "--output_dir", root / "run", "--cache_dir", root / "cache",
-            "--max_length", 20, "--query_prefix", "find: ", "--global_batch_size", 10, "--max_steps", 3,
-            "--learning_rate", "1e-2", "--report_to", "none",
+            2,
+            "recipes/train_gpt.py",
+            "--deepspeed",
+            "ds_configs/zero2.json",
+            "--model_name_or_path",
+            root / "llama",
+            "--train_files",
+            root / "train.jsonl",
+            "--output_dir",
+            root / "run",
+            "--cache_dir",
+            root / "cache",
+            "--max_length",
+            20,
+            "--query_prefix",
+            "find: ",
+            "--global_batch_size",
+            10,
+            "--max_steps",
+            3,
+            "--learning_rate",
+            "1e-2",
+            "--report_to",
+            "none",
         )
-    )  # fmt: skip
+    )
     return root, root_files
 
 
@@ -40,11 +62,22 @@ def generate(root, out, *flags, num_ranks=2):
     model = [] if "--model_name_or_path" in flags else ["--model_name_or_path", root / "run"]
     check(
         launch(
-            num_ranks, "recipes/generate.py", *model, "--query_files", root / "q1.jsonl", root / "q2.jsonl",
-            "--doc_files", root / "d1.jsonl", root / "d2.jsonl", "--output_prefix", out, "--cache_dir", root / "cache",
+            num_ranks,
+            "recipes/generate.py",
+            *model,
+            "--query_files",
+            root / "q1.jsonl",
+            root / "q2.jsonl",
+            "--doc_files",
+            root / "d1.jsonl",
+            root / "d2.jsonl",
+            "--output_prefix",
+            out,
+            "--cache_dir",
+            root / "cache",
             *flags,
         )
-    )  # fmt: skip
+    )
     return out
 
 
@@ -72,7 +105,9 @@ def test_layout(place, plain):
     queries, documents = read(folder)
     assert queries.dtype == documents.dtype == np.float32
     assert queries.shape == (31, 32) and documents.shape == (89, 32)
-    assert (folder / "test_queries" / "query.ids").read_text().splitlines() == [r["query_id"] for r in records["queries"]]
+    assert (folder / "test_queries" / "query.ids").read_text().splitlines() == [
+        r["query_id"] for r in records["queries"]
+    ]
     assert (folder / "test_docs" / "doc.ids").read_text().splitlines() == [r["doc_id"] for r in records["docs"]]
 
 
@@ -107,9 +142,16 @@ def test_same_vectors_on_other_ranks_micro_batches_and_zero_stage(place, plain, 
 def test_adapter_on_a_base_and_base_alone(place, plain, tmp_path):
     root, _ = place
     with_adapter = generate(
-        root, tmp_path / "a", "--model_name_or_path", root / "llama", "--adapter_path", root / "run",
-        "--bf16", "false", num_ranks=0,
-    )  # fmt: skip
+        root,
+        tmp_path / "a",
+        "--model_name_or_path",
+        root / "llama",
+        "--adapter_path",
+        root / "run",
+        "--bf16",
+        "false",
+        num_ranks=0,
+    )
     for got, expected in zip(read(with_adapter / "consumed_samples30"), read(plain / "consumed_samples30")):
         assert np.array_equal(got, expected)
     base = generate(root, tmp_path / "b", "--model_name_or_path", root / "llama", num_ranks=0)

@@ -3,7 +3,10 @@
 KILLS=30 kills the job thirty times instead of twice.
 """
 
+import functools
+import itertools
 import json
+import operator
 import os
 import random
 import signal
@@ -40,9 +43,14 @@ def place(tmp_path_factory):
 
 def settings(root, name, **changes):
     return {
-        "query_files": [root / "q.jsonl"], "doc_files": [root / "d.jsonl"], "output_prefix": root / name,
-        "cache_dir": root / "cache", "micro_batch_tokens": 64, "save_seconds": 0.2, **changes,
-    }  # fmt: skip
+        "query_files": [root / "q.jsonl"],
+        "doc_files": [root / "d.jsonl"],
+        "output_prefix": root / name,
+        "cache_dir": root / "cache",
+        "micro_batch_tokens": 64,
+        "save_seconds": 0.2,
+        **changes,
+    }
 
 
 def here(root, name, model="llama", **changes):
@@ -56,7 +64,7 @@ def here(root, name, model="llama", **changes):
 def flags(root, name, **changes):
     values = settings(root, name, **changes)
     listed = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in values.items()]
-    return ["--model_name_or_path", root / "llama", *sum(listed, [])]
+    return ["--model_name_or_path", root / "llama", *functools.reduce(operator.iadd, listed, [])]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +95,12 @@ def kill_while_encoding(root, name, num_ranks, rng, while_it_runs=None):
     log = open(root / f"{name}.log", "a+")
     process = subprocess.Popen(
         launch_command(num_ranks, "recipes/generate.py", *flags(root, name)),
-        cwd=REPOSITORY, env=launch_environment(), stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=launch_environment(),
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 240
     try:
         while not path.exists() or path.read_bytes() == before:
@@ -121,7 +133,7 @@ def test_killed_jobs_end_in_the_bytes_of_an_uninterrupted_one(place, straight):
     done = []
     for number in range(KILLS):
         done.append(kill_while_encoding(place, "broken", (2, 0, 4)[number % 3], rng, None if number else second_job))
-    assert all(before < after for before, after in zip(done, done[1:])), done
+    assert all(before < after for before, after in itertools.pairwise(done)), done
     make_model(place / "other", "llama", seed=1)
     with pytest.raises(ValueError, match="base_model was .* and is "):
         here(place, "broken", model="other")

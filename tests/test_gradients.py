@@ -23,9 +23,20 @@ from ds_embed.models.lora_linear import LoraLinear
 TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
 BASE = dict(
-    model="llama", lora=0, zero=0, budget=64, grad_cache=False, negatives="all", hard_negatives=2, queries=8,
-    checkpointing=False, bf16=False, dropout=0.0, bidirectional=False, loss={},
-)  # fmt: skip
+    model="llama",
+    lora=0,
+    zero=0,
+    budget=64,
+    grad_cache=False,
+    negatives="all",
+    hard_negatives=2,
+    queries=8,
+    checkpointing=False,
+    bf16=False,
+    dropout=0.0,
+    bidirectional=False,
+    loss={},
+)
 
 
 def cases(num_ranks: int) -> dict[str, dict]:
@@ -94,9 +105,13 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     # ModernBERT's eager kernel gives NaN in float64 where a window holds nothing but padding.
     kernel = "sdpa" if kind == "modernbert" else "eager"
     encoder = load_encoder(
-        find_model(case["model"]), pooling=case["pooling"], bidirectional=False, bf16=False,
-        attn_implementation=kernel, trust_remote_code=False,
-    )  # fmt: skip
+        find_model(case["model"]),
+        pooling=case["pooling"],
+        bidirectional=False,
+        bf16=False,
+        attn_implementation=kernel,
+        trust_remote_code=False,
+    )
     if case["lora"]:
         add_lora(encoder, LoraArguments(lora_rank=case["lora"]), seed=1, dtype=torch.float32)
         generator = torch.Generator().manual_seed(5)
@@ -123,9 +138,14 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     options = {name: value for name, value in case["loss"].items() if name != "learnable_temperature"}
     change = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     loss = reference(
-        table, torch.from_numpy(batch.document_keys), n, 0.1 * torch.exp(-change), case["negatives"],
-        teacher_scores=torch.from_numpy(batch.teacher_scores).double(), **options,
-    )  # fmt: skip
+        table,
+        torch.from_numpy(batch.document_keys),
+        n,
+        0.1 * torch.exp(-change),
+        case["negatives"],
+        teacher_scores=torch.from_numpy(batch.teacher_scores).double(),
+        **options,
+    )
     loss.backward()
     gradients = {n: p.grad for n, p in encoder.named_parameters() if p.requires_grad}
     if "learnable_temperature" in case["loss"]:
@@ -142,8 +162,11 @@ def relative_error(result, expected: dict[str, torch.Tensor]) -> float:
 
 def test_dropout_is_drawn_again_by_the_second_pass(material):
     """With dropout, grad_cache on equals off: each micro-batch draws the same noise in both passes."""
-    chosen = {f"cache{on}_zero{z}": BASE | dict(zero=z, lora=4, dropout=0.3, grad_cache=on)
-              for on in (False, True) for z in (2, 3)}  # fmt: skip
+    chosen = {
+        f"cache{on}_zero{z}": BASE | dict(zero=z, lora=4, dropout=0.3, grad_cache=on)
+        for on in (False, True)
+        for z in (2, 3)
+    }
     found = run_cases(2, chosen, material)
     _, without = reference_gradients(BASE | dict(lora=4), material)
     for zero in (2, 3):
@@ -154,8 +177,11 @@ def test_dropout_is_drawn_again_by_the_second_pass(material):
 
 def test_many_micro_batches_lose_nothing_in_bf16(material):
     """Gradients of micro-batches are summed in float32: cutting the batch fine is as exact as not cutting it."""
-    chosen = {f"zero{zero}_budget{budget}": BASE | dict(zero=zero, budget=budget, grad_cache=True, bf16=True, queries=16)
-              for zero in (1, 2, 3) for budget in (27, 100_000)}  # fmt: skip
+    chosen = {
+        f"zero{zero}_budget{budget}": BASE | dict(zero=zero, budget=budget, grad_cache=True, bf16=True, queries=16)
+        for zero in (1, 2, 3)
+        for budget in (27, 100_000)
+    }
     found = run_cases(2, chosen, material)
     _, exact = reference_gradients(BASE | dict(queries=16), material)
     errors = {name: relative_error(found[name], exact) for name in chosen}

@@ -43,9 +43,11 @@ def test_batches_of_held_out_records(place, tmp_path):
     path = build_training_store(files, tokenizer, form, form, 1, tmp_path / "cache")
     for batching in ("mixed", "homogeneous"):
         measured = SimpleNamespace(
-            store=TrainingStore.open(path), data=DataArguments(train_files=files, batching=batching, hard_negatives=1),
-            step=StepArguments(global_batch_size=BATCH), seed=3,
-        )  # fmt: skip
+            store=TrainingStore.open(path),
+            data=DataArguments(train_files=files, batching=batching, hard_negatives=1),
+            step=StepArguments(global_batch_size=BATCH),
+            seed=3,
+        )
         batches = list(Validation._batches(measured))
         assert [batch.num_queries for batch, _ in batches] == [BATCH] * (4 if batching == "mixed" else 5)
         assert sorted(record for batch, first in batches for record in batch.records[first:]) == list(range(31))
@@ -95,10 +97,17 @@ def test_held_out_files_that_do_not_fit(place, tmp_path, settings, words):
     card = EmbeddingCard("last", "query: ", "passage: ", 24, 24, True, "base", 0)
     with pytest.raises(ValueError) as caught:
         Validation(
-            World(0, 1, 0, 1, torch.device("cpu"), None), ValidationArguments(**settings),
-            DataArguments(train_files=[str(place / "held_out.jsonl")], hard_negatives=1, cache_dir=str(tmp_path / "cache")),
-            StepArguments(), 1, AutoTokenizer.from_pretrained(place / "llama"), card, RunFolder(str(tmp_path / "run")),
-        )  # fmt: skip
+            World(0, 1, 0, 1, torch.device("cpu"), None),
+            ValidationArguments(**settings),
+            DataArguments(
+                train_files=[str(place / "held_out.jsonl")], hard_negatives=1, cache_dir=str(tmp_path / "cache")
+            ),
+            StepArguments(),
+            1,
+            AutoTokenizer.from_pretrained(place / "llama"),
+            card,
+            RunFolder(str(tmp_path / "run")),
+        )
     assert all(word in str(caught.value) for word in words), caught.value
 
 

@@ -47,7 +47,11 @@ def model(tmp_path):
 @pytest.fixture
 def adapter(tmp_path, model):
     encoder = load_encoder(
-        find_model(str(model)), pooling="last", bidirectional=False, bf16=False, attn_implementation=None,
+        find_model(str(model)),
+        pooling="last",
+        bidirectional=False,
+        bf16=False,
+        attn_implementation=None,
         trust_remote_code=False,
     )
     add_lora(encoder, LoraArguments(), seed=1, dtype=torch.float32)

@@ -1,5 +1,7 @@
 """Every loss against its few-line reference in float64, for any tiling and any cut into blocks of queries."""
 
+import itertools
+
 import pytest
 import torch
 from loss_reference import reference
@@ -24,11 +26,17 @@ def make_batch(num_queries, num_hard, dim=7, seed=0, equal_documents=True):
 def run_in_blocks(table, keys, num_queries, bounds, *, temperature, teacher_scores=None, **options):
     """The loss as ranks compute it: each a block of queries, all added up."""
     gradient, sums = torch.zeros_like(table), 0
-    for first, last in zip(bounds, bounds[1:]):
+    for first, last in itertools.pairwise(bounds):
         part = contrastive_loss(
-            table, keys, num_queries=num_queries, first_query=first, last_query=last, temperature=temperature,
-            teacher_scores=teacher_scores, options=LossOptions(**options),
-        )  # fmt: skip
+            table,
+            keys,
+            num_queries=num_queries,
+            first_query=first,
+            last_query=last,
+            temperature=temperature,
+            teacher_scores=teacher_scores,
+            options=LossOptions(**options),
+        )
         gradient += part.gradient
         sums = part.sums if sums == 0 else sums + part.sums
     return sums, gradient
@@ -68,9 +76,17 @@ def test_equals_reference(negatives, num_hard, tiles, equal_documents, name):
     expected.backward()
     for bounds in ([0, 9], [0, 4, 9], [0, 1, 1, 8, 9]):
         sums, gradient = run_in_blocks(
-            table, keys, 9, bounds, temperature=torch.exp(-log_scale).item(), negatives=negatives,
-            teacher_scores=teacher, tile_queries=tiles[0], tile_documents=tiles[1], **options,
-        )  # fmt: skip
+            table,
+            keys,
+            9,
+            bounds,
+            temperature=torch.exp(-log_scale).item(),
+            negatives=negatives,
+            teacher_scores=teacher,
+            tile_queries=tiles[0],
+            tile_documents=tiles[1],
+            **options,
+        )
         torch.testing.assert_close(sums.loss, expected.detach(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(gradient, t.grad, rtol=1e-8, atol=1e-11)
         torch.testing.assert_close(sums.grad_log_scale, log_scale.grad, rtol=1e-8, atol=1e-10)
@@ -80,9 +96,15 @@ def test_equals_reference(negatives, num_hard, tiles, equal_documents, name):
 def test_large_scores_do_not_overflow(name):
     table, keys, teacher = make_batch(6, 1)
     sums, gradient = run_in_blocks(
-        table.float(), keys, 6, [0, 6], temperature=1e-4, tile_documents=4, teacher_scores=teacher.float(),
+        table.float(),
+        keys,
+        6,
+        [0, 6],
+        temperature=1e-4,
+        tile_documents=4,
+        teacher_scores=teacher.float(),
         **OPTIONS[name],
-    )  # fmt: skip
+    )
     assert torch.isfinite(sums.loss) and torch.isfinite(gradient).all()
     expected = reference(table, keys, 6, 1e-4, "all", teacher_scores=teacher, **OPTIONS[name])
     torch.testing.assert_close(sums.loss.double(), expected, rtol=1e-5, atol=0)

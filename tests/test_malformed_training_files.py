@@ -38,26 +38,33 @@ BAD = {
     "number as id": (good_but(doc_id=2), ":3: doc_id is a number, want a string in quotes", "doc_id is a number"),
     "not JSON": (lines(*GOOD[:2]) + b'{"query": "a", \n' + lines(GOOD[3]), ":3: not JSON (", "not JSON"),
     "invalid UTF-8": (
-        lines(*GOOD[:2]) + b'{"query": "a\xff", "pos_doc": "b"}\n' + lines(GOOD[3]), ":3: not UTF-8 (", "not UTF-8",
+        lines(*GOOD[:2]) + b'{"query": "a\xff", "pos_doc": "b"}\n' + lines(GOOD[3]),
+        ":3: not UTF-8 (",
+        "not UTF-8",
     ),
     "empty text": (good_but(pos_doc=" \n"), ":3: pos_doc is blank; remove", "pos_doc is blank"),
     "empty negative": (good_but(neg_doc=["a", ""]), ":3: neg_doc[1] is blank; remove", "neg_doc is blank"),
     "negative is the positive": (
-        good_but(neg_doc=["a", "so deep 2"]), ":3: neg_doc[1] is the text of pos_doc", "neg_doc is the text of pos_doc",
+        good_but(neg_doc=["a", "so deep 2"]),
+        ":3: neg_doc[1] is the text of pos_doc",
+        "neg_doc is the text of pos_doc",
     ),
     "doc_id of two texts": (
-        good_but(doc_id="d1"), ":3: doc_id names another pos_doc than at {}:2; give",
+        good_but(doc_id="d1"),
+        ":3: doc_id names another pos_doc than at {}:2; give",
         "doc_id names another pos_doc",
     ),
     "query_id of two texts": (
-        good_but(query_id="q0"), ":3: query_id names another query than at {}:1; give",
+        good_but(query_id="q0"),
+        ":3: query_id names another query than at {}:1; give",
         "query_id names another query",
     ),
     "scores of another number": (
-        good_but(neg_scores=[1, 2]), ":3: neg_scores has 2 numbers and neg_doc 1 texts",
+        good_but(neg_scores=[1, 2]),
+        ":3: neg_scores has 2 numbers and neg_doc 1 texts",
         "neg_scores has N numbers and neg_doc N texts",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

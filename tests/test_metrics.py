@@ -149,9 +149,7 @@ def test_qrels_from_queries(tmp_path):
         '{"query": "x", "query_id": "q1", "doc_id": "a"}\n{"query": "y", "query_id": "q2", "doc_id": "a"}\n'
         '{"query": "x", "query_id": "q1", "doc_id": "b"}\n'
     )
-    two.write_text(
-        '[{"query": "x", "query_id": "q1", "doc_id": "c"}, {"query": "z", "query_id": "q3", "doc_id": "c"}]'
-    )
+    two.write_text('[{"query": "x", "query_id": "q1", "doc_id": "c"}, {"query": "z", "query_id": "q3", "doc_id": "c"}]')
     expected = {"q1": {"a": 1, "b": 1, "c": 1}, "q2": {"a": 1}, "q3": {"c": 1}}
     assert read_qrels_from_queries([one, two]) == expected
     two.write_text('{"query": "other", "query_id": "q2", "doc_id": "c"}\n')

@@ -30,9 +30,15 @@ def place(tmp_path_factory):
     make_model(root / "llama", "llama")
     torch.manual_seed(1)
     config = BertConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, num_labels=1, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=1,
+        initializer_range=0.3,
+    )
     BertForSequenceClassification(config).save_pretrained(root / "judge")
     make_tokenizer(root / "judge", bert=True)
     make_training_file(root / "train.jsonl", 330, num_negatives=1, seed=2)
@@ -40,9 +46,14 @@ def place(tmp_path_factory):
 
 
 SETTINGS = {
-    "cross_encoder": "judge", "relative_margin": 0.05, "num_negatives": 3, "range_max": 40, "sampling": "random",
-    "bf16": False, "micro_batch_tokens": 1000,
-}  # fmt: skip
+    "cross_encoder": "judge",
+    "relative_margin": 0.05,
+    "num_negatives": 3,
+    "range_max": 40,
+    "sampling": "random",
+    "bf16": False,
+    "micro_batch_tokens": 1000,
+}
 
 
 def flags(root, output):
@@ -60,8 +71,12 @@ def test_two_ranks_killed_and_started_again_write_what_one_process_writes(place)
     log = open(place / "log", "w+")
     job = subprocess.Popen(
         launch_command(2, "recipes/mine_negatives.py", *flags(place, "two.jsonl")),
-        cwd=REPOSITORY, env=launch_environment(), stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=launch_environment(),
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
     work, deadline = place / "two.jsonl.work", time.monotonic() + 240
     while not list(work.glob("chunk*.npz")) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

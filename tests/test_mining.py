@@ -170,9 +170,15 @@ def models(tmp_path_factory):
     for labels in (1, 2):
         torch.manual_seed(labels)
         config = BertConfig(
-            vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-            max_position_embeddings=64, num_labels=labels, initializer_range=0.3,
-        )  # fmt: skip
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            num_labels=labels,
+            initializer_range=0.3,
+        )
         BertForSequenceClassification(config).save_pretrained(root / f"cross{labels}")
         make_tokenizer(root / f"cross{labels}", bert=True)
     make_training_file(root / "train.jsonl", 150, num_negatives=1, seed=8)
@@ -220,10 +226,30 @@ def test_cross_encoder_orders_judges_and_teaches(models, labels):
 def test_training_with_a_teacher_accepts_the_output(models):
     run(models, "taught.jsonl", method="bm25", cross_encoder=str(models / "cross1"), drop_without_negatives=True)
     result = launch(
-        0, "recipes/train_bert.py", "--deepspeed", "ds_configs/zero1.json", "--model_name_or_path", models / "bert",
-        "--train_files", models / "taught.jsonl", "--output_dir", models / "run", "--cache_dir", models / "cache",
-        "--max_length", 32, "--global_batch_size", 8, "--hard_negatives", 2, "--max_steps", 2,
-        "--distillation_weight", 1, "--report_to", "none",
-    )  # fmt: skip
+        0,
+        "recipes/train_bert.py",
+        "--deepspeed",
+        "ds_configs/zero1.json",
+        "--model_name_or_path",
+        models / "bert",
+        "--train_files",
+        models / "taught.jsonl",
+        "--output_dir",
+        models / "run",
+        "--cache_dir",
+        models / "cache",
+        "--max_length",
+        32,
+        "--global_batch_size",
+        8,
+        "--hard_negatives",
+        2,
+        "--max_steps",
+        2,
+        "--distillation_weight",
+        1,
+        "--report_to",
+        "none",
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(read_jsonl(models / "run" / "metrics.jsonl")) == 2

@@ -66,8 +66,10 @@ def test_killed_at_any_instant_and_started_again(place, monkeypatch):
             (root / "broken.jsonl").unlink()
     run(root, "broken.jsonl", **settings)
     assert sorted(path.name for path in root.glob("*broken*")) == [
-        "broken.jsonl", "broken.jsonl.scores.png", "broken.jsonl.summary.json"
-    ]  # fmt: skip
+        "broken.jsonl",
+        "broken.jsonl.scores.png",
+        "broken.jsonl.summary.json",
+    ]
     for suffix in ("", ".summary.json", ".scores.png"):
         assert (root / f"broken.jsonl{suffix}").read_bytes() == (root / f"straight.jsonl{suffix}").read_bytes()
 

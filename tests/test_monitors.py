@@ -55,12 +55,32 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     for steps in (2, 3):
         check(
             launch(
-                0, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero0.json", "--model_name_or_path",
-                tmp_path / "llama", "--train_files", tmp_path / "train.jsonl", "--output_dir", tmp_path / "run",
-                "--cache_dir", tmp_path / "cache", "--max_length", 32, "--global_batch_size", 8, "--max_steps", steps,
-                "--report_to", "wandb", "--report_project", "projected", "--run_name", "named",
+                0,
+                "recipes/train_gpt.py",
+                "--deepspeed",
+                "ds_configs/zero0.json",
+                "--model_name_or_path",
+                tmp_path / "llama",
+                "--train_files",
+                tmp_path / "train.jsonl",
+                "--output_dir",
+                tmp_path / "run",
+                "--cache_dir",
+                tmp_path / "cache",
+                "--max_length",
+                32,
+                "--global_batch_size",
+                8,
+                "--max_steps",
+                steps,
+                "--report_to",
+                "wandb",
+                "--report_project",
+                "projected",
+                "--run_name",
+                "named",
             )
-        )  # fmt: skip
+        )
     trace = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     seen, identities = {}, []
     for path in sorted(Path(tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):

@@ -119,7 +119,7 @@ def test_negatives_are_a_function_of_the_sample_and_distinct_while_there_are_eno
     whole = choose(100, available, 4, sampling)
     assert (whole[60:] == choose(160, available[60:], 4, sampling)).all()
     for row, count in zip(whole, available):
-        assert ((0 <= row) & (row < count)).all()
+        assert ((row >= 0) & (row < count)).all()
         assert len(set(row)) == min(4, count)
         if sampling == "first":
             assert row[: min(4, count)].tolist() == list(range(min(4, count)))

@@ -16,7 +16,9 @@ CLOSE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 HAS_BFLOAT16 = multiplies_bfloat16()
 DTYPES = [
     torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 products")),
+    pytest.param(
+        torch.bfloat16, marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 products")
+    ),
 ]
 
 

@@ -90,7 +90,7 @@ def test_a_corpus_is_cut_where_texts_get_shorter(seed):
     for texts, size, following in zip(batches, sizes, batches[1:]):
         longest, next_longest = lengths[texts].max(), lengths[following].max()
         # What ends a micro-batch: no room, or a text that is much shorter.
-        assert size + longest > 8192 or next_longest < longest * (1 - LARGEST_GAP) and size >= SMALLEST_MICRO_BATCH
+        assert size + longest > 8192 or (next_longest < longest * (1 - LARGEST_GAP) and size >= SMALLEST_MICRO_BATCH)
         # What goes on in spite of a much shorter text: a micro-batch that is not worth a forward pass.
         assert lengths[texts].min() >= longest * (1 - LARGEST_GAP) or size < SMALLEST_MICRO_BATCH + longest
     assert 1 - lengths.sum() / sum(sizes) < 0.02

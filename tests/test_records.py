@@ -13,12 +13,7 @@ from ds_embed.data.json_files import JsonRecords, read_json_objects
 from ds_embed.data.records import parse_document_record, parse_query_record, parse_training_record
 
 RECORDS = [
-    {
-        "query": "what is a lake?",
-        "pos_doc": "water, inland",
-        "neg_doc": ["a hill", "ein Hügel 丘"],
-        "n": 0.1,
-    },
+    {"query": "what is a lake?", "pos_doc": "water, inland", "neg_doc": ["a hill", "ein Hügel 丘"], "n": 0.1},
     {"query": 'a "quoted" one\n', "pos_doc": "[", "item": [{"item": [1, None, True]}], "neg_doc": "x"},
     {"query": "\u2028 and \x00", "pos_doc": "]", "query_id": "q 3", "doc_id": "d3", "big": 2**53},
 ]
@@ -51,9 +46,7 @@ def test_array_and_jsonl_give_the_same_records(tmp_path, indent, before):
 
 
 def test_the_content_decides_not_the_name(tmp_path):
-    assert list(read_json_objects(write(tmp_path / "a.json", '{"a": 1}\n'))) == [
-        (f"{tmp_path}/a.json:1", {"a": 1})
-    ]
+    assert list(read_json_objects(write(tmp_path / "a.json", '{"a": 1}\n'))) == [(f"{tmp_path}/a.json:1", {"a": 1})]
     assert JsonRecords(write(tmp_path / "a.jsonl", '[{"a": 1}]')).unit == "record"
 
 
@@ -124,17 +117,13 @@ def test_a_file_without_records_is_named_with_a_cure(tmp_path, content, words):
 
 
 def test_what_is_not_a_file_is_named_with_a_cure(tmp_path):
-    assert read_error(tmp_path / "none.jsonl").startswith(
-        f"{tmp_path}/none.jsonl: no such file; check the path"
-    )
+    assert read_error(tmp_path / "none.jsonl").startswith(f"{tmp_path}/none.jsonl: no such file; check the path")
     assert (
         read_error(tmp_path)
         == f"{tmp_path}: is a folder, want a file; name the files in it, such as {tmp_path}/*.jsonl"
     )
     os.mkfifo(tmp_path / "pipe")
-    assert read_error(tmp_path / "pipe").startswith(
-        f"{tmp_path}/pipe: is not a regular file; write the records"
-    )
+    assert read_error(tmp_path / "pipe").startswith(f"{tmp_path}/pipe: is not a regular file; write the records")
 
 
 def test_many_blanks_before_the_array(tmp_path):
@@ -220,18 +209,9 @@ def test_teacher_scores(record, num_negatives, expected):
         (training(neg_doc=["a"], neg_scores=[1, 2]), "neg_scores has 2 numbers and neg_doc 1 texts; give one for each"),
         (training(query=""), "query is blank; remove the record or give it text"),
         (training(pos_doc=" \n\t\u3000"), "pos_doc is blank; remove the record or give it text"),
-        (
-            training(neg_doc=3),
-            "neg_doc is a number, want a string or a list of strings (or leave the key out)",
-        ),
-        (
-            training(neg_doc=None),
-            "neg_doc is null, want a string or a list of strings (or leave the key out)",
-        ),
-        (
-            training(neg_doc={"a": 1}),
-            "neg_doc is an object, want a string or a list of strings (or leave the key out)",
-        ),
+        (training(neg_doc=3), "neg_doc is a number, want a string or a list of strings (or leave the key out)"),
+        (training(neg_doc=None), "neg_doc is null, want a string or a list of strings (or leave the key out)"),
+        (training(neg_doc={"a": 1}), "neg_doc is an object, want a string or a list of strings (or leave the key out)"),
         (training(neg_doc=["a", ["b"]]), "neg_doc[1] is a list, want a string"),
         (training(neg_doc=["a", "b", 5]), "neg_doc[2] is a number, want a string"),
         (training(neg_doc=["a", ""]), "neg_doc[1] is blank; remove it or give it text"),
@@ -260,11 +240,7 @@ def test_query_and_document_records():
 @pytest.mark.parametrize(
     ("parse", "record", "message"),
     [
-        (
-            parse_query_record,
-            {"query": "", "query_id": "1"},
-            "query is blank; remove the record or give it text",
-        ),
+        (parse_query_record, {"query": "", "query_id": "1"}, "query is blank; remove the record or give it text"),
         (parse_query_record, {"query": "q"}, "query_id is missing, want a string; the keys here are 'query'"),
         (parse_query_record, {"query": "q", "query_id": 1}, "query_id is a number, want a string in quotes"),
         (
@@ -272,17 +248,9 @@ def test_query_and_document_records():
             {"query": "q", "query_id": "1", "doc_id": 2},
             "doc_id is a number, want a string in quotes",
         ),
-        (
-            parse_document_record,
-            {"doc_id": "1"},
-            "pos_doc is missing, want a string; the keys here are 'doc_id'",
-        ),
+        (parse_document_record, {"doc_id": "1"}, "pos_doc is missing, want a string; the keys here are 'doc_id'"),
         (parse_document_record, {"pos_doc": None, "doc_id": "1"}, "pos_doc is null, want a string"),
-        (
-            parse_document_record,
-            {"pos_doc": "p"},
-            "doc_id is missing, want a string; the keys here are 'pos_doc'",
-        ),
+        (parse_document_record, {"pos_doc": "p"}, "doc_id is missing, want a string; the keys here are 'pos_doc'"),
         (parse_document_record, {"pos_doc": "p", "doc_id": ""}, "doc_id is empty, want a name on one line"),
         *(
             (

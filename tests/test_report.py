@@ -22,11 +22,26 @@ def test_report_of_a_real_run(tmp_path):
     run = tmp_path / "RUN"
     check(
         launch(
-            0, "recipes/train_bert.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", model,
-            "--train_files", data, "--output_dir", run, "--cache_dir", tmp_path / "cache",
-            "--global_batch_size", 4, "--max_steps", 6, "--max_length", 32,
+            0,
+            "recipes/train_bert.py",
+            "--deepspeed",
+            "ds_configs/zero2.json",
+            "--model_name_or_path",
+            model,
+            "--train_files",
+            data,
+            "--output_dir",
+            run,
+            "--cache_dir",
+            tmp_path / "cache",
+            "--global_batch_size",
+            4,
+            "--max_steps",
+            6,
+            "--max_length",
+            32,
         )
-    )  # fmt: skip
+    )
     with SummaryWriter(str(run / "tensorboard"), filename_suffix=".second") as second_start:
         second_start.add_scalar("val/loss", 1.0, 4)
         second_start.add_scalar("train/loss", 1.0, 5)

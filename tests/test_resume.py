@@ -34,12 +34,40 @@ def place(tmp_path_factory):
 
 def flags(root, name, *extra):
     return [
-        "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", root / "llama",
-        "--train_files", root / "train.jsonl", "--output_dir", root / name, "--cache_dir", root / "cache",
-        "--max_length", 24, "--global_batch_size", 8, "--hard_negatives", 1, "--micro_batch_tokens", 200,
-        "--max_steps", STEPS, "--learning_rate", "5e-3", "--lora_dropout", 0.1, "--report_to", "none",
-        "--save_interval", 1, "--save_total_limit", 2, "--rank_timeout_seconds", 2, *extra,
-    ]  # fmt: skip
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        root / "llama",
+        "--train_files",
+        root / "train.jsonl",
+        "--output_dir",
+        root / name,
+        "--cache_dir",
+        root / "cache",
+        "--max_length",
+        24,
+        "--global_batch_size",
+        8,
+        "--hard_negatives",
+        1,
+        "--micro_batch_tokens",
+        200,
+        "--max_steps",
+        STEPS,
+        "--learning_rate",
+        "5e-3",
+        "--lora_dropout",
+        0.1,
+        "--report_to",
+        "none",
+        "--save_interval",
+        1,
+        "--save_total_limit",
+        2,
+        "--rank_timeout_seconds",
+        2,
+        *extra,
+    ]
 
 
 def train(root, name, *extra, num_ranks=2):
@@ -55,8 +83,12 @@ class Job:
         self.run = root / name
         self.process = subprocess.Popen(
             launch_command(2, "recipes/train_gpt.py", *flags(root, name, *extra)),
-            cwd=REPOSITORY, env=launch_environment(), stdout=self.log, stderr=self.log, start_new_session=True,
-        )  # fmt: skip
+            cwd=REPOSITORY,
+            env=launch_environment(),
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+        )
 
     def wait_until(self, condition, what):
         deadline = time.monotonic() + 240
@@ -220,7 +252,10 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(place):
     error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and "error: step 4: the loss is nan; samples 24 to 31, the first from" in error[0]
     lines = [json.loads(line) for line in open(place / "wild" / "metrics.jsonl")]
-    assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [(2, None, 1), (3, None, 2)]
+    assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [
+        (2, None, 1),
+        (3, None, 2),
+    ]
     # The count goes on with the run: none is left.
     again = train(place, "wild", *wild, num_ranks=0)
     assert again.returncode == 2 and "resuming from" in again.stderr and "error: step 4" in again.stderr

@@ -13,16 +13,31 @@ def test_typed_query_finds_its_document(tmp_path):
     prefixes = ["--query_prefix", "", "--doc_prefix", "", "--model_name_or_path", tmp_path / "llama"]
     check(
         launch(
-            0, "recipes/generate.py", "--doc_files", tmp_path / "docs.jsonl", "--output_prefix", tmp_path / "out",
-            "--cache_dir", tmp_path / "cache", *prefixes,
+            0,
+            "recipes/generate.py",
+            "--doc_files",
+            tmp_path / "docs.jsonl",
+            "--output_prefix",
+            tmp_path / "out",
+            "--cache_dir",
+            tmp_path / "cache",
+            *prefixes,
         )
-    )  # fmt: skip
+    )
     found = check(
         launch(
-            0, "recipes/search.py", documents[7], "--embeddings", tmp_path / "out" / "consumed_samples0",
-            "--doc_files", tmp_path / "docs.jsonl", "--top_k", 2, *prefixes,
+            0,
+            "recipes/search.py",
+            documents[7],
+            "--embeddings",
+            tmp_path / "out" / "consumed_samples0",
+            "--doc_files",
+            tmp_path / "docs.jsonl",
+            "--top_k",
+            2,
+            *prefixes,
         )
-    ).stdout  # fmt: skip
+    ).stdout
     assert "1. d7  (cosine 1.000)" in found and documents[7] in found and "\n2. " in found and "\n3. " not in found
 
     result = launch(0, "recipes/search.py", "w1", "--embeddings", tmp_path / "absent", *prefixes)

@@ -22,7 +22,7 @@ def test_three_ranks_find_what_one_process_finds(tmp_path):
             rows = [rng.standard_normal((n, 16)).astype(np.float32) for n in (documents, queries)]
         case = {"documents": rows[0], "queries": rows[1], "k": k, "tie_rank": rng.permutation(documents)}
         np.savez(tmp_path / f"case{number}.npz", **case)
-    assert 5000 > sharded_search._MERGED_QUERIES
+    assert sharded_search._MERGED_QUERIES < 5000
     worker = REPOSITORY / "tests" / "workers" / "sharded_search.py"
     environment = launch_environment() | {"PYTHONPATH": str(REPOSITORY)}
     ranks = [

@@ -39,17 +39,24 @@ from ds_embed.sizing.memory import rank_memory
 RANKS, QUERIES, LONGEST, BUDGET = 2, 16, 24, 192
 # Gathers every weight whenever it is needed, and in small buckets.
 TIGHT = dict(
-    reduce_bucket_size=10000, stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0,
-    stage3_max_live_parameters=0, stage3_max_reuse_distance=0,
-)  # fmt: skip
+    reduce_bucket_size=10000,
+    stage3_param_persistence_threshold=0,
+    stage3_prefetch_bucket_size=0,
+    stage3_max_live_parameters=0,
+    stage3_max_reuse_distance=0,
+)
 REUSE = dict(stage3_max_live_parameters=10**9, stage3_max_reuse_distance=10**9, stage3_prefetch_bucket_size=10**6)
 CASES = {
-    "warm_up": dict(zero=2, lora=0), "zero0": dict(zero=0, lora=0), "zero0_grad_cache": dict(zero=0, lora=0, grad_cache=True),
-    "zero1": dict(zero=1, lora=0), "zero2_grad_cache": dict(zero=2, lora=0, grad_cache=True),
-    "zero2_lora": dict(zero=2, lora=4), "zero3": dict(zero=3, lora=0),
+    "warm_up": dict(zero=2, lora=0),
+    "zero0": dict(zero=0, lora=0),
+    "zero0_grad_cache": dict(zero=0, lora=0, grad_cache=True),
+    "zero1": dict(zero=1, lora=0),
+    "zero2_grad_cache": dict(zero=2, lora=0, grad_cache=True),
+    "zero2_lora": dict(zero=2, lora=4),
+    "zero3": dict(zero=3, lora=0),
     "zero3_lora_grad_cache": dict(zero=3, lora=4, grad_cache=True),
     "zero3_reuse": dict(zero=3, lora=4, grad_cache=True, more=REUSE),
-}  # fmt: skip
+}
 CARD = EmbeddingCard("last", "", "", LONGEST, LONGEST, True, "", 0)
 MEASURED = [name for name in CASES if name != "warm_up"]
 
@@ -77,9 +84,18 @@ def measured(place):
         path.write_text(json.dumps({"zero_optimization": {"stage": case["zero"]} | TIGHT | case.get("more", {})}))
         model = str(root / ("tiny" if name == "warm_up" else "model"))
         cases[name] = dict(
-            deepspeed=str(path), store=store, model=model, bf16=True, checkpointing=False, budget=BUDGET, queries=QUERIES,
-            hard_negatives=1, steps=2, grad_cache=case.get("grad_cache", False), lora=case["lora"],
-        )  # fmt: skip
+            deepspeed=str(path),
+            store=store,
+            model=model,
+            bf16=True,
+            checkpointing=False,
+            budget=BUDGET,
+            queries=QUERIES,
+            hard_negatives=1,
+            steps=2,
+            grad_cache=case.get("grad_cache", False),
+            lora=case["lora"],
+        )
     (root / "cases.json").write_text(json.dumps(cases))
     check(launch(RANKS, "tests/workers/sizes.py", root / "cases.json", root / "out"))
     return [json.loads((root / f"out.{rank}").read_text()) for rank in range(RANKS)]
@@ -95,11 +111,23 @@ def sizing_of(place, name) -> Sizing:
     batch = assemble_batch(store, order, first_sample=QUERIES, num_queries=QUERIES, hard_negatives=1)
     return Sizing(
         Job(
-            ModelArguments(str(root / "model")), LoraArguments(lora_rank=case["lora"]), step, SizingRunArguments(),
-            config, load_config(find_model(str(root / "model")), False), CARD, int(store.lengths.max()),
-            batch.lengths, "", None, RANKS, RANKS, False, SizingArguments(),
+            ModelArguments(str(root / "model")),
+            LoraArguments(lora_rank=case["lora"]),
+            step,
+            SizingRunArguments(),
+            config,
+            load_config(find_model(str(root / "model")), False),
+            CARD,
+            int(store.lengths.max()),
+            batch.lengths,
+            "",
+            None,
+            RANKS,
+            RANKS,
+            False,
+            SizingArguments(),
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -150,9 +178,16 @@ def test_counts_are_those_of_real_tensors(kind, lora, checkpointing):
     card = replace(CARD, pooling="last" if kind == "llama" else "mean", bidirectional=kind == "bert")
     arguments = LoraArguments(lora_rank=lora)
     cost = measure_model(
-        config, card, ModelArguments(""), arguments, bf16=True, gradient_checkpointing=checkpointing,
-        learnable_temperature=False, num_tokens=32, on_gpu=True,
-    )  # fmt: skip
+        config,
+        card,
+        ModelArguments(""),
+        arguments,
+        bf16=True,
+        gradient_checkpointing=checkpointing,
+        learnable_temperature=False,
+        num_tokens=32,
+        on_gpu=True,
+    )
     options = {} if kind == "llama" else {"add_pooling_layer": False}
     attention = CausalAttention() if kind == "llama" else EncoderAttention()
     backbone = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, **options)
@@ -229,10 +264,23 @@ def test_mistakes(place, flags, words):
 def test_dry_run_and_plan_as_commands(place, tmp_path):
     root, _ = place
     flags = [
-        "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", root / "tiny", "--max_length", 32,
-        "--train_files", root / "train.jsonl", "--cache_dir", root / "cache", "--global_batch_size", 8,
-        "--output_dir", tmp_path / "run", "--num_train_epochs", 2,
-    ]  # fmt: skip
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        root / "tiny",
+        "--max_length",
+        32,
+        "--train_files",
+        root / "train.jsonl",
+        "--cache_dir",
+        root / "cache",
+        "--global_batch_size",
+        8,
+        "--output_dir",
+        tmp_path / "run",
+        "--num_train_epochs",
+        2,
+    ]
     dry = check(launch(RANKS, "recipes/train_gpt.py", *flags, "--dry_run", "true"))
     assert not (tmp_path / "run").exists()
     assert (dry.stdout + dry.stderr).count("dry run: nothing was loaded") == 1

@@ -27,9 +27,7 @@ from ds_embed.data.tokenize import TextFormat, encode_texts
 
 @pytest.mark.parametrize("num_negatives", [0, 1, 2, None])
 @pytest.mark.parametrize("chunk_texts", [1, 4, 10_000])
-def test_a_training_store_equals_direct_tokenization(
-    tmp_path, monkeypatch, tokenizer, num_negatives, chunk_texts
-):
+def test_a_training_store_equals_direct_tokenization(tmp_path, monkeypatch, tokenizer, num_negatives, chunk_texts):
     monkeypatch.setattr(store_writer, "_CHUNK_TEXTS", chunk_texts)
     lines = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     array = tmp_path / "b.json"
@@ -99,9 +97,7 @@ def test_the_manifest_says_what_was_stored(tmp_path, tokenizer, small_chunks):
     }
     assert 0 < manifest["num_truncated"]["queries"] < 5
     assert manifest["num_texts"] == sum(map(len, texts))
-    assert manifest["num_tokens"] == sum(min(n, 12) for n in query_lengths) + sum(
-        min(n, 16) for n in document_lengths
-    )
+    assert manifest["num_tokens"] == sum(min(n, 12) for n in query_lengths) + sum(min(n, 16) for n in document_lengths)
     assert (manifest["max_tokens"], manifest["max_negatives"]) == (16, 2)
     assert manifest["records_without_negatives"] == 2
     assert manifest["first_record_without_negatives"] == f"{path}:4"
@@ -115,22 +111,15 @@ def test_records_without_negatives_are_counted_in_the_data_not_in_the_store(tmp_
 
 
 def test_text_stores_hold_rows_and_ids_in_file_order(tmp_path, tokenizer, small_chunks):
-    documents = [
-        {"pos_doc": text, "doc_id": f"d {i} é"} for i, text in enumerate(["a b", "", "x " * 40, "a b", "c"])
-    ]
-    files = [
-        write_jsonl(tmp_path / "a.jsonl", documents[:3]),
-        write_jsonl(tmp_path / "b.jsonl", documents[3:]),
-    ]
+    documents = [{"pos_doc": text, "doc_id": f"d {i} é"} for i, text in enumerate(["a b", "", "x " * 40, "a b", "c"])]
+    files = [write_jsonl(tmp_path / "a.jsonl", documents[:3]), write_jsonl(tmp_path / "b.jsonl", documents[3:])]
     told = []
     path = build_text_store(files, "pos_doc", "doc_id", tokenizer, DOCUMENT, tmp_path, told.append)
     store = TextStore.open(path)
     wanted = encode_texts(tokenizer, [document["pos_doc"] for document in documents], DOCUMENT)
     assert [store.tokens_of(row).tolist() for row in range(5)] == [tokens.tolist() for tokens in wanted]
     assert list(store.ids()) == [document["doc_id"] for document in documents]
-    assert (
-        store.ids_path.read_bytes() == "".join(document["doc_id"] + "\n" for document in documents).encode()
-    )
+    assert store.ids_path.read_bytes() == "".join(document["doc_id"] + "\n" for document in documents).encode()
     assert (store.location(2), store.location(3)) == (f"{files[0]}:3", f"{files[1]}:1")
     assert sum(told) == store.num_records == 5
     assert store.manifest["kind"] == "documents"
@@ -195,9 +184,7 @@ def test_a_text_without_tokens_names_its_place(tmp_path, tokenizer, small_chunks
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     with pytest.raises(ValueError) as caught:
         build_text_store(path, "pos_doc", "doc_id", tokenizer, TextFormat("", 10, False), tmp_path)
-    assert str(caught.value).startswith(
-        f"{path}:6: pos_doc gives no token with this tokenizer; remove it, set"
-    )
+    assert str(caught.value).startswith(f"{path}:6: pos_doc gives no token with this tokenizer; remove it, set")
 
 
 def test_a_file_that_changes_under_the_build_is_refused(tmp_path, tokenizer, small_chunks):

@@ -69,9 +69,7 @@ def test_processes_that_build_at_once_build_once(tmp_path, tokenizer):
     assert len({lines[-1] for lines in outputs}) == 1
     words = " ".join(line.split()[0] for lines in outputs for line in lines)
     assert (words.count("building"), words.count("reusing"), words.count("store")) == (1, 2, 3)
-    assert [entry.name for entry in cache_dir.iterdir() if entry.is_dir()] == [
-        outputs[0][-1].rsplit("/", 1)[1]
-    ]
+    assert [entry.name for entry in cache_dir.iterdir() if entry.is_dir()] == [outputs[0][-1].rsplit("/", 1)[1]]
 
 
 def test_without_locks_the_first_to_finish_wins(tmp_path, tokenizer, monkeypatch):
@@ -171,8 +169,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path, tokenizer, mo
     peaks = []
     for num_records in (1500, 9000):
         records = [
-            {"query": f"how deep {i}", "pos_doc": f"so deep {i} " * 3, "doc_id": f"d{i}"}
-            for i in range(num_records)
+            {"query": f"how deep {i}", "pos_doc": f"so deep {i} " * 3, "doc_id": f"d{i}"} for i in range(num_records)
         ]
         path = write_jsonl(tmp_path / f"{num_records}.jsonl", records)
         del records

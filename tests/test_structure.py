@@ -30,7 +30,9 @@ ROOMS = {
 
 
 def python_files():
-    return [path for path in REPOSITORY.rglob("*.py") if not {".venv", "build"} & set(path.relative_to(REPOSITORY).parts)]
+    return [
+        path for path in REPOSITORY.rglob("*.py") if not {".venv", "build"} & set(path.relative_to(REPOSITORY).parts)
+    ]
 
 
 def room_of(path):

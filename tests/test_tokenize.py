@@ -5,16 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ds_embed.data.tokenize import SpecialTokens, TextFormat, TextTokenizer, encode_texts, tokenizer_fingerprint
@@ -49,10 +40,8 @@ def byte_level_tokenizer(template=None, **names):
 
 
 def bert_tokenizer():
-    words = "[PAD] [UNK] [CLS] [SEP] [ ] sep query : the lake is ##s a".split()
-    backend = Tokenizer(
-        models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[", "]", "sep", "query", ":", "the", "lake", "is", "##s", "a"]
+    backend = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.TemplateProcessing(
@@ -64,11 +53,7 @@ def bert_tokenizer():
 
 
 def unigram_tokenizer(**names):
-    pieces = [
-        ("<unk>", -9.0),
-        ("</s>", 0.0),
-        *((piece, -2.0) for piece in ("▁", "a", "b", "<", "/", "s", ">")),
-    ]
+    pieces = [("<unk>", -9.0), ("</s>", 0.0), *((piece, -2.0) for piece in ("▁", "a", "b", "<", "/", "s", ">"))]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.add_special_tokens([AddedToken("<unk>", special=True)])
@@ -134,19 +119,13 @@ def test_left_padding_and_the_tokenizer_s_own_truncation_play_no_part():
     tokenizer.backend_tokenizer.enable_padding(pad_id=70, length=40, direction="left")
     state = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
     assert as_lists(encode_texts(tokenizer, TEXTS, TextFormat("", 50, True))) == expected
-    assert (
-        (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == state != (None, None)
-    )
+    assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == state != (None, None)
     assert tokenizer.backend_tokenizer.encode_special_tokens is False
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "spelling", "control"),
-    [
-        (byte_level_tokenizer(), "</s>", 2),
-        (byte_level_tokenizer(), "<pad>", 0),
-        (bert_tokenizer(), "[SEP]", 3),
-    ],
+    [(byte_level_tokenizer(), "</s>", 2), (byte_level_tokenizer(), "<pad>", 0), (bert_tokenizer(), "[SEP]", 3)],
 )
 def test_special_tokens_spelled_out_in_data_are_plain_text(tokenizer, spelling, control):
     append_eos = tokenizer.eos_token is not None
@@ -159,7 +138,7 @@ def test_special_tokens_spelled_out_in_data_are_plain_text(tokenizer, spelling, 
     if append_eos:
         assert tokenizer.decode(body) == text
     else:
-        assert tokenizer.convert_ids_to_tokens(body) == "a [ sep ] the lake [ sep ]".split()
+        assert tokenizer.convert_ids_to_tokens(body) == ["a", "[", "sep", "]", "the", "lake", "[", "sep", "]"]
 
 
 def test_a_vocabulary_that_spells_control_tokens_loses_them_and_keeps_the_unknown_token():
@@ -185,16 +164,12 @@ def test_a_vocabulary_that_spells_control_tokens_loses_them_and_keeps_the_unknow
 )
 def test_too_small_a_length_names_the_setting(tokenizer, append_eos, shortest):
     TextTokenizer(tokenizer, TextFormat("", shortest, append_eos))
-    with pytest.raises(
-        ValueError, match=rf"doc_max_length={shortest - 1} .* set doc_max_length to {shortest} or"
-    ):
+    with pytest.raises(ValueError, match=rf"doc_max_length={shortest - 1} .* set doc_max_length to {shortest} or"):
         TextTokenizer(tokenizer, TextFormat("", shortest - 1, append_eos), "doc_max_length")
 
 
 def test_a_tokenizer_that_cannot_do_it_is_an_error():
-    with pytest.raises(
-        ValueError, match="append_eos is true, but .* has no eos_token; set append_eos to false"
-    ):
+    with pytest.raises(ValueError, match="append_eos is true, but .* has no eos_token; set append_eos to false"):
         TextTokenizer(bert_tokenizer(), TextFormat("", 10, True))
     with pytest.raises(ValueError, match="object has no fast version"):
         encode_texts(object(), ["a"], TextFormat("", 10, False))

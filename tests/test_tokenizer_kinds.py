@@ -44,16 +44,20 @@ def qwen(**names):
 # Maker, and the token that stands in front of every text.
 KINDS = {
     "llama, BOS": (lambda: llama(add_bos_token=True), "<s>"),
-    "llama, BOS and EOS, pads left": (lambda: llama(add_bos_token=True, add_eos_token=True, padding_side="left"), "<s>"),
+    "llama, BOS and EOS, pads left": (
+        lambda: llama(add_bos_token=True, add_eos_token=True, padding_side="left"),
+        "<s>",
+    ),
     "llama, pad is EOS": (lambda: llama(add_bos_token=True, pad_token="</s>", padding_side="right"), "<s>"),
     "llama, pad is unknown": (lambda: llama(add_bos_token=False, pad_token="<unk>"), None),
     "gemma, BOS": (lambda: gemma(add_bos_token=True), "<bos>"),
     "gemma, EOS": (lambda: gemma(add_bos_token=False, add_eos_token=True), None),
     "qwen, pad is EOS": (qwen, None),
     "byte level, EOS by template, pads left": (
-        lambda: byte_level_tokenizer("$A </s>", padding_side="left", pad_token=None), None,
+        lambda: byte_level_tokenizer("$A </s>", padding_side="left", pad_token=None),
+        None,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,9 +91,14 @@ def test_vectors_depend_on_neither_the_side_nor_the_token_of_padding(tmp_path):
         for pooling in ("last", "mean"):
             for bidirectional in (False, True):
                 embedder = Embedder.from_pretrained(
-                    folder, pooling=pooling, bidirectional=bidirectional, dtype="float32", device="cpu",
-                    max_length=20, query_prefix="to ",
-                )  # fmt: skip
+                    folder,
+                    pooling=pooling,
+                    bidirectional=bidirectional,
+                    dtype="float32",
+                    device="cpu",
+                    max_length=20,
+                    query_prefix="to ",
+                )
                 together = embedder.encode_queries(TEXTS)
                 alone = [embedder.encode_queries([text]) for text in TEXTS[:2]]
                 np.testing.assert_allclose(together[:2], np.concatenate(alone), atol=2e-6)

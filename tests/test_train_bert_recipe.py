@@ -27,13 +27,35 @@ def workplace(tmp_path_factory):
 def train(root, name, *extra, num_ranks=2, zero=2, model="bert", files=()):
     check(
         launch(
-            num_ranks, "recipes/train_bert.py", "--deepspeed", f"ds_configs/zero{zero}.json",
-            "--model_name_or_path", root / model, "--train_files", *(files or [root / "train.json"]),
-            "--output_dir", root / name, "--cache_dir", root / "cache", "--max_length", 32,
-            "--global_batch_size", 12, "--hard_negatives", 2, "--micro_batch_tokens", 200, "--max_steps", 8,
-            "--learning_rate", "2e-3", "--report_to", "none", *extra,
+            num_ranks,
+            "recipes/train_bert.py",
+            "--deepspeed",
+            f"ds_configs/zero{zero}.json",
+            "--model_name_or_path",
+            root / model,
+            "--train_files",
+            *(files or [root / "train.json"]),
+            "--output_dir",
+            root / name,
+            "--cache_dir",
+            root / "cache",
+            "--max_length",
+            32,
+            "--global_batch_size",
+            12,
+            "--hard_negatives",
+            2,
+            "--micro_batch_tokens",
+            200,
+            "--max_steps",
+            8,
+            "--learning_rate",
+            "2e-3",
+            "--report_to",
+            "none",
+            *extra,
         )
-    )  # fmt: skip
+    )
     return [json.loads(line) for line in open(root / name / "metrics.jsonl")]
 
 
@@ -65,11 +87,32 @@ def test_lora_and_cls_under_zero3(workplace):
 def test_every_option_of_loss_and_data_at_once(workplace):
     """The same losses for 1 rank and 2, and the learned temperature in the card."""
     options = [
-        "--learnable_temperature", "true", "--label_smoothing", 0.1, "--symmetric", "true",
-        "--false_negative_margin", 0.1, "--matryoshka_dims", 32, 16, "--matryoshka_weights", 1, 0.5,
-        "--distillation_weight", 0.2, "--sampling_probabilities", 3, 1, "--hard_negatives_sampling", "random",
-        "--batching", "homogeneous", "--bf16", "false",
-    ]  # fmt: skip
+        "--learnable_temperature",
+        "true",
+        "--label_smoothing",
+        0.1,
+        "--symmetric",
+        "true",
+        "--false_negative_margin",
+        0.1,
+        "--matryoshka_dims",
+        32,
+        16,
+        "--matryoshka_weights",
+        1,
+        0.5,
+        "--distillation_weight",
+        0.2,
+        "--sampling_probabilities",
+        3,
+        1,
+        "--hard_negatives_sampling",
+        "random",
+        "--batching",
+        "homogeneous",
+        "--bf16",
+        "false",
+    ]
     files = [workplace / "scored1.jsonl", workplace / "scored2.jsonl"]
     traces = [
         train(workplace, name, *options, num_ranks=num_ranks, zero=zero, files=files)
@@ -94,14 +137,36 @@ def test_settings_of_the_older_systems_page(workplace):
     make_model(workplace / "bert512", "bert", max_position_embeddings=512)
     changed = ["--warmup_steps", 2, "--val_check_interval", 3, "--max_steps", 6]
     lines = train(
-        workplace, "page", "--val_files", workplace / "train.json", "--hard_negatives", 4, "--global_batch_size", 8,
-        "--max_length", 512, "--micro_batch_tokens", 512, "--learning_rate", "5e-6", "--min_learning_rate", "1e-8",
-        "--warmup_steps", 100, "--val_check_interval", 100, *changed, num_ranks=0, model="bert512",
-    )  # fmt: skip
+        workplace,
+        "page",
+        "--val_files",
+        workplace / "train.json",
+        "--hard_negatives",
+        4,
+        "--global_batch_size",
+        8,
+        "--max_length",
+        512,
+        "--micro_batch_tokens",
+        512,
+        "--learning_rate",
+        "5e-6",
+        "--min_learning_rate",
+        "1e-8",
+        "--warmup_steps",
+        100,
+        "--val_check_interval",
+        100,
+        *changed,
+        num_ranks=0,
+        model="bert512",
+    )
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
     assert [line["learning_rate"] for line in training[:3]] == pytest.approx([2.5e-6, 5e-6, 5e-6])
     validations = [line for line in lines if "val_loss" in line]
-    assert [list(line) for line in validations] == [["step", "consumed_samples", "val_loss", "val_accuracy", "seconds"]] * 2
+    assert [list(line) for line in validations] == [
+        ["step", "consumed_samples", "val_loss", "val_accuracy", "seconds"]
+    ] * 2
     assert [line["step"] for line in validations] == [3, 6] and all(line["val_loss"] > 0 for line in validations)
     assert (workplace / "page" / "model" / "config.json").exists()

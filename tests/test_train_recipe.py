@@ -17,12 +17,34 @@ def workplace(tmp_path_factory):
 
 def train(root, name, *extra, num_ranks=2, zero=2):
     return launch(
-        num_ranks, "recipes/train_gpt.py", "--deepspeed", f"ds_configs/zero{zero}.json",
-        "--model_name_or_path", root / "llama", "--train_files", root / "train.jsonl",
-        "--output_dir", root / name, "--cache_dir", root / "cache", "--max_length", 32,
-        "--global_batch_size", 12, "--hard_negatives", 2, "--micro_batch_tokens", 200, "--max_steps", 10,
-        "--learning_rate", "5e-3", "--report_to", "none", *extra,
-    )  # fmt: skip
+        num_ranks,
+        "recipes/train_gpt.py",
+        "--deepspeed",
+        f"ds_configs/zero{zero}.json",
+        "--model_name_or_path",
+        root / "llama",
+        "--train_files",
+        root / "train.jsonl",
+        "--output_dir",
+        root / name,
+        "--cache_dir",
+        root / "cache",
+        "--max_length",
+        32,
+        "--global_batch_size",
+        12,
+        "--hard_negatives",
+        2,
+        "--micro_batch_tokens",
+        200,
+        "--max_steps",
+        10,
+        "--learning_rate",
+        "5e-3",
+        "--report_to",
+        "none",
+        *extra,
+    )
 
 
 def trace(root, name):
@@ -101,11 +123,25 @@ def test_all_weights_in_bf16_under_zero3(workplace):
     """Bidirectional, and with an instruction for the training file other than the one that the model keeps."""
     result = check(
         train(
-            workplace, "full", "--lora_rank", "0", "--max_steps", 25, "--learning_rate", "2e-3", "--report_to",
-            "tensorboard", "--bidirectional", "true", "--query_prefix", r"w1\n{text} w2", "--query_prefixes", "w5 ",
+            workplace,
+            "full",
+            "--lora_rank",
+            "0",
+            "--max_steps",
+            25,
+            "--learning_rate",
+            "2e-3",
+            "--report_to",
+            "tensorboard",
+            "--bidirectional",
+            "true",
+            "--query_prefix",
+            r"w1\n{text} w2",
+            "--query_prefixes",
+            "w5 ",
             zero=3,
         )
-    )  # fmt: skip
+    )
     assert 'queries        "w1\\n{text} w2" kept by the model' in result.stderr + result.stdout
     stores = (workplace / "cache").glob("training-*/manifest.json")
     assert any('"prefix": "w5 "' in path.read_text() for path in stores)
@@ -138,9 +174,17 @@ def test_all_weights_in_bf16_under_zero3(workplace):
 
 def test_config_file_gives_the_same_run_and_flags_win(workplace, plain_trace):
     result = launch(
-        0, "recipes/train_gpt.py", "--config", workplace / "plain" / "config.yaml",
-        "--output_dir", workplace / "again", "--max_steps", 3, "--warmup_steps", 1,
-    )  # fmt: skip
+        0,
+        "recipes/train_gpt.py",
+        "--config",
+        workplace / "plain" / "config.yaml",
+        "--output_dir",
+        workplace / "again",
+        "--max_steps",
+        3,
+        "--warmup_steps",
+        1,
+    )
     check(result)
     got = trace(workplace, "again")
     assert len(got) == 3 and got[0]["loss"] == plain_trace[0]["loss"]

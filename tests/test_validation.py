@@ -45,29 +45,72 @@ def place(tmp_path_factory):
 
 def flags(root, name, *extra, deepspeed):
     words = [
-        "--deepspeed", deepspeed, "--model_name_or_path", root / "llama",
-        "--train_files", root / "train.jsonl", "--output_dir", root / name, "--cache_dir", root / "cache",
-        "--max_length", 24, "--global_batch_size", BATCH, "--hard_negatives", 1, "--micro_batch_tokens", 300,
-        "--temperature", 0.1, "--max_steps", STEPS, "--lora_dropout", 0.1, "--grad_cache", "true", "--bf16", "false",
-        "--report_to", "none", *extra,
-    ]  # fmt: skip
+        "--deepspeed",
+        deepspeed,
+        "--model_name_or_path",
+        root / "llama",
+        "--train_files",
+        root / "train.jsonl",
+        "--output_dir",
+        root / name,
+        "--cache_dir",
+        root / "cache",
+        "--max_length",
+        24,
+        "--global_batch_size",
+        BATCH,
+        "--hard_negatives",
+        1,
+        "--micro_batch_tokens",
+        300,
+        "--temperature",
+        0.1,
+        "--max_steps",
+        STEPS,
+        "--lora_dropout",
+        0.1,
+        "--grad_cache",
+        "true",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+        *extra,
+    ]
     return [str(word) for word in words]
 
 
 def validation(root):
     return [
-        "--val_files", root / "held_out.jsonl", "--val_query_files", root / "queries.jsonl",
-        "--val_doc_files", root / "docs.jsonl", "--val_check_interval", 2, "--val_metrics", *MEASURES,
-    ]  # fmt: skip
+        "--val_files",
+        root / "held_out.jsonl",
+        "--val_query_files",
+        root / "queries.jsonl",
+        "--val_doc_files",
+        root / "docs.jsonl",
+        "--val_check_interval",
+        2,
+        "--val_metrics",
+        *MEASURES,
+    ]
 
 
 def page(root):
     """The settings of the older system's GPT page, with a checkpoint at every other validation."""
     settings = ["--global_batch_size", 4, "--max_steps", 20, "--lora_rank", 16, "--val_check_interval", 4]
     return flags(
-        root, "page", *validation(root), *settings, "--learning_rate", "1e-3", "--save_interval", 6,
-        "--learnable_temperature", "true", deepspeed="ds_configs/zero2.json",
-    )  # fmt: skip
+        root,
+        "page",
+        *validation(root),
+        *settings,
+        "--learning_rate",
+        "1e-3",
+        "--save_interval",
+        6,
+        "--learnable_temperature",
+        "true",
+        deepspeed="ds_configs/zero2.json",
+    )
 
 
 def run_all(root, num_ranks, cases):
@@ -98,9 +141,22 @@ def on_two_ranks(place):
     rate = ["--learning_rate", "0.3", "--save_interval", 3, "--save_total_limit", 1]
     zero3 = place / "zero3.json"
     watched = flags(
-        place, "watched", *rate, *validation(place), "--val_before_training", "true", "--val_save_embeddings", "true",
-        "--save_top_k", 1, "--load_best_at_end", "true", "--report_to", "tensorboard", deepspeed=zero3,
-    )  # fmt: skip
+        place,
+        "watched",
+        *rate,
+        *validation(place),
+        "--val_before_training",
+        "true",
+        "--val_save_embeddings",
+        "true",
+        "--save_top_k",
+        1,
+        "--load_best_at_end",
+        "true",
+        "--report_to",
+        "tensorboard",
+        deepspeed=zero3,
+    )
     cases = [
         {"flags": watched, "signal_at": 2 * BATCH},
         {"flags": watched},

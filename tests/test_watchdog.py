@@ -28,11 +28,15 @@ class Job:
             subprocess.Popen(
                 [sys.executable, "tests/workers/watched.py", folder, str(rank_timeout), str(stall_timeout)],
                 env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"},
-                cwd=REPOSITORY, text=True, start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                cwd=REPOSITORY,
+                text=True,
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
             for rank in range(size)
-        ]  # fmt: skip
+        ]
 
     def wait_until_ready(self):
         for rank in self.ranks:
@@ -123,7 +127,7 @@ def watcher_of(pid):
         ("lost", 1, "can't be reached: its host, or the process that watches it, is gone", [EXIT_RANK_LOST, -9]),
         ("lost_main", 0, r"has not answered for \d+ s", [-9, EXIT_RANK_LOST]),
     ],
-)  # fmt: skip
+)
 def test_lost_rank_ends_the_job_with_its_name(jobs, name, rank, what, codes):
     job = jobs[0][name]
     got, lines = job.end()

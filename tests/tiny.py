@@ -125,9 +125,13 @@ def load_recipe(name: str):
 def launch(num_ranks: int, script: Path | str, *flags, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0."""
     return subprocess.run(
-        launch_command(num_ranks, script, *flags), cwd=REPOSITORY, env=launch_environment(), text=True,
-        timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        launch_command(num_ranks, script, *flags),
+        cwd=REPOSITORY,
+        env=launch_environment(),
+        text=True,
+        timeout=timeout,
+        capture_output=True,
+    )
 
 
 def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
@@ -138,9 +142,16 @@ def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
     port = 20000 + (os.getpid() * 7 + launch.count) % 20000
     launch.count += 1
     return [
-        sys.executable, "-m", "deepspeed.launcher.runner",
-        "--num_gpus", str(num_ranks), "--master_port", str(port), script, *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(num_ranks),
+        "--master_port",
+        str(port),
+        script,
+        *arguments,
+    ]
 
 
 def launch_environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Checks that argument dataclasses share; each raises ValueError naming the setting and the cure."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 
 def at_least(settings: Any, minimum: float, *names: str) -> None:

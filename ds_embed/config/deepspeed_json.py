@@ -38,7 +38,7 @@ def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float, num
         config.pop(key, None)
     for key, cure in _REFUSED.items():
         section = config.get(key)
-        if isinstance(section, dict) and section.get("enabled", True) in (True, "auto") or section is True:
+        if (isinstance(section, dict) and section.get("enabled", True) in (True, "auto")) or section is True:
             raise ValueError(f'{path}: "{key}" is not supported: {cure}')
         config.pop(key, None)
     _fill_precision(path, config, bf16)

@@ -3,8 +3,9 @@
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 
 def parse_arguments(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:

@@ -76,9 +76,7 @@ def parse_training_record(where: str, record: dict, *, num_negatives: int | None
 def parse_query_record(where: str, record: dict) -> QueryRecord:
     """Check one record of a queries file: query (not blank), query_id, and doc_id if it is there."""
     return QueryRecord(
-        _text(where, record, "query"),
-        _required_id(where, record, "query_id"),
-        _optional_id(where, record, "doc_id"),
+        _text(where, record, "query"), _required_id(where, record, "query_id"), _optional_id(where, record, "doc_id")
     )
 
 

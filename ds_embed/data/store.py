@@ -35,11 +35,11 @@ from ds_embed.data.store_files import read_manifest
 from ds_embed.data.store_writer import IDS_NAME, content_key, content_keys
 
 __all__ = [
-    "check_texts_fit",
     "TextStore",
     "TrainingStore",
     "build_text_store",
     "build_training_store",
+    "check_texts_fit",
     "content_key",
     "content_keys",
 ]

@@ -15,12 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ds_embed.data.json_files import BadRecord, JsonRecords, format_location
-from ds_embed.data.records import (
-    TrainingRecord,
-    parse_document_record,
-    parse_query_record,
-    parse_training_record,
-)
+from ds_embed.data.records import TrainingRecord, parse_document_record, parse_query_record, parse_training_record
 from ds_embed.data.skipping import SkippedRecords
 from ds_embed.data.store_conflicts import find_conflicts
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
@@ -125,10 +120,7 @@ def build_text_store(
     kind, parse, setting = kinds[text_key, id_key]
     sources = [_Source(path) for path in _listed(files)]
     sides = {kind: TextTokenizer(tokenizer, text_format, setting)}
-    settings = {
-        "text_format": asdict(text_format),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-    }
+    settings = {"text_format": asdict(text_format), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
 
     def write(folder: Path) -> None:
         with StoreWriter(folder, sides, progress, with_ids=True) as writer:
@@ -152,11 +144,7 @@ class _Source:
 
     def _stamp(self) -> dict:
         status = os.stat(self._records.path)
-        return {
-            "path": os.path.realpath(self._records.path),
-            "bytes": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
-        }
+        return {"path": os.path.realpath(self._records.path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
     def records(
         self,
@@ -199,12 +187,7 @@ class _Source:
         self._sha256 = digest.hexdigest()
 
     def describe(self) -> dict:
-        return {
-            **self.stamp,
-            "sha256": self._sha256,
-            "num_records": self.num_records,
-            "unit": self._records.unit,
-        }
+        return {**self.stamp, "sha256": self._sha256, "num_records": self.num_records, "unit": self._records.unit}
 
 
 def _listed(files: Any) -> list:

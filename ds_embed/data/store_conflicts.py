@@ -31,11 +31,14 @@ def find_conflicts(folder: Path, files: Sequence[tuple[int, Callable[[int], str]
             first_text = arrays["first_text"][start : start + num_records]
             for row, earlier in _conflicts(keys, first_text, arrays["text_keys"], place):
                 number, first = arrays["lines"][[start + row, start + earlier]].tolist()
-                found.setdefault((file, number), BadRecord(
-                    location(number),
-                    f"{id_name} names another {text_name} than at {location(first)}; give each text its own "
-                    f"{id_name}, leave {id_name} out, or set --skip_bad_records true",
-                ))  # fmt: skip
+                found.setdefault(
+                    (file, number),
+                    BadRecord(
+                        location(number),
+                        f"{id_name} names another {text_name} than at {location(first)}; give each text its own "
+                        f"{id_name}, leave {id_name} out, or set --skip_bad_records true",
+                    ),
+                )
         start += num_records
     return found
 
@@ -44,11 +47,13 @@ def _conflicts(keys: np.ndarray, first_text: np.ndarray, text_keys: np.ndarray, 
     """(row, earlier row) of rows whose key stood before, first in the earlier row, with another text."""
     parts = -(-len(keys) // _ROWS_AT_ONCE)
     for part in range(parts):
-        rows = np.concatenate([
-            start + np.flatnonzero((block != 0) & (block % parts == part))
-            for start in range(0, len(keys), _ROWS_AT_ONCE)
-            for block in [keys[start : start + _ROWS_AT_ONCE]]
-        ])  # fmt: skip
+        rows = np.concatenate(
+            [
+                start + np.flatnonzero((block != 0) & (block % parts == part))
+                for start in range(0, len(keys), _ROWS_AT_ONCE)
+                for block in [keys[start : start + _ROWS_AT_ONCE]]
+            ]
+        )
         order = rows[np.argsort(keys[rows], kind="stable")]
         ids, texts = keys[order], text_keys[first_text[order] + place]
         is_first = np.append(True, ids[1:] != ids[:-1])[: len(ids)]

@@ -67,11 +67,7 @@ class NpyWriter:
     def _write_header(self) -> None:
         np.lib.format.write_array_header_1_0(
             self._file,
-            {
-                "descr": np.lib.format.dtype_to_descr(self._dtype),
-                "fortran_order": False,
-                "shape": (self._num_items,),
-            },
+            {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._num_items,)},
         )
 
 

@@ -46,7 +46,7 @@ _TEXTS = [
     "https://example.org/a?b=c&d=e#f",
     "<b>markup</b> &amp; entities",
     "supercalifragilisticexpialidocious" * 3,
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,11 @@ def vectors_of_transformers(
         for start in range(0, len(texts), 8):
             batch = tokenizer(
                 [text_format.prefix + text for text in texts[start : start + 8]],
-                padding=True, truncation=True, max_length=text_format.max_length, return_tensors="pt",
-            ).to(device)  # fmt: skip
+                padding=True,
+                truncation=True,
+                max_length=text_format.max_length,
+                return_tensors="pt",
+            ).to(device)
             with torch.inference_mode():
                 states = model(**batch).last_hidden_state
                 pooled = pool(states, batch["attention_mask"].sum(1), card.pooling)

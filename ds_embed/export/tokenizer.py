@@ -25,8 +25,7 @@ def self_contained(tokenizer: Any, *, append_eos: bool, max_length: int) -> Any:
     head = [backend.id_to_token(token) for token in special.head]
     tail = [backend.id_to_token(token) for token in special.tail]
     backend.post_processor = processors.TemplateProcessing(
-        single=[*head, "$A", *tail],
-        special_tokens=list(zip([*head, *tail], [*special.head, *special.tail])),
+        single=[*head, "$A", *tail], special_tokens=list(zip([*head, *tail], [*special.head, *special.tail]))
     )
     names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     # Which one does not matter: the attention mask hides it.

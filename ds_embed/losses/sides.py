@@ -6,8 +6,8 @@ among the candidates. Its negatives are the shared candidates and its own ones, 
 Shapes: n anchors, C candidates, c of them in one block, K own candidates per anchor, D dimensions, J keys.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Iterator
 
 import torch
 from torch import Tensor

@@ -58,7 +58,7 @@ class BidirectionalAttention:
             masks = {name: self._mask(tokens, window, lengths, num_tokens) for name, window in self.windows.items()}
             if self.kernel == "eager":
                 masks = {name: _additive(mask, num_tokens, lengths, dtype) for name, mask in masks.items()}
-            mask = masks[""] if "" in masks else masks
+            mask = masks.get("", masks)
         return {"attention_mask": mask, "use_cache": False}
 
     def _mask(self, tokens: Tensor | None, window: int | None, lengths: Tensor, num_tokens: int) -> Tensor | None:

@@ -257,7 +257,7 @@ def without_pooler(config: Any) -> dict[str, Any]:
     """What from_pretrained must be told so that no pooler is built: BERT's would be trained without ever being used."""
     from transformers import MODEL_MAPPING
 
-    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    model_class = MODEL_MAPPING.get(type(config), None)
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         return {"add_pooling_layer": False}
     return {}

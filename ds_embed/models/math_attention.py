@@ -33,7 +33,7 @@ def takes_math_kernel(config: Any) -> bool:
     """Whether models of this transformers config call their attention kernel by its name, and nothing but sdpa's way."""
     from transformers import MODEL_MAPPING
 
-    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    model_class = MODEL_MAPPING.get(type(config), None)
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return softcap is None and getattr(model_class, "_supports_attention_backend", False) and model_class._supports_sdpa
 
@@ -60,7 +60,7 @@ def math_attention(
     Outside of training, and for what it can't do, it is sdpa.
     """
     num_tokens = query.shape[2]
-    is_slow_elsewhere = dropout > 0 or query.dtype != torch.float32 and num_tokens <= _LONGEST
+    is_slow_elsewhere = dropout > 0 or (query.dtype != torch.float32 and num_tokens <= _LONGEST)
     if not (module.training and is_slow_elsewhere and num_tokens == key.shape[2] and query.device.type == "cpu"):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -92,7 +92,7 @@ def _onednn_function(function: object) -> tuple[str, str] | None:
         ("swish", ""): nn.functional.silu(places),
         ("relu", ""): nn.functional.relu(places),
     }
-    if not callable(function) or isinstance(function, nn.Module) and any(True for _ in function.parameters()):
+    if not callable(function) or (isinstance(function, nn.Module) and any(True for _ in function.parameters())):
         return None
     values = function(places)
     return next((name for name, wanted in candidates.items() if torch.allclose(values, wanted, atol=1e-6)), None)

@@ -9,11 +9,7 @@ from ds_embed.report.style import BLUE, GREEN, INK, MUTED, ORANGE, Chart, draw, 
 _BINS = 60
 _RANKS = ((1, 1), (2, 3), (4, 10), (11, 100), (101, None))
 # How a document's queries fare, by their median rank of it: up to which median, the label, colour and marker.
-_FATES = (
-    (1, "found first", BLUE, "o"),
-    (10, "in the first ten", GREEN, "^"),
-    (np.inf, "later", ORANGE, "X"),
-)
+_FATES = ((1, "found first", BLUE, "o"), (10, "in the first ten", GREEN, "^"), (np.inf, "later", ORANGE, "X"))
 
 
 def similarity_chart(found: Found) -> Chart:
@@ -38,11 +34,13 @@ def similarity_chart(found: Found) -> Chart:
 
     medians = ", ".join(f"{label} {np.median(values):.3f}" for label, values, *_ in groups)
     return draw(
-        "similarity", "Similarity to the query", paint,
+        "similarity",
+        "Similarity to the query",
+        paint,
         alt=f"Histograms of the {found.score_name} between queries and documents; medians: {medians}.",
         caption=f"Medians: {medians}.",
         size="wide",
-    )  # fmt: skip
+    )
 
 
 def margin_chart(found: Found) -> Chart | None:
@@ -107,9 +105,14 @@ def map_chart(found: Found, rows: np.ndarray, points: np.ndarray, share: float, 
         for label, chosen, colour, marker in groups:
             size, strength = (10, 0.45) if colour == MUTED else (20, 0.7)
             axes.scatter(
-                *points[chosen].T, s=size, c=colour, marker=marker, alpha=strength, linewidths=0,
+                *points[chosen].T,
+                s=size,
+                c=colour,
+                marker=marker,
+                alpha=strength,
+                linewidths=0,
                 label=f"{label} ({chosen.sum():,})",
-            )  # fmt: skip
+            )
         axes.set(xticks=[], yticks=[])
         axes.set_aspect("equal", adjustable="datalim")
         axes.spines["bottom"].set_visible(False)

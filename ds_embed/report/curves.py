@@ -53,13 +53,27 @@ def training_charts(run: RunLog, other: RunLog | None) -> list[Chart]:
             similar.append(Line(*each.series(key), colour, label, dashed=each is not run))
     charts = [
         _chart(run, "loss", "Loss", _both(run, other, "loss", "val_loss"), may_be_log=True, size="wide"),
-        _chart(run, "accuracy", "Accuracy in the batch", _both(run, other, "accuracy", "val_accuracy"),
-               "Share of the batch's queries whose own document scored highest.", is_share=True),
+        _chart(
+            run,
+            "accuracy",
+            "Accuracy in the batch",
+            _both(run, other, "accuracy", "val_accuracy"),
+            "Share of the batch's queries whose own document scored highest.",
+            is_share=True,
+        ),
         _chart(run, "similarity_in_batch", "Similarity in the batch", similar, "Mean cosine to a query."),
-        _chart(run, "learning_rate", "Learning rate", _both(run, other, "learning_rate"), is_smooth=True, from_zero=True),
-        _chart(run, "grad_norm", "Gradient norm", _both(run, other, "grad_norm"),
-               f"Before clipping at {clip:g}." if (clip := run.config.get("max_grad_norm")) else "", may_be_log=True),
-    ]  # fmt: skip
+        _chart(
+            run, "learning_rate", "Learning rate", _both(run, other, "learning_rate"), is_smooth=True, from_zero=True
+        ),
+        _chart(
+            run,
+            "grad_norm",
+            "Gradient norm",
+            _both(run, other, "grad_norm"),
+            f"Before clipping at {clip:g}." if (clip := run.config.get("max_grad_norm")) else "",
+            may_be_log=True,
+        ),
+    ]
     if any(len(set(each.series("temperature")[1].tolist())) > 1 for each, _ in _runs(run, other)):
         lines = _both(run, other, "temperature")
         charts.append(_chart(run, "temperature", "Learned temperature", lines, is_smooth=True))
@@ -79,12 +93,26 @@ def retrieval_chart(run: RunLog, other: RunLog | None) -> Chart | None:
 def speed_charts(run: RunLog, other: RunLog | None) -> list[Chart]:
     """Tokens per second, seconds per step, padding."""
     charts = [
-        _chart(run, "tokens_per_second", "Real tokens per second", _both(run, other, "tokens_per_second"),
-               "All ranks together; padding does not count.", from_zero=True, size="wide"),
+        _chart(
+            run,
+            "tokens_per_second",
+            "Real tokens per second",
+            _both(run, other, "tokens_per_second"),
+            "All ranks together; padding does not count.",
+            from_zero=True,
+            size="wide",
+        ),
         _chart(run, "seconds", "Seconds per step", _both(run, other, "seconds"), from_zero=True),
-        _chart(run, "padding_share", "Share of padding", _both(run, other, "padding_share"),
-               "Of all token places computed.", from_zero=True, is_share=True),
-    ]  # fmt: skip
+        _chart(
+            run,
+            "padding_share",
+            "Share of padding",
+            _both(run, other, "padding_share"),
+            "Of all token places computed.",
+            from_zero=True,
+            is_share=True,
+        ),
+    ]
     return [chart for chart in charts if chart is not None]
 
 
@@ -106,10 +134,18 @@ def _both(run: RunLog, other: RunLog | None, key: str, validation_key: str | Non
 
 
 def _chart(
-    run: RunLog, name: str, title: str, lines: list[Line], caption: str = "",
-    *, may_be_log: bool = False, is_smooth: bool = False, from_zero: bool = False, is_share: bool = False,
+    run: RunLog,
+    name: str,
+    title: str,
+    lines: list[Line],
+    caption: str = "",
+    *,
+    may_be_log: bool = False,
+    is_smooth: bool = False,
+    from_zero: bool = False,
+    is_share: bool = False,
     size: str = "half",
-) -> Chart | None:  # fmt: skip
+) -> Chart | None:
     """One chart of lines over steps, with the restarts; None when no line has a value."""
     lines = [line for line in lines if len(line.values)]
     if not lines:

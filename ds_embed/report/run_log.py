@@ -1,5 +1,6 @@
 """Reading a run's folder for its report: metrics.jsonl, the settings, the restarts, the trained weights."""
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def read_run(path: str) -> RunLog:
     train = [line for line in lines if "loss" in line]
     if not train:
         raise ValueError(f"{folder / 'metrics.jsonl'}: holds no training step, so there is nothing to report")
-    for before, line in zip(train, train[1:]):
+    for before, line in itertools.pairwise(train):
         if line["step"] <= before["step"]:
             raise ValueError(
                 f"{folder / 'metrics.jsonl'}: step {line['step']} stands after step {before['step']}: "
@@ -138,5 +139,5 @@ def _count_weights(folder: Path) -> int | None:
     total = 0
     for path in files:
         with safe_open(path, framework="np") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors)
     return total or None

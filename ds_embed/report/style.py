@@ -16,9 +16,7 @@ from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1c1e21", "#5f6771", "#e2e5e9"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa4499"
-VARIABLES = {
-    INK: "ink", MUTED: "muted", GRID: "grid", BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple",
-}  # fmt: skip
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple"}
 SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (MUTED, "v"), (INK, "P"))
 
 # Inches: of the picture, and of a second one for narrow screens where the first would be too small to read.
@@ -98,9 +96,14 @@ def legend(axes: Axes) -> None:
     column = 0.55 + 0.085 * max(map(len, labels))  # inches; a guess on the safe side, whatever the page's font
     num_columns = max(1, int((axes.figure.get_figwidth() - 0.6) / column))
     axes.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=min(num_columns, len(labels)),
-        columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.02),
+        ncols=min(num_columns, len(labels)),
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
 
 
 def plain_ticks(axis, is_share: bool = False) -> None:

@@ -6,10 +6,10 @@ that a job that was killed goes on from there.
 Shapes: n texts of the corpus, t texts of a group, D dimensions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch

@@ -36,19 +36,35 @@ def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
     if not run.world.is_main:
         return
     job = Job(
-        run.model, run.lora, run.step_arguments, run.run, run.deepspeed_config,
-        config=run.config, card=run.card,
-        longest_text=int(np.max(run.store.lengths)), lengths=run.batch(0).lengths, lengths_from="the first batch",
-        max_steps=run.max_steps, num_ranks=run.world.size, ranks_per_node=run.world.local_size,
-        on_gpu=run.world.device.type == "cuda", hardware=_with_memory(arguments, run.world.device.type == "cuda", run.world.local_size),
-    )  # fmt: skip
+        run.model,
+        run.lora,
+        run.step_arguments,
+        run.run,
+        run.deepspeed_config,
+        config=run.config,
+        card=run.card,
+        longest_text=int(np.max(run.store.lengths)),
+        lengths=run.batch(0).lengths,
+        lengths_from="the first batch",
+        max_steps=run.max_steps,
+        num_ranks=run.world.size,
+        ranks_per_node=run.world.local_size,
+        on_gpu=run.world.device.type == "cuda",
+        hardware=_with_memory(arguments, run.world.device.type == "cuda", run.world.local_size),
+    )
     logger.info("%s\n\ndry run: nothing was loaded, nothing written to %s", table(job), run.run.output_dir)
 
 
 def job_to_size(
-    world: World, model: ModelArguments, lora: LoraArguments, data: DataArguments, step: StepArguments,
-    optimizer: OptimizerArguments, run: RunArguments, sizing: SizingArguments,
-) -> Job:  # fmt: skip
+    world: World,
+    model: ModelArguments,
+    lora: LoraArguments,
+    data: DataArguments,
+    step: StepArguments,
+    optimizer: OptimizerArguments,
+    run: RunArguments,
+    sizing: SizingArguments,
+) -> Job:
     """A job on GPUs that need not be here. Only the model's config is read, and train_files where there are any."""
     deepspeed_config = resolve_deepspeed_config(
         run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=sizing.num_gpus
@@ -63,15 +79,20 @@ def job_to_size(
         store = prepare_store(world, data.train_files, data, step, tokenizer, file_formats(data, card))
         order = sample_order(store, data, step, run.seed)
         lengths = assemble_batch(
-            store, order, first_sample=0, num_queries=step.global_batch_size, hard_negatives=data.hard_negatives,
+            store,
+            order,
+            first_sample=0,
+            num_queries=step.global_batch_size,
+            hard_negatives=data.hard_negatives,
             hard_negatives_sampling=data.hard_negatives_sampling,
-        ).lengths  # fmt: skip
+        ).lengths
         lengths_from, num_records = "the first batch of train_files", store.num_records
         longest = int(np.max(store.lengths))
     else:
         query, document = (
-            min(sizing.mean_query_tokens, card.query_max_length), min(sizing.mean_doc_tokens, card.doc_max_length)
-        )  # fmt: skip
+            min(sizing.mean_query_tokens, card.query_max_length),
+            min(sizing.mean_doc_tokens, card.doc_max_length),
+        )
         queries = step.global_batch_size
         lengths = np.repeat([query, document], [queries, queries * (1 + data.hard_negatives)])
         lengths_from = f"assumed: {query} tokens a query, {document} a document"
@@ -80,10 +101,22 @@ def job_to_size(
     if num_records is not None:
         max_steps = count_steps(num_records, step.global_batch_size, optimizer)
     return Job(
-        model, lora, step, run, deepspeed_config, config=config, card=card, longest_text=longest,
-        lengths=lengths, lengths_from=lengths_from, max_steps=max_steps, num_ranks=sizing.num_gpus,
-        ranks_per_node=min(sizing.num_gpus, sizing.gpus_per_node), on_gpu=True, hardware=_with_memory(sizing, True, sizing.gpus_per_node),
-    )  # fmt: skip
+        model,
+        lora,
+        step,
+        run,
+        deepspeed_config,
+        config=config,
+        card=card,
+        longest_text=longest,
+        lengths=lengths,
+        lengths_from=lengths_from,
+        max_steps=max_steps,
+        num_ranks=sizing.num_gpus,
+        ranks_per_node=min(sizing.num_gpus, sizing.gpus_per_node),
+        on_gpu=True,
+        hardware=_with_memory(sizing, True, sizing.gpus_per_node),
+    )
 
 
 def _with_memory(hardware: HardwareArguments, on_gpu: bool, ranks_per_node: int) -> HardwareArguments:

@@ -91,17 +91,24 @@ def payloads(
 
 
 def step_time(
-    flops: float, payload: dict[str, tuple[float, str]], num_ranks: int, ranks_per_node: int, group: int,
+    flops: float,
+    payload: dict[str, tuple[float, str]],
+    num_ranks: int,
+    ranks_per_node: int,
+    group: int,
     hardware: HardwareArguments,
-) -> StepTime:  # fmt: skip
+) -> StepTime:
     """Seconds at the efficiency and bandwidths given. A ring over several nodes is as fast as the network.
 
     group: ranks that gather among themselves under hpZ, 1 without.
     """
     share = (num_ranks - 1) / num_ranks
     times = {
-        "all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share, "group all-gather": (group - 1) / group,
-    }  # fmt: skip
+        "all-reduce": 2 * share,
+        "all-gather": share,
+        "reduce-scatter": share,
+        "group all-gather": (group - 1) / group,
+    }
     sent = {name: num_bytes * times[kind] for name, (num_bytes, kind) in payload.items()}
     seconds = 0.0
     for name, (_, kind) in payload.items():

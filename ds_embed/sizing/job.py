@@ -14,9 +14,16 @@ from ds_embed.sizing.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Memory, Ze
 
 DEFAULT_GPU_GIB = 80.0
 PARTS = (
-    "weights", "gradients", "optimizer", "activations", "gathered weights", "buckets", "embeddings", "loss tiles",
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "gathered weights",
+    "buckets",
+    "embeddings",
+    "loss tiles",
     "context",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,16 @@ class Sizing:
     def __init__(self, job: Job):
         self.job = job
         self.cost: ModelCost = measure_model(
-            job.config, job.card, job.model, job.lora,
-            bf16=job.run.bf16, gradient_checkpointing=job.step.gradient_checkpointing,
-            learnable_temperature=job.step.learnable_temperature, num_tokens=job.longest_text, on_gpu=job.on_gpu,
-        )  # fmt: skip
+            job.config,
+            job.card,
+            job.model,
+            job.lora,
+            bf16=job.run.bf16,
+            gradient_checkpointing=job.step.gradient_checkpointing,
+            learnable_temperature=job.step.learnable_temperature,
+            num_tokens=job.longest_text,
+            on_gpu=job.on_gpu,
+        )
         self.zero = Zero.of(job.deepspeed_config)
         self.plan = plan_micro_batches(job.lengths, job.step.micro_batch_tokens, job.num_ranks)
         self.shape = step_shape(self.plan, job.lengths, job.step.global_batch_size, job.step.grad_cache)
@@ -168,8 +181,8 @@ def _assumptions(job: Job, zero: Zero) -> list[str]:
     lines = [
         "",
         f"Assumed: {hardware.efficiency:.0%} of {hardware.gpu_tflops:g} TFLOP/s; {hardware.node_gb_per_second:g} GB/s "
-        f"between GPUs of a node, {hardware.network_gb_per_second:g} GB/s between nodes; no overlap of the two."
-    ]  # fmt: skip
+        f"between GPUs of a node, {hardware.network_gb_per_second:g} GB/s between nodes; no overlap of the two.",
+    ]
     if job.on_gpu:
         lines.append(
             f"Assumed: {CONTEXT_BYTES / GIB:.1f} GiB of CUDA context and communication buffers, "

@@ -9,8 +9,9 @@ Shapes: B texts, S tokens.
 import contextlib
 import warnings
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,9 +94,17 @@ class ModelCost:
 
 
 def measure_model(
-    config: Any, card: EmbeddingCard, model: ModelArguments, lora: LoraArguments, *,
-    bf16: bool, gradient_checkpointing: bool, learnable_temperature: bool, num_tokens: int, on_gpu: bool,
-) -> ModelCost:  # fmt: skip
+    config: Any,
+    card: EmbeddingCard,
+    model: ModelArguments,
+    lora: LoraArguments,
+    *,
+    bf16: bool,
+    gradient_checkpointing: bool,
+    learnable_temperature: bool,
+    num_tokens: int,
+    on_gpu: bool,
+) -> ModelCost:
     """Count what the model of a transformers `config` takes, with texts of at most num_tokens tokens.
 
     ValueError when it has no module that LoRA asks for, or not the attention kernel.
@@ -105,10 +114,13 @@ def measure_model(
     num_tokens = max(2, num_tokens - num_tokens % 2)
     with torch.device("meta"):
         encoder = build_encoder(
-            config, pooling=card.pooling, bidirectional=card.bidirectional, bf16=bf16,
+            config,
+            pooling=card.pooling,
+            bidirectional=card.bidirectional,
+            bf16=bf16,
             attn_implementation=training_kernel(config, model.attn_implementation, "cuda" if on_gpu else "cpu"),
             trust_remote_code=model.trust_remote_code,
-        )  # fmt: skip
+        )
         if gradient_checkpointing:
             # There is no random state to keep where there are no numbers.
             settings = {"use_reentrant": False, "preserve_rng_state": False}

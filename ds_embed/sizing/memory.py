@@ -119,18 +119,26 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, bf16: bool, nu
     tiles = 12.0 * min(TILE_QUERIES, -(-shape.num_queries // num_ranks)) * min(TILE_DOCUMENTS, shape.num_texts)
     phases = {
         "loss": {
-            "gradients": reserved, "activations": kept * (1 + slack), "gathered weights": gathered,
-            "buckets": buckets if zero.stage == 3 else 0.0, "embeddings": copies * table, "loss tiles": tiles,
+            "gradients": reserved,
+            "activations": kept * (1 + slack),
+            "gathered weights": gathered,
+            "buckets": buckets if zero.stage == 3 else 0.0,
+            "embeddings": copies * table,
+            "loss tiles": tiles,
         },
         "backward": {
-            "gradients": gradients, "activations": peak * (1 + slack), "gathered weights": gathered,
-            "buckets": buckets, "embeddings": 2 * table,
-        },
-        "optimizer": {
-            "gradients": gradients + for_step, "buckets": buckets if zero.stage == 3 else 0.0,
+            "gradients": gradients,
+            "activations": peak * (1 + slack),
+            "gathered weights": gathered,
+            "buckets": buckets,
             "embeddings": 2 * table,
         },
-    }  # fmt: skip
+        "optimizer": {
+            "gradients": gradients + for_step,
+            "buckets": buckets if zero.stage == 3 else 0.0,
+            "embeddings": 2 * table,
+        },
+    }
     return Memory({name: always | parts for name, parts in phases.items()}, cpu)
 
 

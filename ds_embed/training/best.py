@@ -96,8 +96,10 @@ class BestValidations:
             if state["metric"] is not None:
                 logger.warning(
                     "warning: the best checkpoints so far were chosen by %s; %s, or the files it is measured on, "
-                    "can't be compared with that, so the search for the best starts anew", state["metric"], self.metric,
-                )  # fmt: skip
+                    "can't be compared with that, so the search for the best starts anew",
+                    state["metric"],
+                    self.metric,
+                )
             return replace(self, last_validation=state["last_validation"])
         kept = [Kept(**kept) for kept in state["kept"] if kept["step"] in steps_on_disk]
         if lost := {kept["step"] for kept in state["kept"]} - steps_on_disk:

@@ -16,9 +16,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -253,7 +253,7 @@ class _Reader:
                 file = safe_open(str(path / shard), framework="pt")
             except SafetensorError as error:
                 raise ValueError(f"{path / shard}: not a file of tensors ({error}); remove {path}") from None
-            self.tensors |= {name: file for name in file.keys()}
+            self.tensors |= dict.fromkeys(file.keys(), file)
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         stored = {n: tuple(f.get_slice(n).get_shape()) for n, f in self.tensors.items() if "/" not in n}

@@ -4,7 +4,8 @@ What comes out is free of topology: whole float32 tensors, one parameter at a ti
 ranks, the ZeRO stage or the working precision. Frozen weights are left out: they come from the base model.
 """
 
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -12,14 +12,29 @@ from ds_embed.models.loading import ModelSource
 # These change how the work is done, or how much of it; every other setting decides the numbers. The text
 # settings come from the card, which has their defaults filled in.
 _LOGISTICS = {
-    "micro_batch_tokens", "grad_cache", "gradient_checkpointing", "train_files", "cache_dir",
-    "max_length", "query_max_length", "doc_max_length", "query_prefix", "doc_prefix",
-    "max_steps", "num_train_epochs",
-}  # fmt: skip
+    "micro_batch_tokens",
+    "grad_cache",
+    "gradient_checkpointing",
+    "train_files",
+    "cache_dir",
+    "max_length",
+    "query_max_length",
+    "doc_max_length",
+    "query_prefix",
+    "doc_prefix",
+    "max_steps",
+    "num_train_epochs",
+}
 _RUN_SETTINGS = ("seed", "bf16")
 _CARD_SETTINGS = (
-    "pooling", "bidirectional", "query_prefix", "doc_prefix", "query_max_length", "doc_max_length", "append_eos",
-)  # fmt: skip
+    "pooling",
+    "bidirectional",
+    "query_prefix",
+    "doc_prefix",
+    "query_max_length",
+    "doc_max_length",
+    "append_eos",
+)
 
 
 def fingerprint(

@@ -21,25 +21,12 @@ from ds_embed.data.plan import plan_micro_batches
 from ds_embed.distributed import EXIT_REQUEUE, World
 from ds_embed.engine import partitioned_loading, start_engine, take_step
 from ds_embed.models.dropout import use_cpu_dropout
-from ds_embed.models.loading import (
-    choose_card,
-    find_model,
-    is_decoder,
-    load_config,
-    load_encoder,
-    load_tokenizer,
-)
+from ds_embed.models.loading import choose_card, find_model, is_decoder, load_config, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.models.math_attention import training_kernel
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
-from ds_embed.training.prepare import (
-    check_prefixes,
-    describe_prefixes,
-    file_formats,
-    prepare_store,
-    sample_order,
-)
+from ds_embed.training.prepare import check_prefixes, describe_prefixes, file_formats, prepare_store, sample_order
 from ds_embed.training.report import StepLog, non_finite_message, whole_size
 from ds_embed.training.resume import Start, clear_way, find_start
 from ds_embed.training.run_folder import RunFolder
@@ -98,9 +85,16 @@ class TrainingRun:
 
     def _find_start(self, commit: str | None) -> Start:
         self.fingerprint = fingerprint(
-            self.store.manifest, self.source, commit, self.card,
-            self.lora, self.data, self.step_arguments, self.optimizer, self.run,
-        )  # fmt: skip
+            self.store.manifest,
+            self.source,
+            commit,
+            self.card,
+            self.lora,
+            self.data,
+            self.step_arguments,
+            self.optimizer,
+            self.run,
+        )
         best = self.validation.best() if self.validation else None
         return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps, best)
 
@@ -187,13 +181,16 @@ class TrainingRun:
                 is_among_best = self._validate(engine, stop, number, log)
                 is_last = number == self.max_steps or self.best.is_exhausted
                 interval = self.run.save_interval
-                if is_last or is_among_best or interval and number % interval == 0:
+                if is_last or is_among_best or (interval and number % interval == 0):
                     self._save(engine, number)
         if number < self.max_steps and self.world.is_main:
             logger.info(
                 "stopped after step %d of %d: %d validation(s) without a better %s (--early_stopping_patience)",
-                number, self.max_steps, self.best.num_without_better, self.best.metric,
-            )  # fmt: skip
+                number,
+                self.max_steps,
+                self.best.num_without_better,
+                self.best.metric,
+            )
         return number
 
     def _validate(self, engine: Any, stop: StopRequest, number: int, log: StepLog) -> bool:

@@ -82,15 +82,19 @@ def find_start(
     if start.is_finished:
         logger.info(
             "%s: finished at step %d already, the model is in %s; a higher %s trains on",
-            folder.path, step, folder.model_dir, "--max_steps" if step == max_steps else "--early_stopping_patience",
-        )  # fmt: skip
+            folder.path,
+            step,
+            folder.model_dir,
+            "--max_steps" if step == max_steps else "--early_stopping_patience",
+        )
         return start
     logger.info("resuming from %s: step %d of %d, sample %d", path, step, max_steps, start.consumed_samples)
     if state["max_steps"] != max_steps:
         logger.info(
             "the learning rate follows the schedule of %d steps from here on; until here it was that of %d",
-            max_steps, state["max_steps"],
-        )  # fmt: skip
+            max_steps,
+            state["max_steps"],
+        )
     return start
 
 

@@ -50,10 +50,7 @@ def num_ranks() -> int:
 
 
 def evaluate(folder: Path, data: Path) -> dict[str, float]:
-    run(
-        sys.executable, RECIPES / "evaluate.py", "--embeddings", folder,
-        "--query_files", data / "test_queries.jsonl",
-    )  # fmt: skip
+    run(sys.executable, RECIPES / "evaluate.py", "--embeddings", folder, "--query_files", data / "test_queries.jsonl")
     metrics = json.loads((folder / "metrics.json").read_text())
     return {name: metrics[name] for name in MEASURES}
 
@@ -81,9 +78,7 @@ def main() -> None:
     for folder in (trained, vectors):  # of an earlier quickstart
         shutil.rmtree(folder, ignore_errors=True)
 
-    deepspeed = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", num_ranks(),
-    ]  # fmt: skip
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", num_ranks()]
     settings = ["--config", RECIPES / "quickstart" / "train.yaml"]
     test_files = ["--query_files", data / "test_queries.jsonl", "--doc_files", data / "test_docs.jsonl"]
     cache = ["--cache_dir", out / "cache"]
@@ -94,23 +89,48 @@ def main() -> None:
 
     train_started = time.perf_counter()
     run(
-        *deepspeed, RECIPES / "train_gpt.py", *settings, "--deepspeed", RECIPES.parent / "ds_configs" / "zero1.json",
-        "--model_name_or_path", base, "--train_files", data / "train.jsonl", *cache,
-        "--max_steps", arguments.max_steps, "--output_dir", trained,
-    )  # fmt: skip
+        *deepspeed,
+        RECIPES / "train_gpt.py",
+        *settings,
+        "--deepspeed",
+        RECIPES.parent / "ds_configs" / "zero1.json",
+        "--model_name_or_path",
+        base,
+        "--train_files",
+        data / "train.jsonl",
+        *cache,
+        "--max_steps",
+        arguments.max_steps,
+        "--output_dir",
+        trained,
+    )
     train_seconds = time.perf_counter() - train_started
     run(
-        *deepspeed, RECIPES / "generate.py", "--model_name_or_path", trained, *test_files, *cache,
-        "--output_prefix", vectors,
-    )  # fmt: skip
+        *deepspeed,
+        RECIPES / "generate.py",
+        "--model_name_or_path",
+        trained,
+        *test_files,
+        *cache,
+        "--output_prefix",
+        vectors,
+    )
     consumed = json.loads((trained / "model" / "ds_embed.json").read_text())["consumed_samples"]
     after = evaluate(vectors / f"consumed_samples{consumed}", data)
 
     run(
-        sys.executable, RECIPES / "search.py", EXAMPLE_QUERY, "--model_name_or_path", trained,
-        "--embeddings", vectors / f"consumed_samples{consumed}", "--doc_files", data / "test_docs.jsonl",
-        "--top_k", 3,
-    )  # fmt: skip
+        sys.executable,
+        RECIPES / "search.py",
+        EXAMPLE_QUERY,
+        "--model_name_or_path",
+        trained,
+        "--embeddings",
+        vectors / f"consumed_samples{consumed}",
+        "--doc_files",
+        data / "test_docs.jsonl",
+        "--top_k",
+        3,
+    )
     total_seconds = time.perf_counter() - started
     print_table(before, after)
     results = {"before": before, "after": after, "train_seconds": train_seconds, "total_seconds": total_seconds}

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tiny.py
 
-from cluster import Cluster, why_not  # noqa: E402
+from cluster import Cluster, why_not
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,29 @@ def test_hostfile_without_ssh(tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost " + " ".join(NODES) + "\n")
     (tmp_path / "hostfile").write_text("".join(f"{node} slots=1\n" for node in NODES))
     command = launch_command(
-        1, "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", tmp_path / "llama",
-        "--train_files", tmp_path / "train.jsonl", "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache",
-        "--global_batch_size", 8, "--max_length", 24, "--micro_batch_tokens", 200, "--max_steps", 3, "--report_to", "none",
-    )  # fmt: skip
+        1,
+        "recipes/train_gpt.py",
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        tmp_path / "llama",
+        "--train_files",
+        tmp_path / "train.jsonl",
+        "--output_dir",
+        tmp_path / "run",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--global_batch_size",
+        8,
+        "--max_length",
+        24,
+        "--micro_batch_tokens",
+        200,
+        "--max_steps",
+        3,
+        "--report_to",
+        "none",
+    )
     first, last = command.index("--num_gpus"), command.index("--master_port")
     running = []
     for number, node in enumerate(NODES):
@@ -44,7 +63,7 @@ def test_hostfile_without_ssh(tmp_path):
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            )
         )
     outputs = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)

@@ -29,8 +29,12 @@ class Job:
         # Signals reach a job sooner than a user would see its first step: no need to hold it for long.
         done = subprocess.run(
             ["sbatch", "--parsable", "--output", str(self.log), "--job-name", name, *map(str, words)],
-            cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            cwd=REPOSITORY,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0, done.stderr
         self.id = done.stdout.strip()
 
@@ -82,12 +86,36 @@ def place(tmp_path_factory, cluster):
 
 def train_flags(place, name):
     return [
-        "recipes/train_gpt.py", "--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", place / "llama",
-        "--train_files", place / "train.jsonl", "--output_dir", place / name, "--cache_dir", place / "cache",
-        "--max_length", 24, "--global_batch_size", 8, "--hard_negatives", 1, "--micro_batch_tokens", 200,
-        "--max_steps", STEPS, "--learning_rate", "5e-3", "--report_to", "none", "--bf16", "false",
-        "--save_interval", 1,
-    ]  # fmt: skip
+        "recipes/train_gpt.py",
+        "--deepspeed",
+        "ds_configs/zero2.json",
+        "--model_name_or_path",
+        place / "llama",
+        "--train_files",
+        place / "train.jsonl",
+        "--output_dir",
+        place / name,
+        "--cache_dir",
+        place / "cache",
+        "--max_length",
+        24,
+        "--global_batch_size",
+        8,
+        "--hard_negatives",
+        1,
+        "--micro_batch_tokens",
+        200,
+        "--max_steps",
+        STEPS,
+        "--learning_rate",
+        "5e-3",
+        "--report_to",
+        "none",
+        "--bf16",
+        "false",
+        "--save_interval",
+        1,
+    ]
 
 
 def trace(run) -> list[tuple[int, int, float]]:
@@ -187,7 +215,13 @@ def test_jobs_that_cannot_work_say_why_at_once(cluster, place):
             cluster, place, "tasks", "--nodes=1", "--gpus-per-node=2", "--ntasks-per-node=3", "slurm/train.sh", *flags
         ),
         "DS_EMBED_PYTHON=/no/python: no such program on node node": Job(
-            cluster, place, "no-python", *one_node, "slurm/train.sh", *flags, environment={"DS_EMBED_ENV": str(no_python(place))}
+            cluster,
+            place,
+            "no-python",
+            *one_node,
+            "slurm/train.sh",
+            *flags,
+            environment={"DS_EMBED_ENV": str(no_python(place))},
         ),
         "is not the checkout of ds_embed": Job(
             cluster, place, "elsewhere", *one_node, "slurm/train.sh", *flags, environment={"DS_EMBED_HOME": str(place)}
@@ -196,7 +230,7 @@ def test_jobs_that_cannot_work_say_why_at_once(cluster, place):
             cluster, place, "no-config", *one_node, "slurm/train.sh", *no_config
         ),
         "absent.jsonl: no such file": Job(cluster, place, "no-data", *one_node, "slurm/train.sh", *no_data),
-    }  # fmt: skip
+    }
     for reason, job in jobs.items():
         assert job.wait_for_end(120) == "FAILED", (reason, job.output())
         assert reason in job.output()
@@ -220,11 +254,28 @@ def test_an_array_of_shards_and_its_merge_give_the_files_of_one_job(cluster, pla
 
     def submit(name, *words, prefix):
         return Job(
-            cluster, place, name, "--nodes=1", *words, "slurm/generate.sh", "--model_name_or_path", place / "llama",
-            "--query_files", place / "queries.jsonl", "--doc_files", place / "docs.jsonl", "--max_length", 24,
-            "--cache_dir", place / "cache", "--bf16", "false", "--output_prefix", place / prefix,
+            cluster,
+            place,
+            name,
+            "--nodes=1",
+            *words,
+            "slurm/generate.sh",
+            "--model_name_or_path",
+            place / "llama",
+            "--query_files",
+            place / "queries.jsonl",
+            "--doc_files",
+            place / "docs.jsonl",
+            "--max_length",
+            24,
+            "--cache_dir",
+            place / "cache",
+            "--bf16",
+            "false",
+            "--output_prefix",
+            place / prefix,
             *(["--num_shards", 2, "--merge_shards", "true"] if "merge" in name else []),
-        )  # fmt: skip
+        )
 
     shards = submit("shards", "--gpus-per-node=1", "--array=3-4", prefix="parts")
     after = [f"--dependency=afterok:{shards.id}", "--kill-on-invalid-dep=yes"]

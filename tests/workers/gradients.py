@@ -1,6 +1,6 @@
 """Gradients of one contrastive step, for many settings, on however many ranks the launcher starts.
 
-    deepspeed --num_gpus W tests/workers/gradients.py CASES.json OUT_DIR
+deepspeed --num_gpus W tests/workers/gradients.py CASES.json OUT_DIR
 """
 
 import json

@@ -56,9 +56,16 @@ class Wire:
     """Counts what collectives carry: bytes of the whole tensor, by kind of collective."""
 
     POSITIONS = {  # of the whole tensor among the arguments
-        "all_reduce": 0, "reduce": 0, "broadcast": 0, "all_gather_into_tensor": 0, "all_gather_single": 0,
-        "reduce_scatter_tensor": 1, "reduce_scatter_single": 1, "all_gather": 0, "reduce_scatter": 1,
-    }  # fmt: skip
+        "all_reduce": 0,
+        "reduce": 0,
+        "broadcast": 0,
+        "all_gather_into_tensor": 0,
+        "all_gather_single": 0,
+        "reduce_scatter_tensor": 1,
+        "reduce_scatter_single": 1,
+        "all_gather": 0,
+        "reduce_scatter": 1,
+    }
 
     def __init__(self):
         self.bytes = Counter()
@@ -93,9 +100,13 @@ def run_case(world, wire: Wire, case: dict) -> dict:
     before = {"rss": status("VmRSS"), "live": live_bytes()}
     with partitioned_loading(config), Tally([]) as load:
         encoder = load_encoder(
-            find_model(case["model"]), pooling="last", bidirectional=False, bf16=case["bf16"], attn_implementation=MATH_KERNEL,
+            find_model(case["model"]),
+            pooling="last",
+            bidirectional=False,
+            bf16=case["bf16"],
+            attn_implementation=MATH_KERNEL,
             trust_remote_code=False,
-        )  # fmt: skip
+        )
     loading = status("VmHWM") - before["rss"]
     if case["checkpointing"]:
         encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -119,9 +130,12 @@ def run_case(world, wire: Wire, case: dict) -> dict:
     for number in range(case["steps"]):
         wire.bytes.clear()
         batch = assemble_batch(
-            store, order, first_sample=number * case["queries"], num_queries=case["queries"],
+            store,
+            order,
+            first_sample=number * case["queries"],
+            num_queries=case["queries"],
             hard_negatives=case["hard_negatives"],
-        )  # fmt: skip
+        )
         known = live_tensors() if number == case["steps"] - 1 else []
         start = sum(tensor.untyped_storage().nbytes() for tensor in known) - before["live"]
         with Tally(known) as tally:
@@ -131,9 +145,15 @@ def run_case(world, wire: Wire, case: dict) -> dict:
     peak = status("VmHWM") - before["rss"]
     engine.destroy()
     return counts | {
-        "loading_peak": load.peak_bytes, "loading_rss": loading, "loaded": loaded, "started": started, "stepped": stepped,
-        "peak": start + tally.peak_bytes, "peak_rss": peak, "wire": dict(wire.bytes),
-    }  # fmt: skip
+        "loading_peak": load.peak_bytes,
+        "loading_rss": loading,
+        "loaded": loaded,
+        "started": started,
+        "stepped": stepped,
+        "peak": start + tally.peak_bytes,
+        "peak_rss": peak,
+        "wire": dict(wire.bytes),
+    }
 
 
 def main() -> None:

@@ -30,8 +30,14 @@ from ds_embed.distributed import initialize, run_recipe
 from ds_embed.training import loop, validation
 
 ARGUMENTS = (
-    ModelArguments, LoraArguments, DataArguments, StepArguments, OptimizerArguments, RunArguments, ValidationArguments
-)  # fmt: skip
+    ModelArguments,
+    LoraArguments,
+    DataArguments,
+    StepArguments,
+    OptimizerArguments,
+    RunArguments,
+    ValidationArguments,
+)
 
 
 def signal_amid_validation(world, consumed_samples: int):

@@ -15,13 +15,7 @@ from ds_embed.data.formats.tally import Tally
 from ds_embed.data.formats.text_table import TextTable
 from ds_embed.data.formats.trec import Judgment, read_judgments
 from ds_embed.data.json_files import BadRecord, read_json_objects
-from ds_embed.data.records import (
-    DocumentRecord,
-    QueryRecord,
-    TrainingRecord,
-    parse_document_record,
-    parse_query_record,
-)
+from ds_embed.data.records import DocumentRecord, QueryRecord, TrainingRecord, parse_document_record, parse_query_record
 
 TrainingRecords = Callable[[Tally], Iterator[tuple[str, TrainingRecord]]]
 

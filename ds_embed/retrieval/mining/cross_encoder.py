@@ -70,9 +70,11 @@ class CrossEncoder:
 
     def _score_block(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
         encoded = self._tokenizer(
-            [query for query, _ in pairs], [document for _, document in pairs],
-            truncation="longest_first", max_length=self._max_length,
-        )  # fmt: skip
+            [query for query, _ in pairs],
+            [document for _, document in pairs],
+            truncation="longest_first",
+            max_length=self._max_length,
+        )
         lengths = np.array([len(ids) for ids in encoded["input_ids"]])
         scores = torch.empty(len(pairs), device=self._world.device)
         for batch in cut_by_length(lengths, self._budget):
