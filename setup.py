@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["ds_embed", "ds_embed.*"]),
-    package_data={"ds_embed.report": ["page.html"]},
+    package_data={"ds_embed.tools.report": ["page.html"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8",

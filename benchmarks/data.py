@@ -19,9 +19,9 @@ from typing import Any
 
 from contest import CORES, Goal, in_process, play, print_goals, print_table, ratio, spread, write_results
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero
-from ds_embed.config.fields import setting
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero
+from ds_embed.settings.fields import setting
 
 OURS, MAP, MAP_CORES = "token store", "datasets.map", "datasets.map, a process per core"
 

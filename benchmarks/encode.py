@@ -20,10 +20,11 @@ from pathlib import Path
 from contest import Goal, goals, in_process, launched, play, print_goals, print_table, spread, write_results
 from peers import read_texts
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero, at_least, existing_files
-from ds_embed.config.fields import setting
 from ds_embed.data.json_files import read_json_objects
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, at_least, existing_files
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
 
 PEER, EMBEDDER = "sentence-transformers", "ds_embed.Embedder"
 GENERATE = "generate, {} rank(s)"
@@ -52,7 +53,7 @@ class EncodingArguments:
         at_least(self, 0, "same_length")
         for name in self.precisions:
             if name not in PRECISIONS:
-                raise ValueError(f"--precisions {name}: choose from {', '.join(PRECISIONS)}")
+                raise UserError(f"--precisions {name}: choose from {', '.join(PRECISIONS)}")
 
 
 def encode_with_embedder(

@@ -10,6 +10,7 @@ from pathlib import Path
 from peers import Steps
 
 from ds_embed.data.json_files import read_json_objects
+from ds_embed.settings.errors import UserError
 
 
 def train(
@@ -37,7 +38,7 @@ def train(
     from transformers import TrainerCallback
 
     if lora_rank or pooling != "mean":
-        raise ValueError("FlagEmbedding's trainer of encoders has no LoRA here: take --pooling mean and --lora_rank 0")
+        raise UserError("FlagEmbedding's trainer of encoders has no LoRA here: take --pooling mean and --lora_rank 0")
     data = Path(folder) / "flag_embedding.jsonl"
     data.parent.mkdir(parents=True, exist_ok=True)
     records = [record for _, record in read_json_objects(train_file)]

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from recovery import launched
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero, at_least
-from ds_embed.config.fields import setting
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, at_least
+from ds_embed.settings.fields import setting
 
 MISTRAL_7B = dict(
     vocab_size=32000,

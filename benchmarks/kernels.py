@@ -19,9 +19,10 @@ from typing import Any
 
 from contest import Spread, in_process, play, print_table, write_results
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero, at_least
-from ds_embed.config.fields import setting
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, at_least
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
 
 SHORT_PARTS = ("lora", "training", "encoding", "compiled")
 PARTS = (*SHORT_PARTS, "products")
@@ -41,12 +42,12 @@ class KernelArguments:
         above_zero(self, "rounds", "num_texts", "length")
         at_least(self, 0, "lora_rank")
         if "lora" in self.parts and not self.lora_rank:
-            raise ValueError(
+            raise UserError(
                 "--lora_rank 0: leaves nothing to compare in lora; give a rank, or leave lora out of --parts"
             )
         for part in self.parts:
             if part not in PARTS:
-                raise ValueError(f"--parts {part}: choose from {', '.join(PARTS)}")
+                raise UserError(f"--parts {part}: choose from {', '.join(PARTS)}")
 
 
 def load(model: str, kernel: str | None, bf16: bool = True) -> Any:
@@ -69,9 +70,9 @@ def trained(model: str, kernel: str | None, lora_rank: int) -> Any:
     """The encoder as the training loop dresses it on a CPU."""
     import torch
 
-    from ds_embed.config import LoraArguments
     from ds_embed.models.dropout import use_cpu_dropout
     from ds_embed.models.lora import add_lora
+    from ds_embed.settings import LoraArguments
 
     encoder = load(model, kernel)
     if lora_rank:

@@ -21,10 +21,10 @@ from typing import Any
 
 from contest import REPOSITORY, launcher
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import existing_files
-from ds_embed.config.fields import setting
 from ds_embed.data.json_files import read_json_objects
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import existing_files
+from ds_embed.settings.fields import setting
 
 MEASURES = ("nDCG@10", "RR@10", "R@1", "R@10")
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from contest import REPOSITORY, in_process, launched, play, print_table, spread, write_results
 from train import recipe_of, steady
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero, at_least, existing_files
-from ds_embed.config.fields import setting
 from ds_embed.data.json_files import read_json_objects
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, at_least, existing_files
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
 
 PARTS = ("batch", "length", "ranks", "wire", "generate", "search")
 _WORDS = 6  # of a text that is encoded
@@ -66,12 +67,12 @@ class ScalingArguments:
         recipe_of(self.pooling)
         for part in self.parts:
             if part not in PARTS:
-                raise ValueError(f"--parts {part}: choose from {', '.join(PARTS)}")
+                raise UserError(f"--parts {part}: choose from {', '.join(PARTS)}")
         for mode in self.modes:
             if mode not in ("cached", "kept"):
-                raise ValueError(f"--modes {mode}: choose cached or kept")
+                raise UserError(f"--modes {mode}: choose cached or kept")
         if self.skip_steps >= self.max_steps:
-            raise ValueError(f"--skip_steps {self.skip_steps}: leaves none of --max_steps {self.max_steps} to be timed")
+            raise UserError(f"--skip_steps {self.skip_steps}: leaves none of --max_steps {self.max_steps} to be timed")
 
 
 class Scaling:

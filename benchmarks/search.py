@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero
-from ds_embed.config.fields import setting
-from ds_embed.config.index_arguments import INDEX_KINDS, IndexArguments
-from ds_embed.distributed import run_recipe
+from ds_embed.job.ranks import run_recipe
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
+from ds_embed.settings.index_arguments import INDEX_KINDS, IndexArguments
 
 _ROWS_AT_ONCE = 50_000
 
@@ -46,7 +47,7 @@ class BenchmarkArguments(IndexArguments):
         above_zero(self, "num_queries", "dimensions", "top_k", "index_documents", "noise", "num_threads")
         for name in self.index:
             if name not in (*INDEX_KINDS, "none"):
-                raise ValueError(f"--index {name}: choose from {', '.join(INDEX_KINDS)}, none")
+                raise UserError(f"--index {name}: choose from {', '.join(INDEX_KINDS)}, none")
 
 
 def main():
@@ -102,8 +103,8 @@ def run_case(folder: str, size: int, kind: str) -> dict:
 def measure(arguments: BenchmarkArguments, case: dict) -> None:
     import torch
 
-    from ds_embed.retrieval.faiss_index import build_index, index_kind, recall_against_exact, search_index
-    from ds_embed.retrieval.search import search
+    from ds_embed.vectors.faiss_index import build_index, index_kind, recall_against_exact, search_index
+    from ds_embed.vectors.search import search
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)

@@ -16,9 +16,9 @@ from pathlib import Path
 from contest import Goal, Spread, launched, play, print_goals, print_table, spread, write_results
 from train import recipe_of
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero, existing_files
-from ds_embed.config.fields import setting
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, existing_files
+from ds_embed.settings.fields import setting
 
 LONGEST_IMPORT, LONGEST_START = 0.3, 20.0
 IMPORTS = {"import ds_embed": "import ds_embed", "from ds_embed import Embedder": "from ds_embed import Embedder"}

@@ -23,9 +23,10 @@ from pathlib import Path
 
 from contest import Goal, Spread, goals, in_process, launched, play, print_goals, print_table, spread, write_results
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero, at_least, existing_files
-from ds_embed.config.fields import setting
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, at_least, existing_files
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
 
 OURS, OURS_CACHED, TWO, TWO_CACHED = (
     "ds_embed",
@@ -77,7 +78,7 @@ class SpeedArguments:
         above_zero(self, "rounds", "max_steps")
         at_least(self, 0, "skip_steps", "num_layers", "lora_rank")
         if self.skip_steps >= self.max_steps:
-            raise ValueError(f"--skip_steps {self.skip_steps}: leaves none of --max_steps {self.max_steps} to be timed")
+            raise UserError(f"--skip_steps {self.skip_steps}: leaves none of --max_steps {self.max_steps} to be timed")
         recipe_of(self.pooling)
 
 
@@ -118,7 +119,7 @@ class Speed:
             del every[FLAG]  # not of the extra: see flag_embedding.py
         for name in wanted:
             if name not in every:
-                raise ValueError(f"--contestants '{name}': choose from {', '.join(map(repr, every))}")
+                raise UserError(f"--contestants '{name}': choose from {', '.join(map(repr, every))}")
         return {name: run for name, run in every.items() if not wanted or name in (MATRICES, *wanted)}
 
     def ours(self, ranks: int, grad_cache: bool = False, bf16: bool = True) -> dict:
@@ -216,7 +217,7 @@ class Speed:
 def recipe_of(pooling: str) -> str:
     """The recipe that trains a model of this pooling: decoders pool the last token here, encoders the mean."""
     if pooling not in ("mean", "last"):
-        raise ValueError(f"--pooling {pooling}: choose mean (a BERT-family model) or last (a decoder)")
+        raise UserError(f"--pooling {pooling}: choose mean (a BERT-family model) or last (a decoder)")
     return f"recipes/train_{'gpt' if pooling == 'last' else 'bert'}.py"
 
 

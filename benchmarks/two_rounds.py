@@ -15,9 +15,9 @@ from pathlib import Path
 
 from recovery import MEASURES, REPOSITORY, RecoveryArguments, draw_anew, launched, measure, read_metrics, run, summarise
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.fields import setting
 from ds_embed.data.json_files import read_json_objects
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.fields import setting
 
 
 @dataclass

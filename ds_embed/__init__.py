@@ -7,7 +7,7 @@ __all__ = ["Embedder"]
 def __getattr__(name: str):
     # torch and transformers take seconds to import: they wait until the class is asked for.
     if name == "Embedder":
-        from ds_embed.retrieval.embedder import Embedder
+        from ds_embed.vectors.embedder import Embedder
 
         return Embedder
     raise AttributeError(f"module 'ds_embed' has no attribute '{name}'")

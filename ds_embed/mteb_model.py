@@ -17,7 +17,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
-from ds_embed.retrieval.embedder import Embedder
+from ds_embed.vectors.embedder import Embedder
 
 
 class MTEBModel(AbsEncoder):

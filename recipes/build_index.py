@@ -10,12 +10,12 @@ import os
 import time
 from dataclasses import dataclass
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import one_of
-from ds_embed.config.fields import setting
-from ds_embed.config.index_arguments import INDEX_KINDS, IndexArguments
-from ds_embed.distributed import run_recipe
-from ds_embed.retrieval.vectors import read_vectors
+from ds_embed.job.ranks import run_recipe
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import one_of
+from ds_embed.settings.fields import setting
+from ds_embed.settings.index_arguments import INDEX_KINDS, IndexArguments
+from ds_embed.vectors.vectors import read_vectors
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class BuildIndexArguments(IndexArguments):
 def main(argv=None):
     (arguments,) = parse_arguments(BuildIndexArguments, argv=argv)
     documents = read_vectors(arguments.embeddings, "doc")
-    from ds_embed.retrieval.faiss_index import build_index, index_kind, read_index, write_index
+    from ds_embed.vectors.faiss_index import build_index, index_kind, read_index, write_index
 
     start = time.perf_counter()
     index = build_index(arguments.index, documents.rows, arguments)

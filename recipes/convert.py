@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import above_zero, existing_files, one_of
-from ds_embed.config.fields import listed, setting
 from ds_embed.data.formats import conversions, training_sources, trec
 from ds_embed.data.formats.columns import read_columns
 from ds_embed.data.formats.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.data.formats.tables import table_writer
 from ds_embed.data.formats.tally import Tally
 from ds_embed.data.formats.text_table import TextTable
-from ds_embed.distributed import run_recipe
+from ds_embed.job.ranks import run_recipe
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, existing_files, one_of
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed, setting
 
 _TRAINING_OUTPUTS = ("training", "pairs", "triplets")
 _QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")
@@ -73,30 +74,30 @@ class ConvertArguments:
         one_of(self, "input_format", list(OUTPUTS))
         if self.output_format not in OUTPUTS[self.input_format]:
             outputs = ", ".join(OUTPUTS[self.input_format])
-            raise ValueError(f"--output_format {self.output_format}: {self.input_format} can become {outputs}")
+            raise UserError(f"--output_format {self.output_format}: {self.input_format} can become {outputs}")
         if self.input_format == "test":
             existing_files("query_files", self.query_files)
             existing_files("doc_files", self.doc_files)
         elif self.input_format == "beir":
             if len(self.input) != 1:
-                raise ValueError(f"--input {listed(self.input)}: want one BEIR folder")
+                raise UserError(f"--input {listed(self.input)}: want one BEIR folder")
         else:
             existing_files("input", self.input)
         if bool(self.query_files) != bool(self.doc_files):
-            raise ValueError("--query_files and --doc_files go together; one of them is missing")
+            raise UserError("--query_files and --doc_files go together; one of them is missing")
         if self.qrels is not None:
             existing_files("qrels", [self.qrels])
         if self.query_files and self.input_format not in ("test", "msmarco"):
-            raise ValueError(f"--query_files {listed(self.query_files)}: only test and msmarco read them")
+            raise UserError(f"--query_files {listed(self.query_files)}: only test and msmarco read them")
         if self.qrels is not None and self.input_format != "test":
-            raise ValueError(f"--qrels {self.qrels}: only test reads them; judgments alone are --input_format qrels")
+            raise UserError(f"--qrels {self.qrels}: only test reads them; judgments alone are --input_format qrels")
         if self.judged_negatives and (self.input_format != "beir" or self.output_format not in _TRAINING_OUTPUTS):
-            raise ValueError("--judged_negatives true: only for training records out of a BEIR folder")
+            raise UserError("--judged_negatives true: only for training records out of a BEIR folder")
         if self.columns and self.input_format != "table":
-            raise ValueError(f"--columns {listed(self.columns)}: only a table has columns (--input_format table)")
+            raise UserError(f"--columns {listed(self.columns)}: only a table has columns (--input_format table)")
         above_zero(self, "num_negatives")
         if Path(self.output).exists():
-            raise ValueError(f"--output {self.output}: is there already; delete it or choose another name")
+            raise UserError(f"--output {self.output}: is there already; delete it or choose another name")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,13 +13,14 @@ Writes metrics.json, per_query.jsonl and run.trec (for trec_eval, or to fuse wit
 import time
 from dataclasses import asdict, dataclass
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import at_least
-from ds_embed.config.fields import listed, setting
-from ds_embed.config.index_arguments import SearchIndexArguments
-from ds_embed.distributed import run_recipe
-from ds_embed.retrieval.compressed import QUANTIZED, describe_compressed, measure_compressed
-from ds_embed.retrieval.metrics import (
+from ds_embed.job.ranks import run_recipe
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import at_least
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed, setting
+from ds_embed.settings.index_arguments import SearchIndexArguments
+from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
+from ds_embed.vectors.metrics import (
     DEFAULT_MEASURES,
     SearchRun,
     evaluate,
@@ -31,8 +32,8 @@ from ds_embed.retrieval.metrics import (
     skip_unknown,
     write_results,
 )
-from ds_embed.retrieval.significance import compare_runs, describe_comparisons, read_per_query
-from ds_embed.retrieval.vectors import read_embeddings
+from ds_embed.vectors.significance import compare_runs, describe_comparisons, read_per_query
+from ds_embed.vectors.vectors import read_embeddings
 
 
 @dataclass
@@ -70,20 +71,20 @@ class EvaluateArguments:
 
     def __post_init__(self):
         if (self.embeddings is None) == (self.run_file is None):
-            raise ValueError("--embeddings or --run_file: give one of the two, to say what is measured")
+            raise UserError("--embeddings or --run_file: give one of the two, to say what is measured")
         if not self.query_files and self.qrels is None:
-            raise ValueError("--query_files and --qrels are both missing; give one, to say what is right")
+            raise UserError("--query_files and --qrels are both missing; give one, to say what is right")
         if self.run_file is not None:
             for name in ("truncate_dims", "quantize"):
                 if getattr(self, name):
-                    raise ValueError(f"--{name} {listed(getattr(self, name))}: needs vectors; give --embeddings")
+                    raise UserError(f"--{name} {listed(getattr(self, name))}: needs vectors; give --embeddings")
             if self.output_dir is None:
-                raise ValueError("--output_dir is missing: --run_file has no folder of its own for the results")
+                raise UserError("--output_dir is missing: --run_file has no folder of its own for the results")
         at_least(self, 1, "top_k")
         at_least(self, 0, "rescore_multiplier")
         for kind in self.quantize:
             if kind not in QUANTIZED:
-                raise ValueError(f"--quantize {kind}: choose from {', '.join(QUANTIZED)}")
+                raise UserError(f"--quantize {kind}: choose from {', '.join(QUANTIZED)}")
 
 
 def main(argv=None):
@@ -98,7 +99,7 @@ def main(argv=None):
         qrels, source = read_qrels_from_queries(arguments.query_files), ", ".join(arguments.query_files)
     if arguments.run_file is not None:
         if index.index != "exact" or index.index_file is not None:
-            raise ValueError("--index: there are no vectors to search with --run_file; leave one of them out")
+            raise UserError("--index: there are no vectors to search with --run_file; leave one of them out")
         run = load_run(arguments.run_file)
         qrels, unknown = known_judgments(arguments, qrels, list(run), None, source)
         unjudged = match_qrels(qrels, run, None, source)
@@ -113,7 +114,7 @@ def main(argv=None):
     if arguments.write_run:
         for vectors in (queries, documents):
             if (name := vectors.ids.first_with_white_space()) is not None:
-                raise ValueError(
+                raise UserError(
                     f"{vectors.path.with_suffix('.ids')}: id '{name}' holds white space, which splits the "
                     "columns of run.trec; give --write_run false, or other ids"
                 )
@@ -125,7 +126,7 @@ def main(argv=None):
     print(f"top_k      {top_k}" + (" (all documents)" if top_k < arguments.top_k else ""), flush=True)
 
     # torch takes seconds to import; mistakes are found before
-    from ds_embed.retrieval.faiss_index import recall_against_exact, search_by_arguments
+    from ds_embed.vectors.faiss_index import recall_against_exact, search_by_arguments
 
     start = time.perf_counter()
     options = {"tie_rank": documents.ids.ranks, "device": arguments.device}
@@ -177,7 +178,7 @@ def known_judgments(arguments, qrels, query_ids, document_ids, source):
 def check_dimensions(arguments, dimensions):
     for dims in arguments.truncate_dims:
         if not 1 <= dims < dimensions:
-            raise ValueError(f"--truncate_dims {dims}: the vectors have {dimensions} dimensions; choose fewer")
+            raise UserError(f"--truncate_dims {dims}: the vectors have {dimensions} dimensions; choose fewer")
 
 
 def finish(arguments, run, evaluation, summary, compressed, other):

@@ -8,10 +8,11 @@ model with pooling, normalisation and the prefixes as prompts. Each has a README
 
 from dataclasses import dataclass
 
-from ds_embed.config import parse_arguments
-from ds_embed.config.checks import one_of
-from ds_embed.config.fields import setting
-from ds_embed.distributed import run_recipe
+from ds_embed.job.ranks import run_recipe
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import one_of
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
 
 
 @dataclass
@@ -29,12 +30,12 @@ class ExportArguments:
         one_of(self, "format", ("adapter", "merged", "sentence-transformers"))
         one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
         if self.format == "adapter" and self.dtype != "auto":
-            raise ValueError(f"--dtype {self.dtype}: an adapter is copied as it is; leave the flag out")
+            raise UserError(f"--dtype {self.dtype}: an adapter is copied as it is; leave the flag out")
 
 
 def main(argv=None):
     (arguments,) = parse_arguments(ExportArguments, argv=argv)
-    from ds_embed.export.job import export  # torch takes seconds to import; mistakes in flags are found before
+    from ds_embed.tools.export.job import export  # torch takes seconds to import; mistakes in flags are found before
 
     export(
         arguments.run,

@@ -7,9 +7,9 @@ Killed and started again, it goes on where it was. In a job array, each job adds
 `python recipes/generate.py` with the same flags and --num_shards N --merge_shards true puts the parts together.
 """
 
-from ds_embed.config import EncodeArguments, ModelArguments, TextArguments, parse_arguments
-from ds_embed.distributed import initialize, run_recipe
-from ds_embed.retrieval.generate import generate
+from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, parse_arguments
+from ds_embed.vectors.generate import generate
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ Candidates are the records' own pos_doc, or --doc_files. Writes the records with
 neg_scores, a summary (.summary.json) and a plot of the scores (.scores.png). Started again after a kill it goes on.
 """
 
-from ds_embed.config import TextArguments, parse_arguments
-from ds_embed.config.mining_arguments import MiningArguments, MiningModelArguments
-from ds_embed.distributed import initialize, run_recipe
-from ds_embed.retrieval.mining.job import mine
+from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.settings import TextArguments, parse_arguments
+from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.tools.mine.job import mine
 
 
 def main() -> None:

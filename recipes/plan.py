@@ -7,7 +7,9 @@ It takes the flags of train_gpt.py or train_bert.py, as the model is, whose conf
 where they are given.
 """
 
-from ds_embed.config import (
+from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.models.loading import find_model, is_decoder, load_config
+from ds_embed.settings import (
     BertLoraArguments,
     BertOptimizerArguments,
     BertStepArguments,
@@ -21,10 +23,9 @@ from ds_embed.config import (
     ValidationArguments,
     parse_arguments,
 )
-from ds_embed.distributed import initialize, run_recipe
-from ds_embed.models.loading import find_model, is_decoder, load_config
-from ds_embed.sizing.dry_run import job_to_size
-from ds_embed.sizing.job import table
+from ds_embed.settings.errors import UserError
+from ds_embed.tools.plan.dry_run import job_to_size
+from ds_embed.tools.plan.job import table
 
 
 def encoder_settings() -> tuple:
@@ -58,7 +59,7 @@ def decoder_settings() -> tuple:
 def main() -> None:
     world = initialize()
     if world.size > 1:
-        raise ValueError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
+        raise UserError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
     model, *_ = settings = decoder_settings()
     if not is_decoder(load_config(find_model(model.model_name_or_path), model.trust_remote_code)):
         settings = encoder_settings()

@@ -8,9 +8,9 @@ Writes RUN/report/report.html, which needs no other file and no network, and a P
 
 import sys
 
-from ds_embed.config import ReportArguments, parse_arguments
-from ds_embed.distributed import run_recipe
-from ds_embed.report.build import build_report
+from ds_embed.job.ranks import run_recipe
+from ds_embed.settings import ReportArguments, parse_arguments
+from ds_embed.tools.report.build import build_report
 
 
 def main() -> None:

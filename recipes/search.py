@@ -7,11 +7,12 @@
 import sys
 from dataclasses import dataclass
 
-from ds_embed.config import ModelArguments, TextArguments, parse_arguments
-from ds_embed.config.checks import above_zero, existing_files
-from ds_embed.config.fields import setting
-from ds_embed.config.index_arguments import SearchIndexArguments
-from ds_embed.distributed import run_recipe
+from ds_embed.job.ranks import run_recipe
+from ds_embed.settings import ModelArguments, TextArguments, parse_arguments
+from ds_embed.settings.checks import above_zero, existing_files
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
+from ds_embed.settings.index_arguments import SearchIndexArguments
 
 
 @dataclass
@@ -27,7 +28,7 @@ class SearchArguments:
     def __post_init__(self):
         above_zero(self, "top_k", "show_characters")
         if not self.query.strip():
-            raise ValueError("--query: is empty; type what to search for")
+            raise UserError("--query: is empty; type what to search for")
         if self.doc_files:
             existing_files("doc_files", self.doc_files)
 
@@ -41,9 +42,9 @@ def main() -> None:
     )
     from ds_embed.data.records import read_document_texts
     from ds_embed.models.loading import find_model
-    from ds_embed.retrieval.embedder import Embedder
-    from ds_embed.retrieval.faiss_index import search_by_arguments
-    from ds_embed.retrieval.vectors import read_vectors
+    from ds_embed.vectors.embedder import Embedder
+    from ds_embed.vectors.faiss_index import search_by_arguments
+    from ds_embed.vectors.vectors import read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
     source = find_model(model.model_name_or_path, arguments.adapter_path)

@@ -4,7 +4,8 @@
         --train_files pairs.jsonl --output_dir RUN
 """
 
-from ds_embed.config import (
+from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.settings import (
     DataArguments,
     DryRunArguments,
     LoraArguments,
@@ -15,8 +16,7 @@ from ds_embed.config import (
     ValidationArguments,
     parse_arguments,
 )
-from ds_embed.distributed import initialize, run_recipe
-from ds_embed.sizing.dry_run import print_dry_run
+from ds_embed.tools.plan.dry_run import print_dry_run
 from ds_embed.training.loop import TrainingRun
 
 

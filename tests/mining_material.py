@@ -3,14 +3,13 @@
 import json
 
 import numpy as np
-import torch
 
-from ds_embed.config import TextArguments
-from ds_embed.config.mining_arguments import MiningArguments, MiningModelArguments
-from ds_embed.distributed import World
-from ds_embed.retrieval.mining.job import mine
+from ds_embed.job.ranks import World
+from ds_embed.settings import TextArguments
+from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.tools.mine.job import mine
 
-ONE_PROCESS = World(0, 1, 0, 1, torch.device("cpu"), None)
+ONE_PROCESS = World.alone()
 
 
 def write_jsonl(path, records):

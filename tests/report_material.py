@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from ds_embed.config import ReportArguments
-from ds_embed.report.build import build_report
+from ds_embed.settings import ReportArguments
+from ds_embed.tools.report.build import build_report
 
 EVIL = "<script>document.title='broken'</script> \"&' $x$"
 

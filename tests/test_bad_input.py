@@ -225,7 +225,7 @@ def test_a_master_port_that_another_job_uses_is_named():
         port = str(other.getsockname()[1])
         environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
         ended = subprocess.run(
-            [sys.executable, "-c", "from ds_embed.distributed import *; raise SystemExit(run_recipe(initialize))"],
+            [sys.executable, "-c", "from ds_embed.job.ranks import *; raise SystemExit(run_recipe(initialize))"],
             env=environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
             cwd=REPOSITORY,
             timeout=SECONDS,

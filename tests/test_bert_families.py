@@ -5,8 +5,8 @@ import torch
 from test_gradients import FAMILIES
 from tiny import make_model
 
-from ds_embed.config import ModelArguments, TextArguments
 from ds_embed.models.loading import choose_card, find_model, load_config, load_encoder, longest_text
+from ds_embed.settings import ModelArguments, TextArguments
 
 KINDS = ("bert", *FAMILIES)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ds_embed.retrieval import compressed
-from ds_embed.retrieval.compressed import hamming_search, quantized_int8, search_compressed, sign_words, truncated
+from ds_embed.vectors import compressed
+from ds_embed.vectors.compressed import hamming_search, quantized_int8, search_compressed, sign_words, truncated
 
 
 def unit_rows(rng, num_rows, dims):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 from tiny import REPOSITORY
 
-from ds_embed.config import LoraArguments, OptimizerArguments, parse_arguments, resolve_deepspeed_config
-from ds_embed.config.fields import setting
+from ds_embed.settings import LoraArguments, OptimizerArguments, parse_arguments, resolve_deepspeed_config
+from ds_embed.settings.fields import setting
 
 
 @dataclass

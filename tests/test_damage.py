@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from ds_embed.settings.errors import UserError
 from ds_embed.training import checkpoint
 from ds_embed.training.checkpoint import damage, list_checkpoints, prune, set_aside
 from ds_embed.training.fingerprint import check_unchanged
@@ -219,7 +220,7 @@ def test_disk_that_fails_keeps_the_checkpoint_before(run_path, tmp_path, monkeyp
         monkeypatch.setattr(checkpoint._Writer, "_write", fail)
     else:
         monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(OSError, match="step 30 could not be written.*No space left.*step 20 is untouched"):
+    with pytest.raises(UserError, match="step 30 could not be written.*No space left.*step 20 is untouched"):
         checkpoint.save_checkpoint(None, OneRank(), folder, 30, {}, before=lambda: None)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000010", "step_00000020"]
     assert damage(folder / "step_00000020") is None

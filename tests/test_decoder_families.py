@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import DECODERS, make_model
 
-from ds_embed.config import LoraArguments, ModelArguments, TextArguments
 from ds_embed.models.attention import BIDIRECTIONAL_FAMILIES, CausalAttention
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import choose_card, find_model, load_encoder
 from ds_embed.models.lora import add_lora
+from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 
 LENGTHS = (20, 7, 5, 1)  # the windows hold 5 tokens
 

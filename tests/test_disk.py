@@ -12,7 +12,8 @@ import torch
 from test_damage import OneRank
 from tiny import launch, make_model, make_training_file
 
-from ds_embed.config import RunArguments
+from ds_embed.settings import RunArguments
+from ds_embed.settings.errors import UserError
 from ds_embed.training import checkpoint, run_folder
 from ds_embed.training.checkpoint import damage, list_checkpoints
 from ds_embed.training.run_folder import RunFolder
@@ -103,22 +104,24 @@ def test_disk_that_fails_while_a_run_writes(tmp_path, mount, monkeypatch, state,
     save(10)
     folder.publish_model(lambda target: (target / "weights").write_bytes(b"old"))
     if state == "full":
-        with pytest.raises(OSError):
+        with pytest.raises(UserError):
             (disk / "filler").write_bytes(bytes(2**20))
     else:
         folder.close()  # files that are open keep a disk writable
         folder._lock.close()
         mount(disk, "remount,ro")
     with pytest.raises(
-        OSError, match=f"--output_dir {disk / 'run'}: .*step 20 could not be written .{reason}.*step 10 is"
+        UserError, match=f"--output_dir {disk / 'run'}: .*step 20 could not be written .{reason}.*step 10 is"
     ):
         save(20)
-    with pytest.raises(OSError, match=reason):
+    with pytest.raises(UserError, match=reason):
         folder.publish_model(lambda target: (target / "weights").write_bytes(bytes(2**16)))
     assert (folder.model_dir / "weights").read_bytes() == b"old"
     assert [path.name for path in folder.checkpoints_dir.iterdir()] == ["step_00000010"]
     assert damage(folder.checkpoints_dir / "step_00000010") is None
     if state == "full":
-        with pytest.raises(OSError, match=f"--output_dir {disk / 'run'}: metrics.jsonl could not be written .{reason}"):
+        with pytest.raises(
+            UserError, match=f"--output_dir {disk / 'run'}: metrics.jsonl could not be written .{reason}"
+        ):
             for step in range(2, 2000):
                 folder.log({"step": step})

@@ -16,13 +16,14 @@ from tiny import make_tokenizer, sentence
 
 from ds_embed.data.store import TextStore, build_text_store
 from ds_embed.data.tokenize import TextFormat
-from ds_embed.distributed import World
-from ds_embed.retrieval import corpus_plan, encode, shards, vectors_writer
-from ds_embed.retrieval.corpus_plan import rows_of_shard
-from ds_embed.retrieval.vectors import read_vectors
-from ds_embed.retrieval.vectors_folder import is_finished, unfinished_folder
+from ds_embed.job.ranks import World
+from ds_embed.settings.errors import UserError
+from ds_embed.vectors import corpus_plan, encode, shards, vectors_writer
+from ds_embed.vectors.corpus_plan import rows_of_shard
+from ds_embed.vectors.vectors import read_vectors
+from ds_embed.vectors.vectors_folder import is_finished, unfinished_folder
 
-WORLD = World(0, 1, 0, 1, torch.device("cpu"), None)
+WORLD = World.alone()
 MADE_FROM = {"doc_files": "aa (100 records)", "base_model": "bb", "micro_batch_tokens": "60"}
 TEXTS, DIMS = 200, 3
 
@@ -252,7 +253,7 @@ def test_full_disk_keeps_what_was_saved(store, straight, tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 60 * 4 * DIMS, hard))
     try:
-        with pytest.raises(OSError, match=r"could not be written \(File too large; .*4\d of 200 rows are kept"):
+        with pytest.raises(UserError, match=r"could not be written \(File too large; .*4\d of 200 rows are kept"):
             run(store, target, made_from={"micro_batch_tokens": "60"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

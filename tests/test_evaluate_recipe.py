@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import load_recipe
 
-from ds_embed import distributed
+from ds_embed.job import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "evaluate.py"
@@ -191,7 +191,7 @@ def test_mistakes_are_one_clear_line_and_leave_nothing(files, spoil, flags, mess
     spoil(folder, queries)
     before = sorted(folder.rglob("*"))
     argv = ["--embeddings", str(folder), "--query_files", str(queries), *flags]
-    assert distributed.run_recipe(lambda: recipe.main(argv)) == 2
+    assert ranks.run_recipe(lambda: recipe.main(argv)) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and message in errors
     assert "Traceback" not in errors and errors.count("\n") == 1

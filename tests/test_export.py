@@ -16,19 +16,19 @@ from tiny import REPOSITORY, launch, make_model, sentence
 from tokenizers import AddedToken
 
 from ds_embed import Embedder
-from ds_embed.config import EncodeArguments, LoraArguments, ModelArguments, TextArguments
 from ds_embed.data.tokenize import TextFormat, encode_texts
-from ds_embed.distributed import World
-from ds_embed.export.check import odd_tokens, spelled_texts
-from ds_embed.export.tokenizer import save_tokenizer, self_contained
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
-from ds_embed.retrieval.generate import generate
+from ds_embed.settings import EncodeArguments, LoraArguments, ModelArguments, TextArguments
+from ds_embed.tools.export.check import odd_tokens, spelled_texts
+from ds_embed.tools.export.tokenizer import save_tokenizer, self_contained
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
+from ds_embed.vectors.generate import generate
 
-WORLD = World(0, 1, 0, 1, torch.device("cpu"), None)
+WORLD = World.alone()
 POOLINGS = {"llama": ["last", "mean", "weighted_mean"], "bert": ["mean", "cls"]}
 LENGTHS = {"llama": (12, 20), "bert": (16, 16)}  # of queries and documents, in tokens
 CASES = [(kind, pooling) for kind, poolings in POOLINGS.items() for pooling in poolings]

@@ -167,15 +167,15 @@ def test_blocks_and_ranks_do_not_change_the_rows(place, tmp_path, monkeypatch):
 
     from ds_embed.data.store import TextStore, build_text_store
     from ds_embed.data.tokenize import TextFormat
-    from ds_embed.distributed import World
-    from ds_embed.retrieval import corpus_plan, encode
+    from ds_embed.job.ranks import World
+    from ds_embed.vectors import corpus_plan, encode
 
     tokenizer = AutoTokenizer.from_pretrained(root / "llama")
     path = build_text_store(
         [root / "d1.jsonl", root / "d2.jsonl"], "pos_doc", "doc_id", tokenizer, TextFormat("", 50, True), tmp_path / "c"
     )
     store = TextStore.open(path)
-    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    world = World.alone()
 
     def vector(ids, lengths, has_padding):
         kept = torch.arange(ids.shape[1])[None] < lengths[:, None]

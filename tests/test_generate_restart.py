@@ -14,12 +14,13 @@ import subprocess
 import time
 
 import pytest
-import torch
 from tiny import REPOSITORY, check, launch, launch_command, launch_environment, make_model, sentence
 
-from ds_embed.config import EncodeArguments, ModelArguments, TextArguments
-from ds_embed.distributed import World
-from ds_embed.retrieval.generate import generate
+from ds_embed.job.ranks import World
+from ds_embed.models.cpu_products import WAY
+from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.vectors.generate import generate
 
 KILLS = int(os.environ.get("KILLS", 2))
 NUM_DOCS = 2500 * max(KILLS, 2)  # a kill takes about a second of the job's encoding
@@ -57,7 +58,7 @@ def here(root, name, model="llama", **changes):
     """generate in this process: one rank, whose mistakes are plain exceptions."""
     values = settings(root, name, **changes)
     strings = {key: [str(v) for v in value] if isinstance(value, list) else value for key, value in values.items()}
-    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    world = World.alone()
     return generate(world, ModelArguments(str(root / model)), TextArguments(), EncodeArguments(**strings))
 
 
@@ -70,6 +71,10 @@ def flags(root, name, **changes):
 @pytest.fixture(scope="module")
 def straight(place):
     return here(place, "straight")
+
+
+# Float32 is packed on every CPU that oneDNN knows; bfloat16 through float32 is computed alike on every CPU.
+WAYS = {"packed": (dict(bf16=False), {}), "through float32": ({}, {WAY: "float32"})}
 
 
 def contents(folder):
@@ -88,15 +93,15 @@ def runs(group):
     return False
 
 
-def kill_while_encoding(root, name, num_ranks, rng, while_it_runs=None):
+def kill_while_encoding(root, name, num_ranks, rng, while_it_runs, changes, environment):
     """Start the job, let it save some rows, and kill -9 all of its processes; returns how far it saved."""
     path = root / name / "consumed_samples0" / ".unfinished-test_docs" / "progress.json"
     before = path.read_bytes() if path.exists() else b""
     log = open(root / f"{name}.log", "a+")
     process = subprocess.Popen(
-        launch_command(num_ranks, "recipes/generate.py", *flags(root, name)),
+        launch_command(num_ranks, "recipes/generate.py", *flags(root, name, **changes)),
         cwd=REPOSITORY,
-        env=launch_environment(),
+        env=launch_environment() | environment,
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -123,26 +128,44 @@ def kill_while_encoding(root, name, num_ranks, rng, while_it_runs=None):
     return json.loads(path.read_text())["saves"][-1]["end"]
 
 
-def test_killed_jobs_end_in_the_bytes_of_an_uninterrupted_one(place, straight):
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_jobs_end_in_the_bytes_of_an_uninterrupted_one(place, way):
+    changes, environment = WAYS[way]
     rng = random.Random(os.environ.get("KILLS_SEED", 1))
+    name, reference = f"broken {way}", f"straight {way}"
+
+    def run(num_ranks, output, *more):
+        return launch(
+            num_ranks, "recipes/generate.py", *flags(place, output, **changes), *more, environment=environment
+        )
 
     def second_job():
-        with pytest.raises(ValueError, match=r"--output_prefix .*broken: in use by another job \(process \d+ on "):
-            here(place, "broken")
+        with pytest.raises(UserError, match=r"--output_prefix .*broken.*: in use by another job \(process \d+ on "):
+            here(place, name, **changes)
 
     done = []
     for number in range(KILLS):
-        done.append(kill_while_encoding(place, "broken", (2, 0, 4)[number % 3], rng, None if number else second_job))
+        meanwhile = None if number else second_job
+        done.append(kill_while_encoding(place, name, (2, 0, 4)[number % 3], rng, meanwhile, changes, environment))
     assert all(before < after for before, after in itertools.pairwise(done)), done
-    make_model(place / "other", "llama", seed=1)
-    with pytest.raises(ValueError, match="base_model was .* and is "):
-        here(place, "broken", model="other")
-    with pytest.raises(ValueError, match=r"bf16 was True and is False. Put that back, remove .*\.unfinished-test_docs"):
-        here(place, "broken", query_files=[], bf16=False)
-    ended = check(launch(4, "recipes/generate.py", *flags(place, "broken"), *ZERO3))
+    if way == "packed":  # what is there on this CPU alone, whatever it multiplies with
+        make_model(place / "other", "llama", seed=1)
+        with pytest.raises(UserError, match="base_model was .* and is "):
+            here(place, name, model="other", **changes)
+        unlike = r"bf16 was False and is True.*Put that back, remove .*\.unfinished-test_docs"
+        with pytest.raises(UserError, match=unlike):
+            here(place, name, query_files=[], bf16=True)
+        # Under ZeRO-3 nothing is packed, and other kernels round otherwise.
+        refused = run(2, name, *ZERO3)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert "kernels was cpu, packed linear layers and is cpu, torch's linear layers" in refused.stderr
+        assert "--accept_changes kernels goes on with rows that differ by rounding" in refused.stderr
+        ended = check(run(4, name))
+    else:
+        ended = check(run(4, name, *ZERO3))
     assert "going on after" in ended.stderr and "30 query vectors finished already" in ended.stderr
-    embeddings = place / "broken" / "consumed_samples0"
-    whole, got = contents(straight), contents(embeddings)
+    check(run(0, reference))
+    whole, got = (contents(place / output / "consumed_samples0") for output in (reference, name))
     assert set(got) == set(whole)
     assert [name for name in whole if not name.endswith(".lock") and whole[name] != got[name]] == []
 
@@ -185,10 +208,13 @@ def test_shards_through_the_recipe(place):
         (dict(num_shards=3, shard_index=3), "--shard_index 3: must be from 0 to 2"),
         (dict(shard_index=0), "--num_shards 1: give the number of shards, 2 or more"),
         (dict(num_shards=2, shard_index=0, merge_shards=True), "--merge_shards true: encodes no shard"),
-        (dict(accept_changes=["bf16"]), "--accept_changes bf16: only micro_batch_tokens and attn_implementation may"),
+        (
+            dict(accept_changes=["bf16"]),
+            "--accept_changes bf16: only micro_batch_tokens, attn_implementation, kernels may",
+        ),
         (dict(output_prefix="/proc/nowhere"), "/proc"),
     ],
 )
 def test_mistakes_are_named(place, changes, message):
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises(UserError, match=message):
         here(place, "mistakes", **changes)

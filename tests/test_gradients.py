@@ -11,7 +11,6 @@ from loss_reference import reference
 from peft.tuners.lora.layer import Linear as PeftLinear
 from tiny import check, launch, make_model, make_training_file, write_teacher_scores
 
-from ds_embed.config import LoraArguments
 from ds_embed.data.batch import assemble_batch, collate
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store
@@ -19,6 +18,7 @@ from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.models.lora_linear import LoraLinear
+from ds_embed.settings import LoraArguments
 
 TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")

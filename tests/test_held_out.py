@@ -8,11 +8,11 @@ import torch
 from tiny import make_tokenizer, make_training_file
 from transformers import AutoTokenizer
 
-from ds_embed.config import DataArguments, StepArguments, ValidationArguments
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
-from ds_embed.distributed import World
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.settings import DataArguments, StepArguments, ValidationArguments
 from ds_embed.training.run_folder import RunFolder, lines_up_to
 from ds_embed.training.validation import Validation, _Encode
 
@@ -97,7 +97,7 @@ def test_held_out_files_that_do_not_fit(place, tmp_path, settings, words):
     card = EmbeddingCard("last", "query: ", "passage: ", 24, 24, True, "base", 0)
     with pytest.raises(ValueError) as caught:
         Validation(
-            World(0, 1, 0, 1, torch.device("cpu"), None),
+            World.alone(),
             ValidationArguments(**settings),
             DataArguments(
                 train_files=[str(place / "held_out.jsonl")], hard_negatives=1, cache_dir=str(tmp_path / "cache")

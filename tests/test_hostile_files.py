@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model, make_training_file
 
-from ds_embed.config import EncodeArguments, LoraArguments, ModelArguments, TextArguments
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
-from ds_embed.distributed import World
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
-from ds_embed.retrieval.embedder import Embedder
-from ds_embed.retrieval.generate import generate
-from ds_embed.retrieval.vectors import read_embeddings
+from ds_embed.settings import EncodeArguments, LoraArguments, ModelArguments, TextArguments
 from ds_embed.training import checkpoint
+from ds_embed.vectors.embedder import Embedder
+from ds_embed.vectors.generate import generate
+from ds_embed.vectors.vectors import read_embeddings
 
 
 class Payload:
@@ -141,7 +141,7 @@ def test_config_that_names_code(tmp_path, model, adapter, sentinel, model_type):
         documents.write_text('{"pos_doc": "w1", "doc_id": "d1"}\n')
         arguments = EncodeArguments(doc_files=[str(documents)], output_prefix=str(tmp_path / "out"))
         with pytest.raises(ValueError, match="--trust_remote_code true"):
-            world = World(0, 1, 0, 1, torch.device("cpu"), None)
+            world = World.alone()
             generate(world, ModelArguments(str(name)), TextArguments(), arguments)
     assert not sentinel.exists()
 

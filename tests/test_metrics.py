@@ -1,5 +1,6 @@
 """Measures against hand-written ones and against pytrec_eval itself; judgments and run files."""
 
+import errno
 import io
 import math
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from ds_embed.durable import replaced_when_whole
-from ds_embed.retrieval.metrics import (
+from ds_embed.artifact.durable import replaced_when_whole
+from ds_embed.settings.errors import UserError
+from ds_embed.vectors.metrics import (
     SearchRun,
     evaluate,
     load_run,
@@ -272,9 +274,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     class Failing(dict):
         def items(self):
             yield "q", {"other": 1.0}
-            raise OSError("no space left")
+            raise OSError(errno.ENOSPC, "no space left")
 
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="could not be written .no space left; .* are free there"):
         write_results(tmp_path, Failing(), evaluate({"q": {"b": 1.0}}, {"q": {"a": 1}}), {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(KeyboardInterrupt), replaced_when_whole(tmp_path / "metrics.json") as file:

@@ -19,7 +19,7 @@ from tiny import (
     make_training_file,
 )
 
-from ds_embed.config import TextArguments
+from ds_embed.settings import TextArguments
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from mining_material import make_files, read_jsonl, reference, run, same, unit, write_jsonl, write_vectors
 from tiny import launch, make_model, make_tokenizer, make_training_file
 
-from ds_embed.config.mining_arguments import MiningArguments
-from ds_embed.retrieval.mining import job
+from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.tools.mine import job
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from mining_material import make_files, read_jsonl, run, write_jsonl
 from tiny import make_model
 
-from ds_embed.retrieval.mining import job
+from ds_embed.tools.mine import job
 
 
 @pytest.fixture(scope="module")

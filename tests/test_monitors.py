@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import check, launch, make_model, make_training_file
 
-from ds_embed.config import RunArguments
+from ds_embed.settings import RunArguments
 from ds_embed.training.monitors import cut_csv_files
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ds_embed.config import DataArguments, StepArguments
 from ds_embed.data.batch import choose_negatives
 from ds_embed.data.order import SampleOrder, sample_records
+from ds_embed.settings import DataArguments, StepArguments
 from ds_embed.training.prepare import sample_order
 
 SIZES = (50, 7, 300)

@@ -8,10 +8,10 @@ from test_tokenizer_kinds import llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ds_embed.config import DataArguments, ModelArguments, TextArguments, parse_arguments
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, encode_texts
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.settings import DataArguments, ModelArguments, TextArguments, parse_arguments
 from ds_embed.training.prepare import describe_prefixes, file_formats
 
 

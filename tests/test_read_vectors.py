@@ -8,8 +8,8 @@ import warnings
 import numpy as np
 import pytest
 
-from ds_embed.retrieval.search import search
-from ds_embed.retrieval.vectors import Ids, read_embeddings, read_vectors
+from ds_embed.vectors.search import search
+from ds_embed.vectors.vectors import Ids, read_embeddings, read_vectors
 
 
 def test_ids_are_a_sequence_and_sort_like_bytes():
@@ -68,7 +68,7 @@ def test_read_vectors(folder):
 
 
 def test_a_bad_row_is_named_in_whichever_block(folder, monkeypatch):
-    monkeypatch.setattr("ds_embed.retrieval.vectors._CHECK_BYTES", 2 * 4 * 4)  # two rows
+    monkeypatch.setattr("ds_embed.vectors.vectors._CHECK_BYTES", 2 * 4 * 4)  # two rows
     spoil_value(folder)
     with pytest.raises(ValueError, match=r"row 3 \(id 'd3'\)"):
         read_vectors(folder, "doc")

@@ -8,9 +8,9 @@ import pytest
 from report_material import report, write_retrieval, write_run
 from tiny import check, launch, make_model, make_training_file
 
-from ds_embed.report.curves import smooth
-from ds_embed.report.neighbours import find, map_documents, sample_documents, worst_queries
-from ds_embed.retrieval.vectors import read_embeddings
+from ds_embed.tools.report.curves import smooth
+from ds_embed.tools.report.neighbours import find, map_documents, sample_documents, worst_queries
+from ds_embed.vectors.vectors import read_embeddings
 
 
 def test_report_of_a_real_run(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from report_material import write_retrieval, write_run
 from tiny import check
 
-from ds_embed.config import ReportArguments
-from ds_embed.report.build import build_report
+from ds_embed.settings import ReportArguments
+from ds_embed.tools.report.build import build_report
 
 
 @pytest.fixture(scope="module")

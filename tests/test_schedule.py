@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import make_model
 
-from ds_embed.config import LoraArguments, OptimizerArguments
-from ds_embed.engine import _parameter_groups
+from ds_embed.models.engine import _parameter_groups
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
+from ds_embed.settings import LoraArguments, OptimizerArguments
 from ds_embed.training.schedule import count_steps, learning_rate
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_embed.retrieval import search as search_module
-from ds_embed.retrieval.search import search
+from ds_embed.vectors import search as search_module
+from ds_embed.vectors.search import search
 
 
 def plain_search(queries, documents, k, tie_rank):
@@ -144,7 +144,7 @@ def test_memory_is_bounded_by_the_blocks(tmp_path):
     code = textwrap.dedent("""
         import resource, sys
         import numpy as np, torch
-        from ds_embed.retrieval.search import search
+        from ds_embed.vectors.search import search
         torch.set_num_threads(1)
         documents = np.load(sys.argv[1], mmap_mode="r")
         small = np.array(documents[:3000])

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 from tiny import REPOSITORY, launch_environment
 
-from ds_embed.retrieval import sharded_search
-from ds_embed.retrieval.search import search
+from ds_embed.vectors import sharded_search
+from ds_embed.vectors.search import search
 
 
 def test_three_ranks_find_what_one_process_finds(tmp_path):

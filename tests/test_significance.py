@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ds_embed.retrieval.significance import compare_runs, describe_comparisons, read_per_query
+from ds_embed.vectors.significance import compare_runs, describe_comparisons, read_per_query
 
 
 def per_query(values, measures=("nDCG@10",)):

@@ -10,7 +10,16 @@ import transformers
 from tiny import MODELS, REPOSITORY, check, launch, make_model, make_training_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from ds_embed.config import (
+from ds_embed.data.batch import assemble_batch
+from ds_embed.data.order import SampleOrder
+from ds_embed.data.store import TrainingStore, build_training_store
+from ds_embed.data.tokenize import TextFormat
+from ds_embed.models.attention import CausalAttention, EncoderAttention
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.loading import find_model, load_config, load_tokenizer
+from ds_embed.models.lora import add_lora
+from ds_embed.settings import (
     LoraArguments,
     ModelArguments,
     OptimizerArguments,
@@ -21,20 +30,11 @@ from ds_embed.config import (
     parse_arguments,
     resolve_deepspeed_config,
 )
-from ds_embed.data.batch import assemble_batch
-from ds_embed.data.order import SampleOrder
-from ds_embed.data.store import TrainingStore, build_training_store
-from ds_embed.data.tokenize import TextFormat
-from ds_embed.models.attention import CausalAttention, EncoderAttention
-from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.loading import find_model, load_config, load_tokenizer
-from ds_embed.models.lora import add_lora
-from ds_embed.sizing.dry_run import job_to_size
-from ds_embed.sizing.estimate import payloads
-from ds_embed.sizing.job import Job, Sizing, table
-from ds_embed.sizing.measure import measure_model, measure_pass
-from ds_embed.sizing.memory import rank_memory
+from ds_embed.tools.plan.dry_run import job_to_size
+from ds_embed.tools.plan.estimate import payloads
+from ds_embed.tools.plan.job import Job, Sizing, table
+from ds_embed.tools.plan.measure import measure_model, measure_pass
+from ds_embed.tools.plan.memory import rank_memory
 
 RANKS, QUERIES, LONGEST, BUDGET = 2, 16, 24, 192
 # Gathers every weight whenever it is needed, and in small buckets.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_embed.config import BertStepArguments, StepArguments, parse_arguments
+from ds_embed.settings import BertStepArguments, StepArguments, parse_arguments
 from ds_embed.training.prepare import check_prefixes
 from ds_embed.training.step import loss_options
 

@@ -16,6 +16,7 @@ from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, s
 
 from ds_embed.data import store_files, store_writer
 from ds_embed.data.store import TrainingStore, build_text_store
+from ds_embed.settings.errors import UserError
 
 CHILD = """
 import json, logging, os, signal, sys, time, types
@@ -156,7 +157,7 @@ def test_no_room_is_a_clear_error_and_leaves_nothing(tmp_path, tokenizer):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the nearest to a full disk without being root
     try:
-        with pytest.raises(OSError, match="no room for the token store in .*; free space there or choose"):
+        with pytest.raises(UserError, match="no room for the token store in .*; free space there or choose"):
             build(path, tokenizer, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from tiny import make_tokenizer, make_training_file, write_teacher_scores
 
-from ds_embed.config import DataArguments, StepArguments
 from ds_embed.data.batch import assemble_batch
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
+from ds_embed.settings import DataArguments, StepArguments
 from ds_embed.training.prepare import check_store
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import REPOSITORY, check, launch, make_model, make_training_file, sentence
 
-from ds_embed.config import EncodeArguments, ModelArguments, TextArguments
 from ds_embed.data.order import sample_records
-from ds_embed.distributed import EXIT_REQUEUE, World
-from ds_embed.retrieval.generate import generate
+from ds_embed.job.ranks import EXIT_REQUEUE, World
+from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments
+from ds_embed.vectors.generate import generate
 
 HELD_OUT, BATCH = 22, 8  # the last batch has six of its own
 STEPS = 4
@@ -285,7 +285,7 @@ def test_metrics_are_those_of_generate_and_evaluate(place, on_two_ranks, tmp_pat
     spec.loader.exec_module(evaluate)
     files = {"query_files": [str(place / "queries.jsonl")], "doc_files": [str(place / "docs.jsonl")]}
     out = generate(
-        World(0, 1, 0, 1, torch.device("cpu"), None),
+        World.alone(),
         ModelArguments(str(place / "watched")),
         TextArguments(),
         EncodeArguments(output_prefix=str(tmp_path), cache_dir=str(place / "cache"), bf16=False, **files),

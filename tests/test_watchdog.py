@@ -13,8 +13,8 @@ import time
 import pytest
 from tiny import REPOSITORY
 
-from ds_embed.distributed import EXIT_REQUEUE
-from ds_embed.watcher import EXIT_RANK_LOST
+from ds_embed.job.ranks import EXIT_REQUEUE
+from ds_embed.job.watcher import EXIT_RANK_LOST
 
 TIMEOUT, LONG = 2.0, 1000.0
 
@@ -167,7 +167,7 @@ def test_nobody_is_accused(jobs):
 
 def test_signal_before_the_first_step_is_not_swallowed():
     code = (
-        "import time\nfrom ds_embed.distributed import run_recipe\n"
+        "import time\nfrom ds_embed.job.ranks import run_recipe\n"
         "def main():\n    print(flush=True)\n    while True:\n"
         "        try:\n            time.sleep(0.01)\n        except:\n            pass\n"  # as libraries do
         "raise SystemExit(run_recipe(main))"

@@ -122,12 +122,14 @@ def load_recipe(name: str):
     return module
 
 
-def launch(num_ranks: int, script: Path | str, *flags, timeout: float = 300) -> subprocess.CompletedProcess:
+def launch(
+    num_ranks: int, script: Path | str, *flags, timeout: float = 300, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0."""
     return subprocess.run(
         launch_command(num_ranks, script, *flags),
         cwd=REPOSITORY,
-        env=launch_environment(),
+        env=launch_environment() | (environment or {}),
         text=True,
         timeout=timeout,
         capture_output=True,

@@ -14,6 +14,8 @@ import ijson
 import jsonlines
 import orjson
 
+from ds_embed.settings.errors import UserError
+
 _BOM = b"\xef\xbb\xbf"
 _JSON_BLANKS = b" \t\r\n"
 # Large reads: the observer below is Python code and runs once per read.
@@ -37,7 +39,7 @@ _TYPE_NAMES = {
 }
 
 
-class BadRecord(ValueError):
+class BadRecord(UserError):
     """A record that can't be used. `problem` says what is wrong with it, then what is wanted or the cure."""
 
     def __init__(self, where: str, problem: str):
@@ -56,7 +58,7 @@ class JsonRecords:
     each line or element that is no JSON object, which are otherwise raised; an array that isn't JSON
     can't be read on, so that is always raised.
     In an array, an integer beyond 64 bits is an error; nothing we read needs one.
-    ValueError, with the place and the cure, for everything else.
+    UserError, with the place and the cure, for everything else.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class JsonRecords:
                     raise value
                 self._on_bad(value)
         if number == 0:
-            raise ValueError(f"{self.path}: holds no record; remove it from the list of files or fill it")
+            raise UserError(f"{self.path}: holds no record; remove it from the list of files or fill it")
 
     def _lines(self, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
         line_number = 0
@@ -161,22 +163,22 @@ def type_name(value: Any) -> str:
 
 
 def _first_character(path: str) -> bytes:
-    """The first byte that is neither a byte order mark nor JSON white space; ValueError if none."""
+    """The first byte that is neither a byte order mark nor JSON white space; UserError if none."""
     if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder, want a file; name the files in it, such as {path}/*.jsonl")
+        raise UserError(f"{path}: is a folder, want a file; name the files in it, such as {path}/*.jsonl")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: is not a regular file; write the records to a file first")
+        raise UserError(f"{path}: is not a regular file; write the records to a file first")
     with _open_bytes(path, None) as file:
         block = file.read(_READ_BYTES)
         for start, what, cure in _FOREIGN_STARTS:
             if block.startswith(start):
-                raise ValueError(f"{path}: is {what}, want UTF-8 JSON; {cure}")
+                raise UserError(f"{path}: is {what}, want UTF-8 JSON; {cure}")
         while block:
             rest = block.lstrip(_JSON_BLANKS)
             if rest:
                 return rest[:1]
             block = file.read(_READ_BYTES)
-    raise ValueError(f"{path}: is empty; remove it from the list of files or fill it")
+    raise UserError(f"{path}: is empty; remove it from the list of files or fill it")
 
 
 class _ObservedFile(io.RawIOBase):
@@ -204,9 +206,9 @@ def _open_bytes(path: str, on_bytes: Callable[[Any], object] | None) -> io.Buffe
     try:
         raw = open(path, "rb", buffering=0) if on_bytes is None else _ObservedFile(path, on_bytes)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path (seen from {os.getcwd()})") from None
+        raise UserError(f"{path}: no such file; check the path (seen from {os.getcwd()})") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     file = io.BufferedReader(raw, _READ_BYTES)
     if file.peek(len(_BOM)).startswith(_BOM):
         file.read(len(_BOM))

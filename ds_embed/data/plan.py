@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ds_embed.settings.errors import UserError
+
 # What one more micro-batch costs, as a share of a full one: launches, adding up gradients, under ZeRO-3 a gather of
 # the weights. More and smaller micro-batches pad less, so some more than must be often pay.
 ROUND_COST = 1 / 32
@@ -53,7 +55,7 @@ def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: 
 
     Texts are sorted by length and cut, longest first, into rounds of W micro-batches of about the same padded size, so
     that the ranks wait little for each other; the cut with the least padding, idling and cost of rounds is taken.
-    Raises ValueError when one text is longer than micro_batch_tokens.
+    Raises UserError when one text is longer than micro_batch_tokens.
     """
     lengths = np.asarray(lengths)
     check_budget(int(lengths.max(initial=0)), micro_batch_tokens)
@@ -120,9 +122,9 @@ def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarr
 
 
 def check_budget(longest: int, micro_batch_tokens: int) -> None:
-    """ValueError when a text of `longest` tokens fits into no micro-batch."""
+    """UserError when a text of `longest` tokens fits into no micro-batch."""
     if longest > micro_batch_tokens:
-        raise ValueError(
+        raise UserError(
             f"--micro_batch_tokens {micro_batch_tokens}: smaller than one text of {longest} tokens; "
             f"raise it to at least {longest} or lower --max_length"
         )

@@ -45,7 +45,7 @@ def parse_training_record(where: str, record: dict, *, num_negatives: int | None
 
     `num_negatives` keeps the first so many negatives (None keeps all, fewer is not an error here).
     All negatives are checked, kept or not, so that whether a file is valid depends on no setting.
-    Keys that we do not know are ignored. BadRecord (a ValueError) names the place, the key and what was found.
+    Keys that we do not know are ignored. BadRecord (a UserError) names the place, the key and what was found.
     """
     query = _text(where, record, "query")
     pos_doc = _text(where, record, "pos_doc")

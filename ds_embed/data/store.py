@@ -33,6 +33,7 @@ from ds_embed.data.json_files import format_location
 from ds_embed.data.store_build import build_text_store, build_training_store
 from ds_embed.data.store_files import read_manifest
 from ds_embed.data.store_writer import IDS_NAME, content_key, content_keys
+from ds_embed.settings.errors import UserError
 
 __all__ = [
     "TextStore",
@@ -54,7 +55,7 @@ class _Store:
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path)
         if self.manifest["kind"] not in self.kinds:
-            raise ValueError(f"{self.path}: holds {self.manifest['kind']}, want {' or '.join(self.kinds)}")
+            raise UserError(f"{self.path}: holds {self.manifest['kind']}, want {' or '.join(self.kinds)}")
         self.num_records: int = self.manifest["num_records"]
         self.num_texts: int = self.manifest["num_texts"]
         self.num_tokens: int = self.manifest["num_tokens"]
@@ -66,7 +67,7 @@ class _Store:
 
     @classmethod
     def open(cls, path: str | os.PathLike):
-        """Map the store in folder `path`. ValueError, with the cure, if it is not whole."""
+        """Map the store in folder `path`. UserError, with the cure, if it is not whole."""
         return cls(path)
 
     def tokens_of(self, text: int) -> np.ndarray:
@@ -95,9 +96,9 @@ class _Store:
         try:
             array = np.lib.format.open_memmap(self.path / f"{name}.npy", mode="r")  # never unpickles
         except ValueError as error:
-            raise ValueError(f"{self.path}: {name}.npy is no array of plain numbers ({error}); {again}") from None
+            raise UserError(f"{self.path}: {name}.npy is no array of plain numbers ({error}); {again}") from None
         if array.shape != (num_items,):
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {name}.npy holds {array.shape} items, and the manifest says {num_items}; {again}"
             )
         # A plain array over the map: slicing the memmap class costs several times more per text.
@@ -146,10 +147,10 @@ class TextStore(_Store):
 
 
 def check_texts_fit(store: TextStore | TrainingStore, micro_batch_tokens: int) -> None:
-    """ValueError when a text of the store is longer than a micro-batch, naming where the longest one stands."""
+    """UserError when a text of the store is longer than a micro-batch, naming where the longest one stands."""
     longest = store.manifest["longest_text"]
     if longest["num_tokens"] > micro_batch_tokens:
-        raise ValueError(
+        raise UserError(
             f"--micro_batch_tokens {micro_batch_tokens}: smaller than the text of {longest['num_tokens']} tokens "
             f"at {longest['location']}; raise it to at least {longest['num_tokens']} or lower --max_length"
         )

@@ -21,6 +21,7 @@ from ds_embed.data.store_conflicts import find_conflicts
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerprint
+from ds_embed.settings.errors import UserError
 
 
 def build_training_store(
@@ -38,11 +39,11 @@ def build_training_store(
     A format is that of all files, or a sequence with one for each file.
     `num_negatives` keeps the first so many negatives of each record (fewer: all that there are; None:
     all). `progress` is told how many records were added since it was last called. Returns the store's
-    folder; open it with TrainingStore.open. ValueError for bad data, with file and line; with
+    folder; open it with TrainingStore.open. UserError for bad data, with file and line; with
     `skip_bad_records` bad records are left out and counted in the manifest (all of a file: an error).
     """
     if num_negatives is not None and num_negatives < 0:
-        raise ValueError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
+        raise UserError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
     sources = [_Source(path) for path in _listed(files)]
     query_tokenizers = _tokenizers(tokenizer, query_format, "query_max_length", len(sources))
     document_tokenizers = _tokenizers(tokenizer, document_format, "doc_max_length", len(sources))
@@ -116,7 +117,7 @@ def build_text_store(
         ("pos_doc", "doc_id"): ("documents", parse_document_record, "doc_max_length"),
     }
     if (text_key, id_key) not in kinds:
-        raise ValueError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
+        raise UserError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
     kind, parse, setting = kinds[text_key, id_key]
     sources = [_Source(path) for path in _listed(files)]
     sides = {kind: TextTokenizer(tokenizer, text_format, setting)}
@@ -181,9 +182,9 @@ class _Source:
             yield number, record
         writer.flush()
         if not self.num_records:
-            raise ValueError(f"{self._records.path}: holds no record that can be used; the last one: {last_bad}")
+            raise UserError(f"{self._records.path}: holds no record that can be used; the last one: {last_bad}")
         if self._stamp() != self.stamp:
-            raise ValueError(f"{self._records.path}: changed while it was read; run again once it is whole")
+            raise UserError(f"{self._records.path}: changed while it was read; run again once it is whole")
         self._sha256 = digest.hexdigest()
 
     def describe(self) -> dict:
@@ -194,7 +195,7 @@ def _listed(files: Any) -> list:
     """A lone path is a list of one (a string would otherwise be taken for a list of letters)."""
     listed = [files] if isinstance(files, (str, os.PathLike)) else list(files)
     if not listed:
-        raise ValueError("no data files were given; name at least one")
+        raise UserError("no data files were given; name at least one")
     return listed
 
 

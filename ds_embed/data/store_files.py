@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ds_embed.durable import sync_and_close, sync_path
+from ds_embed.artifact.durable import sync_and_close, sync_path
+from ds_embed.settings.errors import UserError
 
 # Part of every store's key: raise it when the arrays, their meaning or the tokenization change.
 FORMAT_VERSION = 2
@@ -82,10 +83,10 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a complete store. ValueError, with the cure, if the store is not whole."""
+    """The manifest of a complete store. UserError, with the cure, if the store is not whole."""
     problem, manifest = _inspect(folder)
     if problem is not None:
-        raise ValueError(f"{folder}: {problem}; delete that folder and build the store again")
+        raise UserError(f"{folder}: {problem}; delete that folder and build the store again")
     return manifest
 
 
@@ -94,7 +95,7 @@ def obtain_store(cache_dir: Path, name: str, write: Callable[[Path], None]) -> P
 
     Any number of processes may call this at once: one builds and the others wait for it. On file
     systems without locks each builds, and the first to finish wins. Which of the two happened is
-    logged. OSError with the cure when there is no room; nothing half-done is left behind then.
+    logged. UserError with the cure when there is no room; nothing half-done is left behind then.
     """
     cache_dir = cache_dir.expanduser()  # a default or a YAML file's value, which no shell has seen
     final = cache_dir / name
@@ -110,10 +111,9 @@ def obtain_store(cache_dir: Path, name: str, write: Callable[[Path], None]) -> P
             return _build(cache_dir, final, write)
     except OSError as error:
         if error.errno in _NO_ROOM_ERRORS:
-            raise OSError(
-                error.errno,
+            raise UserError(
                 f"no room for the token store in {cache_dir} ({error.strerror}); "
-                "free space there or choose another cache_dir",
+                "free space there or choose another cache_dir"
             ) from error
         raise
 
@@ -125,7 +125,7 @@ def _make_writable(cache_dir: Path) -> None:
     except OSError as error:
         problem = error.strerror
     if problem is not None:
-        raise ValueError(f"cache_dir={cache_dir} cannot be written ({problem}); choose a folder that can")
+        raise UserError(f"cache_dir={cache_dir} cannot be written ({problem}); choose a folder that can")
 
 
 def _build(cache_dir: Path, final: Path, write: Callable[[Path], None]) -> Path:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ds_embed.artifact.durable import sync_and_close
 from ds_embed.data.store_files import NpyWriter, write_manifest
 from ds_embed.data.tokenize import TextTokenizer
-from ds_embed.durable import sync_and_close
+from ds_embed.settings.errors import UserError
 
 IDS_NAME = "ids.txt"
 # A chunk ends at whichever comes first. These are enough texts for the tokenizer's threads, and about
@@ -143,7 +144,7 @@ class StoreWriter:
         full_lengths = pool_full_lengths[chosen]
         if lengths.min() == 0:
             text = int(np.argmin(lengths))
-            raise ValueError(
+            raise UserError(
                 f"{self._where(text)}: {self._text_names[text]} gives no token with this tokenizer; "
                 "remove it, set append_eos to true, or set a prefix"
             )

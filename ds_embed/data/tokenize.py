@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from ds_embed.config.data_arguments import TEXT_PLACE
+from ds_embed.settings.data_arguments import TEXT_PLACE
+from ds_embed.settings.errors import UserError
 
 # Any would do: they only show what the tokenizer puts around a text.
 _PROBE_TEXTS = ("a probe of the tokenizer", "one", "1")
@@ -49,13 +50,13 @@ class SpecialTokens:
         """See what `tokenizer` puts around a text, by trying; then add EOS if asked and not there.
 
         BERT gives [CLS] and [SEP], Llama gives BOS in front, SmolLM2 nothing.
-        ValueError if EOS is wanted and the tokenizer has none.
+        UserError if EOS is wanted and the tokenizer has none.
         """
         head, tail = _probe_surroundings(tokenizer)
         if append_eos:
             eos = tokenizer.eos_token_id
             if eos is None:
-                raise ValueError(
+                raise UserError(
                     f"append_eos is true, but the tokenizer {_name_of(tokenizer)} has no eos_token; "
                     "set append_eos to false, or choose a tokenizer that has one"
                 )
@@ -72,7 +73,7 @@ class TextTokenizer:
     the prefix), such as "</s>", are plain text: data cannot smuggle in control tokens. Where a
     tokenizer's own vocabulary still maps the spelling to the control id (Unigram does), that id is
     dropped. What the tokenizer says about padding and truncation plays no part and is left as it was.
-    `setting` is the name of the length setting, for errors (ValueError).
+    `setting` is the name of the length setting, for errors (UserError).
     """
 
     def __init__(self, tokenizer: Any, text_format: TextFormat, setting: str = "max_length"):
@@ -86,7 +87,7 @@ class TextTokenizer:
         num_prefix = len(self._ids([self._prefix.strip()])[0])
         if text_format.max_length < num_around + num_prefix + 1:
             kinds = "special tokens" if text_format.prefix == "" else "tokens of prefix and special tokens"
-            raise ValueError(
+            raise UserError(
                 f"{setting}={text_format.max_length} leaves no room for text beside the {num_around + num_prefix} "
                 f"{kinds} that stand around it; set {setting} to {num_around + num_prefix + 1} or more"
             )
@@ -104,7 +105,7 @@ class TextTokenizer:
             bare, longer = self._ids([text, text + suffix])
             if longer[: len(bare)] == bare:
                 return tuple(index for index in longer[len(bare) :] if not self._is_control[index])
-        raise ValueError(
+        raise UserError(
             f"the prefix's '{suffix}' behind {TEXT_PLACE} becomes one token with the end of a text; "
             "let it start with a blank or a new line"
         )
@@ -166,7 +167,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _backend_of(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "encode_batch_fast"):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {_name_of(tokenizer)} has no fast version (tokenizer.json), which is needed to "
             "encode whole corpora; convert it, or choose a model that has one"
         )
@@ -203,7 +204,7 @@ def _probe_surroundings(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...
             for start in range(len(dressed) - len(bare) + 1):
                 if bare and dressed[start : start + len(bare)] == bare:
                     return tuple(dressed[:start]), tuple(dressed[start + len(bare) :])
-    raise ValueError(
+    raise UserError(
         f"the tokenizer {_name_of(tokenizer)} changes the tokens of a text when it adds special tokens, "
         "so texts cannot be cut to length first; choose a tokenizer with a plain post-processor"
     )

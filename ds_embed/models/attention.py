@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_embed.models.math_attention import MATH_KERNEL
 from ds_embed.models.pooling import token_mask
+from ds_embed.settings.errors import UserError
 
 # Decoders whose forward pass takes masks as they are: one for all layers, without a window or with one, or one
 # per type of layer.
@@ -87,22 +88,22 @@ def is_bidirectional(config: Any) -> bool:
 
 
 def check_bidirectional(config: Any, asked: bool | None, name: str) -> None:
-    """ValueError when the decoder of this config can't be made bidirectional, or causal, as asked."""
+    """UserError when the decoder of this config can't be made bidirectional, or causal, as asked."""
     if asked is False and is_bidirectional(config):
-        raise ValueError(f"--bidirectional false: {name} is bidirectional by its config.json; leave the flag out")
+        raise UserError(f"--bidirectional false: {name} is bidirectional by its config.json; leave the flag out")
     if (asked or is_bidirectional(config)) and config.model_type not in BIDIRECTIONAL_FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"--bidirectional true: {name} is a {config.model_type}, which can't be made bidirectional; "
             f"supported are {', '.join(BIDIRECTIONAL_FAMILIES)}"
         )
 
 
 def make_bidirectional(backbone: nn.Module) -> BidirectionalAttention:
-    """Tell the attention of a supported decoder, in place, that it is not causal. ValueError for other kernels."""
+    """Tell the attention of a supported decoder, in place, that it is not causal. UserError for other kernels."""
     config = backbone.config
     kernel = config._attn_implementation
     if kernel not in _KERNELS:
-        raise ValueError(
+        raise UserError(
             f"--attn_implementation {kernel}: with --bidirectional true choose one of {', '.join(_KERNELS)}"
         )
     for module in backbone.modules():

@@ -4,9 +4,10 @@ import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
-from ds_embed.config import ModelArguments, TextArguments
-from ds_embed.config.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX, unescape
 from ds_embed.data.tokenize import TextFormat
+from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX, unescape
+from ds_embed.settings.errors import UserError
 
 CARD_NAME = "ds_embed.json"
 
@@ -41,7 +42,7 @@ class EmbeddingCard:
         """The card of a model: what the flags say, else what its own card `known` says, else our defaults.
 
         bidirectional: whether the model is so by itself. longest: tokens that it has positions for, None
-        where nothing limits them. ValueError when a length exceeds it, or for a pooling that sees one token.
+        where nothing limits them. UserError when a length exceeds it, or for a pooling that sees one token.
         """
 
         def first(*choices):
@@ -62,13 +63,13 @@ class EmbeddingCard:
         for name, length in lengths.items():
             if longest is not None and length > longest:
                 flag = "max_length" if getattr(text, name) is None else name
-                raise ValueError(
+                raise UserError(
                     f"--{flag} {length}: {base} has positions for {longest} tokens; set it to at most {longest}"
                 )
         pooling = first(model.pooling, of_known("pooling"), "last" if decoder else "mean")
         bidirectional = bidirectional or first(model.bidirectional, of_known("bidirectional"), False)
         if pooling == "cls" and not bidirectional:
-            raise ValueError(
+            raise UserError(
                 f"--pooling cls: the first token of {base}, a causal decoder, sees none of the text behind it; "
                 "choose last, mean or weighted_mean, or set --bidirectional true"
             )
@@ -96,7 +97,7 @@ class EmbeddingCard:
 
     @classmethod
     def load(cls, folder: Path) -> "EmbeddingCard | None":
-        """The card in `folder`, or None where there is none. ValueError when it can't be understood."""
+        """The card in `folder`, or None where there is none. UserError when it can't be understood."""
         path = folder / CARD_NAME
         if not path.exists():
             return None
@@ -105,5 +106,5 @@ class EmbeddingCard:
         needed = {field.name for field in fields(cls) if field.default is MISSING}
         if not needed <= set(content) <= known:
             odd = ", ".join(sorted(set(content) - known | needed - set(content)))
-            raise ValueError(f"{path}: missing or unknown keys ({odd}): written by another version of ds_embed?")
+            raise UserError(f"{path}: missing or unknown keys ({odd}): written by another version of ds_embed?")
         return cls(**content)

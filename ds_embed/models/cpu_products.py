@@ -9,6 +9,7 @@ The kernels are replaced in torch's own table, for the whole process: so backwar
 ZeRO-3 gathers are all reached, and other models in the process gain as well. Nothing else of torch changes.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -28,10 +29,15 @@ _RESULTS = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
 }
 _IN_PLACE = ("addmm_", "baddbmm_")
+# This environment variable, set to float32, computes on any CPU as on one without bfloat16 instructions: for vectors that
+# must have the same bits on both, and for tests of both ways.
+WAY = "DS_EMBED_BFLOAT16"
 
 
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN, to which torch then leaves products of bfloat16, can compute them on this CPU."""
+    if os.environ.get(WAY) == "float32":
+        return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

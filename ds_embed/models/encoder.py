@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ds_embed.config.step_arguments import MIN_LEARNED_TEMPERATURE
 from ds_embed.models.attention import BidirectionalAttention, CausalAttention, EncoderAttention
 from ds_embed.models.cpu_products import use_quick_products
 from ds_embed.models.pooling import pool
+from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder
 SAME_STATE = 1e-4  # relative difference up to which two states of a token count as the same

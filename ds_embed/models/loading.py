@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ds_embed.config import ModelArguments, TextArguments
 from ds_embed.models.attention import (
     BidirectionalAttention,
     CausalAttention,
@@ -24,6 +23,8 @@ from ds_embed.models.attention import (
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.math_attention import MATH_KERNEL, register_math_kernel, takes_math_kernel
+from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings.errors import UserError
 
 # What transformers' models call the table of learned positions.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -44,13 +45,13 @@ def find_model(
 ) -> ModelSource:
     """Resolve a base model, a run folder, a PEFT folder, or a base plus an adapter.
 
-    Raises ValueError naming the flag when a folder does not exist or holds no model.
+    Raises UserError naming the flag when a folder does not exist or holds no model.
     """
     folder = _model_folder(flag, model_name_or_path)
     if adapter_path is not None:
         adapter = _model_folder("adapter_path", adapter_path)
         if adapter is None or not (adapter / "adapter_config.json").exists():
-            raise ValueError(f"--adapter_path {adapter_path}: no adapter_config.json there; give a LoRA run or adapter")
+            raise UserError(f"--adapter_path {adapter_path}: no adapter_config.json there; give a LoRA run or adapter")
         return ModelSource(str(folder or model_name_or_path), adapter, str(adapter), EmbeddingCard.load(adapter))
     if folder is None:
         return ModelSource(model_name_or_path, None, model_name_or_path, None)
@@ -72,17 +73,17 @@ def _model_folder(flag: str, name: str, hint: str = "") -> Path | None:
     if path.is_dir():
         unfinished = (path / "config.yaml").exists()
         reason = "a run that has not finished: no model/ in it" if unfinished else "no config.json in this folder"
-        raise ValueError(f"--{flag} {name}{hint}: {reason}")
+        raise UserError(f"--{flag} {name}{hint}: {reason}")
     if path.exists():
-        raise ValueError(f"--{flag} {name}{hint}: is a file; give the folder that holds config.json")
+        raise UserError(f"--{flag} {name}{hint}: is a file; give the folder that holds config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         if name.count("/") or name.startswith((".", "~")):
-            raise ValueError(f"--{flag} {name}{hint}: no such folder")
+            raise UserError(f"--{flag} {name}{hint}: no such folder")
     return None
 
 
 def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
-    """The transformers config of the base model. ValueError when it is not one we can embed with."""
+    """The transformers config of the base model. UserError when it is not one we can embed with."""
     from transformers import AutoConfig
 
     try:
@@ -90,11 +91,11 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
             config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
         ) from None
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {source.base}: encoder-decoder models ({config.model_type}) are not supported"
         )
     return config
@@ -110,12 +111,12 @@ def is_decoder(config: Any) -> bool:
 def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments) -> EmbeddingCard:
     """How texts become vectors: flags, else the model's own card, else our defaults for its kind.
 
-    ValueError when a length exceeds what the model has positions for, or its attention can't be as asked.
+    UserError when a length exceeds what the model has positions for, or its attention can't be as asked.
     """
     config = load_config(source, model.trust_remote_code)
     decoder = is_decoder(config)
     if not decoder and model.bidirectional is False:
-        raise ValueError(f"--bidirectional false: {source.base} is a BERT-style encoder, which always is bidirectional")
+        raise UserError(f"--bidirectional false: {source.base} is a BERT-style encoder, which always is bidirectional")
     if decoder:
         known = None if source.card is None else source.card.bidirectional
         asked = known if model.bidirectional is None else model.bidirectional
@@ -157,7 +158,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     with _without_foreign_code(source.tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
-        raise ValueError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
+        raise UserError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
     return tokenizer
 
 
@@ -220,7 +221,7 @@ def _attention_of(
 def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """What AutoModel is told about every backbone."""
     if attn_implementation == MATH_KERNEL and not takes_math_kernel(config):
-        raise ValueError(
+        raise UserError(
             f"--attn_implementation {MATH_KERNEL}: {config.model_type} models can't take it; leave the flag out"
         )
     return {
@@ -239,7 +240,7 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
     except (ImportError, ValueError) as error:
         if attn_implementation in (None, MATH_KERNEL):
             raise
-        raise ValueError(f"--attn_implementation {attn_implementation}: {error}") from None
+        raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None
 
 
 def put_adapter_on(backbone: torch.nn.Module, adapter: Path) -> Any:
@@ -265,21 +266,21 @@ def without_pooler(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_foreign_code(name: str) -> Iterator[None]:
-    """ValueError naming the model when reading it would run code of its own, or its weights are not plain tensors."""
+    """UserError naming the model when reading it would run code of its own, or its weights are not plain tensors."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (pickle.UnpicklingError, EOFError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{name}: its weights can't be read as plain tensors, and nothing else of them is run ({reason}); "
             "bring back the file, best as .safetensors"
         ) from None
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"{name}: comes with Python code of its own, which is not run; read it, and if you trust it give "
             "--trust_remote_code true"
         ) from None
@@ -289,4 +290,4 @@ def _refuse_named_modules(adapter: Path) -> None:
     """PEFT imports the module that an adapter names as its Megatron; we train no such adapter."""
     content = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     if content.get("megatron_config") is not None:
-        raise ValueError(f"{adapter}: adapter_config.json has megatron_config; such adapters are not supported")
+        raise UserError(f"{adapter}: adapter_config.json has megatron_config; such adapters are not supported")

@@ -2,14 +2,15 @@
 
 import torch
 
-from ds_embed.config import LoraArguments
 from ds_embed.models.encoder import TextEncoder
+from ds_embed.settings import LoraArguments
+from ds_embed.settings.errors import UserError
 
 
 def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype: torch.dtype) -> None:
     """Freeze the backbone and put trained LoRA matrices beside its modules, in place.
 
-    The initial values depend on `seed` alone, so that every rank has the same. Raises ValueError
+    The initial values depend on `seed` alone, so that every rank has the same. Raises UserError
     when no module has the asked-for name.
     """
     from peft import LoraConfig, get_peft_model
@@ -31,7 +32,7 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
         linear = sorted(
             {n.split(".")[-1] for n, m in encoder.backbone.named_modules() if isinstance(m, torch.nn.Linear)}
         )
-        raise ValueError(
+        raise UserError(
             f"--lora_target_modules {' '.join(modules)}: {error}; linear modules of this model: {', '.join(linear)}"
         ) from None
     for parameter in encoder.backbone.parameters():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_embed.models.dropout import draw_kept
+from ds_embed.settings.errors import UserError
 
 MATH_KERNEL = "math"  # as --attn_implementation
 # Longer texts go to torch's kernel, which keeps no (H, S, S) weights, unless they need dropout.
@@ -69,7 +70,7 @@ def math_attention(
         )
     refused = [name for name in ("softcap", "position_bias", "s_aux") if more.get(name) is not None]
     if refused:
-        raise ValueError(f"--attn_implementation {MATH_KERNEL}: does not know {', '.join(refused)}; choose eager")
+        raise UserError(f"--attn_implementation {MATH_KERNEL}: does not know {', '.join(refused)}; choose eager")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and is_causal and num_tokens > 1:
         attention_mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril_()[None, None]

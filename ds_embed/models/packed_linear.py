@@ -47,7 +47,7 @@ def pack_linear_layers(model: nn.Module) -> None:
     Nothing changes where oneDNN can't compute in the model's precision. LoRA matrices stay as they are.
     """
     linear = [module for module in model.modules() if type(module) is nn.Linear]
-    if not linear or not _can_pack(linear[0].weight):
+    if not linear or not can_pack(linear[0].weight.device.type, linear[0].weight.dtype):
         return
     for module in list(model.modules()):
         for layer, activation in _ACTIVATED:
@@ -60,10 +60,25 @@ def pack_linear_layers(model: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child))
 
 
-def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
+def can_pack(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes linear layers of this precision on this device from packed weights."""
+    if device_type != "cpu" or dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or multiplies_bfloat16()
+    return dtype == torch.float32 or multiplies_bfloat16()
+
+
+def describe_kernels(device_type: str, dtype: torch.dtype, is_partitioned: bool) -> str:
+    """How linear layers are computed for encoding, as far as it changes bits.
+
+    is_partitioned: under ZeRO-3 weights are only there while a module runs, so they can't be packed.
+    """
+    if device_type != "cpu":
+        return device_type
+    if can_pack(device_type, dtype) and not is_partitioned:
+        return "cpu, packed linear layers"
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
+        return "cpu, bfloat16 products through float32"
+    return "cpu, torch's linear layers"
 
 
 def _pack_with_activation(module: nn.Module, layer: str, activation: str) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_embed.distributed import World
-from ds_embed.durable import sync_path
+from ds_embed.artifact.durable import free_space, sync_path
+from ds_embed.job.ranks import World
+from ds_embed.settings.errors import UserError
 from ds_embed.training.engine_state import WEIGHT, adam_step, gather_state, restore_state, trained_shapes
 
 FORMAT_VERSION = 1
@@ -51,7 +52,7 @@ def save_checkpoint(
     """Write `folder`/step_XXXXXXXX from all ranks. Every rank must call it.
 
     `state` is JSON content beside the tensors; `before` runs on rank 0 just before the checkpoint
-    appears. OSError naming the step when it can't be written: the ones before it are untouched.
+    appears. UserError naming the step when it can't be written: the ones before it are untouched.
     """
     state = {"format_version": FORMAT_VERSION, "step": step, "adam_step": adam_step(engine), **state}
     problem: OSError | None = None
@@ -76,7 +77,7 @@ def save_checkpoint(
             writer.publish()
         except OSError as error:
             remove_unfinished(folder)
-            raise OSError(_failure(folder, step, error)) from error
+            raise UserError(_failure(folder, step, error)) from error
 
     world.on_main(f"save {folder} step {step}", publish)
 
@@ -84,10 +85,7 @@ def save_checkpoint(
 def _failure(folder: Path, step: int, error: OSError) -> str:
     known = list_checkpoints(folder)
     last = f"the checkpoint of step {known[0][0]} is untouched" if known else "there is none before it"
-    try:
-        free = f"{shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB are free there"
-    except OSError as second:
-        free = str(second)
+    free = free_space(folder.parent)
     reason = error.strerror or str(error)
     return (
         f"--output_dir {folder.parent}: the checkpoint of step {step} could not be written ({reason}; {free}); {last}. "
@@ -98,7 +96,7 @@ def _failure(folder: Path, step: int, error: OSError) -> str:
 def load_checkpoint(engine: Any, world: World, path: Path, state: dict[str, Any]) -> None:
     """Put the verified checkpoint at `path` into the engine. Every rank must call it; rank 0 reads.
 
-    ValueError when its weights are not those that this model trains.
+    UserError when its weights are not those that this model trains.
     """
     shapes = trained_shapes(engine)
     reader: _Reader | None = None
@@ -108,7 +106,7 @@ def load_checkpoint(engine: Any, world: World, path: Path, state: dict[str, Any]
         reader = _Reader(path)
         reader.check(shapes)
 
-    world.on_main(f"open {path} after {engine.global_steps} steps", open_and_check)
+    world.on_main(f"open {path}", open_and_check)
     restore_state(engine, world, state["adam_step"], reader.read if reader else None)
 
 
@@ -137,10 +135,10 @@ def damage(path: Path) -> str | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint. ValueError when another version of ds_embed wrote it."""
+    """state.json of a verified checkpoint. UserError when another version of ds_embed wrote it."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["format_version"] != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path}: has checkpoint format {state['format_version']} and this version of ds_embed reads "
             f"{FORMAT_VERSION}; go on with the version that wrote it"
         )
@@ -165,7 +163,7 @@ def set_aside(path: Path) -> Path:
         away = path.with_name(f"{path.name}.damaged{number}")
         if not away.exists():
             return path.rename(away)
-    raise OSError(f"{path.parent}: too many damaged checkpoints; remove them")
+    raise UserError(f"{path.parent}: too many damaged checkpoints; remove them")
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -252,7 +250,7 @@ class _Reader:
             try:
                 file = safe_open(str(path / shard), framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"{path / shard}: not a file of tensors ({error}); remove {path}") from None
+                raise UserError(f"{path / shard}: not a file of tensors ({error}); remove {path}") from None
             self.tensors |= dict.fromkeys(file.keys(), file)
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -260,7 +258,7 @@ class _Reader:
         odd = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
         if odd:
             name = odd[0]
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {len(odd)} weight(s) don't fit the model, such as {name}: the checkpoint has "
                 f"{stored.get(name, 'none')}, the model trains {shapes.get(name, 'none')}; "
                 "use the model and LoRA settings of that run, or another --output_dir"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_embed.distributed import World
+from ds_embed.job.ranks import World
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)

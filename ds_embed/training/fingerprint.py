@@ -4,10 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_embed.config import DataArguments, LoraArguments, OptimizerArguments, RunArguments, StepArguments
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.identity import identify_files, identify_model, identify_tokenizer, list_changes
 from ds_embed.models.loading import ModelSource
+from ds_embed.settings import DataArguments, LoraArguments, OptimizerArguments, RunArguments, StepArguments
+from ds_embed.settings.errors import UserError
 
 # These change how the work is done, or how much of it; every other setting decides the numbers. The text
 # settings come from the card, which has their defaults filled in.
@@ -64,14 +65,14 @@ def fingerprint(
 
 
 def check_unchanged(path: Path, old: dict[str, str], new: dict[str, str], accepted: list[str]) -> list[str]:
-    """ValueError with every change that `accepted` does not name; returns the accepted ones, as text."""
+    """UserError with every change that `accepted` does not name; returns the accepted ones, as text."""
     changed = list_changes(old, new)
     unknown = [name for name in accepted if name not in new]
     if unknown:
-        raise ValueError(f"--accept_changes {unknown[0]}: no such name; known are {', '.join(sorted(new))}")
+        raise UserError(f"--accept_changes {unknown[0]}: no such name; known are {', '.join(sorted(new))}")
     refused = [name for name in changed if name not in accepted]
     if refused:
-        raise ValueError(
+        raise UserError(
             f"{path} belongs to a run that differs: {'; '.join(changed[name] for name in refused)}. Put that back, "
             f"choose another --output_dir, or go on all the same with --accept_changes {' '.join(changed)}"
         )

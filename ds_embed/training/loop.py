@@ -6,7 +6,15 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ds_embed.config import (
+from ds_embed.data.batch import GlobalBatch, assemble_batch
+from ds_embed.data.plan import plan_micro_batches
+from ds_embed.job.ranks import EXIT_REQUEUE, World
+from ds_embed.models.dropout import use_cpu_dropout
+from ds_embed.models.engine import partitioned_loading, start_engine, take_step
+from ds_embed.models.loading import choose_card, find_model, is_decoder, load_config, load_encoder, load_tokenizer
+from ds_embed.models.lora import add_lora
+from ds_embed.models.math_attention import training_kernel
+from ds_embed.settings import (
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -16,14 +24,7 @@ from ds_embed.config import (
     ValidationArguments,
     resolve_deepspeed_config,
 )
-from ds_embed.data.batch import GlobalBatch, assemble_batch
-from ds_embed.data.plan import plan_micro_batches
-from ds_embed.distributed import EXIT_REQUEUE, World
-from ds_embed.engine import partitioned_loading, start_engine, take_step
-from ds_embed.models.dropout import use_cpu_dropout
-from ds_embed.models.loading import choose_card, find_model, is_decoder, load_config, load_encoder, load_tokenizer
-from ds_embed.models.lora import add_lora
-from ds_embed.models.math_attention import training_kernel
+from ds_embed.settings.errors import UserError
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
 from ds_embed.training.prepare import check_prefixes, describe_prefixes, file_formats, prepare_store, sample_order
@@ -99,17 +100,17 @@ class TrainingRun:
         return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps, best)
 
     def require_decoder(self) -> None:
-        """ValueError unless the base model is a causal decoder."""
+        """UserError unless the base model is a causal decoder."""
         if not self.is_decoder:
-            raise ValueError(
+            raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a BERT-style encoder; "
                 "recipes/train_gpt.py trains decoders, recipes/train_bert.py encoders"
             )
 
     def require_encoder(self) -> None:
-        """ValueError unless the base model is a BERT-style encoder."""
+        """UserError unless the base model is a BERT-style encoder."""
         if self.is_decoder:
-            raise ValueError(
+            raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a causal decoder; "
                 "recipes/train_bert.py trains encoders, recipes/train_gpt.py decoders"
             )
@@ -242,11 +243,11 @@ class TrainingRun:
         self.saved_step = number
 
     def _report_skip(self, number: int, result: StepResult, batch: GlobalBatch) -> None:
-        """Warn of a step whose loss or gradient is not finite, or raise ValueError when there were too many."""
+        """Warn of a step whose loss or gradient is not finite, or raise UserError when there were too many."""
         message = non_finite_message(number, result, batch, self.store)
         limit, skipped_steps = self.run.max_skipped_steps, self.skipped_steps
         if skipped_steps > limit:
-            raise ValueError(f"{message}. Lower --learning_rate, raise --warmup_steps, or try --bf16 false")
+            raise UserError(f"{message}. Lower --learning_rate, raise --warmup_steps, or try --bf16 false")
         if self.world.is_main:
             logger.warning("warning: %s; skipped, %d of --max_skipped_steps %d", message, skipped_steps, limit)
 

@@ -6,8 +6,9 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from ds_embed.config import RunArguments
-from ds_embed.durable import replaced_when_whole
+from ds_embed.artifact.durable import replaced_when_whole
+from ds_embed.settings import RunArguments
+from ds_embed.settings.errors import UserError
 
 CSV_FOLDER = "csv"
 WANDB_ID_NAME = "wandb_run_id"  # of RUN/: a resumed run goes on in the same W&B run
@@ -29,7 +30,7 @@ class Monitors:
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("wandb", "comet_ml"):
                 raise
-            raise ValueError(
+            raise UserError(
                 f"--report_to {' '.join(arguments.report_to)}: {type(error).__module__} says: {error}"
             ) from None
         if "csv" in self._names:

@@ -5,14 +5,15 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from ds_embed.config import DataArguments, StepArguments
-from ds_embed.config.data_arguments import unescape
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.skipping import describe_skipped
 from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
 from ds_embed.data.tokenize import TextFormat
-from ds_embed.distributed import World
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.settings import DataArguments, StepArguments
+from ds_embed.settings.data_arguments import unescape
+from ds_embed.settings.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -68,46 +69,44 @@ def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
 
 
 def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
-    """ValueError, with file and line where there is one, when the data don't serve the settings."""
+    """UserError, with file and line where there is one, when the data don't serve the settings."""
     for line in describe_skipped(store.manifest.get("skipped_records", {})):
         logger.warning("training data: %s", line)
     first = store.manifest["first_record_without_negatives"]
     if data.hard_negatives and first:
-        raise ValueError(
+        raise UserError(
             f"{first}: has no neg_doc, and --hard_negatives {data.hard_negatives} needs one in every record "
             f"({store.manifest['records_without_negatives']:,} records have none); set --hard_negatives 0 or add them"
         )
     check_texts_fit(store, step.micro_batch_tokens)
     if step.negatives == "pair" and data.hard_negatives == 0:
-        raise ValueError(
-            "--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more"
-        )
+        raise UserError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
     if step.distillation_weight:
         _check_scores(store, data)
 
 
 def _check_scores(store: TrainingStore, data: DataArguments) -> None:
     if data.hard_negatives == 0:
-        raise ValueError(
+        raise UserError(
             "--distillation_weight: the teacher ranks a query's hard negatives; set --hard_negatives 1 or more"
         )
     first = store.manifest["first_record_without_scores"]
     if first:
-        raise ValueError(
+        raise UserError(
             f"{first}: has no pos_score and neg_scores, which --distillation_weight needs in every record "
             f"({store.manifest['records_without_scores']:,} records lack them); add them or set --distillation_weight 0"
         )
 
 
 def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments, seed: int) -> SampleOrder:
-    """The order of the run's samples. ValueError when a file can't fill a batch of its own."""
+    """The order of the run's samples. UserError when a file can't fill a batch of its own."""
     shares = data.sampling_probabilities
     homogeneous = data.batching == "homogeneous"
     if not shares and not homogeneous:
         return SampleOrder(seed, store.file_sizes)
     for path, size in zip(data.train_files, store.file_sizes):
         if homogeneous and size < step.global_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"--batching homogeneous: {path} holds {size} records, fewer than --global_batch_size "
                 f"{step.global_batch_size}; lower it, leave the file out or set --batching mixed"
             )
@@ -117,11 +116,11 @@ def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments,
 
 
 def check_prefixes(step: StepArguments, num_dims: int) -> None:
-    """ValueError unless the Matryoshka prefixes lie in the D dimensions of the model and include all D."""
+    """UserError unless the Matryoshka prefixes lie in the D dimensions of the model and include all D."""
     dims = step.matryoshka_dims
     if dims and max(dims) != num_dims:
         shown = " ".join(map(str, dims))
-        raise ValueError(
+        raise UserError(
             f"--matryoshka_dims {shown}: the model's embeddings have {num_dims} dimensions; the largest must be "
             f"{num_dims}, so that the whole embedding is trained too"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.store import TrainingStore
-from ds_embed.distributed import World
+from ds_embed.job.ranks import World
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.step import StepResult
 

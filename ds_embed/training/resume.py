@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
 from ds_embed.training.checkpoint import damage, list_checkpoints, read_state, remove_unfinished, set_aside
 from ds_embed.training.fingerprint import check_unchanged
@@ -38,7 +39,7 @@ def find_start(
     """Choose the newest checkpoint that verifies and check that it belongs to this run; rank 0 calls it.
 
     `best` holds this job's settings (None: nothing is measured); the run's history of it comes with the checkpoint.
-    ValueError when there are checkpoints and none is whole, when the run differs in a name that is not
+    UserError when there are checkpoints and none is whole, when the run differs in a name that is not
     in `accepted`, or when it has trained more than max_steps.
     """
     best = best or BestValidations()
@@ -54,7 +55,7 @@ def find_start(
         logger.warning("warning: %s is damaged (%s) and is skipped", path, problem)
     else:
         found = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder.path}: it has checkpoints and none of them is whole ({found}). Bring back their "
             f"files, or remove {folder.checkpoints_dir} to start afresh"
         )
@@ -62,7 +63,7 @@ def find_start(
     for change in check_unchanged(path, state["fingerprint"], fingerprint, accepted):
         logger.warning("warning: accepted although the run was started differently: %s", change)
     if step > max_steps:
-        raise ValueError(
+        raise UserError(
             f"--max_steps {max_steps}: {path} has trained {step} steps already; "
             "give at least that many or choose another --output_dir"
         )
@@ -107,7 +108,7 @@ def clear_way(folder: RunFolder, start: Start) -> None:
 
 def _without_checkpoint(folder: RunFolder, best: BestValidations) -> Start:
     if folder.model_dir.exists():
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder.path}: holds a finished run without checkpoints, which can't go on; "
             "remove it or choose another folder"
         )

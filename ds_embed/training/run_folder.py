@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_embed.config import RunArguments
-from ds_embed.durable import check_writable_folder, hold_lock, replaced_when_whole, sync_path
+from ds_embed.artifact.durable import check_writable_folder, hold_lock, replaced_when_whole, sync_path
+from ds_embed.settings import RunArguments
+from ds_embed.settings.errors import UserError
 from ds_embed.training.monitors import Monitors
 
 LOCK_NAME = ".lock"
@@ -41,14 +42,14 @@ class RunFolder:
         return self.path / "validation"
 
     def claim(self, resume_if_exists: bool) -> None:
-        """Take the folder for this job. ValueError when it can't be written, is in use, or may not be resumed."""
+        """Take the folder for this job. UserError when it can't be written, is in use, or may not be resumed."""
         check_writable_folder("--output_dir", self.path)
         if self.path.exists():  # otherwise a run that can't start would leave a folder behind
             self._take_lock()
         self.held_run = self._holds_run()
         if self.held_run and not resume_if_exists:
             state = "a finished run" if self.model_dir.exists() else "a run that was stopped"
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {self.path}: holds {state} and --resume_if_exists is false; "
                 "leave that flag out to go on with it, remove the folder or choose another"
             )
@@ -76,7 +77,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if self._holds_run() and not self.held_run:
-            raise ValueError(f"--output_dir {self.path}: another job has started a run there; choose another folder")
+            raise UserError(f"--output_dir {self.path}: another job has started a run there; choose another folder")
         values = {name: value for group in settings for name, value in asdict(group).items() if value is not None}
         with replaced_when_whole(self.path / "ds_config.json") as file:
             file.write(json.dumps(deepspeed_config, indent=2) + "\n")
@@ -96,7 +97,7 @@ class RunFolder:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise OSError(
+            raise UserError(
                 f"--output_dir {self.path}: metrics.jsonl could not be written ({error.strerror}); the checkpoints are "
                 "untouched. Cure that and start the same command again"
             ) from error

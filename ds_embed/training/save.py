@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ds_embed.distributed import World
-from ds_embed.engine import gather_weights
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
+from ds_embed.models.engine import gather_weights
+from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
 from ds_embed.training.checkpoint import checkpoint_path, damage, load_checkpoint, read_state
 from ds_embed.training.run_folder import RunFolder
@@ -49,7 +50,7 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
 def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFolder, world: World) -> int | None:
     """Put the best checkpoint into the engine, where asked for and not there; returns its samples, else None.
 
-    Every rank must call it. ValueError when the checkpoint is damaged.
+    Every rank must call it. UserError when the checkpoint is damaged.
     """
     chosen = best.to_load
     if chosen is None or chosen.step == last_step:
@@ -59,7 +60,7 @@ def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFol
     def verify() -> dict[str, Any]:
         problem = damage(path)
         if problem is not None:
-            raise ValueError(
+            raise UserError(
                 f"--load_best_at_end: {path} is damaged ({problem}); start the same command with "
                 "--load_best_at_end false to make the model from the last step"
             )

@@ -2,7 +2,8 @@
 
 import math
 
-from ds_embed.config import OptimizerArguments
+from ds_embed.settings import OptimizerArguments
+from ds_embed.settings.errors import UserError
 
 
 def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> float:
@@ -30,7 +31,7 @@ def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> f
 def count_steps(num_records: int, global_batch_size: int, arguments: OptimizerArguments) -> int:
     """Steps of a run: max_steps or num_train_epochs, whichever ends first; one epoch if neither is given."""
     if num_records < global_batch_size:
-        raise ValueError(
+        raise UserError(
             f"--global_batch_size {global_batch_size}: the training files hold only {num_records} records; "
             f"lower it to at most {num_records}"
         )
@@ -40,7 +41,7 @@ def count_steps(num_records: int, global_batch_size: int, arguments: OptimizerAr
         limits.append(math.ceil(epochs * num_records / global_batch_size))
     steps = min(limits)
     if arguments.warmup_steps + arguments.constant_steps > steps:
-        raise ValueError(
+        raise UserError(
             f"--warmup_steps {arguments.warmup_steps} and --constant_steps {arguments.constant_steps} "
             f"exceed the {steps} steps of the run; lower them"
         )

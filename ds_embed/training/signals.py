@@ -4,7 +4,7 @@ import logging
 import signal
 from types import FrameType
 
-from ds_embed.distributed import STOP_SIGNALS, World
+from ds_embed.job.ranks import STOP_SIGNALS, World
 
 logger = logging.getLogger(__name__)
 

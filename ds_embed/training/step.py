@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_embed.config import StepArguments
-from ds_embed.config.step_arguments import MIN_LEARNED_TEMPERATURE
 from ds_embed.data.batch import GlobalBatch, collate
 from ds_embed.data.order import key_of
 from ds_embed.data.plan import Plan, plan_micro_batches
 from ds_embed.data.store import TrainingStore
-from ds_embed.distributed import World
+from ds_embed.job.ranks import World
 from ds_embed.losses import LossOptions, LossResult, contrastive_loss
 from ds_embed.models.encoder import learned_temperature
+from ds_embed.settings import StepArguments
+from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 
 
 @dataclass(frozen=True)

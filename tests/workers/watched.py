@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ds_embed.watchdog import Watch
+from ds_embed.job.watchdog import Watch
 
 
 class FolderStore:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_embed.data.formats.tables import Table
 from ds_embed.data.formats.tally import Tally
+from ds_embed.settings.errors import UserError
 
 # What a kind of record holds: its keys, and which of them a table must have.
 KINDS = {
@@ -26,15 +27,15 @@ _NEGATIVE = re.compile(r"negative(?:_(\d+))?")
 
 
 def parse_columns(pairs: Sequence[str], kind: str) -> dict[str, list[str]]:
-    """{key: [columns]} of "key=column" words (neg_doc=column,column,...). ValueError for keys that `kind` lacks."""
+    """{key: [columns]} of "key=column" words (neg_doc=column,column,...). UserError for keys that `kind` lacks."""
     keys, _ = KINDS[kind]
     columns = {}
     for pair in pairs:
         key, equals, column = pair.partition("=")
         if key not in keys or not equals or not column:
-            raise ValueError(f"--columns {pair}: want KEY=COLUMN, where KEY is one of {', '.join(keys)}")
+            raise UserError(f"--columns {pair}: want KEY=COLUMN, where KEY is one of {', '.join(keys)}")
         if key in columns:
-            raise ValueError(f"--columns {pair}: {key} is given twice")
+            raise UserError(f"--columns {pair}: {key} is given twice")
         columns[key] = column.split(",") if key == "neg_doc" else [column]
     return columns
 
@@ -43,7 +44,7 @@ def mapped_rows(table: Table, kind: str, asked: Mapping[str, Sequence[str]]) -> 
     """(place, record) of each row, with our keys; `asked` are the columns of --columns.
 
     Keys without an asked column come from the column of their own name, or that of sentence-transformers
-    or BEIR. Cells without a value leave their key out; whole numbers as ids become strings. ValueError,
+    or BEIR. Cells without a value leave their key out; whole numbers as ids become strings. UserError,
     with the columns there are, when one is missing.
     """
     keys, required = KINDS[kind]
@@ -52,7 +53,7 @@ def mapped_rows(table: Table, kind: str, asked: Mapping[str, Sequence[str]]) -> 
         missing = [column for column in columns[key] if column not in table.columns]
         if (key in asked and missing) or (key in required and not columns[key]):
             what = f"--columns {key}={','.join(asked[key])}" if key in asked else f"no column for {key}"
-            raise ValueError(
+            raise UserError(
                 f"{table.path}: {what}: its columns are {', '.join(table.columns)}; set --columns {key}=COLUMN"
             )
     for where, row in table:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
+from ds_embed.artifact.durable import folder_when_whole, replaced_when_whole
 from ds_embed.data.formats.retrieval_sets import RetrievalSet, join_title
 from ds_embed.data.formats.tables import table_writer
 from ds_embed.data.formats.tally import Tally
@@ -25,7 +26,6 @@ from ds_embed.data.records import (
     parse_query_record,
     parse_training_record,
 )
-from ds_embed.durable import folder_when_whole, replaced_when_whole
 
 NumberedRecords = Iterator[tuple[str, TrainingRecord]]
 

@@ -16,6 +16,7 @@ from ds_embed.data.formats.text_table import TextTable
 from ds_embed.data.formats.trec import Judgment, read_judgments
 from ds_embed.data.json_files import BadRecord, read_json_objects
 from ds_embed.data.records import DocumentRecord, QueryRecord, TrainingRecord, parse_document_record, parse_query_record
+from ds_embed.settings.errors import UserError
 
 TrainingRecords = Callable[[Tally], Iterator[tuple[str, TrainingRecord]]]
 
@@ -43,11 +44,11 @@ class BeirFolder:
 
     def __init__(self, folder: Path, split: str, tally: Tally, *, join_titles: bool):
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; want one with corpus.jsonl, queries.jsonl and qrels/")
+            raise UserError(f"{folder}: no such folder; want one with corpus.jsonl, queries.jsonl and qrels/")
         self._qrels_path = folder / "qrels" / f"{split}.tsv"
         if not self._qrels_path.is_file():
             splits = ", ".join(sorted(path.stem for path in folder.glob("qrels/*.tsv"))) or "none"
-            raise ValueError(f"--split {split}: there is no {self._qrels_path}; the splits here are {splits}")
+            raise UserError(f"--split {split}: there is no {self._qrels_path}; the splits here are {splits}")
         self._corpus_path, self._queries_path = (_find_table(folder, name) for name in ("corpus", "queries"))
         self._tally = tally
         self._join_titles = join_titles
@@ -83,7 +84,7 @@ class BeirFolder:
         missing = sorted({"_id", "text"}.difference(table.columns))
         if missing:
             shown = ", ".join(table.columns)
-            raise ValueError(f"{path}: has no '{missing[0]}'; BEIR's files have _id and text, and this one {shown}")
+            raise UserError(f"{path}: has no '{missing[0]}'; BEIR's files have _id and text, and this one {shown}")
         for where, row in table:
             if type(row.get("_id")) is int:
                 row["_id"] = str(row["_id"])
@@ -93,7 +94,7 @@ class BeirFolder:
 def _find_table(folder: Path, name: str) -> Path:
     found = next((path for suffix in TABLE_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
     if found is None:
-        raise ValueError(f"{folder}: has no {name}.jsonl; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/")
+        raise UserError(f"{folder}: has no {name}.jsonl; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/")
     return found
 
 
@@ -121,7 +122,7 @@ class OurFiles:
             return
         for where, query in self.queries():
             if query.doc_id is None:
-                raise ValueError(f"{where}: doc_id is missing, the right document; add it or give --qrels")
+                raise UserError(f"{where}: doc_id is missing, the right document; add it or give --qrels")
             yield where, Judgment(query.query_id, query.doc_id, 1)
 
 

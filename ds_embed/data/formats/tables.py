@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.data.json_files import BadRecord, JsonRecords, format_location
-from ds_embed.durable import replaced_when_whole
+from ds_embed.settings.errors import UserError
 
 _ROWS_AT_ONCE = 1000
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -21,10 +22,10 @@ WriteRow = Callable[[Mapping[str, Any]], None]
 
 
 def table_suffix(path: str | os.PathLike) -> str:
-    """The ending that decides the form of a table. ValueError when it is none of ours."""
+    """The ending that decides the form of a table. UserError when it is none of ours."""
     suffix = Path(path).suffix.lower()
     if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{path}: its name must end in one of {', '.join(TABLE_SUFFIXES)}, which says what it holds")
+        raise UserError(f"{path}: its name must end in one of {', '.join(TABLE_SUFFIXES)}, which says what it holds")
     return suffix
 
 
@@ -33,7 +34,7 @@ class Table:
 
     CSV cells are strings, quoted as RFC 4180 has it. TSV has no quotes: a cell holds no tab and no line
     break. Parquet is read in batches. JSON rows may each have other keys. `on_bad` is given each bad row
-    that the next can be read after; the others are raised. ValueError names file and line, or record.
+    that the next can be read after; the others are raised. UserError names file and line, or record.
     """
 
     def __init__(self, path: str | os.PathLike, on_bad: Callable[[BadRecord], object]):
@@ -68,10 +69,10 @@ class Table:
         else:
             columns = next((list(record) for _, record in JsonRecords(self.path, on_bad=self._on_bad_header)), [])
         if not columns:
-            raise ValueError(f"{self.path}: has no columns; want a header of their names, then rows")
+            raise UserError(f"{self.path}: has no columns; want a header of their names, then rows")
         repeated = [name for name in columns if columns.count(name) > 1]
         if repeated:
-            raise ValueError(f"{self.path}: has two columns named '{repeated[0]}'; give each its own name")
+            raise UserError(f"{self.path}: has two columns named '{repeated[0]}'; give each its own name")
         return columns
 
     def _on_bad_header(self, _: BadRecord) -> None:
@@ -105,7 +106,7 @@ class Table:
                 places.clear()
         except csv.Error as error:
             start = places[0] if places else self.path
-            raise ValueError(f"{start}: not CSV ({error}); a quote that is opened here must be closed") from None
+            raise UserError(f"{start}: not CSV ({error}); a quote that is opened here must be closed") from None
 
     def _parquet_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         number = 0
@@ -126,7 +127,7 @@ def _parquet(path: str) -> Iterator[Any]:
             yield file
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a whole Parquet file ({reason}); write it again") from None
+        raise UserError(f"{path}: not a whole Parquet file ({reason}); write it again") from None
 
 
 def text_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
@@ -148,12 +149,12 @@ def text_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
 def table_writer(path: Path, columns: Mapping[str, type]) -> Iterator[WriteRow]:
     """A function that writes one row, {column: value}; the file takes its name when the block ends well.
 
-    `columns` are names and types (str, int, float); the form is that of the name's ending. ValueError
+    `columns` are names and types (str, int, float); the form is that of the name's ending. UserError
     for a value that a TSV can't hold.
     """
     suffix = table_suffix(path)
     if suffix == ".json":
-        raise ValueError(f"{path}: rows are written as .jsonl, .csv, .tsv or .parquet; choose one of these endings")
+        raise UserError(f"{path}: rows are written as .jsonl, .csv, .tsv or .parquet; choose one of these endings")
     with replaced_when_whole(path, binary=suffix == ".parquet") as file:
         if suffix == ".parquet":
             yield from _parquet_writer(file, columns)
@@ -169,10 +170,10 @@ def table_writer(path: Path, columns: Mapping[str, type]) -> Iterator[WriteRow]:
 
 
 def tsv_line(path: Path, cells: Sequence[Any]) -> str:
-    """The cells as a line. ValueError when one holds what separates cells or lines."""
+    """The cells as a line. UserError when one holds what separates cells or lines."""
     for cell in cells:
         if type(cell) is str and not {"\t", "\n", "\r"}.isdisjoint(cell):
-            raise ValueError(f"{path}: '{cell[:60]}' holds a tab or a line break, which a TSV can't hold; write .csv")
+            raise UserError(f"{path}: '{cell[:60]}' holds a tab or a line break, which a TSV can't hold; write .csv")
     return "\t".join(map(str, cells)) + "\n"
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.data.formats.tables import text_lines, tsv_line
 from ds_embed.data.json_files import BadRecord
-from ds_embed.durable import replaced_when_whole
+from ds_embed.settings.errors import UserError
 
 BEIR_HEADER = ("query-id", "corpus-id", "score")
 _BOTH_FORMS = (
@@ -110,14 +111,14 @@ def _ids(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def write_beir_qrels(path: Path, judgments: Iterable[Judgment]) -> None:
-    """query, document and score under BEIR's header. ValueError for an id with a tab."""
+    """query, document and score under BEIR's header. UserError for an id with a tab."""
     with replaced_when_whole(path) as file:
         file.write(tsv_line(path, BEIR_HEADER))
         file.writelines(tsv_line(path, judgment) for judgment in judgments)
 
 
 def write_trec_qrels(path: Path, judgments: Iterable[Judgment]) -> None:
-    """`query 0 document relevance` lines. ValueError for an id with white space."""
+    """`query 0 document relevance` lines. UserError for an id with white space."""
     with replaced_when_whole(path) as file:
         for judgment in judgments:
             _check_ids(path, judgment)
@@ -137,4 +138,4 @@ def write_trec_run(path: Path, lines: Iterable[RunLine], tag: str) -> None:
 def _check_ids(path: Path, line: Judgment | RunLine) -> None:
     for name in line[:2]:
         if name.split() != [name]:
-            raise ValueError(f"{path}: id '{name}' holds white space, which splits TREC columns; give other ids")
+            raise UserError(f"{path}: id '{name}' holds white space, which splits TREC columns; give other ids")

@@ -1,0 +1,328 @@
+"""The ranks of a job: start, end, and every collective. No other module talks to other ranks.
+
+Shapes: W ranks, n_r rows held by rank r, R = sum of n_r, D dimensions.
+"""
+
+import itertools
+import logging
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_embed.job.process import join_deepspeed, keep_freed_memory, read_environment
+from ds_embed.job.watchdog import Watch
+from ds_embed.settings.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 85  # stopped by a signal with its work saved: start the same command again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time before they kill
+_world: "World | None" = None
+
+
+class FailedElsewhere(Exception):
+    """Another rank met an error and has reported it; this rank only has to stop."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the W processes of the job, and the collectives between them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: Any  # torch.device
+    store: Any  # torch.distributed.Store, hosted by rank 0
+    watch: Watch | None = None  # where there are several ranks
+    _main_calls: Iterator[int] = field(default_factory=itertools.count)  # the same on every rank
+
+    @classmethod
+    def alone(cls) -> "World":
+        """The only rank of a job without a process group, on the CPU: for work in one process, and for tests."""
+        import torch
+
+        return cls(0, 1, 0, 1, torch.device("cpu"), None)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mark(self, phase: str | None = None, step: int | None = None) -> None:
+        """Note for the watchdog where this rank stands. All ranks must pass the same marks in the same order."""
+        if self.watch is not None:
+            self.watch.mark(phase, step)
+
+    def set_timeouts(self, rank_timeout_seconds: float, stall_timeout_seconds: float) -> None:
+        """How long the watchdog waits for a rank that is stopped or silent, and for one that others wait for."""
+        if self.watch is not None:
+            self.watch.set_timeouts(rank_timeout_seconds, stall_timeout_seconds)
+
+    def all_gather_rows(self, rows, counts: list[int]):
+        """Concatenate (n_r, D) rows of all ranks, in rank order, into (R, D) on every rank.
+
+        `counts` holds n_r of every rank: all ranks know it from the plan, so it is not sent.
+        """
+        import torch
+
+        assert len(counts) == self.size and rows.shape[0] == counts[self.rank]
+        if self.size == 1:
+            return rows
+        longest = max(counts)
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        gathered = rows.new_empty((self.size * longest, *rows.shape[1:]))
+        self.mark()
+        _all_gather(gathered, padded)
+        return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+    def reduce_scatter_rows(self, rows, counts: list[int]):
+        """Sum the (R, D) rows of all ranks and return this rank's (n_r, D) of the sum."""
+        assert rows.shape[0] == sum(counts)
+        if self.size == 1:
+            return rows
+        longest = max(counts)
+        padded = rows.new_zeros((self.size * longest, *rows.shape[1:]))
+        start = 0
+        for r, count in enumerate(counts):
+            padded[r * longest : r * longest + count] = rows[start : start + count]
+            start += count
+        own = rows.new_empty((longest, *rows.shape[1:]))
+        self.mark()
+        _reduce_scatter(own, padded)
+        return own[: counts[self.rank]]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum of a short list of numbers over all ranks, in float64."""
+        return self._reduce(values, "SUM")
+
+    def max(self, values: list[float]) -> list[float]:
+        """Element-wise maximum of a short list of numbers over all ranks, in float64."""
+        return self._reduce(values, "MAX")
+
+    def _reduce(self, values: list[float], operation: str) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.mark()
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
+        return tensor.tolist()
+
+    def broadcast(self, tensor):
+        """Rank 0's tensor on every rank, in place; the others pass one of its shape and dtype."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            self.mark()
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def barrier(self) -> None:
+        import torch.distributed as dist
+
+        if self.size > 1:
+            self.mark()
+            dist.barrier()
+
+    def on_main(self, what: str, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 and return its (picklable) result on every rank.
+
+        However long it takes: the others poll the store that rank 0 hosts, so there is no
+        collective to time out, and they stop as soon as rank 0 fails or disappears.
+        Every rank must make the same calls in the same order; `what` only says in messages what is being done.
+        Raises FailedElsewhere on the other ranks when `work` raises.
+        """
+        if self.size == 1:
+            return work()
+        key = f"ds_embed/on_main/{next(self._main_calls)}"
+        self.mark(what)
+        if self.is_main:
+            try:
+                result = work()
+            except BaseException:
+                self.store.set(key, b"failed")
+                raise
+            self.store.set(key, b"done" + pickle.dumps(result))
+            return result
+        try:
+            while not self.store.check([key]):
+                time.sleep(0.05)
+            answer = self.store.get(key)
+        except RuntimeError as error:
+            raise RuntimeError(f"rank 0 ended while it ran '{what}' for all ranks") from error
+        if answer == b"failed":
+            raise FailedElsewhere(what)
+        return pickle.loads(answer[len(b"done") :])
+
+
+def initialize() -> World:
+    """Join the job that the launcher's environment describes, or be the only rank of a new one.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as set by
+    `deepspeed`, `torchrun` or slurm/train.sh. Errors: UserError when they are set in part.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    rank, size, local_rank, local_size = read_environment()
+    # DeepSpeed reports every default it takes at INFO level; what a user has to know, we print.
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks that each start a thread per core fight over the cores and run many times slower.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        keep_freed_memory()
+    store = _meet(rank, size)
+    watch = Watch(rank, size, local_rank, dist.PrefixStore("watch", store)) if size > 1 else None
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
+    join_deepspeed(device)
+    _world = World(rank, size, local_rank, local_size, device, dist.PrefixStore("control", store), watch)
+    return _world
+
+
+def _meet(rank: int, size: int) -> Any:
+    """The store that rank 0 hosts at MASTER_ADDR:MASTER_PORT, once all ranks have found it."""
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise UserError(
+            f"MASTER_PORT {port} is in use on this machine, maybe by another job; "
+            "choose another one: deepspeed --master_port PORT ..."
+        ) from error
+    return store
+
+
+def _all_gather(output, own) -> None:
+    import torch.distributed as dist
+
+    # torch 2.13 renamed the call and warns at the old name.
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(output, own)
+
+
+def _reduce_scatter(own, all_rows) -> None:
+    import torch.distributed as dist
+
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, all_rows)
+
+
+def run_recipe(main: Callable[[], Any]) -> int:
+    """Run a recipe and turn its end into an exit code, with one message however many ranks fail.
+
+    A UserError is the user's to cure: one line, code 2. Any other exception is a bug of ours or of a library: the
+    traceback, code 1. After an error the process leaves at once and enters no collective.
+    SIGTERM and SIGUSR1 end it with EXIT_REQUEUE, unless the work handles them itself.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop_at_once)
+    try:
+        main()
+        code = 0
+    except BaseException as error:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # it is ending
+        code = _report(error)
+        if isinstance(error, SystemExit) and code == 0:
+            return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _world is None:
+        return code
+    if code:
+        if _world.watch is not None:
+            _world.watch.leave(code)
+        _leave_after_others(_world)
+        # Exit handlers of libraries may wait for ranks that are gone.
+        os._exit(code)
+    import torch.distributed as dist
+
+    _world.barrier()
+    if _world.watch is not None:
+        _world.watch.leave(0)
+    dist.destroy_process_group()
+    return code
+
+
+def _report(error: BaseException) -> int:
+    """Say what ended the recipe, unless another rank has, and return the exit code."""
+    if isinstance(error, SystemExit):  # --help, or a recipe that chose its own code
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, FailedElsewhere):
+        return EXIT_USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, UserError):
+        if _first_to_report():
+            print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("DS_EMBED_TRACEBACK"):
+                traceback.print_exception(error)
+        return EXIT_USER_ERROR
+    code = _failed_elsewhere(error)
+    if code is None:
+        trace = "".join(traceback.format_exception(error))
+        print(f"[rank {os.environ.get('RANK', 0)}]", trace, file=sys.stderr)
+    return 1 if code is None else code
+
+
+def _stop_at_once(number: int, frame: Any) -> None:
+    """A scheduler wants the job to stop, and there is nothing to save: the same command starts again.
+
+    No exception, since libraries that are being imported swallow those; all that we write may end at any instant.
+    """
+    if _first_to_report():
+        print(f"{signal.Signals(number).name}: stopped (exit code {EXIT_REQUEUE})", file=sys.stderr, flush=True)
+    if _world is not None and _world.watch is not None:
+        _world.watch.leave(EXIT_REQUEUE)
+    os._exit(EXIT_REQUEUE)
+
+
+def _failed_elsewhere(error: BaseException) -> int | None:
+    """The exit code of the rank whose end made a collective of this one fail, if that is what happened."""
+    if not isinstance(error, RuntimeError) or _world is None or _world.watch is None:
+        return None
+    return _world.watch.wait_for_news(10.0)
+
+
+def _first_to_report() -> bool:
+    """Whether no other rank has reported an error yet."""
+    if _world is None or _world.size == 1:
+        return True
+    try:
+        return _world.store.add("error_reports", 1) == 1
+    except RuntimeError:  # rank 0 and its store are gone: it has reported
+        return False
+
+
+def _leave_after_others(world: World) -> None:
+    """Rank 0 hosts the store, so it gives the others a moment to learn from it that the job is over."""
+    if world.size == 1:
+        return
+    try:
+        gone = world.store.add("ranks_gone", 1)
+        deadline = time.monotonic() + 3
+        while world.is_main and gone < world.size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            gone = world.store.add("ranks_gone", 0)
+    except RuntimeError:
+        pass  # rank 0 left first: there is nobody to wait for

@@ -1,0 +1,117 @@
+"""Texts: how they become tokens, and the training files."""
+
+import re
+from dataclasses import dataclass
+
+from ds_embed.settings.checks import above_zero, at_least, existing_files, one_of
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed, setting
+
+DEFAULT_MAX_LENGTH = 512
+DEFAULT_QUERY_PREFIX = "query: "
+DEFAULT_DOC_PREFIX = "passage: "
+TEXT_PLACE = "{text}"
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+@dataclass
+class TextArguments:
+    """How a text becomes tokens; the same fields are stored beside a trained model."""
+
+    max_length: int | None = setting(
+        "longest text in tokens, special tokens included; the rest is cut off "
+        f"(default: the trained model's, else {DEFAULT_MAX_LENGTH})",
+        default=None,
+    )
+    query_max_length: int | None = setting("longest query in tokens (default: max_length)", default=None)
+    doc_max_length: int | None = setting("longest document in tokens (default: max_length)", default=None)
+    query_prefix: str | None = setting(
+        f"text put in front of every query, such as an instruction; with {TEXT_PLACE} in it, the query stands there; "
+        rf"\n is a new line (default: the trained model's, else '{DEFAULT_QUERY_PREFIX}')",
+        default=None,
+    )
+    doc_prefix: str | None = setting(
+        "text put in front of every document, as query_prefix "
+        f"(default: the trained model's, else '{DEFAULT_DOC_PREFIX}')",
+        default=None,
+    )
+
+    def __post_init__(self):
+        above_zero(self, "max_length", "query_max_length", "doc_max_length")
+        for name in ("query_prefix", "doc_prefix"):
+            if getattr(self, name) is not None:
+                check_prefix(name, getattr(self, name))
+
+
+def check_prefix(name: str, prefix: str) -> None:
+    """UserError unless the text has at most one place in a prefix, and nothing else has one."""
+    places = re.findall(r"\{\w*\}", prefix)
+    if places not in ([], [TEXT_PLACE]):
+        raise UserError(f"--{name} '{prefix}': only {TEXT_PLACE} can stand in it, once; found {' '.join(places)}")
+
+
+def unescape(prefix: str) -> str:
+    r"""What a prefix given as a flag or in YAML stands for: \n, \t and \\ written out."""
+    return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], prefix)
+
+
+@dataclass
+class DataArguments(TextArguments):
+    train_files: list[str] = setting("JSON or JSONL training files", default_factory=list)
+    sampling_probabilities: list[float] = setting(
+        "share of the samples that comes from each of train_files, in any unit; a pass is then as many samples as "
+        "there are records in all (default: every record once per pass)",
+        default_factory=list,
+    )
+    query_prefixes: list[str] = setting(
+        "query_prefix of each of train_files, where they need different instructions; query_prefix is then the one "
+        "that the trained model gets for later queries",
+        default_factory=list,
+    )
+    doc_prefixes: list[str] = setting("the same for documents, with doc_prefix", default_factory=list)
+    batching: str = setting(
+        "mixed (a global batch holds samples of all files) or homogeneous (of one file)", default="mixed"
+    )
+    hard_negatives: int = setting("hard negatives (neg_doc) used per query", default=0)
+    hard_negatives_sampling: str = setting(
+        "which of a record's negatives are used: first (the first ones) or random (others in every pass)",
+        default="first",
+    )
+    skip_bad_records: bool = setting(
+        "leave out training records that can't be used, counted by reason, in place of stopping at the first",
+        default=False,
+    )
+    cache_dir: str = setting(
+        "folder for prepared tokens, seen by all nodes and reused by later runs", default="~/.cache/ds_embed"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        existing_files("train_files", self.train_files)
+        at_least(self, 0, "hard_negatives")
+        one_of(self, "batching", ("mixed", "homogeneous"))
+        one_of(self, "hard_negatives_sampling", ("first", "random"))
+        shares, shown = self.sampling_probabilities, listed(self.sampling_probabilities)
+        if shares and len(shares) != len(self.train_files):
+            raise UserError(
+                f"--sampling_probabilities {shown}: there are {len(shares)}, and --train_files has "
+                f"{len(self.train_files)} files"
+            )
+        for name, single in (("query_prefixes", "query_prefix"), ("doc_prefixes", "doc_prefix")):
+            self._check_prefixes(name, single)
+        if any(not 0 < share < float("inf") for share in shares):
+            raise UserError(f"--sampling_probabilities {shown}: each must be greater than 0; leave a file out instead")
+
+    def _check_prefixes(self, name: str, single: str) -> None:
+        prefixes = getattr(self, name)
+        if not prefixes:
+            return
+        if len(prefixes) != len(self.train_files):
+            raise UserError(f"--{name}: there are {len(prefixes)}, and --train_files has {len(self.train_files)} files")
+        for prefix in prefixes:
+            check_prefix(name, prefix)
+        if getattr(self, single) is None:
+            raise UserError(
+                f"--{name}: give --{single} too, the one that the trained model puts in front of later texts "
+                "unless told otherwise"
+            )

@@ -1,0 +1,97 @@
+"""From argv and an optional YAML file to argument dataclasses; every mistake is a UserError."""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_embed.settings.errors import UserError
+
+
+def parse_arguments(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Fill dataclasses from flags and from `--config FILE.yaml`, whose keys are flag names; flags win.
+
+    Returns one instance per type. Raises UserError on an unknown flag or key (with the nearest known
+    name), on a value of the wrong type, on a missing required flag, and whatever the dataclasses'
+    own checks raise.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher adds --local_rank=N; the same number is in LOCAL_RANK.
+    argv = [arg for arg in argv if not re.fullmatch(r"--local_rank=\d+", arg)]
+    argv, config_path = _take_config_flag(argv)
+    parser = _make_parser(types)
+    known = {action.dest: action for action in parser._actions if action.dest != "help"}
+    if config_path is not None:
+        argv = _yaml_as_flags(config_path, known) + argv
+    namespace, unknown = parser.parse_known_args(argv)
+    for arg in unknown:
+        name = arg.split("=")[0]
+        if name.startswith("-"):
+            raise UserError(f"unknown flag {name}{_nearest(name.lstrip('-'), known, '--')}; --help lists all")
+        raise UserError(f"unexpected argument '{arg}': flags start with --")
+    values = vars(namespace)
+    return tuple(t(**{f: values[f] for f in t.__dataclass_fields__ if f in values}) for t in types)
+
+
+def _make_parser(types):
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            # Every flag is known with dashes too; naming both would only make the message longer.
+            message = re.sub(r"/--[a-z0-9-]+", "", message)
+            raise UserError(message.replace("the following arguments are required:", "missing required flag(s)"))
+
+    description = "Settings come as flags or as keys of one YAML file (--config FILE.yaml); flags win."
+    return Parser(list(types), allow_abbrev=False, description=description, prog=Path(sys.argv[0]).name)
+
+
+def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
+    rest, path, i = [], None, 0
+    while i < len(argv):
+        if argv[i] == "--config":
+            if i + 1 == len(argv):
+                raise UserError("--config needs the path of a YAML file")
+            path, i = argv[i + 1], i + 2
+        elif argv[i].startswith("--config="):
+            path, i = argv[i].split("=", 1)[1], i + 1
+        else:
+            rest.append(argv[i])
+            i += 1
+    return rest, None if path is None else Path(path)
+
+
+def _yaml_as_flags(path: Path, known: dict) -> list[str]:
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected 'name: value' lines, got a {type(content).__name__}")
+    flags = []
+    for key, value in content.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key '{key}'{_nearest(str(key), known, '')}")
+        if isinstance(value, dict):
+            raise UserError(f"{path}: key '{key}' takes a value or a list, not a mapping")
+        if value is None or value == []:
+            continue  # 'name:' with nothing behind it leaves the default
+        values = value if isinstance(value, list) else [value]
+        # 1e-4 without a dot is a string in YAML 1.1, so everything goes through the flag's own type.
+        flags += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+    return flags
+
+
+def _nearest(name: str, known: dict, dashes: str) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {dashes}{match[0]}?)" if match else ""

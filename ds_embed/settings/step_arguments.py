@@ -1,0 +1,91 @@
+"""The step: the global batch and its loss."""
+
+from dataclasses import dataclass
+
+from ds_embed.settings.checks import above_zero, at_least, one_of
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed, setting
+
+NEGATIVES = ("all", "own", "pair")
+# A learned temperature stops here: below, scores grow faster than the embeddings learn (Radford et al. 2021, sec. 2.5).
+MIN_LEARNED_TEMPERATURE = 0.01
+
+
+@dataclass
+class StepArguments:
+    global_batch_size: int = setting("queries per optimizer step, over all ranks", default=64)
+    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank: sets the memory", default=4096)
+    negatives: str = setting(
+        "documents a query is scored against: all (every document of the batch), own (all positives and its own "
+        "hard negatives), pair (its positive against each own hard negative, two at a time)",
+        default="all",
+    )
+    temperature: float = setting("similarities are divided by this before the softmax", default=0.02)
+    learnable_temperature: bool = setting(
+        f"train the temperature with the weights, from temperature on, never below {MIN_LEARNED_TEMPERATURE}",
+        default=False,
+    )
+    label_smoothing: float = setting(
+        "share of the target that is spread over all candidates of a query, in [0, 1)", default=0.0
+    )
+    symmetric: bool = setting(
+        "mean of the query-to-document loss and of the loss of each positive against all queries", default=False
+    )
+    false_negative_margin: float | None = setting(
+        "leave out negatives whose cosine is above the positive's by more than this, in [-2, 2] (default: none are)",
+        default=None,
+    )
+    matryoshka_dims: list[int] = setting(
+        "lengths in dimensions of the prefixes that are trained as embeddings, the whole one among them",
+        default_factory=list,
+    )
+    matryoshka_weights: list[float] = setting(
+        "weight of each prefix's loss, as many as matryoshka_dims (default: 1 each)", default_factory=list
+    )
+    distillation_weight: float = setting(
+        "weight of the divergence from the teacher's ranking (pos_score, neg_scores of a record), added to the loss",
+        default=0.0,
+    )
+    distillation_temperature: float = setting(
+        "the teacher's scores are divided by this before its softmax", default=1.0
+    )
+    grad_cache: bool = setting(
+        "encode twice to keep no graph of the whole batch: exact, any batch size in the memory of one micro-batch",
+        default=False,
+    )
+    gradient_checkpointing: bool = setting("recompute activations in backward to save memory", default=False)
+
+    def __post_init__(self):
+        above_zero(self, "global_batch_size", "micro_batch_tokens", "temperature", "distillation_temperature")
+        at_least(self, 0, "distillation_weight")
+        one_of(self, "negatives", NEGATIVES)
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: must be in [0, 1)")
+        if self.false_negative_margin is not None and not -2 <= self.false_negative_margin <= 2:
+            raise UserError(f"--false_negative_margin {self.false_negative_margin}: must be in [-2, 2]")
+        if self.learnable_temperature and self.temperature < MIN_LEARNED_TEMPERATURE:
+            raise UserError(
+                f"--temperature {self.temperature}: with --learnable_temperature true it must be at least "
+                f"{MIN_LEARNED_TEMPERATURE}"
+            )
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if len(set(dims)) < len(dims) or any(dim < 1 for dim in dims):
+            raise UserError(f"--matryoshka_dims {listed(dims)}: must be different numbers of at least 1")
+        if weights and len(weights) != len(dims):
+            raise UserError(
+                f"--matryoshka_weights {listed(weights)}: there are {len(weights)}, "
+                f"and --matryoshka_dims has {len(dims)}"
+            )
+        if any(not weight > 0 for weight in weights):
+            raise UserError(f"--matryoshka_weights {listed(weights)}: each must be greater than 0")
+
+
+@dataclass
+class BertStepArguments(StepArguments):
+    """The loss that BERT bi-encoders are usually trained with: in-batch positives and own hard negatives."""
+
+    negatives: str = setting(
+        "documents a query is scored against: own (all positives of the batch and its own hard negatives), all "
+        "(every document of the batch), pair (its positive against each own hard negative, two at a time)",
+        default="own",
+    )

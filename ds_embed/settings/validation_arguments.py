@@ -1,0 +1,89 @@
+"""Validation while training, and what follows from it: the best checkpoints, and when to stop early."""
+
+from dataclasses import dataclass
+
+from ds_embed.settings.checks import at_least, existing_files
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
+
+
+@dataclass
+class ValidationArguments:
+    """Without any val_*_files nothing is measured. All of this may change when a run is started again."""
+
+    val_files: list[str] = setting(
+        "held-out records in the format of train_files, for val_loss and val_accuracy (accuracy within the batch)",
+        default_factory=list,
+    )
+    val_query_files: list[str] = setting(
+        "held-out queries: query, query_id, doc_id of the right document, for retrieval over all of val_doc_files",
+        default_factory=list,
+    )
+    val_doc_files: list[str] = setting(
+        "the documents that val_query_files are searched in: pos_doc, doc_id", default_factory=list
+    )
+    val_metrics: list[str] = setting(
+        "retrieval measures, named as ir-measures names them (default: nDCG@10 RR@10 R@1 R@10 R@100)",
+        default_factory=list,
+    )
+    val_check_interval: int = setting(
+        "optimizer steps between validations, besides the one after the last step; 0 has that one only", default=0
+    )
+    val_before_training: bool = setting(
+        "also measure the model before the first step; it never counts as the best", default=False
+    )
+    val_save_embeddings: bool = setting(
+        "keep the vectors of every validation, in output_dir/validation/consumed_samplesX/ as generate writes them",
+        default=False,
+    )
+    best_metric: str | None = setting(
+        "what makes a checkpoint the best: val_loss (lower is better), val_accuracy or one of val_metrics "
+        "(default: the first of val_metrics, or val_loss without val_query_files)",
+        default=None,
+    )
+    save_top_k: int = setting(
+        "best checkpoints to save and keep, beside the newest save_total_limit ones; 0 saves none for being good",
+        default=1,
+    )
+    load_best_at_end: bool = setting(
+        "make output_dir/model from the best checkpoint; false takes the last step", default=False
+    )
+    early_stopping_patience: int = setting(
+        "validations in a row without a better best_metric after which training ends; 0 never does", default=0
+    )
+    early_stopping_min_delta: float = setting(
+        "change of best_metric, in its own unit, that early stopping takes for better only when it is exceeded",
+        default=0.0,
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.val_files or self.val_query_files)
+
+    def __post_init__(self):
+        for name in ("val_files", "val_query_files", "val_doc_files"):
+            if getattr(self, name):
+                existing_files(name, getattr(self, name))
+        at_least(self, 0, "val_check_interval", "save_top_k", "early_stopping_patience", "early_stopping_min_delta")
+        for name, other in (("val_query_files", "val_doc_files"), ("val_doc_files", "val_query_files")):
+            if getattr(self, name) and not getattr(self, other):
+                raise UserError(f"--{name}: retrieval needs queries and documents; give --{other} too")
+        self._check_needs(
+            ("val_metrics", "val_save_embeddings"), self.val_query_files, "--val_query_files and --val_doc_files"
+        )
+        self._check_needs(
+            ("val_check_interval", "val_before_training", "best_metric", "load_best_at_end", "early_stopping_patience"),
+            self.is_on,
+            "--val_files, or --val_query_files and --val_doc_files",
+        )
+        self._check_needs(("early_stopping_patience",), self.val_check_interval, "--val_check_interval")
+        self._check_needs(("early_stopping_min_delta",), self.early_stopping_patience, "--early_stopping_patience")
+        self._check_needs(("load_best_at_end",), self.save_top_k, "--save_top_k 1 or more")
+
+    def _check_needs(self, names: tuple[str, ...], is_there: object, needed: str) -> None:
+        """UserError for a setting that would have no effect."""
+        for name in names:
+            value = getattr(self, name)
+            if value and not is_there:
+                shown = f" {str(value).lower()}" if isinstance(value, (bool, int, float)) else ""
+                raise UserError(f"--{name}{shown}: has no effect without {needed}; give that or leave this out")

@@ -1,0 +1,203 @@
+"""A run as a folder for other libraries: written under a hidden name, loaded there, compared, then named."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_embed.artifact.durable import folder_when_whole
+from ds_embed.models.attention import is_bidirectional
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.loading import ModelSource, find_model, is_decoder, load_config, without_pooler
+from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings.data_arguments import TEXT_PLACE
+from ds_embed.settings.errors import UserError
+from ds_embed.tools.export.check import (
+    MIN_COSINE,
+    MIN_COSINE_ROUNDED,
+    Agreement,
+    check_texts,
+    odd_tokens,
+    spelled_texts,
+    vectors_here,
+    vectors_of_sentence_transformers,
+    vectors_of_transformers,
+)
+from ds_embed.tools.export.modules import write_modules
+from ds_embed.tools.export.readme import readme
+from ds_embed.tools.export.tokenizer import save_tokenizer, self_contained
+from ds_embed.vectors.embedder import Embedder
+
+_LOAD = {
+    "adapter": 'PeftModel.from_pretrained(base, "{}")',
+    "merged": 'AutoModel.from_pretrained("{}")',
+    "sentence-transformers": 'SentenceTransformer("{}").encode_query([...]) and .encode_document([...])',
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(run: str, output_format: str, output_dir: str, *, dtype: str, device: str, trust_remote_code: bool) -> None:
+    """Write output_dir, which must be free, and print a line per check.
+
+    dtype: of the weights on disk, or auto for that of the base model. UserError when the run can't be
+    exported so, or when the library that the format is for gives other vectors; nothing is left then.
+    """
+    target = Path(output_dir).expanduser().resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--output_dir {output_dir}: exists and is not empty; choose another")
+    source = _find_run(run, output_format)
+    if output_format == "sentence-transformers" and importlib.util.find_spec("sentence_transformers") is None:
+        raise UserError(
+            f"--format {output_format}: the package sentence-transformers is not installed; "
+            "pip install sentence-transformers, or ds_embed as pip install -e '.[export]'"
+        )
+    # transformers imports DeepSpeed, where there is one, while it saves: it would warn that it had to find out.
+    os.environ.setdefault("DS_ACCELERATOR", torch.device(device).type)
+    job = _Export(source, output_format, dtype, device, trust_remote_code)
+    with folder_when_whole(target) as folder:
+        job.fill(folder, target.name)
+    print(f"written to {target}")
+    print("load it with " + _LOAD[output_format].format(target) + "; README.md has more")
+
+
+def _find_run(run: str, output_format: str) -> ModelSource:
+    path = Path(run).expanduser()
+    if (path / "manifest.json").exists() and (path / "state.json").exists():
+        raise UserError(
+            f"--run {run}: is a checkpoint; start its training command again, which goes on from it and writes "
+            "RUN/model/ at the end, and export the run"
+        )
+    source = find_model(run, flag="run")
+    if source.card is None:
+        raise UserError(f"--run {run}: has no ds_embed.json, so it is no model that ds_embed has trained")
+    for prefix in (source.card.query_prefix, source.card.doc_prefix):
+        if TEXT_PLACE in prefix:
+            raise UserError(
+                f"--format {output_format}: this run's prefix {prefix!r} goes on behind the text, and other libraries only "
+                "put something in front of it; use ds_embed.Embedder or recipes/generate.py"
+            )
+    if output_format == "adapter" and source.adapter is None:
+        raise UserError(
+            f"--format adapter: {run} was trained with all weights (--lora_rank 0) and has no adapter; "
+            "choose --format merged or sentence-transformers"
+        )
+    return source
+
+
+class _Export:
+    """One export: the run in float32, what it gives for the check texts, and where the parts go."""
+
+    def __init__(self, source: ModelSource, output_format: str, dtype: str, device: str, trust_remote_code: bool):
+        self.source = source
+        self.card: EmbeddingCard = source.card
+        self.output_format = output_format
+        self.device = device
+        self.trust_remote_code = trust_remote_code
+        self.config = load_config(source, trust_remote_code)
+        if is_decoder(self.config) and self.card.bidirectional and not is_bidirectional(self.config):
+            raise UserError(
+                f"--format {output_format}: this run attends in both directions (--bidirectional true), and the libraries "
+                "that would load the export know its model as causal; use ds_embed.Embedder or recipes/generate.py"
+            )
+        self.base_dtype = self.config.dtype or torch.float32
+        self.dtype = self.base_dtype if dtype == "auto" else DTYPES[dtype]
+        self.run = self._embedder(source)
+        self.tokenizer = self_contained(
+            self.run.tokenizer,
+            append_eos=self.card.append_eos,
+            max_length=max(self.card.query_max_length, self.card.doc_max_length),
+        )
+        self.texts = check_texts(self.run.tokenizer, self.card)
+        self.vectors = vectors_here(self.run, self.texts)
+
+    def fill(self, folder: Path, name: str) -> None:
+        save_tokenizer(self.tokenizer, folder)
+        self.card.save(folder)
+        notes = self._check_tokens(folder)
+        model_options = without_pooler(self.config)
+        if self.output_format == "adapter":
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copyfile(self.source.adapter / file, folder / file)
+        else:
+            self._write_weights(folder)
+        if self.output_format == "sentence-transformers":
+            write_modules(folder, self.card, self.run.dimensions, model_options)
+            if self.card.query_max_length != self.card.doc_max_length:
+                notes.append(
+                    f"encode_query cuts at {self.card.query_max_length} tokens and encode_document at "
+                    f"{self.card.doc_max_length}; encode with prompt_name cuts both at the larger"
+                )
+        page = readme(self.card, name, self.output_format, bool(model_options), notes)
+        (folder / "README.md").write_text(page, "utf-8")
+        self.run = None  # one model at a time in memory
+        self._check_vectors(folder)
+        for note in notes:
+            print(f"note: {note}")
+
+    def _embedder(self, source: ModelSource) -> Embedder:
+        model = ModelArguments(source.base, trust_remote_code=self.trust_remote_code)
+        text = TextArguments()
+        return Embedder.from_source(source, model, text, device=self.device, bf16=False, keep_weights=True)
+
+    def _check_tokens(self, folder: Path) -> list[str]:
+        """Compare token ids; returns what a user must know about texts that spell control tokens."""
+        from transformers import AutoTokenizer
+
+        exported = AutoTokenizer.from_pretrained(folder)
+        odd = odd_tokens(self.run.tokenizer, exported, self.card, self.texts)
+        if odd:
+            raise UserError(
+                f"--run {self.source.tokenizer}: this tokenizer can't be made to do by itself what ds_embed does with "
+                f"it: {odd[0]!r} gets other tokens; nothing was written"
+            )
+        print(f"checked tokens: {len(self.texts)} texts as query and as document have the ids of the run")
+        odd = odd_tokens(self.run.tokenizer, exported, self.card, spelled_texts(self.run.tokenizer))
+        if not odd:
+            return []
+        return [f"texts that spell a control or added token, as in {odd[0]!r}, have other tokens than in ds_embed"]
+
+    def _write_weights(self, folder: Path) -> None:
+        backbone = self.run.encoder.backbone
+        if self.source.adapter is not None:
+            backbone = self.run.encoder.backbone = backbone.merge_and_unload(safe_merge=True)
+            agreement = Agreement.of(self.vectors, vectors_here(self.run, self.texts))
+            agreement.require(MIN_COSINE, "the adapter merged into the base in float32")
+            print(f"checked merging in float32: {agreement}")
+        backbone.to(self.dtype).save_pretrained(folder)
+
+    def _check_vectors(self, folder: Path) -> None:
+        exact = self.output_format == "adapter" or self.dtype in (
+            (torch.float32,) if self.source.adapter else (torch.float32, self.base_dtype)
+        )
+        expected = self.vectors
+        if not exact:
+            # The libraries must agree on the weights as they are stored; how far these are from the run is told apart.
+            expected = vectors_here(self._embedder(find_model(str(folder))), self.texts)
+            agreement = Agreement.of(self.vectors, expected)
+            what = f"the model with weights in {_name(self.dtype)} (--dtype float32 keeps them exact)"
+            agreement.require(MIN_COSINE_ROUNDED, what)
+            print(f"checked weights rounded to {_name(self.dtype)}: {agreement}")
+        for library, vectors in self._libraries(folder).items():
+            agreement = Agreement.of(expected, vectors(torch.float32)).require(MIN_COSINE, library)
+            print(f"checked {library} in float32: {agreement}")
+            low = Agreement.of(self.vectors, vectors(torch.bfloat16))
+            print(f"        {library} in bfloat16, for comparison: {low}")
+
+    def _libraries(self, folder: Path) -> dict[str, Any]:
+        """How each library that the format is for computes the vectors of the check texts, in a given dtype."""
+        rest = (self.device, self.trust_remote_code)
+        name = "PeftModel" if self.output_format == "adapter" else "AutoModel"
+        base = self.source.base if self.output_format == "adapter" else None
+        libraries = {name: lambda dtype: vectors_of_transformers(folder, base, self.card, self.texts, dtype, *rest)}
+        if self.output_format == "sentence-transformers":
+            libraries["SentenceTransformer"] = lambda dtype: vectors_of_sentence_transformers(
+                folder, self.texts, dtype, *rest
+            )
+        return libraries
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

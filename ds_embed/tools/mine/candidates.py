@@ -1,0 +1,115 @@
+"""Vectors of the catalog's tables, and candidates found with them.
+
+Shapes: n queries, k kept documents, p pairs, D dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ds_embed.artifact.durable import replaced_when_whole
+from ds_embed.job.ranks import World
+from ds_embed.settings import EncodeArguments, TextArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.tools.mine.catalog import NAMES, Catalog, table_path
+from ds_embed.vectors.generate import generate
+from ds_embed.vectors.search import pair_scores
+from ds_embed.vectors.sharded_search import search_sharded
+from ds_embed.vectors.vectors import Vectors, read_embeddings
+
+_COPIED_ROWS = 65536
+
+
+class ModelCandidates:
+    """The k best candidates of queries by inner product; each rank searches its slice of the documents."""
+
+    def __init__(self, world: World, catalog: Catalog, paths: dict[str, str]):
+        self._world = world
+        self._queries, self._documents = (
+            np.load(paths[name], mmap_mode="r", allow_pickle=False) for name in ("queries", "documents")
+        )
+        self._num_candidates = catalog.num_candidates
+
+    def find(
+        self, queries: range, k: int, pair_places: np.ndarray, pair_rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores (n, k), rows (n, k), and the scores of pairs (p,), on every rank.
+
+        A pair is a query, by its place among `queries`, and any document.
+        """
+        rows = np.array(self._queries[queries.start : queries.stop])
+        scores, found = search_sharded(self._world, rows, self._documents[: self._num_candidates], k)
+        device = str(self._world.device)
+        return scores, found, pair_scores(rows, self._documents, pair_places, pair_rows, device)
+
+
+def obtain_vectors(
+    world: World, folder: Path, model: MiningModelArguments, text: TextArguments, arguments: MiningArguments
+) -> dict[str, str]:
+    """Encode the catalog in `folder`, or find its vectors in --embeddings: paths of "queries" and "documents".
+
+    Both are .npy files whose rows stand in table order. Done once: a job that is started again reuses them.
+    UserError: vectors that do not fit or are not finite, ids without a vector.
+    """
+    done = folder / "vectors.json"
+
+    def known() -> dict[str, str] | None:
+        return json.loads(done.read_text()) if done.exists() else None
+
+    paths = world.on_main("mining: vectors that are there", known)
+    if paths is not None:
+        return paths
+    if arguments.embeddings is None:
+        embeddings = generate(world, model, text, _encode_arguments(folder, arguments))
+    else:
+        embeddings = Path(arguments.embeddings)
+
+    def take() -> dict[str, str]:
+        queries, documents = read_embeddings(embeddings)
+        if arguments.embeddings is not None:
+            queries, documents = (_by_name(vectors, folder, name) for vectors, name in zip((queries, documents), NAMES))
+        paths = {"queries": str(queries), "documents": str(documents)}
+        if arguments.embeddings is None:
+            paths = {"queries": str(queries.path.resolve()), "documents": str(documents.path.resolve())}
+        with replaced_when_whole(done) as file:
+            json.dump(paths, file)
+        return paths
+
+    return world.on_main("mining: vectors", take)
+
+
+def _encode_arguments(folder: Path, arguments: MiningArguments) -> EncodeArguments:
+    return EncodeArguments(
+        adapter_path=arguments.adapter_path,
+        deepspeed=arguments.deepspeed,
+        bf16=arguments.bf16,
+        query_files=[str(table_path(folder / "catalog", "queries"))],
+        doc_files=[str(table_path(folder / "catalog", "documents"))],
+        output_prefix=str(folder / "vectors"),
+        micro_batch_tokens=arguments.micro_batch_tokens,
+        cache_dir=str(folder / "tokens"),
+    )
+
+
+def _by_name(vectors: Vectors, folder: Path, names_file: str) -> Path:
+    """A file with the rows of these ids, in the order of the table."""
+    names = (folder / "catalog" / names_file).read_text(encoding="utf-8").split("\n")[:-1]
+    row_of = {name: row for row, name in enumerate(vectors.ids)}
+    missing = [name for name in names if name not in row_of]
+    if missing:
+        kind, flag = ("query_id", "query_files") if names_file == NAMES[0] else ("doc_id", "doc_files")
+        raise UserError(
+            f"--embeddings: {len(missing)} of {len(names)} texts have no vector in {vectors.path}, such as that of "
+            f"{kind} '{missing[0]}'; encode them too (--{flag} of recipes/generate.py)"
+        )
+    rows = np.array([row_of[name] for name in names], dtype=np.int64)
+    path = folder / f"{names_file.removesuffix('.names')}.npy"
+    copy = np.lib.format.open_memmap(path, "w+", np.float32, (len(rows), vectors.rows.shape[1]))
+    for start in range(0, len(rows), _COPIED_ROWS):
+        copy[start : start + _COPIED_ROWS] = vectors.rows[rows[start : start + _COPIED_ROWS]]
+    copy.flush()
+    return path

@@ -1,0 +1,289 @@
+"""What there is to mine: the distinct queries and documents of the training files, and who is whose positive.
+
+Built in one place by one rank, as plain files that every rank maps; texts stay on disk.
+
+Shapes: R records, Q queries, G groups of queries, M candidates, M + E documents (E are positives or existing
+negatives that are no candidates).
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import unicodedata
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import orjson
+
+from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.records import TrainingRecord, parse_document_record, parse_training_record
+from ds_embed.data.store import content_key
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.mining_arguments import MiningArguments
+
+NAMES = ("query.names", "doc.names")  # the users' ids of the tables' rows, one a line
+# kind: (file, key of the text, key of the id), as recipes/generate.py reads them
+_TABLES = {"queries": ("queries.jsonl", "query", "query_id"), "documents": ("documents.jsonl", "pos_doc", "doc_id")}
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of row numbers, one after the other: list i is values[first[i] : first[i + 1]]."""
+
+    first: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of_pairs(cls, owners: np.ndarray, values: np.ndarray, num_owners: int) -> Ragged:
+        """Distinct (owner, value) pairs as the ascending list of each owner."""
+        pairs = np.unique(np.stack([owners, values], axis=1), axis=0) if len(owners) else np.empty((0, 2), np.int64)
+        return cls(np.searchsorted(pairs[:, 0], np.arange(num_owners + 1)), np.ascontiguousarray(pairs[:, 1]))
+
+    def counts(self, owners: np.ndarray) -> np.ndarray:
+        return self.first[owners + 1] - self.first[owners]
+
+    def of(self, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place in `owners`, value) of all values of these lists."""
+        counts = self.counts(owners)
+        places = np.repeat(np.arange(len(owners)), counts)
+        within = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return places, self.values[self.first[owners][places] + within]
+
+
+class Texts:
+    """The texts of a table by row, read from its memory-mapped JSONL file."""
+
+    def __init__(self, path: Path, offsets: np.ndarray, key: str):
+        self._file = open(path, "rb")
+        self._lines = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._offsets, self._key = offsets, key
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: int) -> str:
+        return orjson.loads(self._lines[self._offsets[row] : self._offsets[row + 1]])[self._key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The tables and their relations. Documents 0 to M - 1 are the candidates."""
+
+    folder: Path
+    num_candidates: int
+    queries: Texts
+    documents: Texts
+    record_queries: np.ndarray  # (R,) query of each record
+    record_positives: np.ndarray  # (R,) document of each record
+    existing: Ragged  # of records: documents that are their neg_doc and stay
+    groups: np.ndarray  # (Q,) queries of one group have one text, or share a query_id
+    positives: Ragged  # of groups: the positive documents of all its records
+    excluded: Ragged  # of groups: those, documents that share a doc_id with one, and the queries' own texts
+
+    @property
+    def num_records(self) -> int:
+        return len(self.record_queries)
+
+    @classmethod
+    def open(cls, folder: Path) -> Catalog:
+        arrays = {path.stem: np.load(path, mmap_mode="r").view(np.ndarray) for path in folder.glob("*.npy")}
+        texts = {kind: Texts(folder / name, arrays[f"{kind}_offsets"], key) for kind, (name, key, _) in _TABLES.items()}
+        ragged = {
+            name: Ragged(arrays[f"{name}_first"], arrays[f"{name}_values"])
+            for name in ("existing", "positives", "excluded")
+        }
+        plain = {name: arrays[name] for name in ("record_queries", "record_positives", "groups")}
+        return cls(folder, json.loads((folder / "catalog.json").read_text())["candidates"], **texts, **plain, **ragged)
+
+
+def table_path(folder: Path, kind: str) -> Path:
+    """The JSONL file of "queries" or "documents", whose ids are the row numbers."""
+    return folder / _TABLES[kind][0]
+
+
+def match_key(text: str, normalized: bool) -> int:
+    """The key that texts of one document share: equal texts, or equal but for case, white space and Unicode form."""
+    if normalized:
+        text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return content_key(text)
+
+
+@dataclass
+class _Table:
+    """Distinct texts by key, written as they come; row i is the i-th distinct one."""
+
+    file: IO[bytes]
+    text_key: str
+    id_key: str
+    rows: dict[int, int] = field(default_factory=dict)
+    offsets: array = field(default_factory=lambda: array("q", [0]))
+    names: list[str] | None = None  # the users' ids, where they are needed
+
+    def row(self, key: int, text: str, name: str | None) -> int:
+        row = self.rows.setdefault(key, len(self.rows))
+        if row == len(self.offsets) - 1:
+            line = orjson.dumps({self.text_key: text, self.id_key: str(row)}) + b"\n"
+            self.file.write(line)
+            self.offsets.append(self.offsets[-1] + len(line))
+            if self.names is not None:
+                self.names.append(name)
+        return row
+
+
+class CatalogBuilder:
+    """Reads the files into a folder. `names` of the tables are filled when vectors are to be found by id."""
+
+    def __init__(self, folder: Path, arguments: MiningArguments):
+        self._folder, self._arguments = folder, arguments
+        self._needs_ids = arguments.embeddings is not None
+        self._normalized = arguments.match_positives == "normalized"
+        names = [] if self._needs_ids else None
+        files = {kind: (open(folder / name, "wb"), key, id_key) for kind, (name, key, id_key) in _TABLES.items()}
+        self.queries = _Table(*files["queries"], names=names)
+        self.documents = _Table(*files["documents"], names=None if names is None else [])
+        self._rows_of_id: dict[int, list[int]] = {}
+        self._counts = {"repeated_documents": 0, "blank_documents": 0}
+
+    def build(self) -> dict[str, int]:
+        """Write all files of the catalog; returns counts. UserError for bad records, with file and line."""
+        for place in self._corpus():
+            self._add_document(*place)
+        num_candidates = len(self.documents.rows)
+        if not num_candidates:
+            raise UserError("--doc_files: hold no document with a text, so there is nothing to choose from")
+        relations = self._relations()
+        self.queries.file.close()
+        self.documents.file.close()
+        for name, values in relations.items():
+            np.save(self._folder / f"{name}.npy", values)
+        for kind, table in (("queries", self.queries), ("documents", self.documents)):
+            np.save(self._folder / f"{kind}_offsets.npy", np.frombuffer(table.offsets, dtype=np.int64))
+        for name, table in zip(NAMES, (self.queries, self.documents)):
+            if table.names is not None:
+                (self._folder / name).write_text("".join(f"{id_}\n" for id_ in table.names), encoding="utf-8")
+        counts = {
+            "records": len(relations["record_queries"]),
+            "queries": len(self.queries.rows),
+            "candidates": num_candidates,
+            "other_documents": len(self.documents.rows) - num_candidates,
+            **self._counts,
+        }
+        (self._folder / "catalog.json").write_text(json.dumps(counts))
+        return counts
+
+    def _corpus(self) -> Iterator[tuple[str, str, str | None]]:
+        """(where, text, id) of every document that may become a negative."""
+        for path in self._arguments.doc_files:
+            for where, value in read_json_objects(path):
+                document = parse_document_record(where, value)
+                if not document.pos_doc.strip():
+                    self._counts["blank_documents"] += 1
+                    continue
+                yield where, document.pos_doc, document.doc_id
+        for where, record in self._records():
+            if not self._arguments.doc_files:
+                yield where, record.pos_doc, record.doc_id
+            if self._arguments.include_neg_docs:
+                for negative in record.neg_docs:
+                    yield where, negative, None
+
+    def _records(self) -> Iterator[tuple[str, TrainingRecord]]:
+        for path in self._arguments.train_files:
+            for where, value in read_json_objects(path):
+                yield where, parse_training_record(where, value)
+
+    def _add_document(self, where: str, text: str, name: str | None, cure: str = "give every record its doc_id") -> int:
+        if self._needs_ids and name is None:
+            raise UserError(f"{where}: doc_id is missing, by which --embeddings has its vector; {cure}")
+        before = len(self.documents.rows)
+        row = self.documents.row(match_key(text, self._normalized), text, name)
+        self._counts["repeated_documents"] += row < before
+        if name is not None:
+            rows = self._rows_of_id.setdefault(content_key(name), [])
+            if row not in rows:
+                rows.append(row)
+        return row
+
+    def _relations(self) -> dict[str, np.ndarray]:
+        record_queries, record_positives = array("q"), array("q")
+        existing_records, existing_rows = array("q"), array("q")
+        positive_rows_of_record: list[tuple[int, ...]] = []
+        groups = _Groups()
+        repeated = self._counts["repeated_documents"]
+        for number, (where, record) in enumerate(self._records()):
+            if self._needs_ids and record.query_id is None:
+                raise UserError(
+                    f"{where}: query_id is missing, by which --embeddings has its vector; give every record its query_id"
+                )
+            query = self.queries.row(content_key(record.query), record.query, record.query_id)
+            group_key = match_key(record.query, self._normalized)
+            groups.join(query, ("text", group_key), record.query_id and ("id", content_key(record.query_id)))
+            record_queries.append(query)
+            record_positives.append(self._add_document(where, record.pos_doc, record.doc_id))
+            same_id = [] if record.doc_id is None else self._rows_of_id[content_key(record.doc_id)]
+            same_text = self.documents.rows.get(group_key)
+            positive_rows_of_record.append((*same_id, *([] if same_text is None else [same_text])))
+            if self._arguments.keep_existing:
+                cure = "leave --keep_existing out, or let --model_name_or_path encode it"
+                for negative in record.neg_docs:
+                    known = self.documents.rows.get(match_key(negative, self._normalized))
+                    row = self._add_document(where, negative, None, cure) if known is None else known
+                    existing_records.append(number)
+                    existing_rows.append(row)
+        self._counts["repeated_documents"] = repeated  # those of the corpus, not of this second reading
+        return self._as_arrays(
+            groups, record_queries, record_positives, positive_rows_of_record, existing_records, existing_rows
+        )
+
+    def _as_arrays(self, groups, record_queries, record_positives, positive_rows, existing_records, existing_rows):
+        record_queries, record_positives = (np.array(a, dtype=np.int64) for a in (record_queries, record_positives))
+        of_query = groups.of_queries(len(self.queries.rows))
+        num_groups = int(of_query.max()) + 1
+        of_record = of_query[record_queries]
+        positives = Ragged.of_pairs(of_record, record_positives, num_groups)
+        more = np.repeat(of_record, [len(rows) for rows in positive_rows])
+        flat = np.fromiter((row for rows in positive_rows for row in rows), np.int64, len(more))
+        excluded = Ragged.of_pairs(
+            np.concatenate([of_record, more]), np.concatenate([record_positives, flat]), num_groups
+        )
+        owners = np.array(existing_records, dtype=np.int64)
+        first = np.searchsorted(owners, np.arange(len(record_queries) + 1))
+        existing = Ragged(first, np.array(existing_rows, dtype=np.int64))  # in the records' own order
+        relations = {"record_queries": record_queries, "record_positives": record_positives, "groups": of_query}
+        for name, ragged in (("positives", positives), ("excluded", excluded), ("existing", existing)):
+            relations |= {f"{name}_first": ragged.first, f"{name}_values": ragged.values}
+        return relations
+
+
+class _Groups:
+    """Queries joined by what they share (union-find)."""
+
+    def __init__(self):
+        self._parents: list[int] = []
+        self._first: dict[tuple[str, int], int] = {}
+
+    def join(self, query: int, *keys: tuple[str, int] | None) -> None:
+        while len(self._parents) <= query:
+            self._parents.append(len(self._parents))
+        for key in keys:
+            if key is not None:
+                self._parents[self._root(query)] = self._root(self._first.setdefault(key, query))
+
+    def _root(self, query: int) -> int:
+        while self._parents[query] != query:
+            self._parents[query] = self._parents[self._parents[query]]
+            query = self._parents[query]
+        return query
+
+    def of_queries(self, num_queries: int) -> np.ndarray:
+        """Group number (Q,) of each query."""
+        roots = np.array([self._root(query) for query in range(num_queries)], dtype=np.int64)
+        return np.unique(roots, return_inverse=True)[1].reshape(-1).astype(np.int64)

@@ -1,0 +1,239 @@
+"""The mining job: training files in, the same records with hard negatives out.
+
+    catalog   rank 0 lists the distinct queries and documents
+    vectors   all ranks encode them (or BM25 indexes the documents)
+    chunks    for each chunk of queries: all ranks search, score with the cross-encoder, apply the rules
+    output    rank 0 writes the records with their negatives
+
+Chunks do not depend on the number of ranks. Each part is kept in the work folder as soon as it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_embed.job.ranks import World
+from ds_embed.settings import TextArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.tools.mine.catalog import Catalog, CatalogBuilder
+from ds_embed.tools.mine.output import Mined, plot_scores, summarise, summary_path, write_records, write_summary
+from ds_embed.tools.mine.rules import RULES, Pool, choose, make_pool
+from ds_embed.tools.mine.work import WorkFolder, describe_inputs, differences
+
+logger = logging.getLogger(__name__)
+
+CHUNK_QUERIES = 1024
+SCORED_CHUNK_QUERIES = 64  # a cross-encoder takes seconds for as many: little is lost with a chunk
+_RECORDS_AT_ONCE = 4096
+_FOUND_AT_ONCE = 1 << 24  # scores of found documents
+
+
+def mine(world: World, model: MiningModelArguments, text: TextArguments, arguments: MiningArguments) -> None:
+    """Write output_file, its .summary.json and its .scores.png. Every rank must call it.
+
+    UserError for inputs that do not fit, or that changed since the job was begun.
+    """
+    arguments.check_model(model)
+    output_file = Path(arguments.output_file).expanduser().resolve()
+    work = WorkFolder(Path(arguments.work_dir or f"{output_file}.work").expanduser().resolve())
+    inputs = world.on_main("mining: inputs", lambda: _begin(work, output_file, model, text, arguments))
+    if inputs is None:
+        return
+    folder = world.on_main(
+        "mining: catalog", lambda: work.obtain("catalog", lambda path: CatalogBuilder(path, arguments).build())
+    )
+    catalog = Catalog.open(folder)
+    _check_sizes(catalog, arguments)
+    source = _candidates(world, work, catalog, model, text, arguments)
+    _mine_chunks(world, work, catalog, source, arguments)
+
+    def finish() -> None:
+        mined = _collect(work, catalog, arguments)
+        summary = summarise(mined, catalog, arguments, json.loads((folder / "catalog.json").read_text()))
+        unit = (
+            "score of the cross-encoder"
+            if arguments.cross_encoder
+            else "BM25"
+            if arguments.method == "bm25"
+            else "cosine"
+        )
+        plot_scores(output_file, mined, unit)
+        write_summary(output_file, summary, inputs)
+        write_records(output_file, mined, catalog, arguments)
+        work.remove()
+        print(json.dumps(summary, indent=2))
+        print(f"written to {output_file}")
+
+    world.on_main("mining: output", finish)
+
+
+def _begin(work: WorkFolder, output_file: Path, model, text, arguments) -> dict[str, Any] | None:
+    """What decides the output; None if the output of just that is there already."""
+    inputs = describe_inputs(model, text, arguments)
+    work.remove_parts_of(output_file)
+    if output_file.exists():
+        summary = summary_path(output_file)
+        before = json.loads(summary.read_text(encoding="utf-8")).get("inputs") if summary.exists() else None
+        if before is None:
+            raise UserError(f"--output_file {output_file}: exists and was not mined; choose another name")
+        changed = differences(before, inputs)
+        if changed:
+            raise UserError(
+                f"--output_file {output_file}: was mined from other inputs: {changed}; remove it or choose another name"
+            )
+        logger.info("%s is there already, mined from the same inputs", output_file)
+        if not work.path.exists() or work.begin(inputs):  # killed before it had cleaned up
+            work.remove()
+        return None
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    if work.begin(inputs):
+        logger.info("going on with what %s holds", work.path)
+    return inputs
+
+
+def _check_sizes(catalog: Catalog, arguments: MiningArguments) -> None:
+    if arguments.num_negatives + arguments.range_min >= catalog.num_candidates:
+        raise UserError(
+            f"--num_negatives {arguments.num_negatives}, --range_min {arguments.range_min}: there are only "
+            f"{catalog.num_candidates} documents to choose from, a positive among them; lower them or add --doc_files"
+        )
+    if arguments.range_max is not None and arguments.range_max > catalog.num_candidates:
+        raise UserError(
+            f"--range_max {arguments.range_max}: there are only {catalog.num_candidates} documents to choose from; lower it"
+        )
+
+
+def _candidates(world, work, catalog, model, text, arguments) -> Any:
+    if arguments.method == "bm25":
+        from ds_embed.tools.mine.bm25 import Bm25Candidates, build_bm25
+
+        folder = world.on_main(
+            "mining: bm25",
+            lambda: work.obtain(
+                "bm25", lambda path: build_bm25(catalog.documents, path, arguments.bm25_k1, arguments.bm25_b)
+            ),
+        )
+        return Bm25Candidates(world, catalog, folder)
+    from ds_embed.tools.mine.candidates import ModelCandidates, obtain_vectors
+
+    return ModelCandidates(world, catalog, obtain_vectors(world, work.path, model, text, arguments))
+
+
+def _mine_chunks(world: World, work: WorkFolder, catalog: Catalog, source: Any, arguments: MiningArguments) -> None:
+    size = _chunk_size(arguments)
+    num_chunks = -(-len(catalog.queries) // size)
+    missing = world.on_main("mining: chunks", lambda: work.missing_chunks(num_chunks))
+    if not missing:
+        return
+    scorer = None
+    if arguments.cross_encoder is not None:
+        from ds_embed.tools.mine.cross_encoder import CrossEncoder
+
+        scorer = CrossEncoder(world, arguments)
+    by_query = np.argsort(catalog.record_queries, kind="stable")
+    sorted_queries = catalog.record_queries[by_query]
+    for number in _with_progress(missing, num_chunks, world):
+        queries = range(number * size, min((number + 1) * size, len(catalog.queries)))
+        records = by_query[slice(*np.searchsorted(sorted_queries, [queries.start, queries.stop]))]
+        found = _mine_chunk(catalog, source, scorer, queries, records, arguments)
+        world.on_main(f"mining: chunk {number}", lambda: work.write_chunk(number, **found))
+
+
+def _mine_chunk(catalog, source, scorer, queries: range, records: np.ndarray, arguments) -> dict[str, np.ndarray]:
+    """The negatives of the records of these queries; the same on every rank."""
+    query_rows = np.arange(queries.start, queries.stop)
+    groups = catalog.groups[query_rows]
+    places = catalog.record_queries[records] - queries.start
+    # Pairs beside the candidates whose scores are needed: positives, and negatives that stay.
+    owners, existing_rows = catalog.existing.of(records)
+    pairs = np.concatenate(
+        [np.stack(catalog.positives.of(groups), axis=1), np.stack([places[owners], existing_rows], axis=1)]
+    )
+    pairs = np.unique(pairs, axis=0)  # by place, then row
+    pool, pair_scores = _find(catalog, source, queries, groups, pairs, arguments)
+    if scorer is not None:
+        place, column = np.nonzero(pool.rows >= 0)
+        all_places, all_rows = np.append(pairs[:, 0], place), np.append(pairs[:, 1], pool.rows[place, column])
+        new = scorer.score(catalog, query_rows[all_places], all_rows)
+        pair_scores, pool_scores = new[: len(pairs)], np.full(pool.rows.shape, -np.inf, dtype=np.float32)
+        pool_scores[place, column] = new[len(pairs) :]
+        pool = pool.reordered(pool_scores)
+
+    def scores_of(places: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        stride = len(catalog.documents)
+        return pair_scores[np.searchsorted(pairs[:, 0] * stride + pairs[:, 1], places * stride + rows)]
+
+    positive_places, positive_rows = catalog.positives.of(groups)
+    lowest = np.full(len(queries), np.inf, dtype=np.float32)
+    np.minimum.at(lowest, positive_places, scores_of(positive_places, positive_rows))
+    chosen = [
+        choose(pool, lowest, places[block], records[block], catalog.existing, arguments)
+        for block in (slice(i, i + _RECORDS_AT_ONCE) for i in range(0, len(records), _RECORDS_AT_ONCE))
+    ]
+    return {
+        "records": records,
+        "rows": np.concatenate([rows for rows, _, _ in chosen]),
+        "scores": np.concatenate([scores for _, scores, _ in chosen]),
+        "positive_scores": scores_of(places, catalog.record_positives[records]),
+        "existing_scores": scores_of(places[owners], existing_rows),
+        "num_dropped": sum(counts for _, _, counts in chosen),
+        "num_candidates": (pool.rows >= 0).sum(axis=1)[places].sum() + pool.num_positives[places].sum(),
+    }
+
+
+def _find(catalog, source, queries: range, groups: np.ndarray, pairs: np.ndarray, arguments) -> tuple[Pool, np.ndarray]:
+    """The pools of the queries, and the scores of pairs (place among the queries, document), which are sorted."""
+    wanted = min(arguments.num_candidates, catalog.num_candidates)
+    depth = min(catalog.num_candidates, wanted + int(catalog.excluded.counts(groups).max()))
+    # A query with very many positives is searched very deep: then only few at a time.
+    step = max(1, _FOUND_AT_ONCE // depth)
+    pools, scores_of_pairs = [], []
+    for low in range(0, len(queries), step):
+        block = queries[low : low + step]
+        of_block = pairs[slice(*np.searchsorted(pairs[:, 0], [low, low + len(block)]))]
+        scores, rows, pair_scores = source.find(block, depth, of_block[:, 0] - low, of_block[:, 1])
+        pools.append(make_pool(scores, rows, catalog.excluded, groups[low : low + len(block)], wanted))
+        scores_of_pairs.append(pair_scores)
+    together = [np.concatenate(parts) for parts in zip(*((p.rows, p.scores, p.num_positives) for p in pools))]
+    return Pool(*together), np.concatenate(scores_of_pairs)
+
+
+def _collect(work: WorkFolder, catalog: Catalog, arguments: MiningArguments) -> Mined:
+    num_records = catalog.num_records
+    shape = (num_records, arguments.num_negatives)
+    rows, scores = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.float32)
+    positive_scores = np.empty(num_records, dtype=np.float32)
+    existing_scores = np.empty(len(catalog.existing.values), dtype=np.float32)
+    num_dropped, num_candidates = np.zeros(len(RULES), dtype=np.int64), 0
+    for number in range(-(-len(catalog.queries) // _chunk_size(arguments))):
+        with np.load(work.chunk_path(number), allow_pickle=False) as part:
+            records = part["records"]
+            rows[records], scores[records] = part["rows"], part["scores"]
+            positive_scores[records] = part["positive_scores"]
+            counts = catalog.existing.counts(records)
+            first = np.repeat(catalog.existing.first[records], counts)
+            within = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
+            existing_scores[first + within] = part["existing_scores"]
+            num_dropped += part["num_dropped"]
+            num_candidates += int(part["num_candidates"])
+    return Mined(rows, scores, positive_scores, existing_scores, num_dropped, num_candidates)
+
+
+def _chunk_size(arguments: MiningArguments) -> int:
+    return CHUNK_QUERIES if arguments.cross_encoder is None else SCORED_CHUNK_QUERIES
+
+
+def _with_progress(missing: list[int], num_chunks: int, world: World) -> Any:
+    if not world.is_main:
+        return missing
+    from tqdm import tqdm
+
+    return tqdm(
+        missing, total=num_chunks, initial=num_chunks - len(missing), unit="chunk", desc="mining", dynamic_ncols=True
+    )

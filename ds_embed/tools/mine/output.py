@@ -1,0 +1,140 @@
+"""The end of a mining job: records with their negatives, a summary, and a plot of the scores.
+
+Shapes: R records, K negatives of a record, E existing negatives that stay.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from ds_embed.artifact.durable import replaced_when_whole
+from ds_embed.data.json_files import read_json_objects
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.tools.mine.catalog import Catalog
+from ds_embed.tools.mine.rules import RULES
+
+_QUANTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What was found for all records; rows -1 and scores -inf where a record has fewer than K."""
+
+    rows: np.ndarray  # (R, K) documents
+    scores: np.ndarray  # (R, K)
+    positive_scores: np.ndarray  # (R,)
+    existing_scores: np.ndarray  # (E,) in the order of Catalog.existing.values
+    num_dropped: np.ndarray  # candidates that each of RULES took out, summed over records
+    num_candidates: int  # of all pools
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Negatives (R,) mined for each record."""
+        return (self.rows >= 0).sum(axis=1)
+
+
+def summary_path(output_file: Path) -> Path:
+    return output_file.with_name(f"{output_file.name}.summary.json")
+
+
+def plot_path(output_file: Path) -> Path:
+    return output_file.with_name(f"{output_file.name}.scores.png")
+
+
+def summarise(mined: Mined, catalog: Catalog, arguments: MiningArguments, counts: dict[str, int]) -> dict:
+    """The job in numbers; `counts` are those of the catalog."""
+    num_existing = np.diff(catalog.existing.first)
+    without = int(((mined.counts + num_existing) == 0).sum())
+    scores = mined.scores[mined.rows >= 0]
+    return {
+        **counts,
+        "records_written": counts["records"] - (without if arguments.drop_without_negatives else 0),
+        "records_with_fewer": int((mined.counts < arguments.num_negatives).sum()),
+        "records_without_negatives": without,
+        "negatives_mined": len(scores),
+        "negatives_kept": int(num_existing.sum()),
+        "candidates_considered": mined.num_candidates,
+        "dropped": dict(zip(RULES, mined.num_dropped.tolist())),
+        "positive_scores": _statistics(mined.positive_scores),
+        "negative_scores": _statistics(scores),
+    }
+
+
+def _statistics(scores: np.ndarray) -> dict[str, float]:
+    if not len(scores):
+        return {}
+    values = np.percentile(scores.astype(np.float64), _QUANTILES)
+    quantiles = {f"p{quantile}": round(float(value), 6) for quantile, value in zip(_QUANTILES, values)}
+    return {"mean": round(float(scores.mean(dtype=np.float64)), 6)} | quantiles
+
+
+def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: MiningArguments) -> None:
+    """The records in order as JSONL: neg_doc, pos_score and neg_scores are set, all else stays as it was.
+
+    A record without negatives has neither neg_doc nor neg_scores, or is left out (drop_without_negatives).
+    UserError when the training files hold another number of records than before.
+    """
+    number = -1
+    with replaced_when_whole(output_file) as file:
+        for path in arguments.train_files:
+            for _, record in read_json_objects(path):
+                number += 1
+                if number == len(mined.rows):
+                    break
+                if _set_negatives(record, number, mined, catalog) or not arguments.drop_without_negatives:
+                    file.buffer.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        if number != len(mined.rows) - 1:
+            raise UserError("--train_files: changed while negatives were mined; start again once they are whole")
+
+
+def _set_negatives(record: dict, number: int, mined: Mined, catalog: Catalog) -> bool:
+    """Whether the record has any negatives."""
+    kept = slice(*catalog.existing.first[number : number + 2])
+    negatives = record.get("neg_doc", []) if kept.start < kept.stop else []
+    rows = mined.rows[number][mined.rows[number] >= 0]
+    negatives = [negatives] if isinstance(negatives, str) else negatives
+    negatives = negatives + [catalog.documents[row] for row in rows]
+    scores = np.concatenate([mined.existing_scores[kept], mined.scores[number, : len(rows)]])
+    if negatives:
+        record["neg_doc"] = negatives
+    else:
+        record.pop("neg_doc", None)
+    record["pos_score"] = mined.positive_scores[number]
+    if negatives:
+        record["neg_scores"] = scores
+    else:
+        record.pop("neg_scores", None)
+    return bool(negatives)
+
+
+def write_summary(output_file: Path, summary: dict, inputs: dict) -> None:
+    with replaced_when_whole(summary_path(output_file)) as file:
+        json.dump(summary | {"inputs": inputs}, file, indent=2)
+        file.write("\n")
+
+
+def plot_scores(output_file: Path, mined: Mined, unit: str) -> None:
+    """A histogram of the positives' and of the mined negatives' scores."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    negatives = mined.scores[mined.rows >= 0]
+    bins = np.histogram_bin_edges(np.concatenate([mined.positive_scores, negatives]).astype(np.float64), bins=60)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, scores in (("positives", mined.positive_scores), ("mined negatives", negatives)):
+        weights = np.full(len(scores), 1 / max(1, len(scores)))
+        axes.hist(scores, bins=bins, weights=weights, alpha=0.6, label=f"{name} ({len(scores):,})")
+    axes.set_xlabel(unit)
+    axes.set_ylabel("share")
+    axes.legend()
+    temporary = plot_path(output_file).with_name(f".{plot_path(output_file).name}.part")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(plot_path(output_file))

@@ -1,0 +1,187 @@
+"""What retrieval loses when vectors take less room: fewer dimensions, bytes or bits in place of floats.
+
+Shapes: n rows (N queries, M documents), D dimensions, d of them kept, k documents for each query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ds_embed.vectors.metrics import Qrels, SearchRun, evaluate
+from ds_embed.vectors.vectors import Vectors
+
+QUANTIZED = ("int8", "binary")
+_BLOCK_BYTES = 64 << 20
+_WORDS_AT_ONCE = 4_000_000  # 64-bit words of a block of query-document pairs
+
+
+@dataclass(frozen=True)
+class Found:
+    """One way to store the documents, and the k best of them for each query, best first: both (N, k)."""
+
+    kind: str
+    dims: int
+    bytes_per_vector: int
+    scores: np.ndarray
+    indices: np.ndarray
+
+
+class ChangedRows:
+    """A float32 (n, d) array whose rows are computed as they are read, so that none has to be held."""
+
+    ndim = 2
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, rows: np.ndarray | ChangedRows, change: Callable[[np.ndarray], np.ndarray], dims: int):
+        self._rows = rows
+        self._change = change
+        self.shape = (len(rows), dims)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> np.ndarray:
+        return self._change(np.asarray(self._rows[chosen])).astype(np.float32, copy=False)
+
+
+def truncated(rows: np.ndarray, dims: int) -> np.ndarray | ChangedRows:
+    """The first d dimensions, scaled to length 1 (Matryoshka); all D as they are."""
+    if dims == rows.shape[1]:
+        return rows
+
+    def change(block: np.ndarray) -> np.ndarray:
+        block = block[:, :dims]
+        lengths = np.linalg.norm(block, axis=1, keepdims=True)
+        return block / np.where(lengths > 0, lengths, 1)
+
+    return ChangedRows(rows, change, dims)
+
+
+def measure_compressed(
+    queries: Vectors, documents: Vectors, k: int, qrels: Qrels, measures: Sequence[str], **settings
+) -> list[dict]:
+    """{kind, dims, bytes_per_vector, measure: mean ...} of each way to store the documents; see search_compressed."""
+    entries = []
+    for found in search_compressed(queries.rows, documents.rows, k, tie_rank=documents.ids.ranks, **settings):
+        means = evaluate(SearchRun(queries.ids, documents.ids, found.scores, found.indices), qrels, measures).means
+        size = {"kind": found.kind, "dims": found.dims, "bytes_per_vector": found.bytes_per_vector}
+        entries.append(size | means)
+    return entries
+
+
+def describe_compressed(entries: Sequence[dict], measures: Sequence[str]) -> list[str]:
+    """A table, a line for each entry of measure_compressed under a header."""
+    width = max(len(entry["kind"]) for entry in entries)
+    lines = [f"{'vectors':<{width}}   dims  bytes/vector  " + "  ".join(f"{name:>8}" for name in measures)]
+    for entry in entries:
+        means = "  ".join(f"{entry[name]:>{max(8, len(name))}.4f}" for name in measures)
+        lines.append(f"{entry['kind']:<{width}}  {entry['dims']:>5}  {entry['bytes_per_vector']:>12}  {means}")
+    return lines
+
+
+def search_compressed(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    k: int,
+    *,
+    truncate_dims: Sequence[int],
+    quantize: Sequence[str],
+    rescore_multiplier: int,
+    tie_rank: np.ndarray,
+    device: str,
+) -> Iterator[Found]:
+    """Search exactly with every asked-for number of dimensions and kind of numbers; all D float32 come first.
+
+    The queries stay float32; only stored documents are quantized. binary compares signs by Hamming
+    distance; with a `rescore_multiplier` above 0 a second result reorders that many times k by the inner
+    product of the float32 query with the document's signs. Ties go to the larger `tie_rank`.
+    """
+    from ds_embed.vectors.search import search  # torch takes seconds to import
+
+    for dims in (queries.shape[1], *truncate_dims):
+        query_rows, document_rows = truncated(queries, dims), truncated(documents, dims)
+        yield Found("float32", dims, 4 * dims, *search(query_rows, document_rows, k, tie_rank=tie_rank, device=device))
+        if "int8" in quantize:
+            restored = quantized_int8(document_rows)
+            yield Found("int8", dims, dims, *search(query_rows, restored, k, tie_rank=tie_rank, device=device))
+        if "binary" in quantize:
+            query_signs, document_signs = sign_words(query_rows), sign_words(document_rows)
+            size = -(-dims // 8)
+            depth = min(len(documents), max(1, rescore_multiplier) * k)
+            distances, indices = hamming_search(query_signs, document_signs, depth, tie_rank)
+            scores = (dims - 2 * distances).astype(np.float32)  # inner products of the signs
+            yield Found("binary", dims, size, scores[:, :k], indices[:, :k])
+            if rescore_multiplier:
+                name = f"binary, rescored x{rescore_multiplier}"
+                yield Found(name, dims, size, *_rescored(query_rows, document_rows, indices, k, tie_rank))
+
+
+def quantized_int8(documents: np.ndarray | ChangedRows) -> ChangedRows:
+    """The documents as 8-bit numbers give them back: 256 levels between each dimension's least and largest value."""
+    low, high = np.full((2, documents.shape[1]), [[np.inf], [-np.inf]], np.float32)
+    for block in _row_blocks(documents):
+        low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+    step = (high - low) / np.float32(255)
+    step[step == 0] = 1  # one value is all there is
+
+    def change(block: np.ndarray) -> np.ndarray:
+        levels = np.rint((block - low) / step).astype(np.uint8)
+        return low + levels * step
+
+    return ChangedRows(documents, change, documents.shape[1])
+
+
+def sign_words(rows: np.ndarray | ChangedRows) -> np.ndarray:
+    """The signs (1 where above 0), packed into 64-bit words: (n, ceil(d / 64)) uint64; the rest is 0."""
+    num_words = -(-rows.shape[1] // 64)
+    words = np.zeros((len(rows), num_words * 8), np.uint8)
+    start = 0
+    for block in _row_blocks(rows):
+        packed = np.packbits(block > 0, axis=1)
+        words[start : start + len(block), : packed.shape[1]] = packed
+        start += len(block)
+    return words.view(np.uint64)
+
+
+def hamming_search(
+    queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k documents that differ in the fewest bits: distances and indices (N, k) int64, nearest first."""
+    num_documents, num_words = documents.shape
+    # One number orders by (distance, tie rank downwards), so no two documents tie.
+    behind = num_documents - 1 - np.asarray(tie_rank, np.int64)
+    by_place = np.empty(num_documents, np.int64)
+    by_place[behind] = np.arange(num_documents)
+    query_block = 64
+    document_block = max(1, _WORDS_AT_ONCE // (query_block * num_words))
+    keys = np.empty((len(queries), k), np.int64)
+    for row in range(0, len(queries), query_block):
+        best = np.empty((len(queries[row : row + query_block]), 0), np.int64)
+        for column in range(0, num_documents, document_block):
+            block = documents[column : column + document_block]
+            differing = queries[row : row + query_block, None, :] ^ block[None, :, :]
+            distances = np.bitwise_count(differing).sum(axis=2, dtype=np.int64)
+            best = np.concatenate([best, distances * num_documents + behind[column : column + document_block]], axis=1)
+            if best.shape[1] > k:
+                best = np.partition(best, k - 1, axis=1)[:, :k]
+        keys[row : row + query_block] = np.sort(best, axis=1)
+    return keys // num_documents, by_place[keys % num_documents]
+
+
+def _rescored(queries, documents, candidates: np.ndarray, k: int, tie_rank: np.ndarray):
+    """The k best of each query's candidates (N, C) by float32 query against the document's signs."""
+    scores = np.empty(candidates.shape, np.float32)
+    for row, chosen in enumerate(candidates):
+        signs = np.where(documents[chosen] > 0, 1.0, -1.0)
+        scores[row] = signs @ np.asarray(queries[row : row + 1], np.float64)[0]
+    order = np.lexsort((-tie_rank[candidates], -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(candidates, order, axis=1)
+
+
+def _row_blocks(rows: np.ndarray | ChangedRows) -> Iterator[np.ndarray]:
+    at_once = max(1, _BLOCK_BYTES // (4 * rows.shape[1]))
+    for start in range(0, len(rows), at_once):
+        yield np.asarray(rows[start : start + at_once])

@@ -1,0 +1,170 @@
+"""Texts to vectors from Python: what recipes/generate.py writes, in one process, with neither files nor DeepSpeed.
+
+    from ds_embed import Embedder
+
+    embedder = Embedder.from_pretrained("RUN")
+    scores = embedder.encode_queries(["what is ..."]) @ embedder.encode_documents(["The answer ..."]).T
+
+Shapes: n texts, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ds_embed.data.batch import pad
+from ds_embed.data.tokenize import TextFormat, encode_texts
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.loading import ModelSource, choose_card, find_model, load_encoder, load_tokenizer
+from ds_embed.models.packed_linear import pack_linear_layers
+from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, cut_block
+
+_DTYPES = ("bfloat16", "float32")
+
+
+class Embedder:
+    """A model that is ready to encode; make one with `Embedder.from_pretrained`.
+
+    Micro-batches are those of generate, so on the same device, with the same threads and settings, the
+    vectors are the same bits; in other micro-batches float32 vectors differ by some 1e-7.
+    `dimensions` is D, `card` says how texts become vectors.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        tokenizer: Any,
+        card: EmbeddingCard,
+        *,
+        micro_batch_tokens: int = 16384,
+        truncate_dim: int | None = None,
+        keep_weights: bool = False,
+    ):
+        """keep_weights: on a CPU too, where linear layers are packed otherwise: faster, and not to be read or saved."""
+        self.encoder = encoder.eval().requires_grad_(False)
+        if not keep_weights:
+            pack_linear_layers(self.encoder)
+        self.tokenizer = tokenizer
+        self.card = card
+        self.micro_batch_tokens = micro_batch_tokens
+        self.dimensions = self._forward([np.zeros(1, np.int32)]).shape[1]
+        if truncate_dim is not None:
+            if not 1 <= truncate_dim <= self.dimensions:
+                raise UserError(f"truncate_dim {truncate_dim}: the model has vectors of {self.dimensions} dimensions")
+            self.dimensions = truncate_dim
+        self._truncated = truncate_dim is not None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        *,
+        adapter_path: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "bfloat16",
+        pooling: str | None = None,
+        bidirectional: bool | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        micro_batch_tokens: int = 16384,
+        truncate_dim: int | None = None,
+        keep_weights: bool = False,
+        **text_settings: Any,
+    ) -> Embedder:
+        """Load a run, an exported or base model's folder, or a hub name, with an adapter on it if asked.
+
+        device: default cuda where there is one, else cpu. dtype: bfloat16 (generate's default) or float32.
+        truncate_dim: keep the first so many dimensions, normalised again. keep_weights: see Embedder.
+        pooling, bidirectional and text_settings (max_length, query_max_length, doc_max_length, query_prefix,
+        doc_prefix) are needed for base models only: a run knows its own.
+        UserError names the setting, as the flag of generate.
+        """
+        name = str(dtype).removeprefix("torch.")
+        if name not in _DTYPES:
+            raise UserError(f"dtype {dtype}: choose one of {', '.join(_DTYPES)}")
+        model = ModelArguments(
+            str(model_name_or_path),
+            pooling=pooling,
+            bidirectional=bidirectional,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        source = find_model(model.model_name_or_path, None if adapter_path is None else str(adapter_path))
+        return cls.from_source(
+            source,
+            model,
+            TextArguments(**text_settings),
+            device=device,
+            bf16=name == "bfloat16",
+            micro_batch_tokens=micro_batch_tokens,
+            truncate_dim=truncate_dim,
+            keep_weights=keep_weights,
+        )
+
+    @classmethod
+    def from_source(
+        cls,
+        source: ModelSource,
+        model: ModelArguments,
+        text: TextArguments,
+        *,
+        device: str | torch.device | None,
+        bf16: bool,
+        **options: Any,
+    ) -> Embedder:
+        """What `from_pretrained` does for a model that find_model has found."""
+        card = choose_card(source, text, model)
+        tokenizer = load_tokenizer(source, model.trust_remote_code)
+        encoder = load_encoder(
+            source,
+            pooling=card.pooling,
+            bidirectional=card.bidirectional,
+            bf16=bf16,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(encoder.to(device), tokenizer, card, **options)
+
+    def encode_queries(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
+        """Unit vectors, float32 (n, D), of queries in their order; `progress` shows a bar."""
+        return self._encode(texts, self.card.text_formats()[0], "queries", progress)
+
+    def encode_documents(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
+        """Unit vectors, float32 (n, D), of documents in their order; `progress` shows a bar."""
+        return self._encode(texts, self.card.text_formats()[1], "documents", progress)
+
+    def _encode(self, texts: Sequence[str], text_format: TextFormat, name: str, progress: bool) -> np.ndarray:
+        if isinstance(texts, str):
+            raise UserError(f"one string was given; give a list of {name}")
+        tokens = encode_texts(self.tokenizer, texts, text_format)
+        lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+        if len(tokens) and not lengths.min():
+            raise UserError(f"text {int(lengths.argmin())} of the {name} has no tokens: leave blank texts out")
+        from tqdm import tqdm
+
+        rows = np.empty((len(tokens), self.dimensions), dtype=np.float32)
+        with tqdm(total=len(tokens), unit="text", desc=f"encoding {name}", disable=not progress) as bar:
+            for start in range(0, len(tokens), BLOCK_TEXTS):
+                for batch in cut_block(lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens):
+                    texts_of_batch = start + batch
+                    vectors = self._forward([tokens[text] for text in texts_of_batch])[:, : self.dimensions]
+                    if self._truncated:
+                        vectors = torch.nn.functional.normalize(vectors, dim=1)
+                    rows[texts_of_batch] = vectors.cpu().numpy()
+                    bar.update(len(batch))
+        return rows
+
+    def _forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
+        ids, lengths = pad(tokens)
+        device = next(self.encoder.parameters()).device
+        with torch.inference_mode():
+            inputs = torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
+            return self.encoder(*inputs, bool(lengths.min() < ids.shape[1]))

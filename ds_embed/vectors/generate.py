@@ -1,0 +1,208 @@
+"""The generate job: a model and files of texts in, vectors on disk out."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ds_embed.artifact.durable import check_writable_folder, hold_lock, written_or_named
+from ds_embed.data.store import TextStore, build_text_store, check_texts_fit
+from ds_embed.job.ranks import World
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.engine import partitioned_loading, start_inference_engine
+from ds_embed.models.identity import identify_files, identify_model, identify_tokenizer
+from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
+from ds_embed.models.packed_linear import describe_kernels, pack_linear_layers
+from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
+from ds_embed.vectors.corpus_plan import rows_of_shard
+from ds_embed.vectors.encode import encode_store
+from ds_embed.vectors.shards import merge_shards, shard_folder
+from ds_embed.vectors.vectors_folder import is_finished
+
+# Of the model and its card: where it comes from, and what only its training knew.
+_NOT_OF_ROWS = {"model_name_or_path", "trust_remote_code", "base_model", "consumed_samples", "temperature"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One kind of texts to encode: all of its rows, or those of a shard, into the folder `target`."""
+
+    kind: str  # query or doc: names the flags, and the files
+    target: Path
+    store: TextStore
+    rows: range
+    made_from: dict[str, str]  # what decides the rows
+
+
+def generate(world: World, model: ModelArguments, text: TextArguments, arguments: EncodeArguments) -> Path:
+    """Write consumed_samplesX/ under output_prefix and return its path. Every rank must call it.
+
+    What is finished stays as it is, what was begun is gone on with. UserError when what is there was made
+    from other files, another model or other settings, or when another job is at it.
+    """
+    world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
+    source = find_model(model.model_name_or_path, arguments.adapter_path)
+    card = choose_card(source, text, model)
+    tokenizer = load_tokenizer(source, model.trust_remote_code)
+    prefix = Path(arguments.output_prefix).expanduser().resolve()
+    world.on_main("check output_prefix", lambda: check_writable_folder("--output_prefix", prefix))
+    embeddings = prefix / f"consumed_samples{card.consumed_samples}"
+    commit = getattr(load_config(source, model.trust_remote_code), "_commit_hash", None)
+    deepspeed_config = _deepspeed_config(world, arguments)
+    stage = deepspeed_config["zero_optimization"].get("stage", 0)
+    kernels = describe_kernels(world.device.type, torch.bfloat16 if arguments.bf16 else torch.float32, stage == 3)
+    jobs = _make_jobs(world, model, arguments, source, commit, card, tokenizer, embeddings, kernels)
+    locks: list[IO] = []  # held until we return
+
+    def find_unfinished() -> list[int]:
+        locks.extend(_lock(job, prefix) for job in jobs)
+        accepted = arguments.accept_changes
+        return [i for i, job in enumerate(jobs) if not is_finished(job.target, job.kind, job.made_from, accepted)]
+
+    unfinished = [jobs[i] for i in world.on_main("find what is unfinished", find_unfinished)]
+    if arguments.merge_shards:
+        world.on_main("merge", lambda: [_merge(job, arguments) for job in unfinished])
+    elif unfinished:
+        world.mark("load model")
+        encoder = _load(world, source, card, model, arguments, deepspeed_config)
+        for job in unfinished:
+            world.mark(f"encode {job.kind}")
+            encode_store(
+                job.store,
+                encoder,
+                world,
+                micro_batch_tokens=arguments.micro_batch_tokens,
+                target=job.target,
+                name=job.kind,
+                rows=job.rows,
+                made_from=job.made_from,
+                save_seconds=arguments.save_seconds,
+            )
+    if arguments.doc_files and arguments.shard_index is None:
+        world.on_main("link test_doc", lambda: link_test_doc(embeddings))
+    if world.is_main:
+        for job in jobs:
+            state = "written to" if job in unfinished else "finished already, they are in"
+            logger.info("%s vectors %s %s", f"{len(job.rows):,} {job.kind}", state, job.target)
+        for lock in locks:
+            lock.close()
+    return embeddings
+
+
+def _make_jobs(
+    world: World,
+    model: ModelArguments,
+    arguments: EncodeArguments,
+    source: ModelSource,
+    commit: str | None,
+    card: EmbeddingCard,
+    tokenizer: Any,
+    embeddings: Path,
+    kernels: str,
+) -> list[_Job]:
+    """What there is to encode, queries and documents, with their token stores."""
+    index, num_shards = arguments.shard_index, arguments.num_shards
+    place = embeddings if index is None else shard_folder(embeddings, index, num_shards)
+    identity = world.on_main("identify the model", lambda: identify_model(source, commit))
+    jobs = []
+    for kind, folder, store in build_stores(world, arguments, tokenizer, card):
+        rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
+        made_from = identity | _made_from(kind, store, card, model, arguments) | {"kernels": kernels}
+        jobs.append(_Job(kind, place / folder, store, rows, made_from))
+    return jobs
+
+
+def build_stores(
+    world: World, arguments: EncodeArguments, tokenizer: Any, card: EmbeddingCard
+) -> list[tuple[str, str, TextStore]]:
+    """File name, folder name and token store of what there is to encode: queries, documents."""
+    query_format, document_format = card.text_formats()
+    kinds = [
+        ("query", "test_queries", arguments.query_files, "query", "query_id", query_format),
+        ("doc", "test_docs", arguments.doc_files, "pos_doc", "doc_id", document_format),
+    ]
+    stores = []
+    for kind, folder, files, text_key, id_key, text_format in kinds:
+        if files:
+            path = world.on_main(
+                f"token store of {kind}",
+                lambda: str(build_text_store(files, text_key, id_key, tokenizer, text_format, arguments.cache_dir)),
+            )
+            store = TextStore.open(path)
+            check_texts_fit(store, arguments.micro_batch_tokens)
+            stores.append((kind, folder, store))
+    return stores
+
+
+def _made_from(
+    kind: str, store: TextStore, card: EmbeddingCard, model: ModelArguments, arguments: EncodeArguments
+) -> dict[str, str]:
+    """What decides the rows of one kind beside the weights, by the name of its flag where it has one."""
+    other = {"query": "doc_", "doc": "query_"}[kind]
+    settings = asdict(card) | asdict(model)
+    settings = {n: value for n, value in settings.items() if n not in _NOT_OF_ROWS and not n.startswith(other)}
+    settings |= {
+        "pooling": card.pooling,
+        "bidirectional": card.bidirectional,
+        "bf16": arguments.bf16,
+        "micro_batch_tokens": arguments.micro_batch_tokens,
+    }
+    known = {f"{kind}_files": identify_files(store.manifest), "tokenizer": identify_tokenizer(store.manifest)}
+    return known | {name: repr(value) for name, value in settings.items()}
+
+
+def _lock(job: _Job, prefix: Path) -> IO:
+    with written_or_named(job.target):
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+    return hold_lock(job.target.with_name(f".{job.target.name}.lock"), "--output_prefix", prefix)
+
+
+def _merge(job: _Job, arguments: EncodeArguments) -> None:
+    merge_shards(job.target, job.kind, job.store, arguments.num_shards, job.made_from, arguments.accept_changes)
+
+
+def _deepspeed_config(world: World, arguments: EncodeArguments) -> dict[str, Any]:
+    if arguments.deepspeed is None:
+        return {"zero_optimization": {"stage": 0}}
+    return resolve_deepspeed_config(arguments.deepspeed, bf16=arguments.bf16, max_grad_norm=0.0, num_ranks=world.size)
+
+
+def _load(
+    world: World,
+    source: ModelSource,
+    card: EmbeddingCard,
+    model: ModelArguments,
+    arguments: EncodeArguments,
+    deepspeed_config: dict[str, Any],
+) -> Any:
+    """The encoder, or the engine around it under ZeRO-3, ready for forward passes."""
+    with partitioned_loading(deepspeed_config):
+        encoder = load_encoder(
+            source,
+            pooling=card.pooling,
+            bidirectional=card.bidirectional,
+            bf16=arguments.bf16,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )
+    encoder.eval()
+    encoder.requires_grad_(False)
+    if deepspeed_config["zero_optimization"].get("stage", 0) < 3:
+        # Only ZeRO-3 changes a forward pass; the other stages would just cost a wrapper.
+        encoder.to(world.device)
+        pack_linear_layers(encoder)
+        return encoder
+    engine = start_inference_engine(encoder, deepspeed_config)
+    engine.eval()
+    return engine
+
+
+def link_test_doc(target: Path) -> None:
+    """A relative link test_doc beside test_docs: users of the older tool know both names."""
+    link = target / "test_doc"
+    if not link.is_symlink() and not link.exists():
+        link.symlink_to("test_docs", target_is_directory=True)

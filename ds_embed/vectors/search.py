@@ -1,0 +1,242 @@
+"""Exact search by inner product: the k best documents of every query, in blocks.
+
+Shapes: N queries, M documents, D dimensions, K kept documents (k), C candidates (k plus a margin).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ds_embed.settings.errors import UserError
+
+MEMORY_BYTES = 256 << 20
+"""What the default blocks may take at a time, beside the (N, C) candidates (12 bytes each)."""
+_QUERY_BLOCK = 1024
+_LOW_BITS = (1 << 32) - 1
+
+
+def search(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    k: int,
+    *,
+    query_block: int | None = None,
+    document_block: int | None = None,
+    tie_rank: np.ndarray | None = None,
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k documents with the largest inner product: scores float32 (N, k), indices int64 (N, k).
+
+    queries (N, D) and documents (M, D) are float32 and may be memory-mapped. A score is the inner
+    product summed in float64, rounded to float32; best first, equal scores by descending `tie_rank`
+    (int64 (M,), the place of each document's id among the sorted ids: trec_eval's order; default:
+    the earlier row first). Results depend on blocks and device only where a float64 sum lies within
+    its own rounding of the midpoint of two float32 values. Blocks count queries and documents.
+    UserError: k above M, shapes or dtypes that do not fit, NaN or infinite scores, no such device.
+    """
+    check_search(queries, documents, k, tie_rank)
+    num_documents = len(documents)
+    target = _device(device)
+    if query_block is None:
+        query_block = _QUERY_BLOCK
+    if document_block is None:
+        per_document = 4 * (documents.shape[1] + 2 * query_block)  # the block, its scores, room for topk
+        document_block = max(1024, MEMORY_BYTES // per_document)
+    if query_block < 1 or document_block < 1:
+        raise UserError(f"query_block {query_block} and document_block {document_block} must be at least 1")
+    if tie_rank is None:
+        tie_rank = np.arange(num_documents - 1, -1, -1)
+    by_rank = np.empty(num_documents, dtype=np.int64)
+    by_rank[tie_rank] = np.arange(num_documents)
+
+    with torch.inference_mode(), torch.autocast(target.type, enabled=False), _full_precision(target):
+        ranks = torch.tensor(tie_rank, dtype=torch.int64, device=target)
+        # Select in fp32, which is fast, and more than k, because its rounding can swap neighbours.
+        num_candidates = min(num_documents, k + max(32, k // 4))
+        candidates, bound = _candidates(queries, documents, num_candidates, target, query_block, document_block)
+        keys = _exact_keys_of(queries, documents, candidates, ranks).topk(k, dim=1).values
+        del candidates
+        # Sure where no document that was left out can reach the k-th place.
+        doubtful = ~(_decode_scores(keys[:, -1]) > bound).numpy()
+        if num_candidates < num_documents and doubtful.any():
+            # Many near-equal documents (or a collapsed model): all their scores in float64.
+            # Smaller blocks, because a score takes 8 bytes there and its key as many again.
+            blocks = max(1, query_block // 2), max(1, document_block // 4)
+            keys[torch.from_numpy(doubtful)] = _exact_keys(queries[doubtful], documents, k, ranks, *blocks)
+    return _decode_scores(keys).numpy(), by_rank[(keys & _LOW_BITS).numpy()]
+
+
+def _candidates(queries, documents, num_candidates, device, query_block, document_block):
+    """The (N, C) documents with the largest fp32 scores, and (N,) what no other document exceeds."""
+    num_queries, dimensions = queries.shape
+    best: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    query_norms, largest_norm = torch.zeros(num_queries, dtype=torch.float64), 0.0
+    for row, column, query_rows, document_rows in _blocks(
+        queries, documents, query_block, document_block, device, torch.float32
+    ):
+        if row == 0:
+            largest_norm = max(largest_norm, _norms(document_rows).max().item())
+        if column == 0:
+            query_norms[row : row + len(query_rows)] = _norms(query_rows)
+        scores = query_rows @ document_rows.T
+        scores, indices = scores.topk(min(num_candidates, scores.shape[1]), dim=1, sorted=False)
+        indices += column
+        if row in best:
+            scores = torch.cat([best[row][0], scores], dim=1)
+            indices = torch.cat([best[row][1], indices], dim=1)
+            if scores.shape[1] > num_candidates:
+                scores, places = scores.topk(num_candidates, dim=1, sorted=False)
+                indices = indices.gather(1, places)
+        # topk puts NaN first, so a bad score cannot hide among those that are left out.
+        if not torch.isfinite(scores).all():
+            bad, place = torch.nonzero(~torch.isfinite(scores))[0].tolist()
+            raise UserError(
+                f"the score of query row {row + bad} and document row {indices[bad, place]} is not finite: "
+                "a vector holds NaN or infinity, or is too long for float32; normalise the vectors"
+            )
+        best[row] = (scores, indices)
+    floor = torch.cat([scores.amin(dim=1).cpu() for scores, _ in best.values()]).double()
+    # The textbook bound on a sum of D rounded products holds for every order of summation.
+    error = (dimensions + 2) * 2.0**-24 * query_norms * largest_norm
+    bound = (floor + error + torch.finfo(torch.float32).tiny * dimensions).float()
+    return torch.cat([indices.cpu() for _, indices in best.values()]), bound
+
+
+def pair_scores(
+    queries: np.ndarray, documents: np.ndarray, query_rows: np.ndarray, document_rows: np.ndarray, device: str = "cpu"
+) -> np.ndarray:
+    """Scores (P,) float32 of P pairs of rows, summed in float64: the numbers that search gives.
+
+    Documents are read in ascending order, a block of pairs at a time.
+    """
+    target = torch.device(device)
+    order = np.argsort(document_rows, kind="stable")
+    scores = torch.empty(len(order), dtype=torch.float32)
+    pairs = max(1, MEMORY_BYTES // (128 * queries.shape[1]))  # two rows in fp32 and float64, their product
+    for start in range(0, len(order), pairs):
+        chosen = order[start : start + pairs]
+        left = _load(queries[query_rows[chosen]], target, torch.float64)
+        right = _load(documents[document_rows[chosen]], target, torch.float64)
+        scores[torch.from_numpy(chosen)] = (left * right).sum(dim=1).float().cpu()
+    return scores.numpy()
+
+
+def best_of(scores: np.ndarray, rows: np.ndarray, k: int, tie_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of C scored documents of each query, (N, C) to (N, k), in the order of search.
+
+    A place without a document has the score -inf and the row -1, and comes last.
+    """
+    keys = _keys(torch.from_numpy(scores), torch.from_numpy(tie_rank[rows]))
+    places = keys.topk(k, dim=1).indices.numpy()
+    return np.take_along_axis(scores, places, axis=1), np.take_along_axis(rows, places, axis=1)
+
+
+def _exact_keys_of(queries, documents, candidates, ranks):
+    """Keys (N, C) of the candidates' exact scores."""
+    num_queries, num_candidates = candidates.shape
+    query_rows = np.repeat(np.arange(num_queries, dtype=np.int32), num_candidates)
+    scores = pair_scores(queries, documents, query_rows, candidates.numpy().ravel(), ranks.device)
+    return _keys(torch.from_numpy(scores).view(candidates.shape), ranks.cpu()[candidates])
+
+
+def _exact_keys(queries, documents, k, ranks, query_block, document_block):
+    """Keys (N, k) of the best exact scores over all documents; ties at the k-th place come out right."""
+    best: dict[int, torch.Tensor] = {}
+    for row, column, query_rows, document_rows in _blocks(
+        queries, documents, query_block, document_block, ranks.device, torch.float64
+    ):
+        scores = (query_rows @ document_rows.T).float()
+        keys = _keys(scores, ranks[column : column + len(document_rows)])
+        if row in best:
+            keys = torch.cat([best[row], keys], dim=1)
+        best[row] = keys.topk(min(k, keys.shape[1]), dim=1).values
+    return torch.cat([keys.cpu() for keys in best.values()])
+
+
+def _keys(scores: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """One int64 that orders by (score, rank): no two documents tie, so topk has no choice to make."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
+    # The bits of a float order like an integer, except that negative ones run backwards.
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered.to(torch.int64) << 32) | ranks
+
+
+def _decode_scores(keys: torch.Tensor) -> torch.Tensor:
+    ordered = (keys >> 32).to(torch.int32)
+    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+
+
+def _blocks(
+    queries, documents, query_block, document_block, device, dtype
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """(first query, first document, queries, documents) of every block; documents are read once."""
+    for column in range(0, len(documents), document_block):
+        document_rows = _load(documents[column : column + document_block], device, dtype)
+        for row in range(0, len(queries), query_block):
+            yield row, column, _load(queries[row : row + query_block], device, dtype), document_rows
+
+
+def _load(rows: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    # A copy: torch cannot borrow read-only memory, and a block is small.
+    return torch.from_numpy(np.array(rows, order="C")).to(device=device, dtype=dtype)
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    # For a bound: never too small, though squares below 1e-38 vanish in fp32, and no float64 copy of a block.
+    return torch.linalg.vector_norm(rows, dim=1).clamp(min=1e-15).double().cpu() * 1.001
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """A training run may have allowed TF32 or bf16 products; the error bound needs real fp32."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = getattr(backend, "matmul", None)
+    if hasattr(matmul, "fp32_precision"):
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+    else:  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device '{name}': no such device; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}': search runs on cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"device '{name}': this process sees {count} CUDA devices; use cpu")
+    return device
+
+
+def check_search(queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray | None) -> None:
+    """What search asks of its arguments, as UserError."""
+    for name, rows in (("queries", queries), ("documents", documents)):
+        if rows.ndim != 2 or rows.dtype != np.float32 or 0 in rows.shape:
+            found = f"{rows.dtype} {rows.shape}"
+            raise UserError(f"{name}: want float32 rows of shape (n, D), neither 0; got {found}")
+    if queries.shape[1] != documents.shape[1]:
+        raise UserError(
+            f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}; use one model for both"
+        )
+    if not 1 <= k <= len(documents):
+        count = len(documents)
+        raise UserError(f"k is {k} and there are {count} documents; choose k from 1 to {count}")
+    if tie_rank is not None:
+        is_ranking = len(tie_rank) == len(documents) and (np.bincount(tie_rank) == 1).all()
+        assert is_ranking, "tie_rank is not a ranking of the documents"

@@ -1,0 +1,245 @@
+"""Reading vectors that recipes/generate.py wrote: float32 rows, memory-mapped, and their ids.
+
+Shapes: n rows of one kind (N queries, M documents), D dimensions.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ds_embed.settings.errors import UserError
+
+# kind: (folder names in order of preference, rows, ids)
+_LAYOUT = {
+    "query": (("test_queries",), "query.npy", "query.ids"),
+    "doc": (("test_docs", "test_doc"), "doc.npy", "doc.ids"),
+}
+UNFINISHED_PREFIX = ".unfinished-"  # of a folder's name until all of its rows are there
+_AGAIN = "write the vectors again with recipes/generate.py"
+_CHECK_BYTES = 64 << 20
+# Encoding one text twice, in other micro-batches and in bf16, moves its vector by about 1 %.
+_SAME_TEXT_DISTANCE = 0.05
+
+
+class Ids(Sequence):
+    """n ids in file order, held as one UTF-8 buffer and n + 1 offsets: 8 bytes an id beside its text.
+
+    Indexing gives a str. Ids are not empty and hold no line feed and no NUL.
+    """
+
+    def __init__(self, lines: bytes):
+        """`lines` is the content of an .ids file, every id followed by a line feed."""
+        assert not lines or lines.endswith(b"\n")
+        self._lines = np.frombuffer(lines, dtype=np.uint8)
+        ends = np.flatnonzero(self._lines == ord("\n"))
+        self._starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
+
+    @classmethod
+    def from_strings(cls, ids: Iterable[str]) -> Ids:
+        return cls("".join(f"{name}\n" for name in ids).encode())
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, row: int) -> str:
+        row = range(len(self))[row]  # negative rows, and IndexError past the end
+        return self._lines[self._starts[row] : self._starts[row + 1] - 1].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        for row in range(len(self)):
+            yield self[row]
+
+    def take(self, rows: np.ndarray) -> Ids:
+        return Ids.from_strings(self[row] for row in rows)
+
+    def first_with_white_space(self) -> str | None:
+        """The first id that a file with columns split at white space could not hold."""
+        suspects = ((self._lines <= ord(" ")) & (self._lines != ord("\n"))) | (self._lines >= 128)
+        if not suspects.any():
+            return None
+        return next((name for name in self if name.split() != [name]), None)
+
+    @cached_property
+    def sorted_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows by ascending id in byte order (int64), and where an id equals the one before (bool).
+
+        Rows of one id keep their file order. Sorted eight bytes at a time, and only where the bytes
+        so far are equal, so that 10^7 ids need neither 10^7 Python strings nor one fixed width.
+        """
+        lengths = np.diff(self._starts) - 1
+        order = np.arange(len(self))
+        same = np.ones(len(self), dtype=bool)
+        same[:1] = False
+        depth = 0
+        while True:
+            tied = np.flatnonzero(same | np.append(same[1:], False))
+            rows = order[tied]
+            if not (lengths[rows] > depth).any():
+                return order, same
+            group = np.cumsum(~same)[tied]
+            chunk = self._eight_bytes(rows, depth)
+            inner = np.lexsort((chunk, group))
+            order[tied] = rows[inner]
+            chunk = chunk[inner]
+            same[tied[0]] = False
+            same[tied[1:]] = (group[1:] == group[:-1]) & (chunk[1:] == chunk[:-1])
+            depth += 8
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """int64 (n,): the place of each row's id among the sorted ids; `tie_rank` of search."""
+        ranks = np.empty(len(self), dtype=np.int64)
+        ranks[self.sorted_rows[0]] = np.arange(len(self))
+        return ranks
+
+    def _eight_bytes(self, rows: np.ndarray, depth: int) -> np.ndarray:
+        """Bytes depth to depth + 8 of each id as one big-endian number, zero past the id's end."""
+        value = np.zeros(len(rows), dtype=np.uint64)
+        ends = self._starts[rows + 1] - 1
+        for position in range(depth, depth + 8):
+            where = self._starts[rows] + position
+            byte = self._lines[np.minimum(where, ends)]  # `ends` is the line feed, which becomes zero
+            value = (value << np.uint64(8)) | np.where(where < ends, byte, 0).astype(np.uint64)
+        return value
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """n rows of one kind: `rows` float32 (n, D), finite, usually memory-mapped; row i is `ids[i]`."""
+
+    path: Path
+    rows: np.ndarray
+    ids: Ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_embeddings(folder: str | os.PathLike) -> tuple[Vectors, Vectors]:
+    """Read (queries, documents) of one OUT/consumed_samplesX folder.
+
+    UserError as read_vectors raises it, and when queries and documents differ in D.
+    """
+    queries, documents = read_vectors(folder, "query"), read_vectors(folder, "doc")
+    if queries.rows.shape[1] != documents.rows.shape[1]:
+        raise UserError(
+            f"{queries.path} has {queries.rows.shape[1]} dimensions and {documents.path} has "
+            f"{documents.rows.shape[1]}: they come from different models; encode both with one model"
+        )
+    return queries, documents
+
+
+def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
+    """Read one kind, "query" or "doc", of an OUT/consumed_samplesX folder; rows stay on disk.
+
+    A query id that stands on several rows (a queries file has a line for each right document) is
+    kept once, if its rows agree. Reads every row once, to check it.
+    UserError naming the file and the cure: no such folder or file, not float32 (n, D), no rows,
+    rows and ids that differ in number, NaN or infinity, repeated document ids, broken ids.
+    """
+    rows_path, ids_path = _find(Path(folder), kind)
+    rows, ids = _read_rows(rows_path), _read_ids(ids_path)
+    if len(ids) != len(rows):
+        raise UserError(f"{ids_path} has {len(ids)} ids and {rows_path} has {len(rows)} rows; {_AGAIN}")
+    if not len(rows):
+        raise UserError(f"{rows_path} has no rows: no {kind} to search; {_AGAIN} from a file with records")
+    _check_finite(rows_path, rows, ids)
+    order, same = ids.sorted_rows
+    if same.any():
+        rows, ids = _without_repeats(rows_path, ids_path, rows, ids, kind)
+    return Vectors(rows_path, rows, ids)
+
+
+def _find(folder: Path, kind: str) -> tuple[Path, Path]:
+    subfolders, rows_name, ids_name = _LAYOUT[kind]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give OUT/consumed_samplesX of recipes/generate.py")
+    found = next((folder / name for name in subfolders if (folder / name).is_dir()), None)
+    if found is None:
+        begun = next((name for name in subfolders if (folder / f"{UNFINISHED_PREFIX}{name}").is_dir()), None)
+        if begun is not None:
+            raise UserError(f"{folder / begun}: is not finished; start the same recipes/generate.py command again")
+        inside = sorted(entry.name for entry in folder.glob("consumed_samples*") if entry.is_dir())
+        cure = f"did you mean {folder / inside[-1]}?" if inside else _AGAIN
+        raise UserError(f"{folder}: has no folder {' or '.join(subfolders)}; {cure}")
+    for name in (rows_name, ids_name):
+        if not (found / name).is_file():
+            raise UserError(f"{found / name}: no such file (did the encoding run to its end?); {_AGAIN}")
+    return found / rows_name, found / ids_name
+
+
+def _read_rows(path: Path) -> np.ndarray:
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a whole .npy file of plain numbers ({error}); {_AGAIN}") from None
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2:
+        found = f"shape {rows.shape}" if isinstance(rows, np.ndarray) else "an archive of arrays"
+        raise UserError(f"{path}: holds {found}, want one (n, D) array; {_AGAIN}")
+    if rows.dtype != np.float32:
+        raise UserError(f"{path}: holds {rows.dtype}, want float32; save rows.astype('float32') or {_AGAIN}")
+    if rows.shape[1] == 0:
+        raise UserError(f"{path}: has vectors of 0 dimensions; {_AGAIN}")
+    return rows
+
+
+def _read_ids(path: Path) -> Ids:
+    lines = path.read_bytes()
+    if lines and not lines.endswith(b"\n"):
+        lines += b"\n"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for start in range(0, len(lines), _CHECK_BYTES):
+            decoder.decode(lines[start : start + _CHECK_BYTES])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); {_AGAIN}") from None
+    if b"\0" in lines:
+        line = lines.count(b"\n", 0, lines.index(b"\0")) + 1
+        raise UserError(f"{path}:{line}: the id holds a NUL byte; {_AGAIN}")
+    empty = 0 if lines.startswith(b"\n") else lines.find(b"\n\n") + 1
+    if lines[empty : empty + 1] == b"\n":
+        line = lines.count(b"\n", 0, empty) + 1
+        raise UserError(f"{path}:{line}: the id is empty; {_AGAIN}")
+    return Ids(lines)
+
+
+def _check_finite(path: Path, rows: np.ndarray, ids: Ids) -> None:
+    block = max(1, _CHECK_BYTES // (4 * rows.shape[1]))
+    for start in range(0, len(rows), block):
+        finite = np.isfinite(rows[start : start + block])
+        if not finite.all():
+            bad = start + int(np.argmin(finite.all(axis=1)))
+            raise UserError(
+                f"{path}: row {bad} (id '{ids[bad]}') holds NaN or infinity; look at the model's loss and "
+                f"dtype, then {_AGAIN}"
+            )
+
+
+def _without_repeats(rows_path: Path, ids_path: Path, rows: np.ndarray, ids: Ids, kind: str):
+    order, same = ids.sorted_rows
+    repeats = np.flatnonzero(same)
+    if kind == "doc":
+        row = int(order[repeats[0]])
+        raise UserError(
+            f"{ids_path}: {len(repeats)} document ids are repeated, such as '{ids[row]}' on line {row + 1}; "
+            "give each document its own doc_id (or drop the copies) and encode again"
+        )
+    firsts = np.maximum.accumulate(np.where(same, 0, np.arange(len(ids))))
+    for place in repeats:
+        first, row = rows[order[firsts[place]]], rows[order[place]]
+        if np.linalg.norm(first - row) > _SAME_TEXT_DISTANCE * np.linalg.norm(first):
+            raise UserError(
+                f"{ids_path}: query id '{ids[order[place]]}' stands on lines {order[firsts[place]] + 1} and "
+                f"{order[place] + 1}, whose vectors differ in {rows_path.name}: two queries share an id; "
+                "give each query text its own query_id and encode again"
+            )
+    kept = np.sort(order[~same])
+    return rows[kept], ids.take(kept)
