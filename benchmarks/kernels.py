@@ -70,7 +70,7 @@ def trained(model: str, kernel: str | None, lora_rank: int) -> Any:
     """The encoder as the training loop dresses it on a CPU."""
     import torch
 
-    from ds_embed.models.dropout import use_cpu_dropout
+    from ds_embed.models.cpu import use_cpu_dropout
     from ds_embed.models.lora import add_lora
     from ds_embed.settings import LoraArguments
 
@@ -135,10 +135,9 @@ def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, 
     """Seconds of ours and of the other side in each round, for one part, and for each precision where there are two."""
     from peft.tuners.lora.layer import Linear as PeftLinear
 
+    from ds_embed.models.cpu import pack_linear_layers, training_kernel
     from ds_embed.models.loading import find_model, load_config
     from ds_embed.models.lora_linear import LoraLinear
-    from ds_embed.models.math_attention import training_kernel
-    from ds_embed.models.packed_linear import pack_linear_layers
 
     shape = (num_texts, length)
     if part == "products":
@@ -174,7 +173,7 @@ def products(model: str, rounds: int, shape: tuple[int, int]) -> dict:
     """Seconds of passes with torch's products of bfloat16, then with ours: kernels are replaced for a whole process."""
     from unittest.mock import patch
 
-    from ds_embed.models.cpu_products import multiply_through_float32
+    from ds_embed.models.cpu import multiply_through_float32
 
     def passes(whose: str) -> dict[str, Callable[[], None]]:
         training, encoding = trained(model, None, 0), load(model, None)
@@ -183,7 +182,7 @@ def products(model: str, rounds: int, shape: tuple[int, int]) -> dict:
             f"encoding: {whose}": forward_pass(encoding, *shape),
         }
 
-    with patch("ds_embed.models.encoder.use_quick_products"):
+    with patch("ds_embed.models.cpu.multiplies_bfloat16", return_value=True):
         torchs = by_turns(passes("torch's"), rounds)
         multiply_through_float32()
         ours = by_turns(passes("through float32"), rounds)

@@ -11,7 +11,7 @@ def matrix_rates(size: int = 2048, repeats: int = 12) -> dict:
     """
     import torch
 
-    from ds_embed.models.cpu_products import multiplies_bfloat16
+    from ds_embed.models.cpu import multiplies_bfloat16
 
     rates = {}
     for dtype in (torch.float32, torch.bfloat16) if multiplies_bfloat16() else (torch.float32,):

@@ -100,15 +100,12 @@ def train_bare_loop(
     from ds_embed.data.order import SampleOrder
     from ds_embed.data.plan import plan_micro_batches
     from ds_embed.data.store import TrainingStore
-    from ds_embed.models.cpu_products import use_quick_products
-    from ds_embed.models.dropout import use_cpu_dropout
-    from ds_embed.models.math_attention import MATH_KERNEL, register_math_kernel
+    from ds_embed.models.cpu import MATH_KERNEL, use_cpu_dropout, use_cpu_kernels
 
     tokens = TrainingStore.open(store)
     order = SampleOrder(seed, tokens.file_sizes)
     if our_kernels:
-        register_math_kernel()
-        use_quick_products("cpu")
+        use_cpu_kernels()
     kernel = {"attn_implementation": MATH_KERNEL} if our_kernels else {}
     backbone = AutoModel.from_pretrained(model, dtype=torch.bfloat16, **kernel).train()
     if lora_rank:

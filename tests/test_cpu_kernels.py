@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_embed.models.dropout import CpuDropout, draw_kept, use_cpu_dropout
-from ds_embed.models.math_attention import math_attention
+from ds_embed.models.cpu import CpuDropout, draw_kept, math_attention, use_cpu_dropout
 
 
 def reference(query, key, value, mask, kept, scaling, dropout):

@@ -5,18 +5,18 @@ import torch
 from tiny import make_model
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from ds_embed import Embedder
-from ds_embed.models import cpu_products
+from ds_embed.models import cpu
+from ds_embed.models.loading import find_model, load_encoder
 
 
 @pytest.fixture
 def through_float32():
     """The replaced kernels, on whatever CPU; torch's own come back where the CPU does not need them replaced."""
-    library = cpu_products.multiply_through_float32()
+    library = cpu.multiply_through_float32()
     yield
-    if cpu_products.multiplies_bfloat16():
+    if cpu.multiplies_bfloat16():
         library._destroy()
-        cpu_products.multiply_through_float32.cache_clear()
+        cpu.multiply_through_float32.cache_clear()
 
 
 def draw(*shapes):
@@ -58,8 +58,8 @@ NUM_OPERANDS = {"linear": 7, "attention": 8, "attention, causal": 8, "attention,
 
 def spy(monkeypatch):
     """A list that gets the dtype of every value that a replaced kernel is given as bfloat16."""
-    widened, widen = [], cpu_products._widened
-    monkeypatch.setattr(cpu_products, "_widened", lambda v: widened.append(getattr(v, "dtype", None)) or widen(v))
+    widened, widen = [], cpu._widened
+    monkeypatch.setattr(cpu, "_widened", lambda v: widened.append(getattr(v, "dtype", None)) or widen(v))
     return widened
 
 
@@ -97,24 +97,20 @@ def test_a_sum_in_place_is_rounded_once_too(through_float32, monkeypatch, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.float16])
 def test_other_numbers_are_multiplied_as_ever(through_float32, monkeypatch, dtype):
-    monkeypatch.setattr(cpu_products, "_widened", None)  # would fail
+    monkeypatch.setattr(cpu, "_widened", None)  # would fail
     values = torch.arange(12).view(3, 4).to(dtype)
     assert torch.equal(values @ values.T, torch.tensor([[14, 38, 62], [38, 126, 214], [62, 214, 366]]).to(dtype))
 
 
-@pytest.mark.parametrize("able, device_type, wanted", [(True, "cpu", 0), (False, "cpu", 1), (False, "cuda", 0)])
-def test_kernels_are_replaced_where_the_cpu_has_none(monkeypatch, able, device_type, wanted):
-    calls = []
-    monkeypatch.setattr(cpu_products, "multiplies_bfloat16", lambda: able)
-    monkeypatch.setattr(cpu_products, "multiply_through_float32", lambda: calls.append(1))
-    cpu_products.use_quick_products(device_type)
-    assert len(calls) == wanted
-
-
-def test_an_encoder_replaces_them_before_it_computes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("able", [True, False])
+def test_loading_a_model_replaces_them_where_the_cpu_has_none_and_a_forward_pass_never(tmp_path, monkeypatch, able):
     make_model(tmp_path / "bert", "bert")
-    devices = []
-    monkeypatch.setattr("ds_embed.models.encoder.use_quick_products", devices.append)
-    embedder = Embedder.from_pretrained(tmp_path / "bert", device="cpu", pooling="mean", max_length=32)
-    embedder.encode_queries(["word1 word2", "word3"])
-    assert devices == ["cpu"]
+    calls = []
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(cpu, "multiply_through_float32", lambda: calls.append(1))
+    source = find_model(str(tmp_path / "bert"))
+    kind = {"pooling": "mean", "bidirectional": True, "bf16": True, "attn_implementation": None}
+    encoder = load_encoder(source, **kind, trust_remote_code=False)
+    assert len(calls) == (0 if able else 1)
+    encoder(torch.tensor([[5, 6, 7]]), torch.tensor([3]))
+    assert len(calls) == (0 if able else 1)

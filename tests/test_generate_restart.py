@@ -17,7 +17,7 @@ import pytest
 from tiny import REPOSITORY, check, launch, launch_command, launch_environment, make_model, sentence
 
 from ds_embed.job.ranks import World
-from ds_embed.models.cpu_products import WAY
+from ds_embed.models.cpu import WAY
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.generate import generate

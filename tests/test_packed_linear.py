@@ -7,8 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ds_embed import Embedder
-from ds_embed.models.cpu_products import multiplies_bfloat16
-from ds_embed.models.packed_linear import PackedLinear, pack_linear_layers
+from ds_embed.models.cpu import PackedLinear, multiplies_bfloat16, pack_linear_layers
 
 TEXTS = [" ".join(f"word{i}" for i in range(n)) for n in range(1, 24)]
 # Units in the last place of the largest value of a sum of 24 products.

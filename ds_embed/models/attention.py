@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_embed.models.math_attention import MATH_KERNEL
+from ds_embed.models.cpu import MATH_KERNEL
 from ds_embed.models.pooling import token_mask
 from ds_embed.settings.errors import UserError
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_embed.models.attention import BidirectionalAttention, CausalAttention, EncoderAttention
-from ds_embed.models.cpu_products import use_quick_products
 from ds_embed.models.pooling import pool
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 
@@ -48,7 +47,6 @@ class TextEncoder(nn.Module):
         has_padding: False promises that every text has S tokens, which saves the attention mask.
         """
         if not self._attention_is_checked:  # the first forward pass
-            use_quick_products(input_ids.device.type)
             self._check_attention(input_ids)
         states = self._states(input_ids, lengths, has_padding)
         vectors = nn.functional.normalize(pool(states, lengths, self.pooling), dim=1)

@@ -21,8 +21,8 @@ from ds_embed.models.attention import (
     make_bidirectional,
 )
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.math_attention import MATH_KERNEL, register_math_kernel, takes_math_kernel
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 
@@ -180,7 +180,7 @@ def load_encoder(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
-    register_math_kernel()
+    use_cpu_kernels()
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _without_foreign_code(source.base), _named_attention(attn_implementation):
@@ -203,7 +203,7 @@ def build_encoder(
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
     from transformers import AutoModel
 
-    register_math_kernel()
+    use_cpu_kernels()
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _named_attention(attn_implementation):
         backbone = AutoModel.from_config(config, **options)

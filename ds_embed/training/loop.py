@@ -9,11 +9,10 @@ from typing import Any
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.job.ranks import EXIT_REQUEUE, World
-from ds_embed.models.dropout import use_cpu_dropout
+from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.engine import partitioned_loading, start_engine, take_step
 from ds_embed.models.loading import choose_card, find_model, is_decoder, load_config, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
-from ds_embed.models.math_attention import training_kernel
 from ds_embed.settings import (
     DataArguments,
     LoraArguments,

@@ -19,9 +19,9 @@ import torch
 from ds_embed.data.batch import pad
 from ds_embed.data.tokenize import TextFormat, encode_texts
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.cpu import pack_linear_layers
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_encoder, load_tokenizer
-from ds_embed.models.packed_linear import pack_linear_layers
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, cut_block

@@ -11,10 +11,10 @@ from ds_embed.artifact.durable import check_writable_folder, hold_lock, written_
 from ds_embed.data.store import TextStore, build_text_store, check_texts_fit
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.cpu import describe_kernels, pack_linear_layers
 from ds_embed.models.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.identity import identify_files, identify_model, identify_tokenizer
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
-from ds_embed.models.packed_linear import describe_kernels, pack_linear_layers
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
 from ds_embed.vectors.corpus_plan import rows_of_shard
 from ds_embed.vectors.encode import encode_store

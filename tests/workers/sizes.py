@@ -16,10 +16,10 @@ from ds_embed.data.batch import assemble_batch
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.models.cpu import MATH_KERNEL
 from ds_embed.models.engine import partitioned_loading, start_engine, take_step
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
-from ds_embed.models.math_attention import MATH_KERNEL
 from ds_embed.settings import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
 from ds_embed.tools.plan.measure import Tally
 from ds_embed.training.step import ContrastiveStep

@@ -12,9 +12,8 @@ import torch
 
 from ds_embed.data.plan import cut_by_length
 from ds_embed.job.ranks import World
-from ds_embed.models.cpu_products import use_quick_products
+from ds_embed.models.cpu import pack_linear_layers, use_cpu_kernels
 from ds_embed.models.loading import longest_text
-from ds_embed.models.packed_linear import pack_linear_layers
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Catalog
@@ -33,7 +32,7 @@ class CrossEncoder:
         self._probability = arguments.cross_encoder_scores == "probability"
         self._tokenizer, self._model = _load(arguments.cross_encoder, arguments.cross_encoder_bf16)
         self._model.to(world.device).eval().requires_grad_(False)
-        use_quick_products(world.device.type)
+        use_cpu_kernels()
         pack_linear_layers(self._model)
         longest = longest_text(self._model.config)
         wanted = arguments.cross_encoder_max_length

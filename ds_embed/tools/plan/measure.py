@@ -19,11 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.dropout import use_cpu_dropout
+from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import build_encoder
 from ds_embed.models.lora import add_lora
-from ds_embed.models.math_attention import training_kernel
 from ds_embed.settings import LoraArguments, ModelArguments
 
 # Attention on tensors that say they are on a CPU, which torch's registry of FLOPs lacks: where the queries stand among

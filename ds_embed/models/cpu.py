@@ -1,0 +1,341 @@
+"""Everything that is computed in another way on a CPU than on a GPU; GPUs see none of it.
+
+- Products of bfloat16, where the CPU has no instructions for them, go through float32 (`use_cpu_kernels`).
+- Attention and dropout for training, several times as fast as torch's (`training_kernel`, `use_cpu_dropout`).
+- Linear layers for encoding, with weights in the order in which oneDNN multiplies them (`pack_linear_layers`).
+
+`use_cpu_kernels` is the only function that touches torch's own table of kernels. It is called where a model is loaded,
+never in a forward pass; without that call torch computes every product itself.
+
+Shapes: B texts, S tokens, H heads in G groups that share keys and values, d dimensions a head; I and O dimensions in and
+out of a linear layer.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library, get_kernel
+
+from ds_embed.settings.errors import UserError
+
+# This environment variable, set to float32, computes on any CPU as on one without bfloat16 instructions: for vectors that
+# must have the same bits on both, and for tests of both ways.
+WAY = "DS_EMBED_BFLOAT16"
+MATH_KERNEL = "math"  # as --attn_implementation
+# Products, and how many of their results are as wide as their operands; the attention's sums of exponentials are float32.
+_RESULTS = {
+    "mm": 1,
+    "bmm": 1,
+    "addmm": 1,
+    "baddbmm": 1,
+    "_scaled_dot_product_flash_attention_for_cpu": 1,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
+}
+_IN_PLACE = ("addmm_", "baddbmm_")
+# Longer texts go to torch's attention, which keeps no (H, S, S) weights, unless they need dropout.
+_LONGEST = 1024
+_DROPOUT_VALUES = 2**16
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_EXPECTED_ROWS = 2048  # of an input, for which oneDNN chooses the order
+# Where transformers' modules keep a linear layer and the activation function that is called on its output alone.
+_ACTIVATED = (("dense", "intermediate_act_fn"), ("gate_proj", "act_fn"))
+# How far the outputs of a module may move when its activation is computed before they are rounded, relative.
+_SAME = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN, to which torch leaves products of bfloat16, can compute them on this CPU."""
+    if os.environ.get(WAY) == "float32":
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def use_cpu_kernels() -> None:
+    """Let this process compute with our kernels where a tensor is on a CPU: attention by its name, and products.
+
+    Without AVX-512 torch multiplies matrices of bfloat16 number by number: a product of 2048 x 576 x 1536 takes 0.2 s,
+    or 3 s with the weights transposed as backward passes need them, where float32 takes 0.03 s. On such a CPU torch's
+    products and its attention are given float32 copies of their operands, and their results are rounded to bfloat16
+    once, as the instructions do it elsewhere. Replaced in torch's own table, so that backward passes, PEFT's layers and
+    weights that ZeRO-3 gathers are all reached.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(MATH_KERNEL, math_attention)
+    AttentionMaskInterface.register(MATH_KERNEL, sdpa_mask)
+    if not multiplies_bfloat16():
+        multiply_through_float32()
+
+
+@cache  # once; and the registration lasts as long as the object
+def multiply_through_float32() -> Library:
+    """Replace torch's kernels for products on a CPU by ones that compute bfloat16 in float32; others stay as they are."""
+    library = Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that kernels are replaced
+        for name in (*_RESULTS, *_IN_PLACE):
+            library.impl(name, _through_float32(name), "CPU", with_keyset=True)
+    return library
+
+
+def _through_float32(name: str) -> Callable:
+    kernel = get_kernel(f"aten::{name}", "CPU")
+
+    def run(keys: Any, first: Tensor, *others: Any, **named: Any) -> Any:
+        if first.dtype != torch.bfloat16:
+            return kernel.call_boxed(keys, first, *others, **named)
+        wide = [_widened(value) for value in (first, *others)]
+        found = kernel.call_boxed(keys, *wide, **{key: _widened(value) for key, value in named.items()})
+        if name in _IN_PLACE:
+            return first.copy_(found)
+        if isinstance(found, Tensor):
+            return found.bfloat16()
+        return *(part.bfloat16() for part in found[: _RESULTS[name]]), *found[_RESULTS[name] :]
+
+    return run
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def takes_math_kernel(config: Any) -> bool:
+    """Whether models of this transformers config call their attention kernel by its name, and nothing but sdpa's way."""
+    from transformers import MODEL_MAPPING
+
+    model_class = MODEL_MAPPING.get(type(config), None)
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return softcap is None and getattr(model_class, "_supports_attention_backend", False) and model_class._supports_sdpa
+
+
+def training_kernel(config: Any, asked: str | None, device_type: str) -> str | None:
+    """The kernel to train with: the one that was asked for; else this one on CPUs; else None, transformers' choice."""
+    return MATH_KERNEL if asked is None and device_type == "cpu" and takes_math_kernel(config) else asked
+
+
+def math_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attention (B, S, H, d) of queries (B, H, S, d), keys and values (B, G, S, d), as transformers calls kernels.
+
+        O = c (K * softmax(Q K^T / sqrt(d))) V,   K which weights are kept, c = 1 / (1 - probability of dropout)
+
+    attention_mask: (B or 1, 1, S or 1, S) bool, True where a token sees another; None for all, or those before it.
+    Plain products in the model's precision: torch's kernel knows no dropout on a CPU, and its backward pass in bfloat16
+    takes 2 to 7 times as long (head sizes 32 and 64, 40 to 512 tokens). Outside of training it is sdpa.
+    """
+    num_tokens = query.shape[2]
+    is_slow_elsewhere = dropout > 0 or (query.dtype != torch.float32 and num_tokens <= _LONGEST)
+    if not (module.training and is_slow_elsewhere and num_tokens == key.shape[2] and query.device.type == "cpu"):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **more
+        )
+    refused = [name for name in ("softcap", "position_bias", "s_aux") if more.get(name) is not None]
+    if refused:
+        raise UserError(f"--attn_implementation {MATH_KERNEL}: does not know {', '.join(refused)}; choose eager")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and is_causal and num_tokens > 1:
+        attention_mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril_()[None, None]
+    # Added to the scores: on a CPU much quicker than filling by a mask.
+    bias = None
+    if attention_mask is not None:
+        bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    texts, heads, _, dims = query.shape
+    groups = texts * key.shape[1]
+    kept = None
+    if dropout > 0:
+        kept = draw_kept((groups, heads // key.shape[1] * num_tokens, num_tokens), dropout, query.dtype)
+    mixed = _Attention.apply(
+        (query * scaling).reshape(groups, -1, dims),
+        key.reshape(groups, num_tokens, dims),
+        value.reshape(groups, num_tokens, dims),
+        bias,
+        kept,
+        1.0 / (1.0 - dropout),
+    )
+    return mixed.view(texts, heads, num_tokens, dims).transpose(1, 2).contiguous(), None
+
+
+class _Attention(torch.autograd.Function):
+    """Scaled queries (B G, H/G S, d), keys and values (B G, S, d), bias (B or 1, 1, S or 1, S) to (B G, H/G S, d)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, kept, scale):
+        scores = query @ key.transpose(1, 2)
+        if bias is not None:
+            tokens = key.shape[1]
+            scores.view(len(bias), -1, tokens, tokens).add_(bias)
+        weights = torch.softmax(scores, 2)
+        ctx.save_for_backward(query, key, value, weights, kept)
+        ctx.scale = scale
+        return (_drop(weights, kept) @ value).mul_(scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, weights, kept = ctx.saved_tensors
+        gradient = gradient * ctx.scale
+        on_value = _drop(weights, kept).transpose(1, 2) @ gradient
+        on_weights = _drop(gradient @ value.transpose(1, 2), kept)
+        on_scores = torch.ops.aten._softmax_backward_data(on_weights, weights, 2, weights.dtype)
+        return on_scores @ key, on_scores.transpose(1, 2) @ query, on_value, None, None, None
+
+
+def _drop(weights: Tensor, kept: Tensor | None) -> Tensor:
+    return weights if kept is None else weights * kept
+
+
+def draw_kept(shape: tuple[int, ...], probability: float, dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU that is 0 with the given probability and else 1, element by element.
+
+    torch draws a double for every element, a sixth of a training step of MiniLM; here a 64-bit number of torch's makes
+    four elements. The probability is rounded to a multiple of 2^-16.
+    """
+    count = torch.Size(shape).numel()
+    numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    # Of the 2^16 values of 16 bits, the first `highest` + 1 are those that drop.
+    highest = max(0, min(_DROPOUT_VALUES - 2, round(probability * _DROPOUT_VALUES) - 1)) - _DROPOUT_VALUES // 2
+    return numbers.view(torch.int16)[:count].clamp_(highest, highest + 1).sub_(highest).to(dtype).view(shape)
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return (values * kept).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (kept,) = ctx.saved_tensors
+        return (gradient * kept).mul_(ctx.scale), None, None
+
+
+class CpuDropout(nn.Dropout):
+    """As nn.Dropout (Srivastava et al. 2014), for tensors on the CPU."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training:
+            return values
+        return _Drop.apply(values, draw_kept(values.shape, self.p, values.dtype), 1.0 / (1.0 - self.p))
+
+
+def use_cpu_dropout(model: nn.Module) -> None:
+    """Make every nn.Dropout of the model that drops something a CpuDropout."""
+    for module in model.modules():
+        if type(module) is nn.Dropout and 0.0 < module.p < 1.0:
+            module.__class__ = CpuDropout
+
+
+class PackedLinear(nn.Module):
+    """y = f(x W^T + b) of x (..., I), for weights W (O, I) of a Linear and f one of oneDNN's functions.
+
+    A float32 product takes six sevenths of the time of one with weights in rows, and f is computed before the result
+    leaves the cache. The weights can no longer be read or trained.
+    """
+
+    def __init__(self, linear: nn.Linear, function: tuple[str, str] = ("none", "")):
+        """function: name of oneDNN's function, and which approximation of it."""
+        super().__init__()
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.weight = weight.to("meta")  # for models that ask for its dtype; it has no values
+        self.function = function
+
+    def forward(self, values: Tensor) -> Tensor:
+        name, approximation = self.function
+        return torch.ops.mkldnn._linear_pointwise(values, self.packed, self.bias, name, [], approximation)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, function={self.function[0]}"
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Make every nn.Linear of a model on the CPU, in place, a PackedLinear, with the activation function behind it.
+
+    Nothing changes where oneDNN can't compute in the model's precision. LoRA matrices stay as they are.
+    """
+    linear = [module for module in model.modules() if type(module) is nn.Linear]
+    if not linear or not can_pack(linear[0].weight.device.type, linear[0].weight.dtype):
+        return
+    for module in list(model.modules()):
+        for layer, activation in _ACTIVATED:
+            if type(getattr(module, layer, None)) is nn.Linear and hasattr(module, activation):
+                _pack_with_activation(module, layer, activation)
+        if isinstance(module, nn.ModuleDict):  # PEFT's, which looks into the matrices that it holds
+            continue
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child))
+
+
+def can_pack(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes linear layers of this precision on this device from packed weights."""
+    if device_type != "cpu" or dtype not in _PACKED_DTYPES or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or multiplies_bfloat16()
+
+
+def describe_kernels(device_type: str, dtype: torch.dtype, is_partitioned: bool) -> str:
+    """How linear layers are computed for encoding, as far as it changes bits.
+
+    is_partitioned: under ZeRO-3 weights are only there while a module runs, so they can't be packed.
+    """
+    if device_type != "cpu":
+        return device_type
+    if can_pack(device_type, dtype) and not is_partitioned:
+        return "cpu, packed linear layers"
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
+        return "cpu, bfloat16 products through float32"
+    return "cpu, torch's linear layers"
+
+
+def _pack_with_activation(module: nn.Module, layer: str, activation: str) -> None:
+    """Let the layer compute the module's activation, if it is one that oneDNN knows and the module's output stays."""
+    linear, function = getattr(module, layer), getattr(module, activation)
+    known = _onednn_function(function)
+    if known is None:
+        return
+    sample = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight.dtype)
+    with torch.no_grad():
+        before = module(sample).float()
+        setattr(module, layer, PackedLinear(linear, known))
+        setattr(module, activation, nn.Identity())
+        after = module(sample).float()
+    if not (after - before).norm() <= _SAME[linear.weight.dtype] * before.norm():  # also where it is NaN
+        setattr(module, layer, linear)
+        setattr(module, activation, function)
+
+
+def _onednn_function(function: object) -> tuple[str, str] | None:
+    """What oneDNN calls an activation function, seen by its values; None for one that is not among those tried."""
+    places = torch.linspace(-12.0, 12.0, 193)
+    candidates = {
+        ("gelu", "none"): nn.functional.gelu(places),
+        ("gelu", "tanh"): nn.functional.gelu(places, approximate="tanh"),
+        ("swish", ""): nn.functional.silu(places),
+        ("relu", ""): nn.functional.relu(places),
+    }
+    if not callable(function) or (isinstance(function, nn.Module) and any(True for _ in function.parameters())):
+        return None
+    values = function(places)
+    return next((name for name, wanted in candidates.items() if torch.allclose(values, wanted, atol=1e-6)), None)
