@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: install quickstart test benchmark clean
+.PHONY: install quickstart test test-fast check benchmark clean
 
 install: .venv/installed
 
@@ -19,6 +19,15 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest tests
+
+# Without what starts ranks: for every save of a file.
+test-fast: install
+	$(BIN)/python -m pytest tests --fast --numprocesses 2
+
+# Formatter and linter, with the settings of pyproject.toml.
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 # A short form of each comparison, with the quickstart's model (its first layers) and data; the figures of
 # docs/results.md come from longer runs.

@@ -43,6 +43,18 @@ setup(
         "report": ["scikit-learn"],
         # What benchmarks/ compares with.
         "benchmark": ["sentence-transformers>=6", "datasets", "accelerate"],
-        "test": ["pytest", "scikit-learn", "sentence-transformers", "mteb", "datasets", "accelerate"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            "scikit-learn",
+            "sentence-transformers",
+            "mteb",
+            "datasets",
+            "accelerate",
+        ],
     },
 )

@@ -8,9 +8,14 @@ import json
 import sys
 
 import pytest
-from tiny import REPOSITORY, make_model, make_training_file
+from tiny import REPOSITORY, leave_out_when_fast, make_model, make_training_file
 
 SCRIPTS = ("train", "encode", "loss", "scaling", "data", "startup", "kernels")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def not_when_fast():
+    leave_out_when_fast()
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_disk_that_fails_while_a_run_writes(tmp_path, mount, monkeypatch, state,
     save(10)
     folder.publish_model(lambda target: (target / "weights").write_bytes(b"old"))
     if state == "full":
-        with pytest.raises(UserError):
+        with pytest.raises(OSError):
             (disk / "filler").write_bytes(bytes(2**20))
     else:
         folder.close()  # files that are open keep a disk writable

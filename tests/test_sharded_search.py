@@ -42,4 +42,4 @@ def test_three_ranks_find_what_one_process_finds(tmp_path):
             np.testing.assert_array_equal(found["scores"], scores)
     errors = [(tmp_path / f"rank{rank}.error").read_text() for rank in range(3)]
     assert errors[:2] == ["FailedElsewhere search"] * 2
-    assert errors[2].startswith("ValueError the score of query row 0")
+    assert errors[2].startswith("UserError the score of query row 0")

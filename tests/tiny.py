@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = [f"w{i}" for i in range(90)]
 
@@ -136,7 +138,14 @@ def launch(
     )
 
 
+def leave_out_when_fast() -> None:
+    """Skip the test where `pytest --fast` asks for those that need no second process."""
+    if os.environ.get("DS_EMBED_TESTS_FAST"):
+        pytest.skip("starts ranks or another long process, which --fast leaves out")
+
+
 def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
+    leave_out_when_fast()
     script = str(REPOSITORY / script)
     arguments = [str(flag) for flag in flags]
     if not num_ranks:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_embed.artifact.durable import check_writable_folder, hold_lock, replaced_when_whole, sync_path
+from ds_embed.artifact.durable import check_writable_folder, hold_lock, replaced_when_whole, sync_path, written_or_named
 from ds_embed.settings import RunArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.training.monitors import Monitors
@@ -125,9 +125,10 @@ class RunFolder:
         for left in self.path.glob(".model-*"):
             shutil.rmtree(left, ignore_errors=True)
         temporary = self.path / f".model-{os.getpid()}-{time.time_ns()}"
-        temporary.mkdir(parents=True)
         try:
-            fill(temporary)
+            with written_or_named(self.model_dir):
+                temporary.mkdir(parents=True)
+                fill(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

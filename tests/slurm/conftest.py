@@ -9,10 +9,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tiny.py
 
 from cluster import Cluster, why_not
+from tiny import leave_out_when_fast
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
+    leave_out_when_fast()
     reason = why_not()
     if reason:
         pytest.skip(reason)
