@@ -31,7 +31,8 @@ run make install on a file system that all nodes see, or set it in slurm/env.sh"
             "a rank drives one GPU; leave --ntasks-per-node out"
     fi
     # sbatch hands its own options on to srun through these; they would contradict the ones given below.
-    unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS SLURM_NPROCS
+    unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS SLURM_NPROCS \
+        SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPU_BIND
     export MASTER_ADDR MASTER_PORT
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs that share a node get different ones

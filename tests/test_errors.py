@@ -3,6 +3,9 @@
 import pytest
 from tiny import launch
 
+from ds_embed.job.process import choose_device
+from ds_embed.settings.errors import UserError
+
 SCRIPT = """
 import sys
 from ds_embed.job.ranks import initialize, run_recipe
@@ -32,3 +35,11 @@ def test_how_a_recipe_ends(tmp_path, statement, code, shown, num_ranks):
     assert (result.returncode == code) if not num_ranks else result.returncode
     assert shown in result.stderr
     assert ("Traceback" in result.stderr) == (code == 1)
+
+
+def test_a_rank_takes_its_own_gpu():
+    """All GPUs of the node in sight, or by --gpus-per-task=1 its own alone; several and none for it is a mistake."""
+    assert [choose_device(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert [choose_device(rank, 1) for rank in range(4)] == [0, 0, 0, 0]
+    with pytest.raises(UserError, match="LOCAL_RANK 3: this process sees 2 GPUs"):
+        choose_device(3, 2)

@@ -30,6 +30,23 @@ def read_environment() -> tuple[int, int, int, int]:
     return rank, size, local_rank, local_size
 
 
+def choose_device(local_rank: int, num_visible: int) -> int:
+    """The index of this rank's GPU among those that its process sees.
+
+    Slurm's --gpus-per-task=1 and --gpu-bind show each task its own GPU alone, which is then number 0.
+    UserError when a rank finds no GPU of its own.
+    """
+    if num_visible == 1:
+        return 0
+    if local_rank >= num_visible:
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: this process sees {num_visible} GPUs (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); start as many ranks on a node as it has GPUs, or show "
+            "each rank one GPU (srun --gpus-per-task=1)"
+        )
+    return local_rank
+
+
 def keep_freed_memory() -> None:
     """Let malloc keep what a step frees, since the next step asks for it again.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_embed.job.process import join_deepspeed, keep_freed_memory, read_environment
+from ds_embed.job.process import choose_device, join_deepspeed, keep_freed_memory, read_environment
 from ds_embed.job.watchdog import Watch
 from ds_embed.settings.errors import UserError
 
@@ -179,8 +179,10 @@ def initialize() -> World:
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        index = choose_device(local_rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes its device from it
+        torch.cuda.set_device(index)
+        device, backend = torch.device("cuda", index), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
