@@ -1,9 +1,10 @@
-"""Reading a run's folder for its report: metrics.jsonl, the settings, the restarts, the trained weights."""
+"""What a run's folder tells: the lines of metrics.jsonl, the settings, the restarts, and the tables made of them."""
 
-import itertools
 import json
 import math
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,19 @@ from ds_embed.settings.errors import UserError
 
 # Keys of a validation line that are no measure of retrieval.
 _NO_MEASURES = {"step", "consumed_samples", "seconds", "val_loss", "val_accuracy"}
+# Figures of the training lines: the first and last tenth, or the median. Key, name, how it is written.
+_FIRST_AND_LAST = (
+    ("loss", "Loss", "{:.4g}"),
+    ("accuracy", "Accuracy in the batch", "{:.1%}"),
+    ("positive_similarity", "Cosine, right document", "{:.3f}"),
+    ("negative_similarity", "Cosine, hardest negative", "{:.3f}"),
+    ("temperature", "Temperature", "{:.4g}"),
+)
+_MEDIANS = (
+    ("tokens_per_second", "Real tokens per second, median", "{:,.0f}"),
+    ("seconds", "Seconds per step, median", "{:.3g}"),
+    ("padding_share", "Padding, median", "{:.1%}"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,24 +40,76 @@ class RunLog:
     deepspeed: dict[str, Any]
     restarts: list[int]  # the first step of each start but the first
     state: dict[str, Any]  # of the newest checkpoint; empty without one
-    num_trained_weights: int | None  # None where neither a model nor a checkpoint is written yet
+    num_trained_weights: int | None  # None where no model is written yet
 
     @property
     def name(self) -> str:
         return self.path.name
 
-    def series(self, key: str, lines: list[dict[str, Any]] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a key, where it is a finite number; of the training lines unless told otherwise."""
-        lines = self.train if lines is None else lines
-        pairs = [(line["step"], line[key]) for line in lines if _is_finite(line.get(key))]
-        steps, values = zip(*pairs) if pairs else ((), ())
-        return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
-
-    @property
+    @cached_property
     def measures(self) -> list[str]:
         """Retrieval measures of the validation lines, in their order."""
-        found = [key for line in self.validation for key, value in line.items() if _is_finite(value)]
-        return [key for key in dict.fromkeys(found) if key not in _NO_MEASURES]
+        keys = [key for line in self.validation for key, value in line.items() if _is_finite(value)]
+        return [key for key in dict.fromkeys(keys) if key not in _NO_MEASURES]
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps (n,), values (n,)) of a key of training or validation lines, where it is a finite number."""
+        lines = self.validation if key.startswith("val_") or key in self.measures else self.train
+        pairs = [(line["step"], line[key]) for line in lines if _is_finite(line.get(key))]
+        return np.array([step for step, _ in pairs], np.int64), np.array([value for _, value in pairs], np.float64)
+
+    def settings(self) -> dict[str, str]:
+        """By name, the settings that say what was trained; one that the run does not know is left out."""
+        config, last = self.config, self.train[-1]
+
+        def known(template: str, *keys: str) -> str | None:
+            return None if any(config.get(key) is None for key in keys) else template.format(*map(config.get, keys))
+
+        weights = known("LoRA of rank {}", "lora_rank") if config.get("lora_rank") else "all"
+        if self.num_trained_weights:
+            weights = f"{weights}: {self.num_trained_weights:,} parameters"
+        planned = self.state.get("max_steps") or config.get("max_steps") or 0
+        rows = {
+            "Base model": known("{}", "model_name_or_path"),
+            "Trained weights": weights,
+            "Steps": f"{last['step']:,} of {planned:,}" if planned > 0 else f"{last['step']:,}",
+            "Batch": known("{:,} queries; hard negatives of each: {}", "global_batch_size", "hard_negatives"),
+            "Samples": f"{last.get('consumed_samples', 0):,}",
+            "Ranks and ZeRO": self.state.get("written_by")
+            or f"ZeRO-{self.deepspeed.get('zero_optimization', {}).get('stage', 0)}",
+            "Precision": "bfloat16" if self.deepspeed.get("bf16", {}).get("enabled") else "float32",
+            "Negatives": known("{}", "negatives"),
+            "Learning rate": known("{:g}, {}, {} warm-up steps", "learning_rate", "lr_scheduler", "warmup_steps"),
+            "Micro-batch": known("{:,} tokens", "micro_batch_tokens"),
+            "Gradient caching": known("{}", "grad_cache"),
+            "Training files": "\n".join(config.get("train_files", [])) or None,
+            "Seed": known("{}", "seed"),
+        }
+        return {name: value for name, value in rows.items() if value is not None}
+
+    def results(self) -> dict[str, str]:
+        """By name, what came of the run."""
+        rows, tail = {}, max(1, len(self.train) // 10)
+        for key, name, form in _FIRST_AND_LAST:
+            if len(values := self.series(key)[1]):
+                rows[name] = f"{form.format(values[:tail].mean())} → {form.format(values[-tail:].mean())}"
+        for key in ("val_loss", "val_accuracy", *self.measures):
+            steps, values = self.series(key)
+            if len(values):
+                best = values.argmin() if key == "val_loss" else values.argmax()
+                other = f", best {values[best]:.4f} (step {steps[best]:,})" * bool(values[best] != values[-1])
+                rows[f"Validation {key.removeprefix('val_')}"] = f"{values[-1]:.4f}{other}"
+        for key, name, form in _MEDIANS:
+            if len(values := self.series(key)[1]):
+                rows[name] = form.format(np.median(values))
+        if len(seconds := self.series("seconds")[1]):
+            # Where not every step is logged, the logged ones stand for the others.
+            rows["Time in steps"] = str(timedelta(seconds=round(seconds.mean() * self.train[-1]["step"])))
+        if self.restarts:
+            rows["Restarted at step"] = ", ".join(f"{step:,}" for step in self.restarts)
+        if skipped := max(line.get("skipped_steps", 0) for line in self.train):
+            rows["Skipped steps"] = f"{skipped:,} (loss or gradient not finite)"
+        return rows
 
 
 def read_run(path: str) -> RunLog:
@@ -51,28 +117,22 @@ def read_run(path: str) -> RunLog:
 
     UserError with the file: no such run, a damaged or empty log, settings that can't be read.
     """
+    from ds_embed.training.checkpoint import STATE, list_checkpoints
+
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"--run {path}: no such folder; give the --output_dir of a training run")
     lines = _read_metrics(folder / "metrics.jsonl")
-    train = [line for line in lines if "loss" in line]
-    if not train:
-        raise UserError(f"{folder / 'metrics.jsonl'}: holds no training step, so there is nothing to report")
-    for before, line in itertools.pairwise(train):
-        if line["step"] <= before["step"]:
-            raise UserError(
-                f"{folder / 'metrics.jsonl'}: step {line['step']} stands after step {before['step']}: "
-                "lines of two runs? Keep those of one"
-            )
+    checkpoints = list_checkpoints(folder / "checkpoints")
     return RunLog(
         path=folder,
-        train=train,
+        train=[line for line in lines if "loss" in line],
         validation=[line for line in lines if "loss" not in line],
         config=_read_settings(folder / "config.yaml"),
         deepspeed=_read_settings(folder / "ds_config.json"),
         restarts=_read_restarts(folder / "tensorboard"),
-        state=_newest_state(folder / "checkpoints"),
-        num_trained_weights=_count_weights(folder),
+        state=_read_settings(checkpoints[0][1] / STATE) if checkpoints else {},
+        num_trained_weights=_count_weights(folder / "model"),
     )
 
 
@@ -83,7 +143,7 @@ def _is_finite(value: Any) -> bool:
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the --output_dir of a training run that has logged a step")
-    lines = []
+    lines, last_step = [], -1
     for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
@@ -91,9 +151,16 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: not a line of JSON ({error}); take that line out") from None
         if not isinstance(line, dict) or type(line.get("step")) is not int:
             raise UserError(f"{path}:{number}: no object with a whole number 'step'; take that line out")
+        if "loss" in line:
+            if line["step"] <= last_step:
+                raise UserError(
+                    f"{path}:{number}: step {line['step']} stands after step {last_step}: lines of two runs? "
+                    "Keep those of one"
+                )
+            last_step = line["step"]
         lines.append(line)
-    if not lines:
-        raise UserError(f"{path}: is empty; wait for the run's first logged step (--log_interval)")
+    if last_step < 0:
+        raise UserError(f"{path}: holds no training step; wait for the run's first logged one (--log_interval)")
     return lines
 
 
@@ -113,33 +180,23 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _read_restarts(folder: Path) -> list[int]:
     """The first steps trained in the second and later TensorBoard files: each start of a run opens its own."""
-    if not folder.is_dir():
-        return []
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    firsts = []
+    firsts = set()
     for path in folder.glob("events.out.tfevents.*"):
         events = EventFileLoader(str(path)).Load()
         steps = (event.step for event in events if any(value.tag == "train/loss" for value in event.summary.value))
-        firsts.append(next(steps, None))  # a start that was stopped before its first step has none
-    return sorted({step for step in firsts if step is not None})[1:]
+        firsts.add(next(steps, None))  # a start that was stopped before its first step has none
+    return sorted(firsts - {None})[1:]
 
 
-def _newest_state(folder: Path) -> dict[str, Any]:
-    from ds_embed.training.checkpoint import STATE, list_checkpoints
-
-    checkpoints = list_checkpoints(folder)
-    return _read_settings(checkpoints[0][1] / STATE) if checkpoints else {}
-
-
-def _count_weights(folder: Path) -> int | None:
-    """Numbers in the weights that the run trains, from the heads of its files."""
+def _count_weights(model: Path) -> int | None:
+    """Numbers in the weights that the run has trained, from the heads of its files."""
     from safetensors import safe_open
 
-    newest = sorted(folder.glob("checkpoints/step_*/weights-*.safetensors"))
-    files = list(folder.glob("model/*.safetensors")) or [path for path in newest if path.parent == newest[-1].parent]
     total = 0
-    for path in files:
+    for path in model.glob("*.safetensors"):
         with safe_open(path, framework="np") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors)
+            names = tensors.keys()  # safe_open can't be iterated
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return total or None
