@@ -7,12 +7,12 @@ It takes the flags of train_gpt.py or train_bert.py, as the model is, whose conf
 where they are given.
 """
 
+from typing import Any
+
 from ds_embed.job.ranks import initialize, run_recipe
 from ds_embed.models.loading import find_model, is_decoder, load_config
 from ds_embed.settings import (
-    BertLoraArguments,
-    BertOptimizerArguments,
-    BertStepArguments,
+    BERT_DEFAULTS,
     LoraArguments,
     ModelArguments,
     OptimizerArguments,
@@ -28,23 +28,17 @@ from ds_embed.tools.plan.dry_run import job_to_size
 from ds_embed.tools.plan.job import table
 
 
-def encoder_settings() -> tuple:
-    """With the defaults of train_bert.py."""
-    return parse_arguments(
-        ModelArguments,
-        BertLoraArguments,
-        SizingDataArguments,
-        BertStepArguments,
-        BertOptimizerArguments,
-        SizingRunArguments,
-        ValidationArguments,
-        SizingArguments,
-    )
+def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the recipe that trains the model which was given."""
+    source = find_model(given["model_name_or_path"])
+    return {} if is_decoder(load_config(source, given.get("trust_remote_code", False))) else BERT_DEFAULTS
 
 
-def decoder_settings() -> tuple:
-    """With the defaults of train_gpt.py."""
-    return parse_arguments(
+def main() -> None:
+    world = initialize()
+    if world.size > 1:
+        raise UserError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
+    *settings, _, sizing = parse_arguments(  # what validation takes is not counted
         ModelArguments,
         LoraArguments,
         SizingDataArguments,
@@ -53,17 +47,8 @@ def decoder_settings() -> tuple:
         SizingRunArguments,
         ValidationArguments,
         SizingArguments,
+        defaults=recipe_defaults,
     )
-
-
-def main() -> None:
-    world = initialize()
-    if world.size > 1:
-        raise UserError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
-    model, *_ = settings = decoder_settings()
-    if not is_decoder(load_config(find_model(model.model_name_or_path), model.trust_remote_code)):
-        settings = encoder_settings()
-    *settings, _, sizing = settings  # what validation takes is not counted
     print(table(job_to_size(world, *settings, sizing)))
 
 

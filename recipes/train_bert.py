@@ -5,33 +5,14 @@
 """
 
 from ds_embed.job.ranks import initialize, run_recipe
-from ds_embed.settings import (
-    BertLoraArguments,
-    BertOptimizerArguments,
-    BertStepArguments,
-    DataArguments,
-    DryRunArguments,
-    ModelArguments,
-    RunArguments,
-    ValidationArguments,
-    parse_arguments,
-)
+from ds_embed.settings import BERT_DEFAULTS, TRAINING_ARGUMENTS, DryRunArguments, parse_arguments
 from ds_embed.tools.plan.dry_run import print_dry_run
 from ds_embed.training.loop import TrainingRun
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     world = initialize()
-    *settings, dry_run = parse_arguments(
-        ModelArguments,
-        BertLoraArguments,
-        DataArguments,
-        BertStepArguments,
-        BertOptimizerArguments,
-        RunArguments,
-        ValidationArguments,
-        DryRunArguments,
-    )
+    *settings, dry_run = parse_arguments(*TRAINING_ARGUMENTS, DryRunArguments, argv=argv, defaults=BERT_DEFAULTS)
     run = TrainingRun(world, *settings)
     run.require_encoder()
     if dry_run.dry_run:

@@ -40,16 +40,26 @@ def settings_of(recipe: Path) -> dict[str, tuple[str, str]]:
     calls = [node for node in ast.walk(ast.parse(recipe.read_text("utf-8"))) if isinstance(node, ast.Call)]
     parsed = [call for call in calls if getattr(call.func, "id", None) == "parse_arguments"]
     assert parsed, f"{recipe}: parses no settings"
-    types = [
-        getattr(module, argument.id) for call in parsed for argument in call.args if isinstance(argument, ast.Name)
-    ]
+    types = []
+    for argument in (argument for call in parsed for argument in call.args):
+        if isinstance(argument, ast.Starred):
+            types += getattr(module, argument.value.id)
+        elif isinstance(argument, ast.Name):
+            types.append(getattr(module, argument.id))
+    named = [word.value.id for call in parsed for word in call.keywords if word.arg == "defaults"]
+    other = {} if not named else getattr(module, named[0])
+    other = {} if callable(other) else other
     # Of a setting that is parsed twice, the first stands.
     fields = {field.name: field for one in reversed(types) for field in dataclasses.fields(one)}
     fields = {field.name: fields[field.name] for one in types for field in dataclasses.fields(one)}
-    return {name: (_default(field), field.metadata["help"].replace("|", "\\|")) for name, field in fields.items()}
+    return {
+        name: (_default(field, other), field.metadata["help"].replace("|", "\\|")) for name, field in fields.items()
+    }
 
 
-def _default(field: dataclasses.Field) -> str:
+def _default(field: dataclasses.Field, other: dict) -> str:
+    if field.name in other:
+        return f"`{other[field.name]}`"
     if field.default_factory is not dataclasses.MISSING:
         return " ".join(f"`{value}`" for value in field.default_factory()) or "-"
     if field.default is dataclasses.MISSING:

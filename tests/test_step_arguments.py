@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_embed.settings import BertStepArguments, StepArguments, parse_arguments
+from ds_embed.settings import BERT_DEFAULTS, StepArguments, parse_arguments
 from ds_embed.training.prepare import check_prefixes
 from ds_embed.training.step import loss_options
 
@@ -42,7 +42,7 @@ def test_from_flags_and_file(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("matryoshka_dims: [32, 8]\nmatryoshka_weights: []\nlabel_smoothing: 1e-1\nsymmetric: true\n")
     argv = ["--config", str(file), "--false_negative_margin", "-0.05", "--symmetric", "false"]
-    (step,) = parse_arguments(BertStepArguments, argv=argv)
+    (step,) = parse_arguments(StepArguments, argv=argv, defaults={"negatives": BERT_DEFAULTS["negatives"]})
     options = loss_options(step)
     assert options.matryoshka_dims == (32, 8) and options.matryoshka_weights == (1.0, 1.0)
     assert (options.negatives, options.label_smoothing, options.symmetric) == ("own", 0.1, False)

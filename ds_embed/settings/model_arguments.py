@@ -47,10 +47,3 @@ class LoraArguments:
         above_zero(self, "lora_alpha")
         if not self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: must be below 1")
-
-
-@dataclass
-class BertLoraArguments(LoraArguments):
-    """BERT-family models are small: all weights are trained unless LoRA is asked for."""
-
-    lora_rank: int = setting("rank of the LoRA matrices; 0 trains all weights", default=0)

@@ -3,16 +3,24 @@
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_embed.settings.errors import UserError
 
+_NOT_GIVEN = object()
 
-def parse_arguments(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+
+def parse_arguments(
+    *types: type,
+    argv: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+) -> tuple[Any, ...]:
     """Fill dataclasses from flags and from `--config FILE.yaml`, whose keys are flag names; flags win.
 
+    `defaults` stand for those of the fields they name; it may be a function of the settings that were given.
     Returns one instance per type. Raises UserError on an unknown flag or key (with the nearest known
     name), on a value of the wrong type, on a missing required flag, and whatever the dataclasses'
     own checks raise.
@@ -22,16 +30,21 @@ def parse_arguments(*types: type, argv: Sequence[str] | None = None) -> tuple[An
     argv = [arg for arg in argv if not re.fullmatch(r"--local_rank=\d+", arg)]
     argv, config_path = _take_config_flag(argv)
     parser = _make_parser(types)
+    if not callable(defaults):
+        parser.set_defaults(**(defaults or {}))
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
     if config_path is not None:
         argv = _yaml_as_flags(config_path, known) + argv
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(known, _NOT_GIVEN)))
     for arg in unknown:
         name = arg.split("=")[0]
         if name.startswith("-"):
             raise UserError(f"unknown flag {name}{_nearest(name.lstrip('-'), known, '--')}; --help lists all")
         raise UserError(f"unexpected argument '{arg}': flags start with --")
-    values = vars(namespace)
+    given = {name: value for name, value in vars(namespace).items() if value is not _NOT_GIVEN}
+    # A boolean that is true by default has a second flag, --no_NAME; the first one holds the default.
+    values = {action.dest: action.default for action in reversed(parser._actions)}
+    values |= (defaults(given) if callable(defaults) else {}) | given
     return tuple(t(**{f: values[f] for f in t.__dataclass_fields__ if f in values}) for t in types)
 
 

@@ -46,13 +46,6 @@ class OptimizerArguments:
 
 
 @dataclass
-class BertOptimizerArguments(OptimizerArguments):
-    """All weights of a pretrained model want a smaller rate than LoRA matrices that start at zero."""
-
-    learning_rate: float = setting("peak learning rate", default=2e-5)
-
-
-@dataclass
 class RunArguments(JobArguments):
     output_dir: str = setting("folder of the run: config, metrics, model")
     deepspeed: str = setting("path of the DeepSpeed JSON (see ds_configs/)")

@@ -78,14 +78,3 @@ class StepArguments:
             )
         if any(not weight > 0 for weight in weights):
             raise UserError(f"--matryoshka_weights {listed(weights)}: each must be greater than 0")
-
-
-@dataclass
-class BertStepArguments(StepArguments):
-    """The loss that BERT bi-encoders are usually trained with: in-batch positives and own hard negatives."""
-
-    negatives: str = setting(
-        "documents a query is scored against: own (all positives of the batch and its own hard negatives), all "
-        "(every document of the batch), pair (its positive against each own hard negative, two at a time)",
-        default="own",
-    )

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
-    """One run on this rank. Building it checks every setting before anything large is loaded or written."""
+    """One run on this rank. Building it checks the settings and the model; nothing is read, made or locked yet."""
 
     def __init__(
         self,
@@ -61,7 +61,6 @@ class TrainingRun:
             run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
         )
         self.folder = RunFolder(run.output_dir)
-        world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
         self.source = find_model(model.model_name_or_path)
         self.config = config = load_config(self.source, model.trust_remote_code)
         self.is_decoder = is_decoder(config)
@@ -69,16 +68,21 @@ class TrainingRun:
             check_prefixes(step, config.get_text_config().hidden_size)
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
+
+    def prepare(self) -> None:
+        """Claim the folder, read and tokenize the data, and find where the run starts. Every rank must call it."""
+        world, data, step, run = self.world, self.data, self.step_arguments, self.run
+        world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
         self.store = prepare_store(world, data.train_files, data, step, self.tokenizer, file_formats(data, self.card))
         self.order = sample_order(self.store, data, step, run.seed)
-        self.max_steps = count_steps(self.store.num_records, step.global_batch_size, optimizer)
+        self.max_steps = count_steps(self.store.num_records, step.global_batch_size, self.optimizer)
         self.validation = None
-        if validation.is_on:
+        if self.validation_arguments.is_on:
             self.validation = Validation(
-                world, validation, data, step, run.seed, self.tokenizer, self.card, self.folder
+                world, self.validation_arguments, data, step, run.seed, self.tokenizer, self.card, self.folder
             )
         self.fingerprint: dict[str, str] = {}  # on rank 0, which reads and writes checkpoints
-        commit = getattr(config, "_commit_hash", None)
+        commit = getattr(self.config, "_commit_hash", None)
         self.start = world.on_main("find checkpoint", lambda: self._find_start(commit))
         self.best = self.start.best
         self.skipped_steps, self.saved_step = self.start.skipped_steps, self.start.step
@@ -115,10 +119,11 @@ class TrainingRun:
             )
 
     def train(self) -> None:
-        """Load the model, run the steps from the start to the end, write RUN/model/.
+        """Prepare, load the model, run the steps from the start to the end, write RUN/model/.
 
         Leaves with SystemExit(EXIT_REQUEUE) when a signal asks for it, after saving a checkpoint.
         """
+        self.prepare()
         if self.start.is_finished:
             return
         self.world.mark("load model")

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
-    """Say what a training run will take on the ranks that the launcher started; rank 0 prints."""
+    """Say what a training run will take on the ranks that the launcher started; rank 0 prints. Every rank calls it."""
+    run.prepare()
     if not run.world.is_main:
         return
     job = Job(
