@@ -17,7 +17,8 @@ class EncodeArguments(JobArguments):
 
     adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
     deepspeed: str | None = setting(
-        "path of a DeepSpeed JSON; with ZeRO-3 no GPU holds the whole model (default: each rank holds it)", default=None
+        "DeepSpeed JSON, by path or shipped name; with ZeRO-3 no GPU holds the whole model (default: each rank holds it)",
+        default=None,
     )
     bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
     query_files: list[str] = setting("JSON or JSONL files of queries: query, query_id", default_factory=list)
