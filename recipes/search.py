@@ -20,7 +20,6 @@ class SearchArguments:
     query: str = setting("the text to search for; may also stand first, without the flag")
     embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
     doc_files: list[str] = setting("files the documents came from, to show their text", default_factory=list)
-    adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
     top_k: int = setting("documents shown", default=5)
     show_characters: int = setting("characters of each document shown", default=300)
     bf16: bool = setting("encode the query in bfloat16, as generate does by default", default=True)
@@ -47,7 +46,7 @@ def main() -> None:
     from ds_embed.vectors.vectors import read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
-    source = find_model(model.model_name_or_path, arguments.adapter_path)
+    source = find_model(model.model_name_or_path, model.adapter_path)
     query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries(
         [arguments.query]
     )

@@ -55,5 +55,5 @@ def test_each_has_defaults_of_its_own(place, tmp_path, monkeypatch):
     assert seen["train_bert"] == (3, 2e-5, "own")  # a flag wins
     plan = load_recipe("plan")
     given = {"model_name_or_path": str(place / "bert")}
-    assert plan.recipe_defaults(given)["lora_rank"] == 0
+    assert plan.recipe_defaults(given)["learning_rate"] == 2e-5
     assert plan.recipe_defaults({"model_name_or_path": str(place / "llama")}) == {}

@@ -20,7 +20,6 @@ ROOMS = {
     "training": {"settings", "artifact", "job", "losses", "data", "models", "vectors"},
     "tools": {"settings", "artifact", "job", "losses", "data", "models", "vectors", "training"},
     "mteb_model": {"vectors"},
-    "cli": {"settings"},
 }
 
 

@@ -1,9 +1,8 @@
 """Backbones and tokenizers from folders or hub names: base model, adapter on a base, or a finished run."""
 
 import contextlib
-import json
+import inspect
 import pickle
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,23 @@ from typing import Any
 
 import torch
 
-from ds_embed.models.attention import choose_attention, choose_direction
+from ds_embed.models.adapters import put_adapter_on, read_adapter
+from ds_embed.models.attention import (
+    BidirectionalAttention,
+    CausalAttention,
+    EncoderAttention,
+    check_bidirectional,
+    is_bidirectional,
+    make_bidirectional,
+)
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.kinds import auto_class, backbone_class, kind_of, without_pooler
-from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
+
+# What transformers' models call the table of learned positions.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,28 @@ def find_model(
         return ModelSource(model_name_or_path, None, model_name_or_path, None)
     if not (folder / "adapter_config.json").exists():
         return ModelSource(str(folder), None, str(folder), EmbeddingCard.load(folder))
-    from peft import PeftConfig
+    card = EmbeddingCard.load(folder)
+    return ModelSource(_find_base(folder, card, flag), folder, str(folder), card)
 
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base_folder = _model_folder(flag, base, hint=f" (the base model that {folder} names)")
-    return ModelSource(str(base_folder or base), folder, str(folder), EmbeddingCard.load(folder))
+
+def _find_base(adapter: Path, card: EmbeddingCard | None, flag: str) -> str:
+    """The base model that an adapter names: as it is named, beside the adapter, or where it stood when both were moved."""
+    name = read_adapter(adapter).base_model_name_or_path
+    if not name:
+        raise UserError(
+            f"--{flag} {adapter}: its adapter_config.json names no base model; give that as --model_name_or_path, and this "
+            "as --adapter_path"
+        )
+    for place in (Path(name).expanduser(), adapter / name, adapter / (card.base_model if card else name)):
+        if (place / "config.json").exists():
+            return str(place.resolve())
+    folder = _model_folder(flag, name, hint=f" (the base model that {adapter} names)")
+    if folder is not None and (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"--{flag} {adapter}: its base model {name} is an adapter itself; merge that first, by "
+            "recipes/export.py --format merged"
+        )
+    return str(folder or name)
 
 
 def _model_folder(flag: str, name: str, hint: str = "") -> Path | None:
@@ -84,8 +110,18 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
         raise UserError(
             f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
         ) from None
-    backbone_class(config, trust_remote_code, source.base)  # or says why there is none
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"--model_name_or_path {source.base}: encoder-decoder models ({config.model_type}) are not supported"
+        )
     return config
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether the model is a causal decoder; models with a masked-language-model head are not."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments) -> EmbeddingCard:
@@ -94,20 +130,41 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
     UserError when a length exceeds what the model has positions for, or its attention can't be as asked.
     """
     config = load_config(source, model.trust_remote_code)
-    kind = kind_of(config, model.trust_remote_code, source.base)
-    asked = model.bidirectional
-    if asked is None and kind.is_causal and source.card is not None:
-        asked = source.card.bidirectional
-    choose_direction(config, kind, asked, source.base)
+    decoder = is_decoder(config)
+    if not decoder and model.bidirectional is False:
+        raise UserError(f"--bidirectional false: {source.base} is a BERT-style encoder, which always is bidirectional")
+    if decoder:
+        known = None if source.card is None else source.card.bidirectional
+        asked = known if model.bidirectional is None else model.bidirectional
+        check_bidirectional(config, asked, source.base)
     return EmbeddingCard.choose(
         text,
         model,
-        decoder=kind.is_causal,
-        bidirectional=not kind.is_causal,
+        decoder=decoder,
+        bidirectional=not decoder or is_bidirectional(config),
         base=source.base,
         known=source.card,
-        longest=kind.longest,
+        longest=longest_text(config),
     )
+
+
+def longest_text(config: Any) -> int | None:
+    """Most tokens that the model has learned positions for; None where positions are computed (rotary).
+
+    RoBERTa and its kin start counting behind the padding index, so a table of 514 holds 512 tokens.
+    """
+    from transformers import MODEL_MAPPING, AutoModel
+
+    if type(config) not in MODEL_MAPPING:  # code that comes with the model: unknown to us
+        return None
+    with torch.device("meta"):  # modules without weights
+        model = AutoModel.from_config(config)
+    limits = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.split(".")[-1] in _POSITION_TABLES
+    ]
+    return min([*limits, getattr(config, "max_position_embeddings", limits[0])]) if limits else None
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
@@ -129,12 +186,15 @@ def load_encoder(
     bf16: bool,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    trained: LoraArguments | None = None,
 ) -> TextEncoder:
-    """The encoder with its base weights (and adapter, frozen, where the source has one).
+    """The encoder with its base weights, and the adapter where the source has one.
 
     bidirectional: whether a decoder's tokens see the whole text; encoders' always do.
+    trained: how the adapter is to be trained further; it is frozen if None.
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
+    from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
@@ -142,10 +202,13 @@ def load_encoder(
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _without_foreign_code(source.base), _named_attention(attn_implementation):
-        backbone = auto_class(config).from_pretrained(source.base, config=config, **options)
-    attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
+        backbone = AutoModel.from_pretrained(source.base, config=config, **options)
+    attention = _attention_of(backbone, bidirectional)
     if source.adapter is not None:
-        backbone = put_adapter_on(backbone, source.adapter).to(options["dtype"])
+        with _without_foreign_code(str(source.adapter)):
+            backbone = put_adapter_on(backbone, source.adapter, trained)
+        for parameter in backbone.parameters():  # buffers, such as rotary frequencies, stay as exact as they are
+            parameter.data = parameter.data.to(options["dtype"])
     return TextEncoder(backbone, pooling, attention)
 
 
@@ -159,12 +222,21 @@ def build_encoder(
     trust_remote_code: bool,
 ) -> TextEncoder:
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
+    from transformers import AutoModel
+
     use_cpu_kernels()
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _named_attention(attn_implementation):
-        backbone = auto_class(config).from_config(config, **options)
-    attention = choose_attention(backbone, kind_of(config, trust_remote_code), bidirectional)
-    return TextEncoder(backbone, pooling, attention, check_attention=False)
+        backbone = AutoModel.from_config(config, **options)
+    return TextEncoder(backbone, pooling, _attention_of(backbone, bidirectional), check_attention=False)
+
+
+def _attention_of(
+    backbone: torch.nn.Module, bidirectional: bool
+) -> EncoderAttention | CausalAttention | BidirectionalAttention:
+    if not is_decoder(backbone.config):
+        return EncoderAttention()
+    return make_bidirectional(backbone) if bidirectional else CausalAttention()
 
 
 def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
@@ -192,15 +264,14 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
         raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None
 
 
-def put_adapter_on(backbone: torch.nn.Module, adapter: Path) -> Any:
-    """The backbone wrapped by PEFT, with the frozen LoRA matrices of the folder `adapter`."""
-    from peft import PeftModel
+def without_pooler(config: Any) -> dict[str, Any]:
+    """What from_pretrained must be told so that no pooler is built: BERT's would be trained without ever being used."""
+    from transformers import MODEL_MAPPING
 
-    _refuse_named_modules(adapter)
-    with _without_foreign_code(str(adapter)), warnings.catch_warnings():
-        # About a call of PEFT's to transformers, which a user can do nothing about.
-        warnings.simplefilter("ignore", FutureWarning)
-        return PeftModel.from_pretrained(backbone, str(adapter))
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
 
 
 @contextlib.contextmanager
@@ -223,10 +294,3 @@ def _without_foreign_code(name: str) -> Iterator[None]:
             f"{name}: comes with Python code of its own, which is not run; read it, and if you trust it give "
             "--trust_remote_code true"
         ) from None
-
-
-def _refuse_named_modules(adapter: Path) -> None:
-    """PEFT imports the module that an adapter names as its Megatron; we train no such adapter."""
-    content = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    if content.get("megatron_config") is not None:
-        raise UserError(f"{adapter}: adapter_config.json has megatron_config; such adapters are not supported")

@@ -15,10 +15,8 @@ ROUNDING_SETTINGS = ("micro_batch_tokens", "attn_implementation", "kernels")
 class EncodeArguments(JobArguments):
     """Texts to encode. What decides a vector comes from the model's card; a flag is needed for base models only."""
 
-    adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
     deepspeed: str | None = setting(
-        "DeepSpeed JSON, by path or shipped name; with ZeRO-3 no GPU holds the whole model (default: each rank holds it)",
-        default=None,
+        "path of a DeepSpeed JSON; with ZeRO-3 no GPU holds the whole model (default: each rank holds it)", default=None
     )
     bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
     query_files: list[str] = setting("JSON or JSONL files of queries: query, query_id", default_factory=list)

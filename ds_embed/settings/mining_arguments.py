@@ -78,7 +78,6 @@ class MiningArguments:
     )
     bm25_k1: float = setting("BM25's saturation of repeated words", default=1.5)
     bm25_b: float = setting("BM25's share of length normalisation, in [0, 1]", default=0.75)
-    adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
     deepspeed: str | None = setting("path of a DeepSpeed JSON for encoding (default: each rank holds it)", default=None)
     bf16: bool = setting("bfloat16 weights and activations of the model; false computes in float32", default=True)
     micro_batch_tokens: int = setting("padded tokens per forward pass of one rank: sets the memory", default=16384)

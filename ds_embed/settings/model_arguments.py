@@ -1,17 +1,19 @@
 """The model: which one, its vectors, its LoRA matrices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_embed.settings.checks import above_zero, at_least, one_of
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
 
 POOLINGS = ("mean", "cls", "last", "weighted_mean")
+LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = setting("model folder or hub name of the base model")
+    model_name_or_path: str = setting("model folder or hub name: a base model, a run, a LoRA adapter")
+    adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
     pooling: str | None = setting(
         f"how token states become one vector: {', '.join(POOLINGS)} (default: last for decoders, mean for BERT)",
         default=None,
@@ -35,15 +37,47 @@ class ModelArguments:
 
 @dataclass
 class LoraArguments:
-    lora_rank: int = setting("rank of the LoRA matrices; 0 trains all weights", default=16)
-    lora_alpha: float = setting("LoRA scale: updates are multiplied by lora_alpha / lora_rank", default=32.0)
-    lora_dropout: float = setting("dropout probability on the input of the LoRA matrices", default=0.0)
-    lora_target_modules: list[str] = setting(
-        "names of the modules that get LoRA matrices, or all-linear", default_factory=lambda: ["all-linear"]
+    """None stands for a default that only the model tells: a LoRA run trained further keeps its own settings."""
+
+    lora_rank: int | None = setting(
+        "rank of the LoRA matrices; 0 trains all weights, those of a LoRA run merged into its base first "
+        "(default: that of the LoRA run that is trained further, else 16 for decoders and 0 for BERT)",
+        default=None,
+    )
+    lora_alpha: float | None = setting(
+        "LoRA scale: updates are multiplied by lora_alpha / lora_rank (default: the run's own, else 32)", default=None
+    )
+    lora_dropout: float | None = setting(
+        "dropout probability on the input of the LoRA matrices (default: the run's own, else 0)", default=None
+    )
+    lora_target_modules: list[str] | None = setting(
+        "names of the modules that get LoRA matrices, or all-linear (default: the run's own, else all-linear)",
+        default=None,
+    )
+    lora_variant: str | None = setting(
+        "lora; rslora: scaled by lora_alpha / sqrt(lora_rank); dora: with a trained length for each row of a weight; "
+        "pissa: starts at the largest singular values of a weight, saved as a LoRA of twice the rank "
+        "(default: the run's own, else lora)",
+        default=None,
+    )
+    new_lora: bool = setting(
+        "merge the LoRA run that is trained further into its base, in float32 as RUN/base, and start new matrices "
+        "instead of going on with its own",
+        default=False,
     )
 
     def __post_init__(self):
-        at_least(self, 0, "lora_rank", "lora_dropout")
-        above_zero(self, "lora_alpha")
-        if not self.lora_dropout < 1:
+        at_least(self, 0, *(name for name in ("lora_rank", "lora_dropout") if getattr(self, name) is not None))
+        if self.lora_alpha is not None:
+            above_zero(self, "lora_alpha")
+        if self.lora_dropout is not None and not self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: must be below 1")
+        if self.lora_variant is not None:
+            one_of(self, "lora_variant", LORA_VARIANTS)
+
+    def with_defaults(self, rank: int) -> "LoraArguments":
+        """The same, with the defaults of new matrices for what is not set; `rank` is that of the rank."""
+        defaults = dict(
+            lora_rank=rank, lora_alpha=32.0, lora_dropout=0.0, lora_target_modules=["all-linear"], lora_variant="lora"
+        )
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -15,6 +15,7 @@ TRAINING_ARGUMENTS = (
     RunArguments,
     ValidationArguments,
 )
-# Of train_bert; train_gpt has the fields' own. BERT-family models are small, so all their weights are trained, which
-# wants a smaller rate than LoRA matrices that start at zero, with the loss that is usual for bi-encoders.
-BERT_DEFAULTS = {"lora_rank": 0, "learning_rate": 2e-5, "negatives": "own"}
+# Of train_bert; train_gpt has the fields' own. BERT-family models are small, so all their weights are trained
+# (models/lora.py), which wants a smaller rate than LoRA matrices that start at zero, with the loss that is usual for
+# bi-encoders.
+BERT_DEFAULTS = {"learning_rate": 2e-5, "negatives": "own"}

@@ -11,9 +11,16 @@ from ds_embed.data.plan import plan_micro_batches
 from ds_embed.job.ranks import EXIT_REQUEUE, World
 from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.engine import partitioned_loading, start_engine, take_step
-from ds_embed.models.kinds import is_bert_style, kind_of
-from ds_embed.models.loading import choose_card, find_model, load_config, load_encoder, load_tokenizer
-from ds_embed.models.lora import add_lora
+from ds_embed.models.loading import (
+    ModelSource,
+    choose_card,
+    find_model,
+    is_decoder,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
+from ds_embed.models.lora import add_lora, merge_adapter, resolve_lora, start_training
 from ds_embed.settings import (
     DataArguments,
     LoraArguments,
@@ -54,7 +61,7 @@ class TrainingRun:
         run: RunArguments,
         validation: ValidationArguments,
     ):
-        self.world, self.model, self.lora, self.data = world, model, lora, data
+        self.world, self.model, self.data = world, model, data
         self.step_arguments, self.optimizer, self.run = step, optimizer, run
         world.set_timeouts(run.rank_timeout_seconds, run.stall_timeout_seconds)
         self.validation_arguments = validation
@@ -62,11 +69,12 @@ class TrainingRun:
             run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
         )
         self.folder = RunFolder(run.output_dir)
-        self.source = find_model(model.model_name_or_path)
+        self.source = find_model(model.model_name_or_path, model.adapter_path)
         self.config = config = load_config(self.source, model.trust_remote_code)
-        self.kind = kind_of(config, model.trust_remote_code, self.source.base)
+        self.lora = resolve_lora(lora, self.source, config)
+        self.is_decoder = is_decoder(config)
         if step.matryoshka_dims:
-            check_prefixes(step, self.kind.num_dims)
+            check_prefixes(step, config.get_text_config().hidden_size)
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
 
@@ -104,16 +112,16 @@ class TrainingRun:
         return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps, best)
 
     def require_decoder(self) -> None:
-        """UserError for a BERT-style encoder. A decoder that is bidirectional by itself is trained by either recipe."""
-        if not self.kind.is_causal and is_bert_style(self.config):
+        """UserError unless the base model is a causal decoder."""
+        if not self.is_decoder:
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a BERT-style encoder; "
                 "recipes/train_gpt.py trains decoders, recipes/train_bert.py encoders"
             )
 
     def require_encoder(self) -> None:
-        """UserError for a causal decoder."""
-        if self.kind.is_causal:
+        """UserError unless the base model is a BERT-style encoder."""
+        if self.is_decoder:
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a causal decoder; "
                 "recipes/train_bert.py trains encoders, recipes/train_gpt.py decoders"
@@ -260,26 +268,42 @@ class TrainingRun:
         import torch
 
         kernel = training_kernel(self.config, self.model.attn_implementation, self.world.device.type)
+        dtype = torch.bfloat16 if self.run.bf16 else torch.float32
+        source = self._source_to_train()
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
-                self.source,
+                source,
                 pooling=self.card.pooling,
                 bidirectional=self.card.bidirectional,
                 bf16=self.run.bf16,
                 attn_implementation=kernel,
                 trust_remote_code=self.model.trust_remote_code,
+                trained=self.lora,
             )
+            if self.lora.lora_rank and source.adapter is None:
+                add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
+            elif self.lora.lora_rank:
+                start_training(encoder, dtype)
         if self.step_arguments.gradient_checkpointing:
             # The reentrant kind fails under ZeRO-2 and 3 when one graph holds several forwards.
             encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.lora.lora_rank:
-            dtype = torch.bfloat16 if self.run.bf16 else torch.float32
-            add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
         if self.step_arguments.learnable_temperature:
             encoder.learn_temperature()
         if self.world.device.type == "cpu":
             use_cpu_dropout(encoder)
         return encoder
+
+    def _source_to_train(self) -> ModelSource:
+        """Where training starts: with a LoRA run's own matrices, or with RUN/base, its base with them merged in."""
+        if self.source.adapter is None or (self.lora.lora_rank and not self.lora.new_lora):
+            return self.source
+        trust = self.model.trust_remote_code
+        self.world.on_main(
+            "merge the adapter", lambda: merge_adapter(self.source, self.card, self.folder.own("base"), trust)
+        )
+        if not self.folder.path.joinpath("base", "config.json").exists():
+            raise UserError(f"--output_dir {self.folder.path}: must be on a file system that all nodes see, for base/")
+        return replace(self.source, base=str(self.folder.path / "base"), adapter=None)
 
     def batch(self, first_sample: int) -> GlobalBatch:
         """The global batch of the samples from `first_sample` on."""
@@ -311,6 +335,19 @@ class TrainingRun:
             f"micro-batches  {plan.num_micro_batches} per rank of at most {self.step_arguments.micro_batch_tokens:,} "
             f"tokens, padding {plan.padding_share:.1%}",
         ]
+        if self.lora.lora_rank:
+            matrices = f"those of {self.source.adapter}" if self.source.adapter else "new matrices"
+            if self.lora.new_lora:
+                matrices = f"new matrices on {self.folder.path / 'base'}, where {self.source.adapter} is merged in"
+            lines.insert(
+                3,
+                f"{self.lora.lora_variant:<15}rank {self.lora.lora_rank}, alpha {self.lora.lora_alpha:g}, on "
+                f"{' '.join(self.lora.lora_target_modules)}: {matrices}",
+            )
+        elif self.source.adapter:
+            lines.insert(
+                3, f"merged         {self.source.adapter} into {self.folder.path / 'base'}, all weights trained"
+            )
         if self.order.probabilities is not None:
             unit = "batches" if self.order.batch_size else "samples"
             shares = zip(self.data.train_files, self.store.file_sizes, self.order.probabilities)

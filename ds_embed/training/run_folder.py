@@ -63,6 +63,12 @@ class RunFolder:
             return
         self._lock = hold_lock(self.path / LOCK_NAME, "--output_dir", self.path)
 
+    def own(self, name: str) -> Path:
+        """The path RUN/`name`, for this job to write: the run is its own from now on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        return self.path / name
+
     def open(
         self,
         settings: list[Any],

@@ -1,6 +1,7 @@
 """A trained model as users load it: a PEFT adapter or a whole Hugging Face model, with the card beside it."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
     change = weights.pop(LOG_SCALE_CHANGE, None)
     if change is not None:
         card = replace(card, temperature=learned_temperature(card.temperature, float(change)))
+
+    if is_adapter:
+        # Beside the absolute path that PEFT writes, the way there, so that a run can be moved with its base.
+        base = encoder.backbone.peft_config["default"].base_model_name_or_path
+        card = replace(card, base_model=os.path.relpath(base, folder.model_dir) if Path(base).is_dir() else base)
 
     def fill(target: Path) -> None:
         if is_adapter:

@@ -91,12 +91,13 @@ class Embedder:
             raise UserError(f"dtype {dtype}: choose one of {', '.join(_DTYPES)}")
         model = ModelArguments(
             str(model_name_or_path),
+            adapter_path=None if adapter_path is None else str(adapter_path),
             pooling=pooling,
             bidirectional=bidirectional,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-        source = find_model(model.model_name_or_path, None if adapter_path is None else str(adapter_path))
+        source = find_model(model.model_name_or_path, model.adapter_path)
         return cls.from_source(
             source,
             model,

@@ -22,7 +22,14 @@ from ds_embed.vectors.shards import merge_shards, shard_folder
 from ds_embed.vectors.vectors_folder import is_finished
 
 # Of the model and its card: where it comes from, and what only its training knew.
-_NOT_OF_ROWS = {"model_name_or_path", "trust_remote_code", "base_model", "consumed_samples", "temperature"}
+_NOT_OF_ROWS = {
+    "model_name_or_path",
+    "adapter_path",
+    "trust_remote_code",
+    "base_model",
+    "consumed_samples",
+    "temperature",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +52,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     from other files, another model or other settings, or when another job is at it.
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
-    source = find_model(model.model_name_or_path, arguments.adapter_path)
+    source = find_model(model.model_name_or_path, model.adapter_path)
     card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     prefix = Path(arguments.output_prefix).expanduser().resolve()

@@ -14,8 +14,7 @@ import torch
 
 from ds_embed.data.tokenize import encode_texts
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.kinds import auto_class, without_pooler
-from ds_embed.models.loading import put_adapter_on
+from ds_embed.models.loading import without_pooler
 from ds_embed.models.pooling import pool
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.embedder import Embedder
@@ -120,14 +119,15 @@ def vectors_of_transformers(
     trust_remote_code: bool,
 ) -> np.ndarray:
     """With AutoModel, AutoTokenizer and pooling alone; with PEFT too where `folder` is an adapter on `base`."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     whole = base or str(folder)
     config = AutoConfig.from_pretrained(whole, trust_remote_code=trust_remote_code)
-    options = {"trust_remote_code": trust_remote_code, **without_pooler(config)}
-    model = auto_class(config).from_pretrained(whole, dtype=dtype, **options)
+    model = AutoModel.from_pretrained(whole, dtype=dtype, trust_remote_code=trust_remote_code, **without_pooler(config))
     if base is not None:
-        model = put_adapter_on(model, folder).to(dtype)
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder)).to(dtype)
     model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     rows = []

@@ -84,7 +84,6 @@ def obtain_vectors(
 
 def _encode_arguments(folder: Path, arguments: MiningArguments) -> EncodeArguments:
     return EncodeArguments(
-        adapter_path=arguments.adapter_path,
         deepspeed=arguments.deepspeed,
         bf16=arguments.bf16,
         query_files=[str(table_path(folder / "catalog", "queries"))],

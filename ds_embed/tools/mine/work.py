@@ -38,7 +38,7 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
     if arguments.embeddings is not None:
         inputs["embeddings"] = _stamps(Path(arguments.embeddings).resolve().rglob("*.npy"))
     if model.model_name_or_path is not None:
-        source = find_model(model.model_name_or_path, arguments.adapter_path)
+        source = find_model(model.model_name_or_path, model.adapter_path)
         inputs["model_files"] = _stamps_of_folders(source.base, source.adapter)
     if arguments.cross_encoder is not None:
         inputs["cross_encoder_files"] = _stamps_of_folders(arguments.cross_encoder)

@@ -10,6 +10,7 @@ from ds_embed.data.batch import assemble_batch
 from ds_embed.data.plan import check_budget
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import choose_card, find_model, load_config, load_tokenizer
+from ds_embed.models.lora import resolve_lora
 from ds_embed.settings import (
     DataArguments,
     DryRunArguments,
@@ -70,8 +71,9 @@ def job_to_size(
     deepspeed_config = resolve_deepspeed_config(
         run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=sizing.num_gpus
     )
-    source = find_model(model.model_name_or_path)
+    source = find_model(model.model_name_or_path, model.adapter_path)
     config = load_config(source, model.trust_remote_code)
+    lora = resolve_lora(lora, source, config)
     card = choose_card(source, data, model)
     longest = max(card.query_max_length, card.doc_max_length)
     num_records = sizing.num_records

@@ -1,0 +1,146 @@
+"""LoRA adapters as PEFT folders: what one says is put on the bare model whole, or refused by name.
+
+An adapter may have been trained on a model with a head (AutoModelForCausalLM, ...ForSequenceClassification): its names
+then have the head model's prefix, which the bare model lacks, and it may hold the head's own matrices, which no vector
+depends on and which are left out, by name.
+"""
+
+import json
+import logging
+import re
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_embed.settings import LoraArguments
+from ds_embed.settings.errors import UserError
+
+_PREFIX = "base_model.model."  # PEFT's, in front of the module's own name
+
+logger = logging.getLogger(__name__)
+
+
+def read_adapter(folder: Path) -> Any:
+    """The LoraConfig of a PEFT folder. UserError when it is of another kind, or says what this PEFT does not know."""
+    from peft import LoraConfig
+
+    path = folder / "adapter_config.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        kind = content.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: can't be read as JSON ({error})") from None
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type {kind}: only LoRA adapters can be loaded; merge it into its base with PEFT")
+    for name in ("megatron_config", "alora_invocation_tokens"):  # PEFT would import the module that the first names
+        if content.get(name) is not None:
+            raise UserError(f"{path}: has {name}; such adapters are not supported")
+    known = {field.name for field in fields(LoraConfig)}
+    unknown = sorted(name for name, value in content.items() if name not in known and value)
+    if unknown:
+        raise UserError(
+            f"{path}: {unknown[0]} is unknown to the installed PEFT, which would ignore it; install the PEFT that wrote "
+            "the adapter, or remove the key if it changes nothing"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the unknown keys that say nothing
+        return LoraConfig.from_pretrained(str(folder))
+
+
+def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArguments | None = None) -> Any:
+    """The backbone wrapped by PEFT, with the LoRA matrices of `folder`: frozen, or to be trained on as `trained` says.
+
+    UserError naming the adapter and the weight when one is missing, left over or of another shape.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = read_adapter(folder)
+    weights = _on_bare_model(backbone, config, _read_weights(folder), folder)
+    config.inference_mode = trained is None
+    if trained is not None:
+        config.lora_dropout = trained.lora_dropout
+    with warnings.catch_warnings():
+        # About a call of PEFT's to transformers, and of a base with another name than where the adapter was trained.
+        warnings.simplefilter("ignore")
+        try:
+            model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise UserError(f"{folder}: this adapter does not fit {backbone.name_or_path}: {error}") from None
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in wanted.items()}
+    odd = sorted(n for n in weights.keys() | shapes.keys() if n not in weights or shapes.get(n) != weights[n].shape)
+    if odd:
+        name, found = odd[0], weights.get(odd[0])
+        raise UserError(
+            f"{folder}: this adapter does not fit {backbone.name_or_path}: {len(odd)} weight(s), such as {name}: the "
+            f"adapter has {'none' if found is None else tuple(found.shape)}, the model with its adapter_config.json "
+            f"{shapes.get(name, 'none')}; give the base model that it was trained on"
+        )
+    set_peft_model_state_dict(model, weights)
+    return model
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if (folder / "adapter_model.safetensors").exists():
+        weights = load_file(folder / "adapter_model.safetensors")
+    elif (folder / "adapter_model.bin").exists():
+        weights = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+    else:
+        raise UserError(
+            f"{folder}: has adapter_config.json and neither adapter_model.safetensors nor adapter_model.bin"
+        )
+    # A training loop's own state dict still has the adapter's name in its keys.
+    return {re.sub(r"(\.lora_[A-Za-z_]+)\.[^.]+(\.weight|\.bias)$", r"\1\2", name): w for name, w in weights.items()}
+
+
+def _on_bare_model(
+    backbone: torch.nn.Module, config: Any, weights: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The weights under the bare model's names; `config` is changed to say the same of it."""
+    config.task_type = "FEATURE_EXTRACTION"
+    config.auto_mapping = None
+    config.base_model_name_or_path = backbone.name_or_path
+    head_prefix = getattr(backbone, "base_model_prefix", "") + "."
+    has_head = head_prefix != "." and not hasattr(backbone, head_prefix[:-1])
+    has_head = has_head and any(name.startswith(_PREFIX + head_prefix) for name in weights)
+    if not has_head and not isinstance(config.target_modules, str):
+        return weights
+    kept: dict[str, Tensor] = {}
+    places: dict[str, str] = {}  # a module's name here by its name where the adapter was trained
+    left_out: set[str] = set()
+    for name, weight in weights.items():
+        inner = name.removeprefix(_PREFIX)
+        bare = inner.removeprefix(head_prefix)
+        if has_head and bare == inner:
+            left_out.add(inner.split(".")[0])
+            continue
+        kept[_PREFIX + bare] = weight
+        if ".lora_" in inner:
+            places[inner.split(".lora_")[0]] = bare.split(".lora_")[0]
+    if left_out:
+        logger.info("%s: left out %s, which no vector depends on", folder, ", ".join(sorted(left_out)))
+    _name_places(config, places)
+    if config.modules_to_save:
+        names = [name.removeprefix(head_prefix) for name in config.modules_to_save]
+        modules = [f".{module}" for module, _ in backbone.named_modules()]
+        config.modules_to_save = [n for n in names if any(m.endswith(f".{n}") for m in modules)] or None
+    return kept
+
+
+def _name_places(config: Any, places: dict[str, str]) -> None:
+    """Name the modules that have matrices one by one: patterns were written for the names of the model with a head."""
+    from peft.utils.other import get_pattern_key
+
+    for pattern, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        old = getattr(config, pattern)
+        values = {new: old.get(get_pattern_key(old.keys(), name), default) for name, new in places.items()}
+        # PEFT takes these keys as expressions, in which "^" stands for the beginning of the module's name.
+        setattr(config, pattern, {f"^{re.escape(new)}": v for new, v in values.items() if v != default})
+    config.target_modules = set(places.values())
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
