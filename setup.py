@@ -2,6 +2,11 @@
 
 from setuptools import find_packages, setup
 
+BESIDE = {
+    f"ds_embed.{folder.replace('/', '.')}": folder
+    for folder in ("recipes", "recipes/quickstart", "ds_configs", "slurm")
+}
+
 setup(
     name="ds-embed",
     version="0.1.0",
@@ -10,8 +15,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["ds_embed", "ds_embed.*"]),
-    package_data={"ds_embed.tools.report": ["page.html"]},
+    # The wheel holds what a checkout has beside the package: recipes, DeepSpeed JSONs and job scripts.
+    packages=[*find_packages(include=["ds_embed", "ds_embed.*"]), *BESIDE],
+    package_dir=BESIDE,
+    entry_points={"console_scripts": ["ds-embed = ds_embed.cli:main"]},
+    package_data={
+        "ds_embed.tools.report": ["page.html"],
+        "ds_embed.ds_configs": ["*.json"],
+        "ds_embed.slurm": ["*.sh"],
+    },
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8",

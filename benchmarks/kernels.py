@@ -52,10 +52,11 @@ class KernelArguments:
 
 def load(model: str, kernel: str | None, bf16: bool = True) -> Any:
     """The encoder as training and generate load it."""
-    from ds_embed.models.loading import find_model, is_decoder, load_config, load_encoder
+    from ds_embed.models.kinds import kind_of
+    from ds_embed.models.loading import find_model, load_config, load_encoder
 
     source = find_model(model)
-    decoder = is_decoder(load_config(source, False))
+    decoder = kind_of(load_config(source, False), False).is_causal
     return load_encoder(
         source,
         pooling="last" if decoder else "mean",

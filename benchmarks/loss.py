@@ -58,9 +58,9 @@ def ours(table: Any) -> tuple[Any, Any]:
     from ds_embed.losses import contrastive_loss
 
     num_queries = len(table) // 2
-    keys = torch.arange(num_queries)[:, None].repeat(1, 3)
+    keys, own = torch.arange(num_queries)[:, None].repeat(1, 2), torch.empty(num_queries, 0, dtype=torch.int64)
     result = contrastive_loss(
-        table, keys, num_queries=num_queries, first_query=0, last_query=num_queries, temperature=TEMPERATURE
+        table, keys, own, num_queries=num_queries, first_query=0, last_query=num_queries, temperature=TEMPERATURE
     )
     return result.sums.loss, result.gradient
 

@@ -10,7 +10,8 @@ where they are given.
 from typing import Any
 
 from ds_embed.job.ranks import initialize, run_recipe
-from ds_embed.models.loading import find_model, is_decoder, load_config
+from ds_embed.models.kinds import is_bert_style, kind_of
+from ds_embed.models.loading import find_model, load_config
 from ds_embed.settings import (
     BERT_DEFAULTS,
     LoraArguments,
@@ -30,8 +31,9 @@ from ds_embed.tools.plan.job import table
 
 def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Those of the recipe that trains the model which was given."""
-    source = find_model(given["model_name_or_path"], given.get("adapter_path"))
-    return {} if is_decoder(load_config(source, given.get("trust_remote_code", False))) else BERT_DEFAULTS
+    trust = given.get("trust_remote_code", False)
+    config = load_config(find_model(given["model_name_or_path"], given.get("adapter_path")), trust)
+    return BERT_DEFAULTS if is_bert_style(config) and not kind_of(config, trust).is_causal else {}
 
 
 def main() -> None:

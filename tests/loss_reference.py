@@ -18,8 +18,17 @@ def reference(
     distillation_weight=0.0,
     distillation_temperature=1.0,
     teacher_scores=None,
+    own=None,
+    pairs=(),
 ):
-    """Mean loss over all queries of the table (queries, positives, hard negatives) of unit vectors."""
+    """Mean loss over all queries of the table (queries, positives, hard negatives) of unit vectors.
+
+    own: the documents that are each query's hard negatives (default: as many for each, in order).
+    pairs: of a query and a document that is no negative of it, beside what the keys say.
+    """
+    if own is None:
+        num_hard = (len(table) - 2 * num_queries) // num_queries
+        own = [range(num_queries + i * num_hard, num_queries + (i + 1) * num_hard) for i in range(num_queries)]
     options = dict(
         negatives=negatives,
         label_smoothing=label_smoothing,
@@ -28,6 +37,8 @@ def reference(
         distillation_weight=distillation_weight,
         distillation_temperature=distillation_temperature,
         teacher=teacher_scores,
+        owns=own,
+        pairs={tuple(pair) for pair in pairs},
     )
     if not matryoshka_dims:
         return _one_table(table, keys, num_queries, temperature, **options)
@@ -51,20 +62,21 @@ def _one_table(
     distillation_weight,
     distillation_temperature,
     teacher,
+    owns,
+    pairs,
 ):
     queries, documents = table[:num_queries], table[num_queries:]
-    num_hard = len(documents) // num_queries - 1
     losses = []
     for i in range(num_queries):
-        own = range(num_queries + i * num_hard, num_queries + (i + 1) * num_hard)
+        own = owns[i]
         visible = {"all": range(len(documents)), "own": [*range(num_queries), *own], "pair": own}[negatives]
         score = documents @ queries[i] / temperature
-        differs = [j for j in range(len(documents)) if not (keys[j] == keys[i]).any()]
+        differs = [j for j in range(len(documents)) if not (keys[j] == keys[i]).any() and (i, j) not in pairs]
         near = margin is None or score <= score[i] + margin / temperature
         rivals = [score[j] for j in visible if j in differs and (near is True or near[j])]
         if negatives == "pair":
-            pairs = [_cross_entropy([score[i], rival], label_smoothing) for rival in rivals]
-            loss = sum(pairs, score[i] * 0) / max(1, num_hard)
+            two_way = [_cross_entropy([score[i], rival], label_smoothing) for rival in rivals]
+            loss = sum(two_way, score[i] * 0) / max(1, len(own))
         else:
             loss = _cross_entropy([score[i], *rivals], label_smoothing)
         if symmetric:
@@ -72,7 +84,9 @@ def _one_table(
             rivals = [
                 back[j]
                 for j in range(num_queries)
-                if j in differs and (margin is None or back[j] <= back[i] + margin / temperature)
+                if not (keys[j] == keys[i]).any()
+                and (j, i) not in pairs
+                and (margin is None or back[j] <= back[i] + margin / temperature)
             ]
             loss = (loss + _cross_entropy([back[i], *rivals], label_smoothing)) / 2
         if distillation_weight:

@@ -174,7 +174,7 @@ def test_the_base_is_found_where_it_is_named_beside_the_adapter_or_not(base, tmp
 
 def resolve(arguments: LoraArguments, name: Path) -> LoraArguments:
     source = find_model(str(name))
-    return resolve_lora(arguments, source, load_config(source, False))
+    return resolve_lora(arguments, source, load_config(source, False), False)
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(base, tmp_path):

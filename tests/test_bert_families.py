@@ -5,7 +5,8 @@ import torch
 from test_gradients import FAMILIES
 from tiny import make_model
 
-from ds_embed.models.loading import choose_card, find_model, load_config, load_encoder, longest_text
+from ds_embed.models.kinds import kind_of
+from ds_embed.models.loading import choose_card, find_model, load_config, load_encoder
 from ds_embed.settings import ModelArguments, TextArguments
 
 KINDS = ("bert", *FAMILIES)
@@ -50,7 +51,7 @@ def test_padded_batch_equals_each_text_alone(folders, kind, pooling):
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_tokens_as_the_model_has_positions_for(folders, kind):
     source = find_model(str(folders[kind]))
-    longest = longest_text(load_config(source, False))
+    longest = kind_of(load_config(source, False), False).longest
     assert longest == (None if kind == "modernbert" else 128)
     ids = torch.full((1, 128), 5)
     assert torch.isfinite(load(folders[kind], "mean")(ids, torch.tensor([128]))).all()

@@ -1,6 +1,7 @@
 """Every loss against its few-line reference in float64, for any tiling and any cut into blocks of queries."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -23,18 +24,28 @@ def make_batch(num_queries, num_hard, dim=7, seed=0, equal_documents=True):
     return torch.nn.functional.normalize(table, dim=1), keys, teacher
 
 
-def run_in_blocks(table, keys, num_queries, bounds, *, temperature, teacher_scores=None, **options):
+def own_of_all(num_queries, num_documents):
+    """Each query's own negatives where all have as many, one query's after the other's."""
+    return torch.arange(num_queries, num_documents).view(num_queries, -1)
+
+
+def run_in_blocks(
+    table, keys, num_queries, bounds, *, temperature, teacher_scores=None, own=None, pairs=None, **options
+):
     """The loss as ranks compute it: each a block of queries, all added up."""
+    own = own_of_all(num_queries, len(keys)) if own is None else own
     gradient, sums = torch.zeros_like(table), 0
     for first, last in itertools.pairwise(bounds):
         part = contrastive_loss(
             table,
             keys,
+            own,
             num_queries=num_queries,
             first_query=first,
             last_query=last,
             temperature=temperature,
             teacher_scores=teacher_scores,
+            positive_pairs=pairs,
             options=LossOptions(**options),
         )
         gradient += part.gradient
@@ -83,6 +94,45 @@ def test_equals_reference(negatives, num_hard, tiles, equal_documents, name):
             temperature=torch.exp(-log_scale).item(),
             negatives=negatives,
             teacher_scores=teacher,
+            tile_queries=tiles[0],
+            tile_documents=tiles[1],
+            **options,
+        )
+        torch.testing.assert_close(sums.loss, expected.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(gradient, t.grad, rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(sums.grad_log_scale, log_scale.grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("negatives", ["all", "own", "pair"])
+@pytest.mark.parametrize("tiles", [(1024, 8192), (3, 4)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_queries_without_negatives_and_further_positives_equal_the_reference(negatives, tiles, name):
+    """Queries 0, 3 and 8 have no hard negatives; some documents are positives of queries whose positive is another."""
+    without, num_hard = (0, 3, 8), 2
+    table, keys, teacher = make_batch(9, num_hard)
+    lists = [[] if i in without else [9 + i * num_hard + k for k in range(num_hard)] for i in range(9)]
+    kept = [*range(9), *itertools.chain(*lists)]
+    place = {document: number for number, document in enumerate(kept)}
+    lists = [[place[j] for j in own] for own in lists]
+    table, keys, teacher = table[[*range(9), *(9 + j for j in kept)]], keys[kept], teacher[kept]
+    pairs = [(1, 4), (4, 1), (2, lists[2][1]), (5, lists[7][0]), (8, lists[1][1])]
+    own = torch.tensor([own or [-1] * num_hard for own in lists])
+    own[2, 1] = -1  # a hard negative that is a positive of its own query
+    t = table.clone().requires_grad_()
+    log_scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    options = dict(teacher_scores=teacher, **OPTIONS[name])
+    expected = reference(t, keys, 9, torch.exp(-log_scale), negatives, own=lists, pairs=pairs, **options)
+    expected.backward()
+    for bounds in ([0, 9], [0, 1, 1, 4, 9]):
+        sums, gradient = run_in_blocks(
+            table,
+            keys,
+            9,
+            bounds,
+            temperature=math.exp(-1),
+            negatives=negatives,
+            own=own,
+            pairs=torch.tensor(pairs),
             tile_queries=tiles[0],
             tile_documents=tiles[1],
             **options,

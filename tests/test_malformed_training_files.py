@@ -84,7 +84,7 @@ def test_a_bad_record_is_an_error_or_a_counted_warning(name, tmp_path, tokenizer
     good = TrainingStore.open(
         build(write_jsonl(tmp_path / "good", [*GOOD[:2], GOOD[3]]), tokenizer, tmp_path / "cache")
     )
-    for array in ("tokens", "offsets", "text_keys", "query_keys", "document_keys", "first_text"):
+    for array in ("tokens", "offsets", "text_keys", "first_text"):
         assert (getattr(store, array) == getattr(good, array)).all()
     assert "skipped_records" not in good.manifest
 

@@ -20,6 +20,7 @@ ROOMS = {
     "training": {"settings", "artifact", "job", "losses", "data", "models", "vectors"},
     "tools": {"settings", "artifact", "job", "losses", "data", "models", "vectors", "training"},
     "mteb_model": {"vectors"},
+    "cli": {"settings"},
 }
 
 

@@ -1,13 +1,14 @@
 """The global batch: a list of T texts with what the loss must know about each.
 
-Shapes: N queries, K hard negatives per query, T = N (2 + K) texts, M = N (1 + K) documents.
-Texts stand in this order: N queries, N positives, then the K hard negatives of query 0, of query 1, ...
+Shapes: N queries, K hard negatives of each query that has any, M documents (N positives and all hard negatives),
+T = N + M texts. Texts stand in this order: N queries, N positives, then the hard negatives of query 0, of query 1, ...
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from ds_embed.data.identity import positive_pairs
 from ds_embed.data.order import SampleOrder, key_of, mix
 from ds_embed.data.store import TrainingStore
 
@@ -18,7 +19,9 @@ class GlobalBatch:
     records: np.ndarray  # (N,) record numbers in the store
     texts: np.ndarray  # (T,) text numbers in the store
     lengths: np.ndarray  # (T,) tokens
-    document_keys: np.ndarray  # (M, 3) documents that agree in a key are equal
+    document_keys: np.ndarray  # (M, 2) documents that agree in a key are equal
+    own_negatives: np.ndarray  # (N, K) documents that are each query's hard negatives, -1 for none
+    positive_pairs: np.ndarray  # (P, 2) further pairs of a query and a document that is no negative of it
     teacher_scores: np.ndarray  # (M,) float32, NaN where a record has none
     num_queries: int
 
@@ -32,19 +35,33 @@ def assemble_batch(
     hard_negatives: int,
     hard_negatives_sampling: str = "first",
 ) -> GlobalBatch:
-    """Samples first_sample .. first_sample + N of a run as a global batch."""
+    """Samples first_sample .. first_sample + N of a run as a global batch.
+
+    A record without negatives has none of its own here, and is scored against those of others.
+    """
     records = order.records(first_sample, num_queries)
     first_text = np.asarray(store.first_text[records])
     num_available = np.asarray(store.first_text[records + 1]) - first_text - 2
     choice = choose_negatives(order.seed, first_sample, num_available, hard_negatives, hard_negatives_sampling)
-    negatives = (first_text + 2)[:, None] + choice
-    texts = np.concatenate([first_text, first_text + 1, negatives.ravel()])
+    has_own = np.broadcast_to(num_available[:, None] > 0, choice.shape)
+    negatives = ((first_text + 2)[:, None] + choice)[has_own]
+    texts = np.concatenate([first_text, first_text + 1, negatives])
+    own = np.full(choice.shape, -1, dtype=np.int64)
+    own[has_own] = np.arange(num_queries, num_queries + len(negatives))
+    keys = np.asarray(store.text_keys[texts])
+    pairs = positive_pairs(keys[:num_queries], keys[num_queries:], store.several_positives)
+    of_negatives = pairs[pairs[:, 1] >= num_queries]
+    places = np.flatnonzero(has_own)[of_negatives[:, 1] - num_queries]
+    is_own = places // max(1, hard_negatives) == of_negatives[:, 0]
+    own.flat[places[is_own]] = -1
     return GlobalBatch(
         first_sample=first_sample,
         records=records,
         texts=texts,
         lengths=store.lengths_of(texts),
-        document_keys=_document_keys(store, records, texts, num_queries),
+        document_keys=_document_keys(keys, num_queries),
+        own_negatives=own,
+        positive_pairs=pairs,
         teacher_scores=store.scores[texts[num_queries:]],
         num_queries=num_queries,
     )
@@ -73,20 +90,14 @@ def _draws(key: np.uint64, samples: np.ndarray, num_draws: int) -> np.ndarray:
     return mix(mix(samples ^ key) + np.arange(num_draws, dtype=np.uint64)[None, :])
 
 
-def _document_keys(store: TrainingStore, records: np.ndarray, texts: np.ndarray, num_queries: int) -> np.ndarray:
-    """Keys (M, 3): text, doc_id, and query_id of the query that a positive answers.
+def _document_keys(text_keys: np.ndarray, num_queries: int) -> np.ndarray:
+    """Keys (M, 2) of text_keys (T,): that of the document, and that of the query that a positive answers.
 
-    A document equals a query's positive when it has its text or its doc_id, or when it is a
-    positive of the same query_id. A missing id gets a number that no other document has.
+    A hard negative answers none, and has a number there that no other document has.
     """
-    documents = texts[num_queries:]
-    keys = np.empty((len(documents), 3), dtype=np.int64)
-    keys[:, 0] = store.text_keys[documents]
-    unique = -1 - np.arange(len(documents), dtype=np.int64)
-    for column, ids in ((1, store.document_keys), (2, store.query_keys)):
-        own = np.asarray(ids[records])
-        keys[:, column] = unique
-        keys[:num_queries, column] = np.where(own == 0, unique[:num_queries], own)
+    documents = text_keys[num_queries:]
+    keys = np.stack([documents, -1 - np.arange(len(documents))], axis=1)
+    keys[:num_queries, 1] = text_keys[:num_queries]
     return keys
 
 

@@ -10,9 +10,8 @@ R records, T texts, S tokens. Opening maps the arrays and reads none of them, wh
   training only:
     first_text.npy     (R + 1,) int64   record r owns texts first_text[r] to first_text[r + 1] - 1:
                                         its query, its positive, then its negatives
-    text_keys.npy      (T,) int64       content_key of each text as it stands in the data (no prefix)
-    query_keys.npy     (R,) int64       content_key of query_id, 0 where it is missing
-    document_keys.npy  (R,) int64       content_key of doc_id, 0 where it is missing
+    text_keys.npy      (T,) int64       key of each text: equal where the model sees the same tokens (identity.py)
+    several_*.npy                       queries with several positives, and these: see identity.write_positives
     scores.npy         (T,) float32     a teacher's score of each document for its query, NaN where there is none
   queries and documents only (one text a record):
     ids.txt                             UTF-8, line i is the id of row i
@@ -29,21 +28,14 @@ from typing import Any
 
 import numpy as np
 
+from ds_embed.data.identity import POSITIVES_ARRAYS
 from ds_embed.data.json_files import format_location
 from ds_embed.data.store_build import build_text_store, build_training_store
 from ds_embed.data.store_files import read_manifest
-from ds_embed.data.store_writer import IDS_NAME, content_key, content_keys
+from ds_embed.data.store_writer import IDS_NAME
 from ds_embed.settings.errors import UserError
 
-__all__ = [
-    "TextStore",
-    "TrainingStore",
-    "build_text_store",
-    "build_training_store",
-    "check_texts_fit",
-    "content_key",
-    "content_keys",
-]
+__all__ = ["TextStore", "TrainingStore", "build_text_store", "build_training_store", "check_texts_fit"]
 
 
 class _Store:
@@ -80,6 +72,22 @@ class _Store:
         """Records of each file, in the order in which they stand here."""
         return tuple(file["num_records"] for file in self.manifest["files"])
 
+    def facts(self) -> list[dict[str, Any]]:
+        """What was read of each file: its path, records, negatives and positives, and texts that were cut."""
+        names = ("path", "num_records", "num_repeated", "max_positives", "negatives", "queries", "documents")
+        facts = [{name: file[name] for name in names if name in file} for file in self.manifest["files"]]
+        formats = self.manifest["settings"]
+        for file in facts:
+            for side, form in (("queries", "query_format"), ("documents", "document_format")):
+                if side in file:
+                    form = formats.get(form) or formats["text_format"]
+                    file[side] |= {"max_length": (form if isinstance(form, dict) else form[0])["max_length"]}
+        return facts
+
+    def describe(self) -> list[str]:
+        """facts() in lines for a user."""
+        return [line for file in self.facts() for line in describe_file(file)]
+
     def lengths_of(self, texts: np.ndarray) -> np.ndarray:
         """The token counts of texts, in memory: same shape as `texts`, int64."""
         return np.asarray(self.lengths[texts], np.int64)
@@ -91,13 +99,13 @@ class _Store:
         file = self.manifest["files"][int(np.searchsorted(self._file_ends, record, side="right"))]
         return format_location(file["path"], file["unit"], int(self.lines[record]))
 
-    def _map(self, name: str, num_items: int) -> np.ndarray:
+    def _map(self, name: str, num_items: int | None) -> np.ndarray:
         again = "delete that folder and build the store again"
         try:
             array = np.lib.format.open_memmap(self.path / f"{name}.npy", mode="r")  # never unpickles
         except ValueError as error:
             raise UserError(f"{self.path}: {name}.npy is no array of plain numbers ({error}); {again}") from None
-        if array.shape != (num_items,):
+        if num_items is not None and array.shape != (num_items,):
             raise UserError(
                 f"{self.path}: {name}.npy holds {array.shape} items, and the manifest says {num_items}; {again}"
             )
@@ -114,8 +122,7 @@ class TrainingStore(_Store):
         super().__init__(path)
         self.first_text = self._map("first_text", self.num_records + 1)
         self.text_keys = self._map("text_keys", self.num_texts)
-        self.query_keys = self._map("query_keys", self.num_records)
-        self.document_keys = self._map("document_keys", self.num_records)
+        self.several_positives = tuple(self._map(name, None) for name in POSITIVES_ARRAYS)
         self.scores = self._map("scores", self.num_texts)
 
     def text_range(self, record: int) -> range:
@@ -144,6 +151,27 @@ class TextStore(_Store):
         with open(self.ids_path, encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield line[:-1]
+
+
+def describe_file(facts: dict[str, Any]) -> list[str]:
+    """One file's facts, as _Store.facts gives them, in lines for a user."""
+    parts = [f"{facts['num_records']:,} records"]
+    if facts.get("num_repeated"):
+        parts.append(f"{facts['num_repeated']:,} of them repeat a query with its positive")
+    if facts.get("max_positives", 1) > 1:
+        parts.append(f"queries with up to {facts['max_positives']:,} positives")
+    if "negatives" in facts:
+        least, most = facts["negatives"]
+        parts.append(f"{least:,} to {most:,} negatives each" if least < most else f"{most:,} negatives each")
+    lines = [f"{facts['path']}: {', '.join(parts)}"]
+    for side in ("queries", "documents"):
+        if side in facts:
+            texts, cut, longest = (facts[side][name] for name in ("num_texts", "num_cut", "longest"))
+            share = f" ({cut / texts:.1%})" if cut else ""
+            lines.append(
+                f"{side}: {cut:,} of {texts:,}{share} cut at {facts[side]['max_length']:,} tokens, longest {longest:,}"
+            )
+    return lines
 
 
 def check_texts_fit(store: TextStore | TrainingStore, micro_batch_tokens: int) -> None:

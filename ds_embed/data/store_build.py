@@ -17,7 +17,6 @@ from typing import Any
 from ds_embed.data.json_files import BadRecord, JsonRecords, format_location
 from ds_embed.data.records import TrainingRecord, parse_document_record, parse_query_record, parse_training_record
 from ds_embed.data.skipping import SkippedRecords
-from ds_embed.data.store_conflicts import find_conflicts
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerprint
@@ -66,8 +65,8 @@ def build_training_store(
                     for number, record in source.records(writer, parse_training_record, skipped, bad):
                         _add_training_record(writer, record, number, source.location(number), num_negatives)
                 start = _manifest_start("training", settings, sources)
-                writer.finish(start | ({"skipped_records": skipped.describe()} if skipped else {}))
-            return find_conflicts(folder, [(source.num_records, source.location) for source in sources])
+                start |= {"skipped_records": skipped.describe()} if skipped else {}
+                return writer.finish(start, [source.location for source in sources])
 
         conflicts = write_without({})
         if conflicts and not skip_bad_records:
@@ -91,8 +90,7 @@ def _add_training_record(
     scores = record.neg_scores or [None] * len(record.neg_docs)
     for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
         writer.add_text(documents, "neg_doc", negative, score)
-    if not record.neg_docs:
-        writer.count_record_without("negatives", where)
+    writer.count_negatives(len(record.neg_docs), where)
     if record.pos_score is None or record.neg_scores is None:
         writer.count_record_without("scores", where)
     writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)

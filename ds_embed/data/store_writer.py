@@ -8,7 +8,7 @@ text of a chunk is tokenized and hashed once.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ds_embed.artifact.durable import sync_and_close
+from ds_embed.data.identity import content_keys, token_keys, write_positives
+from ds_embed.data.json_files import BadRecord
+from ds_embed.data.store_conflicts import ID_ARRAYS, find_conflicts
 from ds_embed.data.store_files import NpyWriter, write_manifest
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.settings.errors import UserError
@@ -27,22 +30,9 @@ _CHUNK_TEXTS = 16_384
 _CHUNK_DISTINCT_CHARACTERS = 4_000_000
 _CHUNK_CHARACTERS = 16_000_000
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
-_TRAINING_ARRAYS = {"first_text": "i8", "text_keys": "i8", "query_keys": "i8", "document_keys": "i8", "scores": "f4"}
+_TRAINING_ARRAYS = {"first_text": "i8", "text_keys": "i8", "scores": "f4", **dict.fromkeys(ID_ARRAYS, "i8")}
 
 Progress = Callable[[int], object]
-
-
-def content_key(text: str) -> int:
-    """The 64-bit key of a text or id in a store's *_keys arrays: signed, never 0 (0 means none)."""
-    return int(content_keys([text])[0])
-
-
-def content_keys(texts: Sequence[str]) -> np.ndarray:
-    """content_key of each text: (T,) int64."""
-    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    keys = np.frombuffer(digests, "<i8").astype(np.int64)
-    keys[keys == 0] = 1
-    return keys
 
 
 class StoreWriter:
@@ -51,7 +41,7 @@ class StoreWriter:
     def __init__(self, folder: Path, sides: dict[str, TextTokenizer], progress: Progress | None, with_ids: bool):
         """`sides` are the kinds of texts, with their encoders; `with_ids` says text store, not training."""
         self._folder = folder
-        self._sides = sides
+        self._sides = self._first_sides = sides
         self._progress = progress
         arrays = _COMMON_ARRAYS if with_ids else {**_COMMON_ARRAYS, **_TRAINING_ARRAYS}
         self._arrays = {name: NpyWriter(folder / f"{name}.npy", dtype) for name, dtype in arrays.items()}
@@ -63,7 +53,7 @@ class StoreWriter:
             self._arrays["first_text"].append([0])
         self._num_records = self._num_texts = self._num_tokens = self._max_tokens = self._max_texts = 0
         self._longest: dict = {"num_tokens_before_truncation": -1}
-        self._num_truncated = dict.fromkeys(sides, 0)
+        self._files: list[dict] = []  # what is told of each file
         self._lacking: dict[str, tuple[int, str | None]] = {"negatives": (0, None), "scores": (0, None)}
         self._start_chunk()
 
@@ -98,6 +88,7 @@ class StoreWriter:
         """The records that follow are of a file whose record numbers `location` turns into places."""
         assert not self._numbers, "a chunk holds records of one file"
         self._location = location
+        self._files.append({side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides})
 
     def add_text(self, side: int, name: str, text: str, score: float | None = None) -> None:
         """Add the next text of the record that is being written; `name` is its key in the data."""
@@ -123,6 +114,13 @@ class StoreWriter:
             or self._num_distinct_characters >= _CHUNK_DISTINCT_CHARACTERS
         ):
             self.flush()
+
+    def count_negatives(self, number: int, where: str) -> None:
+        """Note how many negatives the record at `where` has in the data, kept or not."""
+        least, most = self._files[-1].get("negatives", (number, number))
+        self._files[-1]["negatives"] = min(least, number), max(most, number)
+        if not number:
+            self.count_record_without("negatives", where)
 
     def count_record_without(self, what: str, where: str) -> None:
         """Note that the record at `where` lacks its "negatives" or its "scores"."""
@@ -158,17 +156,18 @@ class StoreWriter:
         self._arrays["lines"].append(self._numbers)
         if "first_text" in self._arrays:
             self._arrays["first_text"].append(self._num_texts + np.array(self._ends))
-            keys = np.concatenate([content_keys(list(distinct)) for distinct in self._distinct])
-            self._arrays["text_keys"].append(keys[chosen])
+            self._arrays["text_keys"].append(self._text_keys(encoded)[chosen])
             self._arrays["scores"].append(self._scores)
-            self._arrays["query_keys"].append(_id_keys(self._record_ids["query_id"]))
-            self._arrays["document_keys"].append(_id_keys(self._record_ids["doc_id"]))
+            self._append_ids(chosen)
             self._max_texts = max(self._max_texts, int(np.diff(self._ends, prepend=0).max()))
         if self._ids is not None:
             self._ids.writelines(f"{row_id}\n" for row_id in self._record_ids["row_id"])
 
         for index, side in enumerate(self._sides):
-            self._num_truncated[side] += int(((full_lengths > lengths) & (sides == index)).sum())
+            facts, of_side = self._files[-1][side], sides == index
+            facts["num_texts"] += int(of_side.sum())
+            facts["num_cut"] += int((full_lengths > lengths)[of_side].sum())
+            facts["longest"] = max(facts["longest"], int(full_lengths[of_side].max(initial=0)))
         longest = int(np.argmax(full_lengths))
         if full_lengths[longest] > self._longest["num_tokens_before_truncation"]:
             self._longest = {
@@ -186,34 +185,65 @@ class StoreWriter:
         if self._progress is not None:
             self._progress(num_new_records)
 
+    def _text_keys(self, encoded: list) -> np.ndarray:
+        """Keys of the distinct texts of all sides, by the tokens that `encoded` gives them.
+
+        Documents go by those of the first file's prefix: the same one behind another prefix is still the same.
+        """
+        keys = []
+        for side, encoder, distinct, (tokens, lengths, _) in zip(
+            self._sides, self._sides.values(), self._distinct, encoded
+        ):
+            if side == "documents" and encoder is not self._first_sides[side]:
+                tokens, lengths, _ = self._first_sides[side].encode_flat(list(distinct))
+            keys.append(token_keys(tokens, lengths))
+        return np.concatenate(keys)
+
+    def _append_ids(self, chosen: np.ndarray) -> None:
+        """Keys of ids and, for those, of the texts as they stand in the data: whether they fit hangs on no setting."""
+        first_texts = np.array([0, *self._ends[:-1]])
+        texts = list(itertools.chain(*self._distinct))
+        for place, id_name, (ids, named) in ((0, "query_id", ID_ARRAYS[:2]), (1, "doc_id", ID_ARRAYS[2:])):
+            keys, text_keys = np.zeros((2, len(first_texts)), np.int64)  # 0 where there is no id
+            rows = [row for row, value in enumerate(self._record_ids[id_name]) if value is not None]
+            keys[rows] = content_keys([self._record_ids[id_name][row] for row in rows])
+            text_keys[rows] = content_keys([texts[text] for text in chosen[first_texts[rows] + place].tolist()])
+            self._arrays[ids].append(keys)
+            self._arrays[named].append(text_keys)
+
     def _where(self, text: int) -> str:
         return self._location(self._numbers[int(np.searchsorted(self._ends, text, side="right"))])
 
-    def finish(self, manifest: dict) -> None:
-        """Close the arrays and write the manifest: what the caller knows, and what was counted here."""
+    def finish(
+        self, manifest: dict, locations: Sequence[Callable[[int], str]] = ()
+    ) -> dict[tuple[int, int], BadRecord]:
+        """Close the arrays and write the manifest: what the caller knows, and what was counted here.
+
+        Of training records: unless ids conflict, which is returned, as find_conflicts has it. `locations` of each file
+        turn record numbers into places.
+        """
         for array in self._arrays.values():
             array.finish()
+        sizes = [file["num_records"] for file in manifest["files"]]
+        conflicts = {} if self._ids is not None else find_conflicts(self._folder, list(zip(sizes, locations)))
+        if conflicts:
+            return conflicts
         counts = {
             "num_records": self._num_records,
             "num_texts": self._num_texts,
             "num_tokens": self._num_tokens,
             "max_tokens": self._max_tokens,
             "longest_text": self._longest,
-            "num_truncated": self._num_truncated,
         }
         if self._ids is not None:
             sync_and_close(self._ids)
         else:
             counts["max_negatives"] = self._max_texts - 2
+            more = write_positives(self._folder, sizes)
+            self._files = [file | facts for file, facts in zip(self._files, more)]
             for what, (number, first) in self._lacking.items():
                 counts[f"records_without_{what}"] = number
                 counts[f"first_record_without_{what}"] = first
-        write_manifest(self._folder, {**manifest, **counts})
-
-
-def _id_keys(ids: list[str | None]) -> np.ndarray:
-    """The key of each id, 0 where there is none."""
-    keys = np.zeros(len(ids), np.int64)
-    present = [index for index, value in enumerate(ids) if value is not None]
-    keys[present] = content_keys([ids[index] for index in present])
-    return keys
+        files = [file | facts for file, facts in zip(manifest["files"], self._files, strict=True)]
+        write_manifest(self._folder, {**manifest, "files": files, **counts})
+        return {}

@@ -5,8 +5,8 @@
 where everything but query_to_document is there only when asked for. A document equal to a query's positive
 never counts as its negative, in either direction.
 
-Shapes: N queries of the batch, n of them in this block, K hard negatives per query, M = N + N K documents
-(N positives, then the hard negatives query by query), T = N + M texts, D dimensions, J keys per document.
+Shapes: N queries of the batch, n of them in this block, K hard negatives of a query at most, M documents
+(N positives, then the hard negatives), T = N + M texts, D dimensions, J keys per document.
 """
 
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ class LossResult:
 def contrastive_loss(
     table: Tensor,
     document_keys: Tensor,
+    own_negatives: Tensor,
     *,
     num_queries: int,
     first_query: int,
@@ -69,16 +70,23 @@ def contrastive_loss(
     temperature: float,
     options: LossOptions = LossOptions(),
     teacher_scores: Tensor | None = None,
+    positive_pairs: Tensor | None = None,
 ) -> LossResult:
     """The share of queries first_query .. last_query in the mean loss of the batch, and its gradient.
 
     table (T, D): unit vectors of the N queries, then of the M documents. document_keys (M, J)
     integers: document j is equal to query i's positive, and so no negative of it, when they agree in
-    any of the J keys. teacher_scores (M,), for distillation: each document's for its own query.
+    any of the J keys, or when (i, j) is among positive_pairs (P, 2). own_negatives (N, K): documents that
+    are each query's hard negatives, -1 where it has fewer.
+    teacher_scores (M,), for distillation: each document's for its own query.
     """
+    if positive_pairs is None:
+        positive_pairs = document_keys.new_empty(0, 2)
     add = partial(
         _add_loss,
         keys=document_keys,
+        own=own_negatives,
+        pairs=positive_pairs,
         num_queries=num_queries,
         block=slice(first_query, last_query),
         scale=1.0 / temperature,
@@ -104,6 +112,8 @@ def _add_loss(
     *,
     weight: float,
     keys: Tensor,
+    own: Tensor,
+    pairs: Tensor,
     num_queries: int,
     block: slice,
     scale: float,
@@ -115,7 +125,8 @@ def _add_loss(
     own_weight = weight / 2 if options.symmetric else weight
     common = dict(scale=scale, smoothing=options.label_smoothing, margin=options.false_negative_margin)
     softmax = partial(softmax_loss, **common, tile_candidates=options.tile_documents)
-    side = _queries_to_documents(table, gradient, keys, num_queries, block, options.negatives)
+    to_documents = partial(_queries_to_documents, table, gradient, keys, own, pairs, num_queries, block)
+    side = to_documents(options.negatives)
     sums = Sums.zero(table)
     for tile in side.tiles(options.tile_queries):
         if options.negatives == "pair":
@@ -123,11 +134,11 @@ def _add_loss(
         else:
             sums += softmax(tile, weight=own_weight)
     if options.symmetric:
-        for tile in _documents_to_queries(table, gradient, keys, num_queries, block).tiles(options.tile_queries):
+        side = _documents_to_queries(table, gradient, keys, pairs, num_queries, block)
+        for tile in side.tiles(options.tile_queries):
             sums = _add_losses(sums, softmax(tile, weight=own_weight))
     if options.distillation_weight:
-        side = _queries_to_documents(table, gradient, keys, num_queries, block, "own")
-        for tile in side.tiles(options.tile_queries):
+        for tile in to_documents("own").tiles(options.tile_queries):
             distilled = distillation_loss(
                 tile,
                 teacher_scores,
@@ -140,35 +151,42 @@ def _add_loss(
 
 
 def _queries_to_documents(
-    table: Tensor, gradient: Tensor, keys: Tensor, num_queries: int, block: slice, negatives: str
+    table: Tensor,
+    gradient: Tensor,
+    keys: Tensor,
+    own: Tensor,
+    pairs: Tensor,
+    num_queries: int,
+    block: slice,
+    negatives: str,
 ) -> Side:
     num_documents = len(table) - num_queries
-    num_hard = num_documents // num_queries - 1
-    assert num_documents == num_queries * (1 + num_hard) == len(keys)
-    rows = torch.arange(block.start, block.stop, device=table.device)
-    # With "all", a query's own hard negatives are among the shared documents.
-    num_own = 0 if negatives == "all" else num_hard
-    own = num_queries + rows[:, None] * num_hard + torch.arange(num_own, device=table.device)
+    assert num_documents == len(keys) and num_queries == len(own)
     return Side(
         anchors=table[block],
         candidates=table[num_queries:],
         keys=keys,
-        positives=rows,
+        pairs=(pairs[:, 0] - block.start, pairs[:, 1]),
+        positives=torch.arange(block.start, block.stop, device=table.device),
         shared={"all": num_documents, "own": num_queries, "pair": 0}[negatives],
-        own=own,
+        # With "all", a query's own hard negatives are among the shared documents.
+        own=own[block, : 0 if negatives == "all" else None],
         grad_anchors=gradient[block],
         grad_candidates=gradient[num_queries:],
     )
 
 
-def _documents_to_queries(table: Tensor, gradient: Tensor, keys: Tensor, num_queries: int, block: slice) -> Side:
-    """Each positive against the N queries; those whose own positive is equal to it are not its negatives."""
+def _documents_to_queries(
+    table: Tensor, gradient: Tensor, keys: Tensor, pairs: Tensor, num_queries: int, block: slice
+) -> Side:
+    """Each positive against the N queries; those that it is a positive of are not its negatives."""
     rows = torch.arange(block.start, block.stop, device=table.device)
     documents = slice(num_queries + block.start, num_queries + block.stop)
     return Side(
         anchors=table[documents],
         candidates=table[:num_queries],
         keys=keys[:num_queries],
+        pairs=(pairs[:, 1] - block.start, pairs[:, 0]),
         positives=rows,
         shared=num_queries,
         own=rows.new_empty(len(rows), 0),

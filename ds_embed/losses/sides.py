@@ -3,7 +3,7 @@
 The anchors are queries and the candidates documents, or the other way round. Each anchor has one positive
 among the candidates. Its negatives are the shared candidates and its own ones, less those equal to the positive.
 
-Shapes: n anchors, C candidates, c of them in one block, K own candidates per anchor, D dimensions, J keys.
+Shapes: n anchors, C candidates, c of them in one block, K own candidates per anchor, D dimensions, J keys, P pairs.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,10 @@ class Side:
     anchors: Tensor  # (n, D)
     candidates: Tensor  # (C, D)
     keys: Tensor  # (C, J) candidates that agree in a key are equal
+    pairs: tuple[Tensor, Tensor]  # (P,) anchors and (P,) candidates that are no negatives of them, beside the keys
     positives: Tensor  # (n,) candidate numbers
     shared: int  # the first `shared` candidates are scored against every anchor
-    own: Tensor  # (n, K) candidate numbers, scored against their own anchor only
+    own: Tensor  # (n, K) candidate numbers, scored against their own anchor only; -1 where there are fewer
     grad_anchors: Tensor  # (n, D)
     grad_candidates: Tensor  # (C, D)
 
@@ -33,6 +34,7 @@ class Side:
             yield replace(
                 self,
                 anchors=self.anchors[rows],
+                pairs=(self.pairs[0] - start, self.pairs[1]),
                 positives=self.positives[rows],
                 own=self.own[rows],
                 grad_anchors=self.grad_anchors[rows],
@@ -67,8 +69,10 @@ class SharedBlock:
         side = self.side
         scores = side.anchors @ side.candidates[self.span].T
         scores *= scale
-        for key in side.keys.T:  # J is 2 or 3; no (n, c, J) buffer
+        for key in side.keys.T:  # J is 2; no (n, c, J) buffer
             scores.masked_fill_(key[side.positives][:, None] == key[None, self.span], -torch.inf)
+        if len(side.pairs[0]):
+            _mask_pairs(scores, side.pairs[0], side.pairs[1] - self.span.start)
         return scores if highest is None else scores.masked_fill_(scores > highest[:, None], -torch.inf)
 
     def add_gradient(self, weight: Tensor, grad_anchors: Tensor) -> None:
@@ -86,15 +90,27 @@ class OwnBlock:
     def scores(self, scale: float, highest: Tensor | None) -> Tensor:
         side = self.side
         scores = torch.einsum("nd,nkd->nk", side.anchors, side.candidates[side.own]) * scale
-        equal = (side.keys[side.own] == side.keys[side.positives][:, None, :]).any(2)
-        dropped = equal if highest is None else equal | (scores > highest[:, None])
+        dropped = (side.keys[side.own] == side.keys[side.positives][:, None, :]).any(2) | (side.own < 0)
+        if highest is not None:
+            dropped |= scores > highest[:, None]
         return scores.masked_fill(dropped, -torch.inf)
 
     def add_gradient(self, weight: Tensor, grad_anchors: Tensor) -> None:
         side = self.side
         grad_anchors += torch.einsum("nk,nkd->nd", weight, side.candidates[side.own])
         grad_own = weight[:, :, None] * side.anchors[:, None, :]
-        side.grad_candidates.index_add_(0, side.own.flatten(), grad_own.flatten(0, 1))
+        # Where there is no candidate, -1 stands for the last one and its weight is 0.
+        places = side.own.flatten() % len(side.candidates)
+        side.grad_candidates.index_add_(0, places, grad_own.flatten(0, 1))
+
+
+def _mask_pairs(scores: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Set scores (n, c) to -inf at the pairs (P,) that lie inside, without a wait for the device to count them."""
+    num_rows, num_columns = scores.shape
+    inside = (rows >= 0) & (rows < num_rows) & (columns >= 0) & (columns < num_columns)
+    places = torch.where(inside, rows * num_columns + columns, 0)
+    bounds = torch.where(inside, -torch.inf, torch.inf).to(scores)
+    scores.view(-1).scatter_reduce_(0, places, bounds, "amin")
 
 
 @dataclass

@@ -6,6 +6,7 @@ than w away on either side: whatever the causal layer lets see each other in one
 Shapes: B texts, S tokens (right-padded).
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_embed.models.cpu import MATH_KERNEL
+from ds_embed.models.kinds import Kind, is_bert_style, make_layers_bidirectional, obey_config
 from ds_embed.models.pooling import token_mask
 from ds_embed.settings.errors import UserError
 
@@ -25,12 +27,21 @@ BIDIRECTIONAL_FAMILIES = (*_ONE_MASK, *_ONE_WINDOWED_MASK, *_MASK_PER_LAYER_TYPE
 _KERNELS = ("sdpa", MATH_KERNEL, "eager", "flash_attention_2", "flash_attention_3")
 
 
+@dataclass(frozen=True)
 class EncoderAttention:
-    """BERT and its kin: bidirectional as they are, padding has to be masked."""
+    """Models that are bidirectional by themselves: padding has to be masked, and the model's code does the rest.
+
+    always_masks: code that is not BERT's may take no mask for a causal one.
+    """
+
+    always_masks: bool = False
+    takes_cache: bool = False  # of keys and values, which only a causal model can use again
 
     def arguments(self, lengths: Tensor, num_tokens: int, has_padding: bool, dtype: torch.dtype) -> dict[str, Any]:
         """What the backbone is called with besides the token ids."""
-        return {"attention_mask": token_mask(lengths, num_tokens).long() if has_padding else None}
+        is_masked = has_padding or self.always_masks
+        mask = {"attention_mask": token_mask(lengths, num_tokens).long() if is_masked else None}
+        return mask | ({"use_cache": False} if self.takes_cache else {})
 
 
 class CausalAttention:
@@ -82,20 +93,29 @@ def _additive(mask: Tensor | None, num_tokens: int, lengths: Tensor, dtype: torc
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def is_bidirectional(config: Any) -> bool:
-    """Whether a decoder's own config.json says that it is not causal, as EmbeddingGemma's does."""
-    return bool(getattr(config, "use_bidirectional_attention", None)) or getattr(config, "is_causal", True) is False
-
-
-def check_bidirectional(config: Any, asked: bool | None, name: str) -> None:
-    """UserError when the decoder of this config can't be made bidirectional, or causal, as asked."""
-    if asked is False and is_bidirectional(config):
-        raise UserError(f"--bidirectional false: {name} is bidirectional by its config.json; leave the flag out")
-    if (asked or is_bidirectional(config)) and config.model_type not in BIDIRECTIONAL_FAMILIES:
+def choose_direction(config: Any, kind: Kind, asked: bool | None, name: str) -> bool:
+    """Whether every token is to see the whole text. UserError when the model can't be made bidirectional or causal."""
+    if not kind.is_causal:
+        if asked is False:
+            raise UserError(f"--bidirectional false: {name} is bidirectional by itself; leave the flag out")
+        return True
+    if asked and config.model_type not in BIDIRECTIONAL_FAMILIES:
         raise UserError(
             f"--bidirectional true: {name} is a {config.model_type}, which can't be made bidirectional; "
             f"supported are {', '.join(BIDIRECTIONAL_FAMILIES)}"
         )
+    return bool(asked)
+
+
+def choose_attention(
+    backbone: nn.Module, kind: Kind, bidirectional: bool
+) -> EncoderAttention | CausalAttention | BidirectionalAttention:
+    """How a loaded backbone is called; it is told in place where it is not causal."""
+    if kind.is_causal:
+        return make_bidirectional(backbone) if bidirectional else CausalAttention()
+    obey_config(backbone)
+    takes_cache = "use_cache" in inspect.signature(backbone.forward).parameters
+    return EncoderAttention(always_masks=not is_bert_style(backbone.config), takes_cache=takes_cache)
 
 
 def make_bidirectional(backbone: nn.Module) -> BidirectionalAttention:
@@ -106,9 +126,7 @@ def make_bidirectional(backbone: nn.Module) -> BidirectionalAttention:
         raise UserError(
             f"--attn_implementation {kernel}: with --bidirectional true choose one of {', '.join(_KERNELS)}"
         )
-    for module in backbone.modules():
-        if getattr(module, "is_causal", False):
-            module.is_causal = False
+    make_layers_bidirectional(backbone)
     window = getattr(config, "sliding_window", None)
     if config.model_type not in _MASK_PER_LAYER_TYPE:
         return BidirectionalAttention(kernel, {"": window if config.model_type in _ONE_WINDOWED_MASK else None})

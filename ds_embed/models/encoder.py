@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_embed.models.attention import BidirectionalAttention, CausalAttention, EncoderAttention
+from ds_embed.models.kinds import probe_texts, sees_behind
 from ds_embed.models.pooling import pool
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder
-SAME_STATE = 1e-4  # relative difference up to which two states of a token count as the same
 
 
 class TextEncoder(nn.Module):
@@ -62,28 +62,26 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _check_attention(self, like: Tensor) -> None:
-        """See once, by trying, that the first token depends on those behind it just when it should.
+        """See once, on the real weights, that tokens depend on those behind them just when they should.
 
         It runs within the first forward pass, on whatever device and under whatever partitioning that has,
         and draws no random numbers. A RuntimeError would mean that the model's code does not do as it is told.
         """
+        self._attention_is_checked = True
         was_training = self.backbone.training
         self.backbone.eval()
-        ids = torch.tensor([[10, 11, 12, 13], [10, 15, 16, 17]], device=like.device)
-        lengths = torch.full((1,), 4, device=like.device)
-        first, other = (self._states(text[None], lengths, False)[0, 0].float() for text in ids)
+        ids = probe_texts(self.backbone.config).to(like.device)
+        lengths = torch.full((len(ids),), ids.shape[1], device=like.device)
+        is_bidirectional = sees_behind(self._states(ids, lengths, False))
         self.backbone.train(was_training)
-        if not torch.isfinite(first).all():
-            return  # weights that are no numbers show nothing, and whoever uses the vectors will notice
-        sees_behind = bool((first - other).norm() > SAME_STATE * first.norm())
         is_causal = isinstance(self.attention, CausalAttention)
-        if sees_behind == is_causal:
+        # Weights that are NaN show nothing, and whoever uses the vectors will notice.
+        if is_bidirectional is not None and is_bidirectional == is_causal:
             found, wanted = ("bidirectional", "causal") if is_causal else ("causal", "bidirectional")
             raise RuntimeError(
                 f"{type(self.backbone).__name__}: its attention is {found} and should be {wanted}; "
                 "another --attn_implementation may do"
             )
-        self._attention_is_checked = True
 
 
 def learned_temperature(initial: float, log_scale_change: float) -> float:

@@ -1,7 +1,6 @@
 """Backbones and tokenizers from folders or hub names: base model, adapter on a base, or a finished run."""
 
 import contextlib
-import inspect
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,22 +10,13 @@ from typing import Any
 import torch
 
 from ds_embed.models.adapters import put_adapter_on, read_adapter
-from ds_embed.models.attention import (
-    BidirectionalAttention,
-    CausalAttention,
-    EncoderAttention,
-    check_bidirectional,
-    is_bidirectional,
-    make_bidirectional,
-)
+from ds_embed.models.attention import choose_attention, choose_direction
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
 from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.kinds import auto_class, backbone_class, kind_of, without_pooler
 from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
-
-# What transformers' models call the table of learned positions.
-_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -110,18 +100,8 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
         raise UserError(
             f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
         ) from None
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"--model_name_or_path {source.base}: encoder-decoder models ({config.model_type}) are not supported"
-        )
+    backbone_class(config, trust_remote_code, source.base)  # or says why there is none
     return config
-
-
-def is_decoder(config: Any) -> bool:
-    """Whether the model is a causal decoder; models with a masked-language-model head are not."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments) -> EmbeddingCard:
@@ -130,41 +110,20 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
     UserError when a length exceeds what the model has positions for, or its attention can't be as asked.
     """
     config = load_config(source, model.trust_remote_code)
-    decoder = is_decoder(config)
-    if not decoder and model.bidirectional is False:
-        raise UserError(f"--bidirectional false: {source.base} is a BERT-style encoder, which always is bidirectional")
-    if decoder:
-        known = None if source.card is None else source.card.bidirectional
-        asked = known if model.bidirectional is None else model.bidirectional
-        check_bidirectional(config, asked, source.base)
+    kind = kind_of(config, model.trust_remote_code, source.base)
+    asked = model.bidirectional
+    if asked is None and kind.is_causal and source.card is not None:
+        asked = source.card.bidirectional
+    choose_direction(config, kind, asked, source.base)
     return EmbeddingCard.choose(
         text,
         model,
-        decoder=decoder,
-        bidirectional=not decoder or is_bidirectional(config),
+        decoder=kind.is_causal,
+        bidirectional=not kind.is_causal,
         base=source.base,
         known=source.card,
-        longest=longest_text(config),
+        longest=kind.longest,
     )
-
-
-def longest_text(config: Any) -> int | None:
-    """Most tokens that the model has learned positions for; None where positions are computed (rotary).
-
-    RoBERTa and its kin start counting behind the padding index, so a table of 514 holds 512 tokens.
-    """
-    from transformers import MODEL_MAPPING, AutoModel
-
-    if type(config) not in MODEL_MAPPING:  # code that comes with the model: unknown to us
-        return None
-    with torch.device("meta"):  # modules without weights
-        model = AutoModel.from_config(config)
-    limits = [
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and name.split(".")[-1] in _POSITION_TABLES
-    ]
-    return min([*limits, getattr(config, "max_position_embeddings", limits[0])]) if limits else None
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
@@ -194,7 +153,6 @@ def load_encoder(
     trained: how the adapter is to be trained further; it is frozen if None.
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
-    from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
@@ -202,8 +160,8 @@ def load_encoder(
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _without_foreign_code(source.base), _named_attention(attn_implementation):
-        backbone = AutoModel.from_pretrained(source.base, config=config, **options)
-    attention = _attention_of(backbone, bidirectional)
+        backbone = auto_class(config).from_pretrained(source.base, config=config, **options)
+    attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
     if source.adapter is not None:
         with _without_foreign_code(str(source.adapter)):
             backbone = put_adapter_on(backbone, source.adapter, trained)
@@ -222,21 +180,12 @@ def build_encoder(
     trust_remote_code: bool,
 ) -> TextEncoder:
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
-    from transformers import AutoModel
-
     use_cpu_kernels()
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _named_attention(attn_implementation):
-        backbone = AutoModel.from_config(config, **options)
-    return TextEncoder(backbone, pooling, _attention_of(backbone, bidirectional), check_attention=False)
-
-
-def _attention_of(
-    backbone: torch.nn.Module, bidirectional: bool
-) -> EncoderAttention | CausalAttention | BidirectionalAttention:
-    if not is_decoder(backbone.config):
-        return EncoderAttention()
-    return make_bidirectional(backbone) if bidirectional else CausalAttention()
+        backbone = auto_class(config).from_config(config, **options)
+    attention = choose_attention(backbone, kind_of(config, trust_remote_code), bidirectional)
+    return TextEncoder(backbone, pooling, attention, check_attention=False)
 
 
 def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
@@ -262,16 +211,6 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
         if attn_implementation in (None, MATH_KERNEL):
             raise
         raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None
-
-
-def without_pooler(config: Any) -> dict[str, Any]:
-    """What from_pretrained must be told so that no pooler is built: BERT's would be trained without ever being used."""
-    from transformers import MODEL_MAPPING
-
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        return {"add_pooling_layer": False}
-    return {}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ Variants: rslora (Kalajdzievski 2023), dora (Liu et al. 2024), pissa (Meng et al
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from ds_embed.models.adapters import read_adapter
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.identity import identify_model, list_changes
-from ds_embed.models.loading import ModelSource, is_decoder, load_config, load_encoder
+from ds_embed.models.kinds import backbone_class, is_bert_style, kind_of
+from ds_embed.models.loading import ModelSource, load_config, load_encoder
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import listed
@@ -28,7 +29,7 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 logger = logging.getLogger(__name__)
 
 
-def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any) -> LoraArguments:
+def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, trust_remote_code: bool) -> LoraArguments:
     """The settings with nothing left open: those of the LoRA run that is trained further, else the defaults.
 
     config: the base model's transformers config. UserError when they ask for other matrices than the run has,
@@ -37,7 +38,8 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any) -> 
     if source.adapter is None:
         if arguments.new_lora:
             raise UserError("--new_lora true: the model is no LoRA run, so its matrices are new anyway; leave it out")
-        resolved = arguments.with_defaults(16 if is_decoder(config) else 0)
+        is_decoder = not is_bert_style(config) or kind_of(config, trust_remote_code, source.base).is_causal
+        resolved = arguments.with_defaults(16 if is_decoder else 0)
         if not resolved.lora_rank and arguments.lora_variant is not None:
             raise UserError(
                 f"--lora_variant {arguments.lora_variant}: without --lora_rank, such as 16, there is no LoRA"
@@ -49,7 +51,7 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any) -> 
         lora_rank=adapter.r,
         lora_alpha=float(adapter.lora_alpha),
         lora_dropout=adapter.lora_dropout,
-        lora_target_modules=[targets] if isinstance(targets, str) else sorted(_modules(targets, config)),
+        lora_target_modules=[targets] if isinstance(targets, str) else sorted(_last_parts(targets)),
         lora_variant="dora" if adapter.use_dora else "rslora" if adapter.use_rslora else "lora",
     )
     given = {name: value for name, value in asdict(arguments).items() if value is not None}
@@ -58,9 +60,12 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any) -> 
         return resolved
     for name in ("lora_rank", "lora_alpha", "lora_target_modules", "lora_variant"):
         asked, known = getattr(resolved, name), getattr(own, name)
-        if asked != known and not (
-            name == "lora_target_modules" and _modules(asked, config) == _modules(known, config)
-        ):
+        if name == "lora_target_modules" and asked is not known:
+            if asked == ["all-linear"]:
+                with torch.device("meta"):
+                    asked = _linear_modules(backbone_class(config, trust_remote_code, source.base)(config))
+            asked = sorted(_last_parts(asked))
+        if asked != known:
             asked, known = (listed(v) if isinstance(v, list) else v for v in (asked, known))
             raise UserError(
                 f"--{name} {asked}: the LoRA run that is trained further, {source.adapter}, has {known}; leave the flag "
@@ -74,18 +79,12 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any) -> 
     return replace(resolved, lora_target_modules=own.lora_target_modules)
 
 
-def _modules(names: Collection[str], config: Any) -> set[str]:
-    """The last parts of the modules' names that a list of targets stands for."""
-    if list(names) != ["all-linear"]:
-        return {name.split(".")[-1] for name in names}
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        return _linear_modules(AutoModel.from_config(config))
+def _last_parts(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[-1] for name in names}
 
 
 def _linear_modules(model: torch.nn.Module) -> set[str]:
-    return {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return _last_parts(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
 
 
 def merge_adapter(source: ModelSource, card: EmbeddingCard, folder: Path, trust_remote_code: bool) -> None:

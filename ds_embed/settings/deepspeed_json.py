@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.shipped import shipped_folder
 
 # What our flags decide. In the JSON these are left out or "auto".
 _OURS = {
@@ -27,12 +28,13 @@ _REFUSED = {
 
 
 def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float, num_ranks: int = 1) -> dict[str, Any]:
-    """Return the DeepSpeed config of the JSON file at `path` with nothing left at "auto".
+    """Return the DeepSpeed config of the JSON file at `path`, or of the shipped one of that name, with nothing left at "auto".
 
     The contrastive step owns batch, accumulation, optimizer and schedule; a JSON that sets one of
     them is refused, since its value would not be what happens. Raises UserError naming the key.
     num_ranks: of the job, which groups of ranks must divide.
     """
+    path = _resolve_name(path)
     config = _read(path)
     for key, flag in _OURS.items():
         if config.get(key, "auto") != "auto":
@@ -75,11 +77,23 @@ def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float, num
     return config
 
 
+def _resolve_name(path: str) -> str:
+    """A shipped JSON by its bare name, such as zero3, wherever the command runs; anything else is a path."""
+    if Path(path).exists():
+        return path
+    shipped = shipped_folder("ds_configs")
+    named = Path(path).name.removesuffix(".json")
+    if Path(path).parent in (Path(), Path("ds_configs")) and (shipped / f"{named}.json").is_file():
+        return str(shipped / f"{named}.json")
+    return path
+
+
 def _read(path: str) -> dict[str, Any]:
     file = Path(path)
     if file.is_dir() or not file.exists():
         what = "is a directory" if file.is_dir() else "no such file"
-        raise UserError(f"--deepspeed {path}: {what}; ds_configs/ holds ready ones, such as ds_configs/zero2.json")
+        ready = ", ".join(sorted(p.stem for p in shipped_folder("ds_configs").glob("*.json")))
+        raise UserError(f"--deepspeed {path}: {what}; give the path of a DeepSpeed JSON or a shipped one: {ready}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:

@@ -16,7 +16,8 @@ class EncodeArguments(JobArguments):
     """Texts to encode. What decides a vector comes from the model's card; a flag is needed for base models only."""
 
     deepspeed: str | None = setting(
-        "path of a DeepSpeed JSON; with ZeRO-3 no GPU holds the whole model (default: each rank holds it)", default=None
+        "DeepSpeed JSON, by path or shipped name; with ZeRO-3 no GPU holds the whole model (default: each rank holds it)",
+        default=None,
     )
     bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
     query_files: list[str] = setting("JSON or JSONL files of queries: query, query_id", default_factory=list)

@@ -48,7 +48,9 @@ class OptimizerArguments:
 @dataclass
 class RunArguments(JobArguments):
     output_dir: str = setting("folder of the run: config, metrics, model")
-    deepspeed: str = setting("path of the DeepSpeed JSON (see ds_configs/)")
+    deepspeed: str = setting(
+        "DeepSpeed JSON: a path, or the name of a shipped one (zero0 to zero3, zero2_offload, zero3_offload, zero3_hpz)"
+    )
     bf16: bool = setting("bfloat16 weights and activations, float32 optimizer; false computes in float32", default=True)
     seed: int = setting("seed of the data order, LoRA initialisation and dropout", default=42)
     save_interval: int = setting(

@@ -11,15 +11,8 @@ from ds_embed.data.plan import plan_micro_batches
 from ds_embed.job.ranks import EXIT_REQUEUE, World
 from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.engine import partitioned_loading, start_engine, take_step
-from ds_embed.models.loading import (
-    ModelSource,
-    choose_card,
-    find_model,
-    is_decoder,
-    load_config,
-    load_encoder,
-    load_tokenizer,
-)
+from ds_embed.models.kinds import is_bert_style, kind_of
+from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora, merge_adapter, resolve_lora, start_training
 from ds_embed.settings import (
     DataArguments,
@@ -71,10 +64,10 @@ class TrainingRun:
         self.folder = RunFolder(run.output_dir)
         self.source = find_model(model.model_name_or_path, model.adapter_path)
         self.config = config = load_config(self.source, model.trust_remote_code)
-        self.lora = resolve_lora(lora, self.source, config)
-        self.is_decoder = is_decoder(config)
+        self.kind = kind_of(config, model.trust_remote_code, self.source.base)
+        self.lora = resolve_lora(lora, self.source, config, model.trust_remote_code)
         if step.matryoshka_dims:
-            check_prefixes(step, config.get_text_config().hidden_size)
+            check_prefixes(step, self.kind.num_dims)
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
 
@@ -112,16 +105,16 @@ class TrainingRun:
         return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps, best)
 
     def require_decoder(self) -> None:
-        """UserError unless the base model is a causal decoder."""
-        if not self.is_decoder:
+        """UserError for a BERT-style encoder. A decoder that is bidirectional by itself is trained by either recipe."""
+        if not self.kind.is_causal and is_bert_style(self.config):
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a BERT-style encoder; "
                 "recipes/train_gpt.py trains decoders, recipes/train_bert.py encoders"
             )
 
     def require_encoder(self) -> None:
-        """UserError unless the base model is a BERT-style encoder."""
-        if self.is_decoder:
+        """UserError for a causal decoder."""
+        if self.kind.is_causal:
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a causal decoder; "
                 "recipes/train_bert.py trains encoders, recipes/train_gpt.py decoders"

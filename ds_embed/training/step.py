@@ -132,12 +132,14 @@ class ContrastiveStep:
         return contrastive_loss(
             table,
             torch.from_numpy(batch.document_keys).to(table.device),
+            torch.from_numpy(batch.own_negatives).to(table.device),
             num_queries=batch.num_queries,
             first_query=first_query + num_queries * self.world.rank // num_ranks,
             last_query=first_query + num_queries * (self.world.rank + 1) // num_ranks,
             temperature=temperature,
             options=self.options,
             teacher_scores=torch.from_numpy(batch.teacher_scores).to(table.device),
+            positive_pairs=torch.from_numpy(batch.positive_pairs).to(table.device),
         )
 
     def _summarise(self, loss: LossResult, plan: Plan, batch: GlobalBatch, temperature: float) -> StepResult:

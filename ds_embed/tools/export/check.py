@@ -14,7 +14,7 @@ import torch
 
 from ds_embed.data.tokenize import encode_texts
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.loading import without_pooler
+from ds_embed.models.kinds import auto_class, without_pooler
 from ds_embed.models.pooling import pool
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.embedder import Embedder
@@ -119,11 +119,12 @@ def vectors_of_transformers(
     trust_remote_code: bool,
 ) -> np.ndarray:
     """With AutoModel, AutoTokenizer and pooling alone; with PEFT too where `folder` is an adapter on `base`."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     whole = base or str(folder)
     config = AutoConfig.from_pretrained(whole, trust_remote_code=trust_remote_code)
-    model = AutoModel.from_pretrained(whole, dtype=dtype, trust_remote_code=trust_remote_code, **without_pooler(config))
+    options = {"trust_remote_code": trust_remote_code, **without_pooler(config)}
+    model = auto_class(config).from_pretrained(whole, dtype=dtype, **options)
     if base is not None:
         from peft import PeftModel
 

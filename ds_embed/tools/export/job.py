@@ -1,5 +1,6 @@
 """A run as a folder for other libraries: written under a hidden name, loaded there, compared, then named."""
 
+import copy
 import importlib.util
 import os
 from dataclasses import replace
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 
 from ds_embed.artifact.durable import folder_when_whole
-from ds_embed.models.attention import is_bidirectional
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.loading import ModelSource, find_model, is_decoder, load_config, without_pooler
+from ds_embed.models.kinds import kind_of, without_pooler
+from ds_embed.models.loading import ModelSource, find_model, load_config
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
@@ -99,11 +100,9 @@ class _Export:
         self.device = device
         self.trust_remote_code = trust_remote_code
         self.config = load_config(source, trust_remote_code)
-        if is_decoder(self.config) and self.card.bidirectional and not is_bidirectional(self.config):
-            raise UserError(
-                f"--format {output_format}: this run attends in both directions (--bidirectional true), and the libraries "
-                "that would load the export know its model as causal; use ds_embed.Embedder or recipes/generate.py"
-            )
+        self.direction: dict[str, bool] = {}  # what config.json has to say of a decoder made bidirectional
+        if self.card.bidirectional and kind_of(self.config, trust_remote_code, source.base).is_causal:
+            self.direction = self._find_direction()
         self.base_dtype = self.config.dtype or torch.float32
         self.dtype = self.base_dtype if dtype == "auto" else DTYPES[dtype]
         self.run = self._embedder(source)
@@ -114,6 +113,21 @@ class _Export:
         )
         self.texts = check_texts(self.run.tokenizer, self.card)
         self.vectors = vectors_here(self.run, self.texts)
+
+    def _find_direction(self) -> dict[str, bool]:
+        """The key of config.json by which transformers' own code makes this model bidirectional; UserError if none."""
+        by_flag = hasattr(self.config, "use_bidirectional_attention")
+        direction = {"use_bidirectional_attention": True} if by_flag else {"is_causal": False}
+        changed = copy.deepcopy(self.config)
+        changed.update(direction)
+        if self.output_format == "adapter" or kind_of(changed, self.trust_remote_code).is_causal:
+            raise UserError(
+                f"--format {self.output_format}: this run attends in both directions (--bidirectional true), and the "
+                "libraries that would load the export know its model as causal; "
+                + ("choose merged or sentence-transformers, or " if self.output_format == "adapter" else "")
+                + "use ds_embed.Embedder or recipes/generate.py"
+            )
+        return direction
 
     def fill(self, folder: Path, name: str) -> None:
         save_tokenizer(self.tokenizer, folder)
@@ -167,6 +181,7 @@ class _Export:
             agreement = Agreement.of(self.vectors, vectors_here(self.run, self.texts))
             agreement.require(MIN_COSINE, "the adapter merged into the base in float32")
             print(f"checked merging in float32: {agreement}")
+        backbone.config.update(self.direction)
         backbone.to(self.dtype).save_pretrained(folder)
 
     def _check_vectors(self, folder: Path) -> None:

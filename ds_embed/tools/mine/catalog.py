@@ -20,9 +20,9 @@ from typing import IO
 import numpy as np
 import orjson
 
+from ds_embed.data.identity import content_key
 from ds_embed.data.json_files import read_json_objects
 from ds_embed.data.records import TrainingRecord, parse_document_record, parse_training_record
-from ds_embed.data.store import content_key
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
 

@@ -13,7 +13,7 @@ import torch
 from ds_embed.data.plan import cut_by_length
 from ds_embed.job.ranks import World
 from ds_embed.models.cpu import pack_linear_layers, use_cpu_kernels
-from ds_embed.models.loading import longest_text
+from ds_embed.models.kinds import count_positions
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Catalog
@@ -34,7 +34,7 @@ class CrossEncoder:
         self._model.to(world.device).eval().requires_grad_(False)
         use_cpu_kernels()
         pack_linear_layers(self._model)
-        longest = longest_text(self._model.config)
+        longest = count_positions(self._model)
         wanted = arguments.cross_encoder_max_length
         self._max_length = min(_DEFAULT_MAX_LENGTH, longest or _DEFAULT_MAX_LENGTH) if wanted is None else wanted
         if longest is not None and self._max_length > longest:

@@ -73,7 +73,7 @@ def job_to_size(
     )
     source = find_model(model.model_name_or_path, model.adapter_path)
     config = load_config(source, model.trust_remote_code)
-    lora = resolve_lora(lora, source, config)
+    lora = resolve_lora(lora, source, config, model.trust_remote_code)
     card = choose_card(source, data, model)
     longest = max(card.query_max_length, card.doc_max_length)
     num_records = sizing.num_records

@@ -1,0 +1,184 @@
+"""What kind of model a config is of: its class, and what a small copy of it shows when it is tried.
+
+Whether a token sees those behind it can't be told from a name: decoders come bidirectional by their config or by
+code of their own, and encoders causal. So a copy with few layers and made-up weights reads two texts.
+
+Shapes: S tokens, D dimensions.
+"""
+
+import contextlib
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_embed.settings.errors import UserError
+
+# What transformers' models call the table of learned positions.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
+# Encoder-decoder models whose encoder transformers has as a model of its own.
+_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+SAME_STATE = 1e-4  # relative difference up to which two states of a token count as the same
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a trial shows."""
+
+    is_causal: bool  # no token sees those behind it
+    num_dims: int  # D of a token's state
+    longest: int | None  # tokens that there are learned positions for; None where positions are computed (rotary)
+
+
+_KINDS: dict[tuple[type, str, bool], Kind] = {}  # tried in this process
+
+
+def kind_of(config: Any, trust_remote_code: bool, name: str = "the model") -> Kind:
+    """Try the model of a transformers config, once per process. UserError naming it when it is no text encoder."""
+    key = type(config), config.to_json_string(), trust_remote_code
+    if key not in _KINDS:
+        _KINDS[key] = _try(config, backbone_class(config, trust_remote_code, name), name)
+    return _KINDS[key]
+
+
+def is_bert_style(config: Any) -> bool:
+    """Whether a model that is not causal is one of those trained as encoders from the start: BERT and its kin, T5."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.model_type in _ENCODERS
+
+
+def auto_class(config: Any) -> Any:
+    """What loads the backbone: AutoModel, or its like that knows encoders without their decoder."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if config.model_type in _ENCODERS else AutoModel
+
+
+def backbone_class(config: Any, trust_remote_code: bool, name: str = "the model") -> type:
+    """The class of the bare text encoder or decoder. UserError naming the model where there is none."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModel")
+    known = transformers.MODEL_MAPPING.get(type(config), None)
+    known = known[0] if isinstance(known, tuple) else known
+    if own is not None and trust_remote_code:
+        return get_class_from_dynamic_module(own, config.name_or_path)
+    if own is not None and known is not None and own.split(".")[-1] != known.__name__:
+        raise UserError(
+            f"{name}: comes with Python code of its own ({own.split('.')[-1]}), which is not run, and transformers would "
+            f"take it for a {known.__name__}; read that code, and if you trust it give --trust_remote_code true"
+        )
+    if config.model_type in _ENCODERS:
+        return getattr(transformers, _ENCODERS[config.model_type])
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"--model_name_or_path {name}: encoder-decoder models ({config.model_type}) are not supported; of "
+            f"{', '.join(_ENCODERS)} the encoder is"
+        )
+    if known is None:
+        raise UserError(f"--model_name_or_path {name}: transformers has no model for its config ({config.model_type})")
+    return known
+
+
+def obey_config(backbone: nn.Module) -> None:
+    """Tell every layer of a decoder, in place, what its config says: some kernels ask the layer alone."""
+    if getattr(backbone.config, "is_causal", True) is False:
+        make_layers_bidirectional(backbone)
+
+
+def make_layers_bidirectional(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        if getattr(module, "is_causal", False):
+            module.is_causal = False
+
+
+def probe_texts(config: Any) -> Tensor:
+    """Token ids (2, S) of two texts that differ in the last one alone, and hold no padding."""
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    one, other = [number for number in range(3) if number != pad][:2]
+    return torch.tensor([[one, one, one, one], [one, one, one, other]])
+
+
+def sees_behind(states: Tensor) -> bool | None:
+    """Whether states (2, S, D) of the probe texts differ in a token before the last; None where they are NaN."""
+    one, other = states[:, :-1].float()
+    if not torch.isfinite(states).all():
+        return None
+    return bool(((one - other).norm(dim=1) > SAME_STATE * one.norm(dim=1)).any())
+
+
+def _try(config: Any, model_class: type, name: str) -> Kind:
+    model = _small_copy(config, model_class)
+    with torch.no_grad():
+        try:
+            texts = probe_texts(config)
+            states = model(input_ids=texts, attention_mask=torch.ones_like(texts)).last_hidden_state
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"--model_name_or_path {name}: a {config.model_type} makes no states of tokens from their ids alone "
+                f"({str(error).splitlines()[0]}); it is no text encoder"
+            ) from error
+    return Kind(not sees_behind(states), states.shape[2], count_positions(model))
+
+
+def _small_copy(config: Any, model_class: type) -> nn.Module:
+    """The model with few layers, one of each type at least, in float32 on the CPU, with weights that take no memory.
+
+    Each weight matrix is a window into a short row of noise: its rows differ, and no more than a few numbers are held.
+    """
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None) or []
+    needed = max([1, *(types.index(kind) + 1 for kind in set(types))])
+    if needed < (getattr(text, "num_hidden_layers", None) or 0):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # computed from others
+            text.num_hidden_layers = needed
+            if types:
+                text.layer_types = types[:needed]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
+        model = model_class(config, **without_pooler(config))
+    obey_config(model)
+    noise = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(_made_up(parameter.shape, noise), requires_grad=False)
+    return model.eval()
+
+
+def _made_up(shape: torch.Size, noise: torch.Generator) -> Tensor:
+    if len(shape) < 2:  # norms and biases
+        return 1 + torch.randn(shape, generator=noise) / 10
+    if len(shape) > 2:  # experts, which may be alike
+        return (torch.randn(shape[1:], generator=noise) * shape[-1] ** -0.5).expand(shape)
+    return (torch.randn(sum(shape) - 1, generator=noise) * shape[-1] ** -0.5).as_strided(shape, (1, 1))
+
+
+def count_positions(model: nn.Module) -> int | None:
+    """Most tokens that a model has learned positions for; None where positions are computed (rotary).
+
+    RoBERTa and its kin start counting behind the padding index, so a table of 514 holds 512 tokens.
+    """
+    limits = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in _POSITION_TABLES
+    ]
+    return min([*limits, getattr(model.config, "max_position_embeddings", limits[0])]) if limits else None
+
+
+def without_pooler(config: Any) -> dict[str, Any]:
+    """What a class must be told so that no pooler is built: BERT's would be trained without ever being used."""
+    from transformers import MODEL_MAPPING
+
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
