@@ -17,12 +17,13 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/python recipes/quickstart/run.py --output_dir runs/quickstart
 
+# Files of tests share two processes: many tests wait for ranks that are starting.
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 # Without what starts ranks: for every save of a file.
 test-fast: install
-	$(BIN)/python -m pytest tests --fast --numprocesses 2
+	$(BIN)/python -m pytest tests --fast --numprocesses 2 --dist loadfile
 
 # Formatter and linter, with the settings of pyproject.toml.
 check: install

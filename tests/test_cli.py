@@ -1,13 +1,12 @@
 """The command ds-embed, as a wheel installs it and from a folder that holds nothing."""
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
 
 import pytest
-from tiny import REPOSITORY, check, launch_environment, leave_out_when_fast, make_model, make_training_file
+from tiny import REPOSITORY, check, free_port, launch_environment, leave_out_when_fast, make_model, make_training_file
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_the_wheel_trains_encodes_and_evaluates_from_an_empty_folder(installed, 
     for name, keys in (("q.jsonl", ("query", "query_id", "doc_id")), ("d.jsonl", ("pos_doc", "doc_id"))):
         lines = [json.dumps({key: record[key] for key in keys}) + "\n" for record in records]
         (tmp_path / name).write_text("".join(lines))
-    train = ["--num_gpus", 2, "--master_port", 20000 + os.getpid() % 20000, "--deepspeed", "zero2"]
+    train = ["--num_gpus", 2, "--master_port", free_port(), "--deepspeed", "zero2"]
     train += ["--model_name_or_path", tmp_path / "bert", "--train_files", tmp_path / "train.jsonl", "--max_steps", 2]
     train += ["--global_batch_size", 4, "--output_dir", "run", "--cache_dir", tmp_path / "cache", "--report_to", "none"]
     check(ds_embed(installed, empty, "train-bert", *train))

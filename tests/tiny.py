@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -144,14 +145,19 @@ def leave_out_when_fast() -> None:
         pytest.skip("starts ranks or another long process, which --fast leaves out")
 
 
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
     leave_out_when_fast()
     script = str(REPOSITORY / script)
     arguments = [str(flag) for flag in flags]
     if not num_ranks:
         return [sys.executable, script, *arguments]
-    port = 20000 + (os.getpid() * 7 + launch.count) % 20000
-    launch.count += 1
     return [
         sys.executable,
         "-m",
@@ -159,7 +165,7 @@ def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
         "--num_gpus",
         str(num_ranks),
         "--master_port",
-        str(port),
+        str(free_port()),
         script,
         *arguments,
     ]
@@ -172,9 +178,6 @@ def launch_environment() -> dict[str, str]:
         # Four ranks on two cores: one thread each, whatever the machine.
         "OMP_NUM_THREADS": "1",
     }
-
-
-launch.count = 0
 
 
 def check(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

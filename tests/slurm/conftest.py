@@ -1,6 +1,5 @@
 """The cluster that the tests of this folder share; without Slurm they are skipped, and say why."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tiny.py
 
 from cluster import Cluster, why_not
-from tiny import leave_out_when_fast
+from tiny import free_port, leave_out_when_fast
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +17,7 @@ def cluster(tmp_path_factory):
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    first = 21000 + os.getpid() % 9000
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"), (first, first + 1, first + 2))
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), (free_port(), free_port(), free_port()))
     try:
         cluster.start()
         yield cluster
