@@ -68,7 +68,22 @@ DECODERS = {
     "granite": ("GraniteConfig", _DECODER),
     "smollm3": ("SmolLM3Config", _DECODER | _ALTERNATING | dict(use_sliding_window=True)),
 }
-MODELS |= DECODERS
+# Built as decoders are, and bidirectional by themselves.
+ENCODING_DECODERS = {
+    "ministral3": ("Ministral3Config", _DECODER | dict(is_causal=False, sliding_window=5)),
+    "llama-encoding": ("LlamaConfig", _DECODER | dict(is_causal=False)),
+    "mistral-encoding": ("MistralConfig", _DECODER | dict(is_causal=False, sliding_window=5)),
+    "gemma3-encoding": ("Gemma3TextConfig", _GEMMA | _ALTERNATING | dict(use_bidirectional_attention=True)),
+    "embedding_gemma2": (
+        "EmbeddingGemma2TextConfig",
+        _DECODER
+        | _ALTERNATING
+        | dict(head_dim=8, global_head_dim=16, hidden_size_per_layer_input=16, embedding_dim=24),
+    ),
+}
+_T5 = dict(vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0)
+T5_ENCODERS = {name: (f"{name}Config", _T5 | dict(initializer_factor=1.0)) for name in ("T5", "MT5", "UMT5")}
+MODELS |= DECODERS | ENCODING_DECODERS | T5_ENCODERS
 
 
 def make_model(folder: Path, kind: str, seed: int = 0, **changes) -> Path:

@@ -174,6 +174,28 @@ def count_positions(model: nn.Module) -> int | None:
     return min([*limits, getattr(model.config, "max_position_embeddings", limits[0])]) if limits else None
 
 
+def plain_config(config: Any, name: str) -> Any:
+    """The config itself; of DPR's two encoders, which wrap a BERT, that BERT's."""
+    from transformers import BertConfig
+
+    if config.model_type != "dpr":
+        return config
+    if config.projection_dim:
+        raise UserError(f"--model_name_or_path {name}: is a DPR encoder with a projection, which is not supported")
+    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "projection_dim")}
+    plain = BertConfig(**fields | {"architectures": ["BertModel"]})
+    plain._commit_hash = getattr(config, "_commit_hash", None)
+    return plain
+
+
+def loading_options(config: Any) -> dict[str, Any]:
+    """What from_pretrained is told about the weights: no pooler, and what DPR calls those of its BERT."""
+    names = (
+        {"key_mapping": {r"^(question_encoder|ctx_encoder)\.bert_model\.": ""}} if config.model_type == "bert" else {}
+    )
+    return names | without_pooler(config)
+
+
 def without_pooler(config: Any) -> dict[str, Any]:
     """What a class must be told so that no pooler is built: BERT's would be trained without ever being used."""
     from transformers import MODEL_MAPPING

@@ -14,7 +14,7 @@ from ds_embed.models.attention import choose_attention, choose_direction
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.kinds import auto_class, backbone_class, kind_of, without_pooler
+from ds_embed.models.kinds import auto_class, backbone_class, kind_of, loading_options, plain_config, without_pooler
 from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 
@@ -93,13 +93,14 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        with _without_foreign_code(source.base):
+        with without_foreign_code(source.base):
             config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
         ) from None
+    config = plain_config(config, source.base)
     backbone_class(config, trust_remote_code, source.base)  # or says why there is none
     return config
 
@@ -130,7 +131,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     """The fast tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    with _without_foreign_code(source.tokenizer):
+    with without_foreign_code(source.tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise UserError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
@@ -159,11 +160,11 @@ def load_encoder(
     use_cpu_kernels()
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
-    with _without_foreign_code(source.base), _named_attention(attn_implementation):
-        backbone = auto_class(config).from_pretrained(source.base, config=config, **options)
+    with without_foreign_code(source.base), _named_attention(attn_implementation):
+        backbone = auto_class(config).from_pretrained(source.base, config=config, **options, **loading_options(config))
     attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
     if source.adapter is not None:
-        with _without_foreign_code(str(source.adapter)):
+        with without_foreign_code(str(source.adapter)):
             backbone = put_adapter_on(backbone, source.adapter, trained)
         for parameter in backbone.parameters():  # buffers, such as rotary frequencies, stay as exact as they are
             parameter.data = parameter.data.to(options["dtype"])
@@ -183,7 +184,7 @@ def build_encoder(
     use_cpu_kernels()
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _named_attention(attn_implementation):
-        backbone = auto_class(config).from_config(config, **options)
+        backbone = auto_class(config).from_config(config, **options, **without_pooler(config))
     attention = choose_attention(backbone, kind_of(config, trust_remote_code), bidirectional)
     return TextEncoder(backbone, pooling, attention, check_attention=False)
 
@@ -198,7 +199,6 @@ def _model_options(config: Any, bf16: bool, attn_implementation: str | None, tru
         "dtype": torch.bfloat16 if bf16 else torch.float32,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
-        **without_pooler(config),
     }
 
 
@@ -214,7 +214,7 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_foreign_code(name: str) -> Iterator[None]:
+def without_foreign_code(name: str) -> Iterator[None]:
     """UserError naming the model when reading it would run code of its own, or its weights are not plain tensors."""
     from safetensors import SafetensorError
 

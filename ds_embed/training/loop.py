@@ -11,6 +11,7 @@ from ds_embed.data.plan import plan_micro_batches
 from ds_embed.job.ranks import EXIT_REQUEUE, World
 from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.engine import partitioned_loading, start_engine, take_step
+from ds_embed.models.fit import check_parts
 from ds_embed.models.kinds import is_bert_style, kind_of
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora, merge_adapter, resolve_lora, start_training
@@ -70,6 +71,8 @@ class TrainingRun:
             check_prefixes(step, self.kind.num_dims)
         self.card = choose_card(self.source, data, model)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
+        parts = self.source, self.card, self.tokenizer, model.trust_remote_code
+        world.on_main("check model", lambda: check_parts(*parts))
 
     def prepare(self) -> None:
         """Claim the folder, read and tokenize the data, and find where the run starts. Every rank must call it."""

@@ -21,6 +21,7 @@ from ds_embed.data.tokenize import TextFormat, encode_texts
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import pack_linear_layers
 from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.fit import check_parts
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_encoder, load_tokenizer
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
@@ -123,6 +124,7 @@ class Embedder:
         """What `from_pretrained` does for a model that find_model has found."""
         card = choose_card(source, text, model)
         tokenizer = load_tokenizer(source, model.trust_remote_code)
+        check_parts(source, card, tokenizer, model.trust_remote_code)
         encoder = load_encoder(
             source,
             pooling=card.pooling,

@@ -13,6 +13,7 @@ from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import describe_kernels, pack_linear_layers
 from ds_embed.models.engine import partitioned_loading, start_inference_engine
+from ds_embed.models.fit import check_parts
 from ds_embed.models.identity import identify_files, identify_model, identify_tokenizer
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
@@ -55,6 +56,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     source = find_model(model.model_name_or_path, model.adapter_path)
     card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
+    world.on_main("check model", lambda: check_parts(source, card, tokenizer, model.trust_remote_code))
     prefix = Path(arguments.output_prefix).expanduser().resolve()
     world.on_main("check output_prefix", lambda: check_writable_folder("--output_prefix", prefix))
     embeddings = prefix / f"consumed_samples{card.consumed_samples}"
