@@ -22,6 +22,7 @@ from ds_embed.settings import LoraArguments
 
 TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
+OTHERS = ("T5", "ministral3", "embedding_gemma2")  # an encoder without its decoder; decoders that see the whole text
 BASE = dict(
     model="llama",
     lora=0,
@@ -74,7 +75,7 @@ def cases(num_ranks: int) -> dict[str, dict]:
     add(zero=1, grad_cache=False, loss=dict(distillation_weight=0.5, distillation_temperature=2.0))
     for zero, grad_cache in ((0, True), (2, False), (2, True), (3, False), (3, True)):
         add(zero=zero, grad_cache=grad_cache, lora=4 * (zero == 2), loss=dict(learnable_temperature=True))
-    for number, model in enumerate(FAMILIES):
+    for number, model in enumerate(FAMILIES + OTHERS):
         add(zero=2 + number % 2, grad_cache=number % 2 == 0, negatives="own", model=model)
     return found
 
@@ -85,7 +86,7 @@ def material(tmp_path_factory):
     root = tmp_path_factory.mktemp("gradients")
     data = write_teacher_scores(make_training_file(root / "train.jsonl", 40, num_negatives=2))
     found = {"root": root}
-    for kind in ("llama", "bert", *FAMILIES):
+    for kind in ("llama", "bert", *FAMILIES, *OTHERS):
         folder = make_model(root / kind, kind)
         tokenizer = load_tokenizer(find_model(str(folder)), False)
         formats = [TextFormat(prefix, 24, kind == "llama") for prefix in ("query: ", "passage: ")]

@@ -106,6 +106,32 @@ def test_a_misfit_is_one_line_and_leaves_nothing(models, model, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_adapter_of_another_base(models, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    other = make_model(tmp_path / "other", "llama", intermediate_size=64)
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    get_peft_model(AutoModel.from_pretrained(other), lora).save_pretrained(tmp_path / "adapter")
+    module = load_recipe("generate")
+    monkeypatch.setattr(module, "initialize", World.alone)
+    flags = [
+        "--query_files",
+        models / "broken.jsonl",
+        "--output_prefix",
+        tmp_path / "out",
+        "--cache_dir",
+        tmp_path / "cache",
+    ]
+    flags += ["--model_name_or_path", models / "llama", "--adapter_path", tmp_path / "adapter"]
+    make_tokenizer(tmp_path / "adapter", bert=False)
+    monkeypatch.setattr("sys.argv", ["generate", *map(str, flags), "--deepspeed", "ds_configs/zero2.json"])
+    with pytest.raises(UserError, match="adapter: this adapter does not fit .*/llama: .*mlp") as error:
+        module.main()
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "other"]
+
+
 def test_what_is_no_misfit(models, tmp_path):
     """Heads, poolers, tied weights, decoders left behind, spare rows, control tokens that no text is given."""
     import transformers

@@ -1,11 +1,13 @@
-"""Whether the parts of one model belong together: config, weights, tokenizer. Found from their headers alone."""
+"""Whether the parts of one model belong together: config, weights, tokenizer, adapter. Only headers are read of a base."""
 
 import re
+import warnings
 from typing import Any
 
 from torch import nn
 
 from ds_embed.data.tokenize import encode_texts
+from ds_embed.models.adapters import put_adapter_on
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.kinds import auto_class, loading_options
 from ds_embed.models.loading import ModelSource, load_config, without_foreign_code
@@ -16,6 +18,10 @@ def check_parts(source: ModelSource, card: EmbeddingCard, tokenizer: Any, trust_
     """UserError that names both parts where two don't fit, before any text is tokenized or a weight is read."""
     model = _check_weights(source, trust_remote_code)
     _check_tokens(source, card, tokenizer, model)
+    if source.adapter is not None:
+        with without_foreign_code(str(source.adapter)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that nothing is copied into tensors without data
+            put_adapter_on(model, source.adapter)
 
 
 def _check_weights(source: ModelSource, trust_remote_code: bool) -> nn.Module:
