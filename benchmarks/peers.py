@@ -137,7 +137,8 @@ def train_bare_loop(
         batch = assemble_batch(
             tokens, order, first_sample=number * batch_size, num_queries=batch_size, hard_negatives=0
         )
-        (parts,) = plan_micro_batches(batch.lengths, micro_batch_tokens, 1).micro_batches
+        texts, lengths = batch.texts[batch.rows], batch.lengths[batch.rows]  # each use, as peers encode them
+        (parts,) = plan_micro_batches(lengths, micro_batch_tokens, 1).micro_batches
         positions = torch.argsort(torch.cat([torch.from_numpy(part) for part in parts]))
         if grad_cache:
             states = []
@@ -145,18 +146,18 @@ def train_bare_loop(
                 pieces = []
                 for part in parts:
                     states.append(torch.get_rng_state())
-                    pieces.append(encode(batch.texts[part]))
+                    pieces.append(encode(texts[part]))
             leaves = [piece.requires_grad_() for piece in pieces]
             loss_of(leaves, positions).backward()
             for part, leaf, state in zip(parts, leaves, states):
                 torch.set_rng_state(state)
-                encode(batch.texts[part]).backward(leaf.grad)
+                encode(texts[part]).backward(leaf.grad)
         else:
-            loss_of([encode(batch.texts[part]) for part in parts], positions).backward()
+            loss_of([encode(texts[part]) for part in parts], positions).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        steps.add(int(batch.lengths.sum()))
+        steps.add(int(lengths.sum()))
         steps.end()
     return steps.result()
 

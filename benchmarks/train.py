@@ -224,14 +224,15 @@ def recipe_of(pooling: str) -> str:
 def steady(metrics: Path, skip_steps: int) -> dict:
     """Tokens per second of a run after its first steps, and how much of what was computed was padding."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()][skip_steps:]
-    num_tokens = sum(line["tokens_per_second"] * line["seconds"] for line in lines)
-    computed = sum(line["tokens_per_second"] * line["seconds"] / (1 - line["padding_share"]) for line in lines)
+    num_tokens, encoded = (sum(line[key] for line in lines) for key in ("tokens", "tokens_encoded"))
+    computed = sum(line["tokens_encoded"] / (1 - line["padding_share"]) for line in lines)
     seconds = sum(line["seconds"] for line in lines)
     return {
         "tokens_per_second": num_tokens / seconds,
+        "tokens_encoded_per_second": encoded / seconds,
         "seconds": seconds,
-        "num_tokens": round(num_tokens),
-        "padding_share": 1 - num_tokens / computed,
+        "num_tokens": num_tokens,
+        "padding_share": 1 - encoded / computed,
     }
 
 
@@ -239,7 +240,8 @@ def share_of_chip(results: dict[str, list[dict]], name: str, operations: int) ->
     """Operations per second as a share of the matrix products of the same round."""
     dtype = "float32" if "fp32" in name else "bfloat16"
     rounds = zip(results[name], results[MATRICES])
-    return Spread.of([100 * mine["tokens_per_second"] * operations / chip[dtype] for mine, chip in rounds])
+    key = "tokens_encoded_per_second" if name.startswith(OURS) else "tokens_per_second"
+    return Spread.of([100 * mine[key] * operations / chip[dtype] for mine, chip in rounds])
 
 
 def reached_goals(results: dict[str, list[dict]], lora_rank: int) -> list[Goal]:

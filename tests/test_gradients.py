@@ -84,7 +84,9 @@ def cases(num_ranks: int) -> dict[str, dict]:
 def material(tmp_path_factory):
     """Model folders and token stores by kind of model."""
     root = tmp_path_factory.mktemp("gradients")
-    data = write_teacher_scores(make_training_file(root / "train.jsonl", 40, num_negatives=2))
+    # Few documents, so that most of a batch's texts stand in several places.
+    path = make_training_file(root / "train.jsonl", 40, num_negatives=2, num_documents=9)
+    data = write_teacher_scores(path)
     found = {"root": root}
     for kind in ("llama", "bert", *FAMILIES, *OTHERS):
         folder = make_model(root / kind, kind)
@@ -126,7 +128,9 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     n = case["queries"]
     order = SampleOrder(3, store.file_sizes)
     batch = assemble_batch(store, order, first_sample=4, num_queries=n, hard_negatives=case["hard_negatives"])
-    ids, lengths = map(torch.from_numpy, collate(store, batch.texts))
+    assert n < 8 or len(batch.texts) < len(batch.rows), "no text stands in two places"
+    # Every use is encoded, also of texts that stand in several places.
+    ids, lengths = map(torch.from_numpy, collate(store, batch.texts[batch.rows]))
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
     # A four-dimensional mask is added to the scores as it is: written out, it hides padding and nothing else.
     shown = (1.0 - mask.double())[:, None, None, :] * torch.finfo(torch.float64).min if case["bidirectional"] else mask

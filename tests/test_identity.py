@@ -47,7 +47,8 @@ def loss_of(store, hard_negatives=0, num_queries=None, **settings):
         store, SampleOrder(3, store.file_sizes), first_sample=0, num_queries=num_queries, hard_negatives=hard_negatives
     )
     arguments = StepArguments(global_batch_size=num_queries, temperature=0.5, **settings)
-    total, _ = ContrastiveStep(BagOfTokens(), store, World.alone(), arguments, 1).evaluate(batch, 0)
+    step = ContrastiveStep(BagOfTokens(), store, World.alone(), arguments, 1)
+    total, _ = step.evaluate(step.prepare(batch), 0)
     return total / num_queries
 
 
@@ -135,7 +136,9 @@ def test_siblings_without_ids_train_as_siblings_with_them(tmp_path, settings, ha
     for record in SIBLINGS:
         of_query.setdefault(record["query"], set()).add(record["pos_doc"])
     pairs = [(i, j) for i, r in enumerate(records) for j, d in enumerate(documents) if d in of_query[r["query"]]]
-    ids = [torch.from_numpy(np.array(stores[0].tokens_of(int(text)), np.int64))[None] for text in batch.texts]
+    ids = [
+        torch.from_numpy(np.array(stores[0].tokens_of(int(text)), np.int64))[None] for text in batch.texts[batch.rows]
+    ]
     table = torch.cat([BagOfTokens()(row, torch.tensor([row.shape[1]]), False) for row in ids]).double()
     keys = torch.arange(len(documents))[:, None]
     expected = reference(

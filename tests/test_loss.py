@@ -7,7 +7,7 @@ import pytest
 import torch
 from loss_reference import reference
 
-from ds_embed.losses import LossOptions, contrastive_loss
+from ds_embed.losses import LossOptions, Sums, contrastive_loss
 
 
 def make_batch(num_queries, num_hard, dim=7, seed=0, equal_documents=True):
@@ -34,7 +34,7 @@ def run_in_blocks(
 ):
     """The loss as ranks compute it: each a block of queries, all added up."""
     own = own_of_all(num_queries, len(keys)) if own is None else own
-    gradient, sums = torch.zeros_like(table), 0
+    gradient, sums = torch.zeros_like(table), Sums.zero(table)
     for first, last in itertools.pairwise(bounds):
         part = contrastive_loss(
             table,
@@ -49,7 +49,7 @@ def run_in_blocks(
             options=LossOptions(**options),
         )
         gradient += part.gradient
-        sums = part.sums if sums == 0 else sums + part.sums
+        sums = sums.plus(part.sums)
     return sums, gradient
 
 
@@ -187,3 +187,49 @@ def test_statistics(options):
     torch.testing.assert_close(sums.negative_similarity, others.max(1).values.sum())
     torch.testing.assert_close(sums.margin, (positive - others.max(1).values).sum())
     assert sums.num_correct == (positive > others.max(1).values).sum() and sums.num_with_negatives == 8
+
+
+@pytest.mark.parametrize("negatives, num_hard", NEGATIVES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_text_that_stands_in_many_places_gets_the_sum_of_their_gradients(negatives, num_hard, name):
+    table, keys, teacher = make_batch(6, num_hard)
+    rows = torch.randint(0, 8, (len(table),), generator=torch.Generator().manual_seed(1))  # queries are documents too
+    distinct = table[:8].clone().requires_grad_()
+    options = options_of(name, num_hard)
+    expected = reference(distinct[rows], keys, 6, 0.05, negatives, teacher_scores=teacher, **options)
+    expected.backward()
+    result = contrastive_loss(
+        distinct.detach(),
+        keys,
+        own_of_all(6, len(keys)),
+        rows=rows,
+        num_queries=6,
+        first_query=0,
+        last_query=6,
+        temperature=torch.tensor(0.05, dtype=torch.float64),
+        teacher_scores=teacher,
+        options=LossOptions(negatives=negatives, tile_queries=4, tile_documents=5, **options),
+    )
+    torch.testing.assert_close(result.sums.loss, expected.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.gradient, distinct.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("negatives, num_hard", NEGATIVES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_value_is_fetched_from_the_device(negatives, num_hard, name):
+    """On the meta device whatever a host would have to wait for raises, and so do tensors on two devices."""
+    table, keys, teacher = (tensor.to("meta") for tensor in make_batch(6, num_hard))
+    result = contrastive_loss(
+        table,
+        keys,
+        own_of_all(6, len(keys)).to("meta"),
+        rows=torch.arange(len(table), device="meta"),
+        positive_pairs=torch.zeros(3, 2, dtype=torch.int64, device="meta"),
+        num_queries=6,
+        first_query=1,
+        last_query=5,
+        temperature=torch.tensor(0.05, device="meta", dtype=torch.float64),
+        teacher_scores=teacher,
+        options=LossOptions(negatives=negatives, tile_queries=3, tile_documents=5, **options_of(name, num_hard)),
+    )
+    assert result.gradient.shape == table.shape and {value.device.type for value in result.sums} == {"meta"}

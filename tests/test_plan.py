@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from ds_embed.data.order import sample_records
-from ds_embed.data.plan import (
-    LARGEST_GAP,
-    ROUND_COST,
-    SMALLEST_MICRO_BATCH,
-    _in_sequence,
-    cut_by_length,
-    plan_micro_batches,
-)
+from ds_embed.data.plan import LARGEST_GAP, ROUND_COST, SMALLEST_MICRO_BATCH, cut_by_length, plan_micro_batches
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
@@ -66,17 +59,23 @@ def test_the_cut_is_nearly_the_best_of_all(num_ranks):
     assert min(ratios) >= 1 and np.mean(ratios) < 1.02 and max(ratios) < 1.15
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8, 13])
-def test_many_steps_at_once_are_those_one_by_one(num_ranks):
-    rng = np.random.default_rng(num_ranks)
-    following = np.minimum(np.arange(50) + rng.integers(1, 5, (3, 50)), 49)
-    costs = rng.integers(0, 1000, (3, 50))
-    ends, highest = np.tile(np.arange(50), (3, 1)), np.zeros((3, 50), int)
-    for _ in range(num_ranks):
-        highest = np.maximum(highest, np.take_along_axis(costs, ends, 1))
-        ends = np.take_along_axis(following, ends, 1)
-    got = _in_sequence((following, costs), num_ranks)
-    assert np.array_equal(got[0], ends) and np.array_equal(got[1], highest)
+@pytest.mark.parametrize("num_texts, budget, num_ranks", [(700, 600, 1), (3000, 4096, 2), (1500, 600, 16)])
+def test_a_plan_from_some_positions_is_as_good_as_one_from_all(monkeypatch, num_texts, budget, num_ranks):
+    """What is left out where texts are many, positions and single decisions, costs next to nothing."""
+    rng = np.random.default_rng(num_texts)
+    lengths = np.concatenate([rng.normal(15, 4, num_texts // 2), rng.lognormal(4.3, 0.7, num_texts // 2)])
+    descending = np.sort(lengths.clip(3, 512).astype(int))[::-1]
+
+    def cost() -> float:
+        plan = plan_micro_batches(descending, budget, num_ranks)
+        batches = [batch for together in zip(*plan.micro_batches) for batch in together if len(batch)]
+        return cost_of(descending, [batch[0] for batch in batches], num_ranks, budget)
+
+    coarse = cost()
+    monkeypatch.setattr("ds_embed.data.plan._FEWEST_POSITIONS", num_texts)
+    monkeypatch.setattr("ds_embed.data.plan._POSITIONS_PER_ROUND", num_texts)
+    monkeypatch.setattr("ds_embed.data.plan._MOST_DECISIONS", num_texts)
+    assert coarse < 1.01 * cost()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -189,7 +189,7 @@ def test_counts_are_those_of_real_tensors(kind, lora, checkpointing):
         on_gpu=True,
     )
     options = {} if kind == "llama" else {"add_pooling_layer": False}
-    attention = CausalAttention() if kind == "llama" else EncoderAttention()
+    attention = CausalAttention("sdpa") if kind == "llama" else EncoderAttention()
     backbone = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, **options)
     encoder = TextEncoder(backbone, card.pooling, attention, check_attention=False)
     if checkpointing:

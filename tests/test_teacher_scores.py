@@ -45,7 +45,7 @@ def test_scores_follow_their_texts(tmp_path, tokenizer, num_negatives, sampling)
         store, order, first_sample=0, num_queries=8, hard_negatives=4, hard_negatives_sampling=sampling
     )
     assert batch.teacher_scores.shape == (8 * 5,)
-    for position, (text, score) in enumerate(zip(batch.texts[8:], batch.teacher_scores)):
+    for position, (text, score) in enumerate(zip(batch.texts[batch.rows][8:], batch.teacher_scores)):
         query = position if position < 8 else (position - 8) // 4
         record = records[batch.records[query]]
         number = text - store.first_text[batch.records[query]]

@@ -105,16 +105,24 @@ def sentence(rng: random.Random, low: int = 1, high: int = 24) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
 
-def make_training_file(path: Path, num_records: int, num_negatives: int = 2, seed: int = 0) -> Path:
-    """Records whose query is a few words of its document, so that there is something to learn."""
+def make_training_file(
+    path: Path, num_records: int, num_negatives: int = 2, seed: int = 0, num_documents: int | None = None
+) -> Path:
+    """Records whose query is a few words of its document, so that there is something to learn.
+
+    num_documents: all documents of the file are among so many; without it, each is new.
+    """
     rng = random.Random(seed)
+    documents = [sentence(rng, 4) for _ in range(num_documents or num_records)]
     with open(path, "w", encoding="utf-8") as file:
         for number in range(num_records):
-            document = sentence(rng, 4)
+            document = documents[number % len(documents)]
             query = " ".join(rng.sample(document.split(), k=min(4, len(document.split()))))
-            record = {"query": query, "pos_doc": document, "query_id": f"q{number}", "doc_id": f"d{number}"}
+            record = {"query": query, "pos_doc": document, "query_id": f"q{number}"}
+            record["doc_id"] = f"d{number % len(documents)}"
             if num_negatives:
-                record["neg_doc"] = [sentence(rng) for _ in range(num_negatives)]
+                others = [other for other in documents if other != document] if num_documents else None
+                record["neg_doc"] = [rng.choice(others) if others else sentence(rng) for _ in range(num_negatives)]
             file.write(json.dumps(record) + "\n")
     return path
 

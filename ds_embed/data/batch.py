@@ -1,7 +1,10 @@
-"""The global batch: a list of T texts with what the loss must know about each.
+"""The global batch: T uses of texts, each text once, with what the loss must know about each use.
+
+Texts that are the same tokens are one text: it is encoded once, and each of its uses points to it.
 
 Shapes: N queries, K hard negatives of each query that has any, M documents (N positives and all hard negatives),
-T = N + M texts. Texts stand in this order: N queries, N positives, then the hard negatives of query 0, of query 1, ...
+T = N + M uses, U distinct texts. Uses stand in this order: N queries, N positives, then the hard negatives of query
+0, of query 1, ...
 """
 
 from dataclasses import dataclass
@@ -17,13 +20,19 @@ from ds_embed.data.store import TrainingStore
 class GlobalBatch:
     first_sample: int
     records: np.ndarray  # (N,) record numbers in the store
-    texts: np.ndarray  # (T,) text numbers in the store
-    lengths: np.ndarray  # (T,) tokens
+    texts: np.ndarray  # (U,) text numbers in the store, all different in their tokens
+    lengths: np.ndarray  # (U,) tokens
+    rows: np.ndarray  # (T,) which of the U texts stands in each place
     document_keys: np.ndarray  # (M, 2) documents that agree in a key are equal
     own_negatives: np.ndarray  # (N, K) documents that are each query's hard negatives, -1 for none
     positive_pairs: np.ndarray  # (P, 2) further pairs of a query and a document that is no negative of it
     teacher_scores: np.ndarray  # (M,) float32, NaN where a record has none
     num_queries: int
+
+    @property
+    def num_tokens_named(self) -> int:
+        """Tokens of the T uses: what a step would encode if it encoded each of them."""
+        return int(self.lengths[self.rows].sum())
 
 
 def assemble_batch(
@@ -45,10 +54,11 @@ def assemble_batch(
     choice = choose_negatives(order.seed, first_sample, num_available, hard_negatives, hard_negatives_sampling)
     has_own = np.broadcast_to(num_available[:, None] > 0, choice.shape)
     negatives = ((first_text + 2)[:, None] + choice)[has_own]
-    texts = np.concatenate([first_text, first_text + 1, negatives])
+    uses = np.concatenate([first_text, first_text + 1, negatives])
+    texts, rows = distinct_texts(store, uses)
     own = np.full(choice.shape, -1, dtype=np.int64)
     own[has_own] = np.arange(num_queries, num_queries + len(negatives))
-    keys = np.asarray(store.text_keys[texts])
+    keys = np.asarray(store.text_keys[uses])
     pairs = positive_pairs(keys[:num_queries], keys[num_queries:], store.several_positives)
     of_negatives = pairs[pairs[:, 1] >= num_queries]
     places = np.flatnonzero(has_own)[of_negatives[:, 1] - num_queries]
@@ -59,10 +69,11 @@ def assemble_batch(
         records=records,
         texts=texts,
         lengths=store.lengths_of(texts),
+        rows=rows,
         document_keys=_document_keys(keys, num_queries),
         own_negatives=own,
         positive_pairs=pairs,
-        teacher_scores=store.scores[texts[num_queries:]],
+        teacher_scores=store.scores[uses[num_queries:]],
         num_queries=num_queries,
     )
 
@@ -101,20 +112,51 @@ def _document_keys(text_keys: np.ndarray, num_queries: int) -> np.ndarray:
     return keys
 
 
+def distinct_texts(store: TrainingStore, uses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Text numbers (U,) that stand for all of `uses` (T,), and which of them is the same tokens as each use (T,)."""
+    first_use, rest = np.arange(len(uses)), np.arange(len(uses))
+    # Texts with one key may differ in the prefixes of their files: what is not as the first one is compared again.
+    while len(rest):
+        _, first, group = np.unique(store.text_keys[uses[rest]], return_index=True, return_inverse=True)
+        like = rest[first[group]]
+        is_same = uses[rest] == uses[like]
+        is_same[~is_same] = _same_tokens(store, uses[rest][~is_same], uses[like][~is_same])
+        first_use[rest[is_same]] = like[is_same]
+        rest = rest[~is_same]
+    first, rows = np.unique(first_use, return_inverse=True)
+    return uses[first], rows
+
+
+def _same_tokens(store: TrainingStore, texts: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether each text (n,) is the same tokens as the other (n,)."""
+    lengths = store.lengths_of(texts)
+    same = lengths == store.lengths_of(others)
+    pairs, lengths = np.flatnonzero(same), lengths[same]
+    differs = flat_tokens(store, texts[same], lengths) != flat_tokens(store, others[same], lengths)
+    same[np.repeat(pairs, lengths)[differs]] = False
+    return same
+
+
+def flat_tokens(store: TrainingStore, texts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Token ids (S,) int32 of texts (n,), one after the other; lengths (n,): their tokens, S in all."""
+    ends = np.cumsum(lengths)
+    starts = np.asarray(store.offsets[texts]) - (ends - lengths)
+    return store.tokens[np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts, lengths)]
+
+
 def collate(store: TrainingStore, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (b, S), padded on the right with 0, and lengths (b,) of the given texts.
+    """Token ids (b, S) int64, padded on the right with 0, and lengths (b,) of the given texts.
 
     With no text at all: one dummy text of one token.
     """
     if len(texts) == 0:
         return np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64)
-    return pad([store.tokens_of(int(text)) for text in texts])
+    lengths = store.lengths_of(texts)
+    return pad(flat_tokens(store, texts, lengths), lengths), lengths
 
 
-def pad(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (b, S), padded on the right with 0, and lengths (b,) of token arrays."""
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
-    for row, tokens in zip(ids, rows):
-        row[: len(tokens)] = tokens
-    return ids, lengths
+def pad(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Token ids (b, S) int64, padded on the right with 0, of texts that stand one after the other; lengths (b,)."""
+    ids = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = tokens
+    return ids

@@ -4,6 +4,7 @@ Shapes: T texts, W ranks, B micro-batches in all, P micro-batches per rank (the 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,8 +17,10 @@ ROUND_COST = 1 / 32
 # one, once there are so many tokens that one more forward pass costs little.
 LARGEST_GAP = 1 / 32
 SMALLEST_MICRO_BATCH = 1024
-# Sizes of micro-batches that are tried: a step's time allows many when there are few texts.
-_FEWEST_SIZES, _MOST_SIZES = 48, 512
+# How finely the plan is sought: sizes of micro-batches that are tried, down to a part of the largest; positions at
+# which a round may start in the reckoning; and decisions about a size.
+_FEWEST_SIZES, _MOST_SIZES, _LARGEST_PART = 32, 256, 8
+_FEWEST_POSITIONS, _POSITIONS_PER_ROUND, _MOST_DECISIONS = 256, 12, 64
 
 
 @dataclass(frozen=True)
@@ -71,47 +74,92 @@ def _cheapest_cut(descending: np.ndarray, budget: int, num_ranks: int) -> list[i
     """First positions of the micro-batches of the rounds that together cost least; `descending` (T,).
 
     A round, a micro-batch for every rank, costs the padded tokens of its largest micro-batch and a constant. It takes
-    as many texts as fit into micro-batches of one of many sizes; which size, from which text on, dynamic
-    programming decides from the shortest text backwards.
+    as many texts as fit into micro-batches of one of many sizes; which size, from which text on, dynamic programming
+    decides from the shortest text backwards. Where texts are many, it knows the costs at some positions only (and
+    those between from a straight line), and where rounds are many, several in sequence have one size.
     """
-    num_texts, position = len(descending), np.arange(len(descending) + 1)
-    num_sizes = min(_MOST_SIZES, max(_FEWEST_SIZES, 2**18 // num_texts))
-    sizes = np.geomspace(max(descending[-1], budget / 1024), budget, num_sizes).round().astype(np.int64)
-    lengths = np.append(descending, 1)  # and one to stand on behind the last text
-    taken = np.maximum(1, sizes[:, None] // lengths)
-    following = np.minimum(position + taken, num_texts)  # of a size and the first text of a micro-batch
-    padded = (following - position) * lengths
-    ends, costs = _in_sequence((following, padded), num_ranks)
-    # (A text longer than the size is a micro-batch of its own; none is longer than the budget.)
-    costs = costs + budget * ROUND_COST
-    least, choice = np.zeros(num_texts + 1), np.zeros(num_texts, np.int64)
-    for first in range(num_texts - 1, -1, -1):
-        total = costs[:, first] + least[ends[:, first]]
-        choice[first] = number = total.argmin()
-        least[first] = total[number]
+    share = int(descending.sum()) / num_ranks
+    repeats = max(1, int(share / budget / _MOST_DECISIONS))  # rounds of one size
+    spread = max(_POSITIONS_PER_ROUND * share / (budget * repeats), min(_FEWEST_POSITIONS, 2**13 / num_ranks))
+    positions = _spread_positions(descending, int(spread))
+    num_sizes = min(_MOST_SIZES, max(_FEWEST_SIZES, 2**20 // (len(positions) * num_ranks)))
+    largest = min(budget, int(1.5 * share) + int(descending[0]))  # takes all texts, where the budget does
+    smallest = min(largest, max(int(descending[-1]), int(min(share, budget) / _LARGEST_PART)))
+    sizes = np.geomspace(smallest, largest, num_sizes).round().astype(np.int64)
+    lengths = np.append(descending, 1)  # one more is looked up behind the last text
+    rounds = partial(
+        _rounds, lengths, sizes=sizes, num_ranks=num_ranks, repeats=repeats, round_cost=budget * ROUND_COST
+    )
+    least = _least_costs(positions, *rounds(positions[:-1, None]))
+
     starts, first = [], 0
-    while first < num_texts:
-        row = following[choice[first]]
-        for _ in range(num_ranks):
-            if first < num_texts:
-                starts.append(first)
-                first = int(row[first])
+    while first < len(descending):
+        ends, costs = rounds(np.array([first]))
+        size = int(sizes[(costs + _between(least, positions, ends)).argmin()])
+        for _ in range(repeats):
+            size = max(size, int(lengths[first]))
+            for _ in range(num_ranks):
+                if first < len(descending):
+                    starts.append(first)
+                    first = min(len(descending), first + size // int(lengths[first]))
     return starts
 
 
-def _in_sequence(step: tuple[np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where `count` steps in sequence lead, and the largest cost among them, from where each leads and costs."""
-    if count == 1:
-        return step
-    twice = _after(step, step)
-    return _in_sequence(twice, count // 2) if count % 2 == 0 else _after(step, _in_sequence(twice, count // 2))
+def _spread_positions(descending: np.ndarray, spread: int) -> np.ndarray:
+    """0, T, and positions between with about equally many tokens between them: all of them where they are few."""
+    num_texts = len(descending)
+    if num_texts <= 2 * spread:
+        return np.arange(num_texts + 1)
+    marks = np.linspace(0, int(descending.sum()), spread + 1)[1:-1]
+    return np.unique(np.concatenate([[0], np.searchsorted(np.cumsum(descending), marks), [num_texts]]))
 
 
-def _after(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+def _least_costs(positions: np.ndarray, ends: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """The least cost from each position (G + 1,) on; ends and costs (G, sizes) of what can start at the first G."""
+    before, part = _cells(positions, ends)
+    # Where a size does not reach the next position, its cost is not known yet.
+    costs = np.where(before > np.arange(len(ends))[:, None], costs, np.inf)
+    least, is_exact = np.zeros(len(positions)), not part.any()
+    for first in range(len(ends) - 1, -1, -1):
+        after = before[first]
+        total = costs[first] + least[after]
+        if not is_exact:
+            total += part[first] * (least[np.minimum(after + 1, len(ends))] - least[after])
+        least[first] = total.min()
+    return least
+
+
+def _between(least: np.ndarray, positions: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The least costs from `ends` on."""
+    before, part = _cells(positions, ends)
+    return least[before] + part * (least[np.minimum(before + 1, len(least) - 1)] - least[before])
+
+
+def _cells(positions: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the positions comes before each end (or is it), and what part of the way to the next one it is behind.
+
+    In the last cell none: what is left there is a round, however small.
+    """
+    before = np.searchsorted(positions, ends, side="right") - 1
+    part = (ends - positions[before]) / np.diff(positions, append=positions[-1] + 1)[before]
+    return before, np.where(before < len(positions) - 2, part, 0.0)
+
+
+def _rounds(
+    lengths: np.ndarray, starts: np.ndarray, *, sizes: np.ndarray, num_ranks: int, repeats: int, round_cost: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    ends, costs = first
-    return np.take_along_axis(second[0], ends, 1), np.maximum(costs, np.take_along_axis(second[1], ends, 1))
+    """Where `repeats` rounds of a size end that start at `starts`, and what they cost; both of the broadcast shape."""
+    last, ends, costs = len(lengths) - 1, starts, 0.0
+    for _ in range(repeats):
+        largest, begins = 0, ends
+        sizes = np.maximum(sizes, lengths[begins])  # at least a text
+        for _ in range(num_ranks):
+            length = lengths[ends]
+            following = np.minimum(ends + (sizes / length).astype(np.int64), last)
+            largest = np.maximum(largest, (following - ends) * length)
+            ends = following
+        costs = costs + np.where(begins < last, largest + round_cost, 0.0)
+    return ends, costs
 
 
 def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:

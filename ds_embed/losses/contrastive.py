@@ -1,25 +1,32 @@
-"""The loss of a global batch, put together from its parts, and its gradient by the table of embeddings.
+"""The loss of a global batch and its gradient by the table of embeddings, put together from its terms.
+
+For queries q, documents d (positives first, then each query's hard negatives), s = q @ d.T / temperature, and
+is_negative[i, j] false where document j equals query i's positive, the plain loss is
+
+    negatives = s.masked_fill(~is_negative, -inf)                 # (N, M)
+    positive = s.diagonal()                                       # (N,)
+    loss = (logsumexp(cat([positive[:, None], negatives], 1), 1) - positive).mean()
+
+Here it is computed without a score matrix (tiles), with its gradient in closed form (no autograd), and with the
+options of LossOptions:
 
     loss = sum over prefixes m of w_m [ (query_to_document + document_to_query) / 2 + distillation ]
 
-where everything but query_to_document is there only when asked for. A document equal to a query's positive
-never counts as its negative, in either direction.
+Prefixes are embeddings of their own (Matryoshka, Kusupati et al. 2022, eq. 1).
 
 Shapes: N queries of the batch, n of them in this block, K hard negatives of a query at most, M documents
-(N positives, then the hard negatives), T = N + M texts, D dimensions, J keys per document.
+(N positives, then the hard negatives), T = N + M uses of texts, U distinct texts, D dimensions, J keys per document.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_embed.losses.distillation import distillation_loss
-from ds_embed.losses.matryoshka import add_prefix_gradient, prefix_of
-from ds_embed.losses.pairwise import pair_loss
 from ds_embed.losses.sides import Side, Sums
-from ds_embed.losses.softmax import softmax_loss
+from ds_embed.losses.terms import distillation_loss, pair_loss, softmax_loss
 
 # Tiles of the score matrix. 1024 x 8192 float32 scores take 32 MiB, and there are three such buffers.
 TILE_QUERIES = 1024
@@ -47,16 +54,11 @@ class LossOptions:
     tile_documents: int = TILE_DOCUMENTS
 
 
-@dataclass
-class LossResult:
-    """One block's share: losses, gradients and sums of all blocks add up to those of the batch.
+class LossResult(NamedTuple):
+    """One block's share: sums and gradients of all blocks add up to those of the batch."""
 
-    `sums` holds the loss, the gradient by log(1 / temperature), and for the whole vectors, queries
-    against documents, what Sums says.
-    """
-
-    sums: Sums
-    gradient: Tensor  # (T, D) by every row of the table
+    sums: Sums  # the statistics are those of whole vectors, queries against documents
+    gradient: Tensor  # (U, D) by every row of the table
 
 
 def contrastive_loss(
@@ -67,76 +69,82 @@ def contrastive_loss(
     num_queries: int,
     first_query: int,
     last_query: int,
-    temperature: float,
+    temperature: float | Tensor,
     options: LossOptions = LossOptions(),
+    rows: Tensor | None = None,
     teacher_scores: Tensor | None = None,
     positive_pairs: Tensor | None = None,
 ) -> LossResult:
     """The share of queries first_query .. last_query in the mean loss of the batch, and its gradient.
 
-    table (T, D): unit vectors of the N queries, then of the M documents. document_keys (M, J)
-    integers: document j is equal to query i's positive, and so no negative of it, when they agree in
-    any of the J keys, or when (i, j) is among positive_pairs (P, 2). own_negatives (N, K): documents that
-    are each query's hard negatives, -1 where it has fewer.
-    teacher_scores (M,), for distillation: each document's for its own query.
+    table (U, D): unit vectors; rows (T,): which of them is each of the N queries, then of the M documents (None: they
+    stand in this order). document_keys (M, J) integers: document j is equal to query i's positive, and so no negative
+    of it, when they agree in any of the J keys, or when (i, j) is among positive_pairs (P, 2). own_negatives (N, K):
+    documents that are each query's hard negatives, -1 where it has fewer. teacher_scores (M,), for distillation: each
+    document's for its own query. temperature: a number, or a tensor () on the table's device. Nothing here waits for
+    a value from the device.
     """
     if positive_pairs is None:
         positive_pairs = document_keys.new_empty(0, 2)
+    uses = table if rows is None else table[rows]
+    gradient = torch.zeros_like(uses)
     add = partial(
-        _add_loss,
+        _add_terms,
         keys=document_keys,
         own=own_negatives,
         pairs=positive_pairs,
-        num_queries=num_queries,
         block=slice(first_query, last_query),
         scale=1.0 / temperature,
         options=options,
         teacher_scores=teacher_scores,
     )
-    gradient = torch.zeros_like(table)
+    assert len(uses) == num_queries + len(document_keys) and num_queries == len(own_negatives)
     if not options.matryoshka_dims:
-        return LossResult(add(table, gradient, weight=1.0), gradient)
-    sums = Sums.zero(table)
-    # The longest prefix last: the statistics are those of the whole vectors.
-    for dims, weight in sorted(zip(options.matryoshka_dims, options.matryoshka_weights)):
-        prefix, norms = prefix_of(table, dims)
-        grad_prefix = torch.zeros_like(prefix)
-        sums = _add_losses(add(prefix, grad_prefix, weight=weight), sums)
-        add_prefix_gradient(gradient, prefix, norms, grad_prefix)
+        sums = add(uses, gradient, weight=1.0)
+    else:
+        sums = Sums.zero(table)
+        for dims, weight in sorted(zip(options.matryoshka_dims, options.matryoshka_weights)):
+            # Of unit vectors u = x / |x|, a gradient g means (g - (g . u) u) / |x| for x.
+            norms = torch.linalg.vector_norm(uses[:, :dims], dim=1, keepdim=True).clamp_min(1e-12)
+            prefix = uses[:, :dims] / norms
+            grad_prefix = torch.zeros_like(prefix)
+            sums = add(prefix, grad_prefix, weight=weight).plus_loss_of(sums)  # the longest one's statistics stay
+            radial = (grad_prefix * prefix).sum(1, keepdim=True)
+            gradient[:, :dims] += (grad_prefix - radial * prefix) / norms
+    if rows is not None:
+        gradient = torch.zeros_like(table).index_add_(0, rows, gradient)
     return LossResult(sums, gradient)
 
 
-def _add_loss(
-    table: Tensor,
+def _add_terms(
+    uses: Tensor,
     gradient: Tensor,
     *,
     weight: float,
     keys: Tensor,
     own: Tensor,
     pairs: Tensor,
-    num_queries: int,
     block: slice,
-    scale: float,
+    scale: float | Tensor,
     options: LossOptions,
     teacher_scores: Tensor | None,
 ) -> Sums:
-    """Add the gradient of one table of unit vectors to `gradient`, of the same shape, and return the sums."""
-    weight = weight / num_queries
+    """Add the gradient by unit vectors `uses` (T, D) to `gradient` (T, D), and return the sums."""
+    weight = weight / len(own)
     own_weight = weight / 2 if options.symmetric else weight
-    common = dict(scale=scale, smoothing=options.label_smoothing, margin=options.false_negative_margin)
+    common = dict(
+        scale=scale, weight=own_weight, smoothing=options.label_smoothing, margin=options.false_negative_margin
+    )
     softmax = partial(softmax_loss, **common, tile_candidates=options.tile_documents)
-    to_documents = partial(_queries_to_documents, table, gradient, keys, own, pairs, num_queries, block)
-    side = to_documents(options.negatives)
-    sums = Sums.zero(table)
-    for tile in side.tiles(options.tile_queries):
-        if options.negatives == "pair":
-            sums += pair_loss(tile, **common, weight=own_weight)
-        else:
-            sums += softmax(tile, weight=own_weight)
+    term = partial(pair_loss, **common) if options.negatives == "pair" else softmax
+    to_documents = partial(_queries_to_documents, uses, gradient, keys, own, pairs, block)
+    sums = Sums.zero(uses)
+    for tile in to_documents(options.negatives).tiles(options.tile_queries):
+        sums = sums.plus(term(tile))
     if options.symmetric:
-        side = _documents_to_queries(table, gradient, keys, pairs, num_queries, block)
+        side = _documents_to_queries(uses, gradient, keys, pairs, len(own), block)
         for tile in side.tiles(options.tile_queries):
-            sums = _add_losses(sums, softmax(tile, weight=own_weight))
+            sums = sums.plus_loss_of(softmax(tile))
     if options.distillation_weight:
         for tile in to_documents("own").tiles(options.tile_queries):
             distilled = distillation_loss(
@@ -146,29 +154,22 @@ def _add_loss(
                 weight=weight * options.distillation_weight,
                 teacher_temperature=options.distillation_temperature,
             )
-            sums = _add_losses(sums, distilled)
+            sums = sums.plus_loss_of(distilled)
     return sums
 
 
 def _queries_to_documents(
-    table: Tensor,
-    gradient: Tensor,
-    keys: Tensor,
-    own: Tensor,
-    pairs: Tensor,
-    num_queries: int,
-    block: slice,
-    negatives: str,
+    uses: Tensor, gradient: Tensor, keys: Tensor, own: Tensor, pairs: Tensor, block: slice, negatives: str
 ) -> Side:
-    num_documents = len(table) - num_queries
-    assert num_documents == len(keys) and num_queries == len(own)
+    """The queries of `block` against the documents that `negatives` names."""
+    num_queries = len(own)
     return Side(
-        anchors=table[block],
-        candidates=table[num_queries:],
+        anchors=uses[block],
+        candidates=uses[num_queries:],
         keys=keys,
         pairs=(pairs[:, 0] - block.start, pairs[:, 1]),
-        positives=torch.arange(block.start, block.stop, device=table.device),
-        shared={"all": num_documents, "own": num_queries, "pair": 0}[negatives],
+        positives=torch.arange(block.start, block.stop, device=uses.device),
+        shared={"all": len(keys), "own": num_queries, "pair": 0}[negatives],
         # With "all", a query's own hard negatives are among the shared documents.
         own=own[block, : 0 if negatives == "all" else None],
         grad_anchors=gradient[block],
@@ -177,14 +178,14 @@ def _queries_to_documents(
 
 
 def _documents_to_queries(
-    table: Tensor, gradient: Tensor, keys: Tensor, pairs: Tensor, num_queries: int, block: slice
+    uses: Tensor, gradient: Tensor, keys: Tensor, pairs: Tensor, num_queries: int, block: slice
 ) -> Side:
-    """Each positive against the N queries; those that it is a positive of are not its negatives."""
-    rows = torch.arange(block.start, block.stop, device=table.device)
+    """Each positive of `block` against the N queries; those that it is a positive of are not its negatives."""
+    rows = torch.arange(block.start, block.stop, device=uses.device)
     documents = slice(num_queries + block.start, num_queries + block.stop)
     return Side(
-        anchors=table[documents],
-        candidates=table[:num_queries],
+        anchors=uses[documents],
+        candidates=uses[:num_queries],
         keys=keys[:num_queries],
         pairs=(pairs[:, 1] - block.start, pairs[:, 0]),
         positives=rows,
@@ -193,10 +194,3 @@ def _documents_to_queries(
         grad_anchors=gradient[documents],
         grad_candidates=gradient[:num_queries],
     )
-
-
-def _add_losses(sums: Sums, other: Sums) -> Sums:
-    """`sums` with the other's loss and gradient added, and its statistics left as they are."""
-    sums.loss = sums.loss + other.loss
-    sums.grad_log_scale = sums.grad_log_scale + other.grad_log_scale
-    return sums

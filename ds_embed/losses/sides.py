@@ -6,8 +6,8 @@ among the candidates. Its negatives are the shared candidates and its own ones, 
 Shapes: n anchors, C candidates, c of them in one block, K own candidates per anchor, D dimensions, J keys, P pairs.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,20 +27,16 @@ class Side:
     grad_anchors: Tensor  # (n, D)
     grad_candidates: Tensor  # (C, D)
 
-    def tiles(self, num_anchors: int) -> Iterator["Side"]:
+    def tiles(self, num_anchors: int) -> list["Side"]:
         """The same side for at most `num_anchors` anchors at a time."""
-        for start in range(0, len(self.anchors), num_anchors):
-            rows = slice(start, start + num_anchors)
-            yield replace(
-                self,
-                anchors=self.anchors[rows],
-                pairs=(self.pairs[0] - start, self.pairs[1]),
-                positives=self.positives[rows],
-                own=self.own[rows],
-                grad_anchors=self.grad_anchors[rows],
-            )
+        return [self._tile(slice(start, start + num_anchors)) for start in range(0, len(self.anchors), num_anchors)]
 
-    def positive_scores(self, scale: float) -> Tensor:
+    def _tile(self, rows: slice) -> "Side":
+        of_anchors = ("anchors", "positives", "own", "grad_anchors")
+        pairs = self.pairs[0] - rows.start, self.pairs[1]
+        return replace(self, pairs=pairs, **{name: getattr(self, name)[rows] for name in of_anchors})
+
+    def positive_scores(self, scale: float | Tensor) -> Tensor:
         """Scores (n,) of the positives."""
         return (self.anchors * self.candidates[self.positives]).sum(1) * scale
 
@@ -64,7 +60,7 @@ class SharedBlock:
     side: Side
     span: slice
 
-    def scores(self, scale: float, highest: Tensor | None) -> Tensor:
+    def scores(self, scale: float | Tensor, highest: Tensor | None) -> Tensor:
         """Scores (n, c); -inf where a candidate is no negative: equal to the positive, or above `highest` (n,)."""
         side = self.side
         scores = side.anchors @ side.candidates[self.span].T
@@ -87,7 +83,7 @@ class OwnBlock:
 
     side: Side
 
-    def scores(self, scale: float, highest: Tensor | None) -> Tensor:
+    def scores(self, scale: float | Tensor, highest: Tensor | None) -> Tensor:
         side = self.side
         scores = torch.einsum("nd,nkd->nk", side.anchors, side.candidates[side.own]) * scale
         dropped = (side.keys[side.own] == side.keys[side.positives][:, None, :]).any(2) | (side.own < 0)
@@ -113,31 +109,31 @@ def _mask_pairs(scores: Tensor, rows: Tensor, columns: Tensor) -> None:
     scores.view(-1).scatter_reduce_(0, places, bounds, "amin")
 
 
-@dataclass
-class Sums:
-    """Sums over anchors, as a loss returns them and the caller adds them up."""
+class Sums(NamedTuple):
+    """Sums over anchors, as a loss returns them and the caller adds them up: tensors (), or numbers."""
 
-    loss: Tensor  # () times the weight that the caller gave
-    grad_log_scale: Tensor  # () d loss / d log(1 / temperature)
-    num_correct: Tensor  # () anchors whose positive scores above every negative
-    positive_similarity: Tensor  # () sum of the positives' cosines
-    negative_similarity: Tensor  # () sum of the highest negative cosine, over anchors that have a negative
-    num_with_negatives: Tensor  # ()
-    margin: Tensor  # () sum of the positive's cosine less the highest negative's, over the same anchors
-
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(*(a + b for a, b in zip(self.values(), other.values())))
-
-    def values(self) -> list[Tensor]:
-        return list(vars(self).values())
+    loss: Tensor  # times the weight that the caller gave
+    grad_log_scale: Tensor  # d loss / d log(1 / temperature)
+    num_correct: Tensor  # anchors whose positive scores above every negative
+    positive_similarity: Tensor  # sum of the positives' cosines
+    negative_similarity: Tensor  # sum of the highest negative cosine, over anchors that have a negative
+    num_with_negatives: Tensor
+    margin: Tensor  # sum of the positive's cosine less the highest negative's, over the same anchors
 
     @classmethod
     def zero(cls, like: Tensor) -> "Sums":
-        return cls(*like.new_zeros(7))
+        return cls(*like.new_zeros(len(cls._fields)))
+
+    def plus(self, other: "Sums") -> "Sums":
+        return Sums(*(a + b for a, b in zip(self, other)))
+
+    def plus_loss_of(self, other: "Sums") -> "Sums":
+        """With the other's loss and gradient added; the statistics stay."""
+        return self._replace(loss=self.loss + other.loss, grad_log_scale=self.grad_log_scale + other.grad_log_scale)
 
 
 def finish_tile(
-    side: Side, loss: Tensor, grad_anchors: Tensor, positive: Tensor, highest: Tensor, scale: float
+    side: Side, loss: Tensor, grad_anchors: Tensor, positive: Tensor, highest: Tensor, scale: float | Tensor
 ) -> Sums:
     """Add the tile's gradient by its anchors, and sum up loss () and scores (n,) of positives and best negatives.
 
@@ -147,11 +143,11 @@ def finish_tile(
     side.grad_anchors.add_(grad_anchors)
     has_negatives = highest > -torch.inf
     return Sums(
-        loss,
-        (side.anchors * grad_anchors).sum(),
-        (positive > highest).sum().to(loss),
-        positive.sum() / scale,
-        highest[has_negatives].sum() / scale,
-        has_negatives.sum().to(loss),
-        (positive - highest)[has_negatives].sum() / scale,
+        loss=loss,
+        grad_log_scale=(side.anchors * grad_anchors).sum(),
+        num_correct=(positive > highest).sum().to(loss),
+        positive_similarity=positive.sum() / scale,
+        negative_similarity=torch.where(has_negatives, highest, 0.0).sum() / scale,
+        num_with_negatives=has_negatives.sum().to(loss),
+        margin=torch.where(has_negatives, positive - highest, 0.0).sum() / scale,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_embed.models.cpu import MATH_KERNEL
+from ds_embed.models.kernels import DEVICE_KERNEL
 from ds_embed.models.kinds import Kind, is_bert_style, make_layers_bidirectional, obey_config
 from ds_embed.models.pooling import token_mask
 from ds_embed.settings.errors import UserError
@@ -24,7 +25,8 @@ _ONE_MASK = ("llama", "gemma", "olmo2", "granite")
 _ONE_WINDOWED_MASK = ("mistral", "phi3")
 _MASK_PER_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 BIDIRECTIONAL_FAMILIES = (*_ONE_MASK, *_ONE_WINDOWED_MASK, *_MASK_PER_LAYER_TYPE)
-_KERNELS = ("sdpa", MATH_KERNEL, "eager", "flash_attention_2", "flash_attention_3")
+OUR_KERNELS = (DEVICE_KERNEL, MATH_KERNEL)
+_KERNELS = ("sdpa", *OUR_KERNELS, "eager", "flash_attention_2", "flash_attention_3")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,16 @@ class EncoderAttention:
         return mask | ({"use_cache": False} if self.takes_cache else {})
 
 
+@dataclass(frozen=True)
 class CausalAttention:
     """No token of a right-padded text sees the padding behind it: a mask would change nothing but the kernel."""
 
+    kernel: str
+
     def arguments(self, lengths: Tensor, num_tokens: int, has_padding: bool, dtype: torch.dtype) -> dict[str, Any]:
-        return {"attention_mask": None, "use_cache": False}
+        # Without one transformers looks for several texts in a row; our kernels drop it again.
+        mask = token_mask(lengths, num_tokens) if self.kernel in OUR_KERNELS else None
+        return {"attention_mask": mask, "use_cache": False}
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class BidirectionalAttention:
             if self.kernel == "eager":
                 masks = {name: _additive(mask, num_tokens, lengths, dtype) for name, mask in masks.items()}
             mask = masks.get("", masks)
+            if mask is None and self.kernel in OUR_KERNELS:  # as CausalAttention does
+                mask = token_mask(lengths, num_tokens)
         return {"attention_mask": mask, "use_cache": False}
 
     def _mask(self, tokens: Tensor | None, window: int | None, lengths: Tensor, num_tokens: int) -> Tensor | None:
@@ -112,7 +121,7 @@ def choose_attention(
 ) -> EncoderAttention | CausalAttention | BidirectionalAttention:
     """How a loaded backbone is called; it is told in place where it is not causal."""
     if kind.is_causal:
-        return make_bidirectional(backbone) if bidirectional else CausalAttention()
+        return make_bidirectional(backbone) if bidirectional else CausalAttention(backbone.config._attn_implementation)
     obey_config(backbone)
     takes_cache = "use_cache" in inspect.signature(backbone.forward).parameters
     return EncoderAttention(always_masks=not is_bert_style(backbone.config), takes_cache=takes_cache)

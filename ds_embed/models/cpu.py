@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library, get_kernel
 
+from ds_embed.models.kernels import DEVICE_KERNEL, mask_by_shape
 from ds_embed.settings.errors import UserError
 
 # This environment variable, set to float32, computes on any CPU as on one without bfloat16 instructions: for vectors that
@@ -65,10 +66,9 @@ def use_cpu_kernels() -> None:
     weights that ZeRO-3 gathers are all reached.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(MATH_KERNEL, math_attention)
-    AttentionMaskInterface.register(MATH_KERNEL, sdpa_mask)
+    AttentionMaskInterface.register(MATH_KERNEL, mask_by_shape)
     if not multiplies_bfloat16():
         multiply_through_float32()
 
@@ -115,8 +115,10 @@ def takes_math_kernel(config: Any) -> bool:
 
 
 def training_kernel(config: Any, asked: str | None, device_type: str) -> str | None:
-    """The kernel to train with: the one that was asked for; else this one on CPUs; else None, transformers' choice."""
-    return MATH_KERNEL if asked is None and device_type == "cpu" and takes_math_kernel(config) else asked
+    """The kernel to train with: the one that was asked for; else ours where the model takes it; else its own choice."""
+    if asked is not None or not takes_math_kernel(config):
+        return asked
+    return MATH_KERNEL if device_type == "cpu" else DEVICE_KERNEL
 
 
 def math_attention(

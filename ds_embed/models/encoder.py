@@ -6,8 +6,6 @@ bfloat16 is finest. The logarithm makes steps relative (Radford et al. 2021, sec
 Shapes: B texts, S tokens (right-padded), D dimensions.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +82,6 @@ class TextEncoder(nn.Module):
             )
 
 
-def learned_temperature(initial: float, log_scale_change: float) -> float:
-    """The temperature that a value of the parameter stands for."""
-    return max(MIN_LEARNED_TEMPERATURE, initial * math.exp(-log_scale_change))
+def learned_temperature(initial: float, log_scale_change: Tensor) -> Tensor:
+    """The temperature (), in float64, that a value () of the parameter stands for."""
+    return (initial * torch.exp(-log_scale_change.double())).clamp_min(MIN_LEARNED_TEMPERATURE)

@@ -14,6 +14,7 @@ from ds_embed.models.attention import choose_attention, choose_direction
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
 from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.kernels import DEVICE_KERNEL, register_device_kernel
 from ds_embed.models.kinds import auto_class, backbone_class, kind_of, loading_options, plain_config, without_pooler
 from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
@@ -158,6 +159,7 @@ def load_encoder(
 
     disable_progress_bar()  # one bar per rank for reading a file
     use_cpu_kernels()
+    register_device_kernel()
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with without_foreign_code(source.base), _named_attention(attn_implementation):
@@ -182,6 +184,7 @@ def build_encoder(
 ) -> TextEncoder:
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
     use_cpu_kernels()
+    register_device_kernel()
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with _named_attention(attn_implementation):
         backbone = auto_class(config).from_config(config, **options, **without_pooler(config))
@@ -191,9 +194,9 @@ def build_encoder(
 
 def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """What AutoModel is told about every backbone."""
-    if attn_implementation == MATH_KERNEL and not takes_math_kernel(config):
+    if attn_implementation in (MATH_KERNEL, DEVICE_KERNEL) and not takes_math_kernel(config):
         raise UserError(
-            f"--attn_implementation {MATH_KERNEL}: {config.model_type} models can't take it; leave the flag out"
+            f"--attn_implementation {attn_implementation}: {config.model_type} models can't take it; leave the flag out"
         )
     return {
         "dtype": torch.bfloat16 if bf16 else torch.float32,
@@ -208,7 +211,7 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
     try:
         yield
     except (ImportError, ValueError) as error:
-        if attn_implementation in (None, MATH_KERNEL):
+        if attn_implementation in (None, MATH_KERNEL, DEVICE_KERNEL):
             raise
         raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None
 

@@ -1,11 +1,13 @@
 """A training run from settings to RUN/model/: prepare, step until done, save."""
 
+import contextlib
 import logging
 import math
 import time
 from dataclasses import replace
 from typing import Any
 
+from ds_embed.data.ahead import made_ahead
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.job.ranks import EXIT_REQUEUE, World
@@ -29,7 +31,7 @@ from ds_embed.settings.errors import UserError
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
 from ds_embed.training.prepare import check_prefixes, describe_prefixes, file_formats, prepare_store, sample_order
-from ds_embed.training.report import StepLog, non_finite_message, whole_size
+from ds_embed.training.report import StepLog, non_finite_message, peak_memory_gib, whole_size
 from ds_embed.training.resume import Start, clear_way, find_start
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import load_best, save_model
@@ -39,6 +41,7 @@ from ds_embed.training.step import ContrastiveStep, StepResult
 from ds_embed.training.validation import StoppedMeanwhile, Validation
 
 logger = logging.getLogger(__name__)
+_LONG_STEP_SECONDS = 1.0
 
 
 class TrainingRun:
@@ -163,19 +166,28 @@ class TrainingRun:
     def _run_steps(self, engine: Any, stop: StopRequest) -> int:
         """Train until max_steps or until nothing gets better; returns the last step."""
         contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
-        number = self.start.step
+        number, seconds, told = self.start.step, 0.0, None
         engine.train()
-        with StepLog(self.world, self.folder, self.start.step, self.max_steps, self.run.log_interval) as log:
+        # The next step's inputs are made while this one is computed.
+        steps = range(number, self.max_steps)
+        inputs = made_ahead(lambda done: contrastive.prepare(self.batch(self._consumed(done))), steps)
+        with (
+            contextlib.closing(inputs),
+            StepLog(self.world, self.folder, number, self.max_steps, self.run.log_interval) as log,
+        ):
             # The model before training, or one whose validation a signal has cut short.
             self._validate(engine, stop, number, log)
             while number < self.max_steps and not self.best.is_exhausted:
-                self._leave_if_asked(engine, stop, number)
+                self._leave_if_asked(engine, stop.agreed(told), number)
                 number += 1
                 started = time.perf_counter()
                 self.world.mark("data", number)
-                batch = self.batch(self._consumed(number - 1))
+                step_inputs = next(inputs)
                 rate = learning_rate(number, self.max_steps, self.optimizer)
-                result = contrastive.run(batch)
+                result = contrastive.run(step_inputs, (stop.received, seconds, peak_memory_gib(self.world.device)))
+                told, slowest, peak_gib = result.told
+                if slowest > _LONG_STEP_SECONDS:  # the ranks ask again, so that no signal waits for a further step
+                    told = None
                 # Nothing was backpropagated from a loss that is not finite, and DeepSpeed refuses a gradient that
                 # is not: either way no rank has changed a weight.
                 self.world.mark("optimizer")
@@ -183,10 +195,10 @@ class TrainingRun:
                 is_skipped = not math.isfinite(norm)
                 if is_skipped:
                     self.skipped_steps += 1
-                    self._report_skip(number, result, batch)
+                    self._report_skip(number, result, step_inputs.batch)
                 seconds = time.perf_counter() - started
                 skipped_steps = self.skipped_steps if is_skipped else None
-                log.add(number, self._consumed(number), rate, norm, result, seconds, skipped_steps)
+                log.add(number, self._consumed(number), rate, norm, result, seconds, peak_gib, skipped_steps)
                 # Before the checkpoint, so that the checkpoint knows the outcome.
                 is_among_best = self._validate(engine, stop, number, log)
                 is_last = number == self.max_steps or self.best.is_exhausted
@@ -214,15 +226,14 @@ class TrainingRun:
         try:
             metrics = self.validation.run(engine, consumed, stop)
         except StoppedMeanwhile:  # the resumed run will do it
-            self._leave_if_asked(engine, stop, number)
+            self._leave_if_asked(engine, stop.agreed(), number)
             raise AssertionError("a signal that all ranks had agreed on is gone") from None
         is_among_best = self.best.add(number, consumed, metrics[self.best.metric])
         log.add_validation(number, consumed, metrics, time.perf_counter() - started, self.best.describe())
         return is_among_best
 
-    def _leave_if_asked(self, engine: Any, stop: StopRequest, number: int) -> None:
+    def _leave_if_asked(self, engine: Any, signal_name: str | None, number: int) -> None:
         """End the job between two steps, all ranks at the same one, when any of them was sent a signal."""
-        signal_name = stop.agreed()
         if signal_name is None:
             return
         if number > self.saved_step:
@@ -326,8 +337,9 @@ class TrainingRun:
             f"steps          {self.max_steps:,} of {batch.num_queries:,} queries",
             f"weights        {trained:,} trained of {total:,}, "
             f"{'bf16' if self.run.bf16 else 'fp32'}, ZeRO-{zero}, {self.world.size} rank(s)",
-            f"first step     {len(batch.texts):,} texts, {plan.num_tokens:,} tokens, at most "
+            f"first step     {len(batch.rows):,} texts, {batch.num_tokens_named:,} tokens, at most "
             f"{seen[self.step_arguments.negatives] - 1:,} negatives per query",
+            f"each text once {len(batch.texts):,} texts, {plan.num_tokens:,} tokens to encode",
             f"micro-batches  {plan.num_micro_batches} per rank of at most {self.step_arguments.micro_batch_tokens:,} "
             f"tokens, padding {plan.padding_share:.1%}",
         ]

@@ -32,21 +32,24 @@ class StepLog:
         norm: float,
         result: StepResult,
         seconds: float,
+        peak_gib: float,
         skipped_steps: int | None,
     ) -> None:
         """One line of metrics; a skipped step always has one, with the count of them, and null for what is no number."""
         is_logged = number % self.interval == 0 or number == self.max_steps or skipped_steps is not None
-        peak_gib = self.world.max([peak_memory_gib(self.world.device)])[0] if is_logged else None
         if self.bar is None:
             return
         tokens_per_second = result.num_tokens / seconds
-        self.bar.update()
+        encoded_per_second = result.num_tokens_encoded / seconds
         self.bar.set_postfix(
+            refresh=False,
             loss=f"{result.loss:.4f}",
             rate=f"{rate:.2e}",
             tokens_per_s=f"{tokens_per_second:,.0f}",
+            encoded_per_s=f"{encoded_per_second:,.0f}",
             padding=f"{result.padding_share:.1%}",
         )
+        self.bar.update()
         if not is_logged:
             return
         counted = {} if skipped_steps is None else {"skipped_steps": skipped_steps}
@@ -63,7 +66,10 @@ class StepLog:
                 "learning_rate": rate,
                 "grad_norm": norm if math.isfinite(norm) else None,
                 "consumed_samples": consumed_samples,
+                "tokens": result.num_tokens,
+                "tokens_encoded": result.num_tokens_encoded,
                 "tokens_per_second": tokens_per_second,
+                "tokens_encoded_per_second": encoded_per_second,
                 "padding_share": result.padding_share,
                 "seconds": seconds,
                 "peak_memory_gib": peak_gib,

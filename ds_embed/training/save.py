@@ -33,7 +33,7 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     change = weights.pop(LOG_SCALE_CHANGE, None)
     if change is not None:
-        card = replace(card, temperature=learned_temperature(card.temperature, float(change)))
+        card = replace(card, temperature=learned_temperature(card.temperature, change.squeeze()).item())
 
     if is_adapter:
         # Beside the absolute path that PEFT writes, the way there, so that a run can be moved with its base.

@@ -17,7 +17,7 @@ class StopRequest:
 
     def __init__(self, world: World):
         self.world = world
-        self._received = 0
+        self.received = 0  # the first signal's number
         self._before: list = []
 
     def __enter__(self) -> "StopRequest":
@@ -29,9 +29,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = self._received or number
+        self.received = self.received or number
 
-    def agreed(self) -> str | None:
-        """The name of a signal that some rank received, or None; the same on all ranks, which must all ask."""
-        number = int(self.world.max([float(self._received)])[0])
+    def agreed(self, told: float | None = None) -> str | None:
+        """The name of a signal that some rank received, or None; the same on all ranks, which must all ask.
+
+        told: the largest `received` of all ranks, where they have told each other.
+        """
+        number = int(self.world.max([float(self.received)])[0] if told is None else told)
         return signal.Signals(number).name if number else None

@@ -1,23 +1,26 @@
 """The contrastive step: plan, encode, gather, loss, backward. The batch belongs to the job, not to the rank.
 
-Shapes: N queries, T texts, M = T - N documents, n_r texts of rank r, D dimensions, W ranks.
+The host waits for the device once, between loss and backward, when the ranks tell each other their shares.
+
+Shapes: N queries, T uses of texts, U distinct texts, n_r texts of rank r, D dimensions, W ranks.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_embed.data.batch import GlobalBatch, collate
-from ds_embed.data.order import key_of
-from ds_embed.data.plan import Plan, plan_micro_batches
+from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import World
-from ds_embed.losses import LossOptions, LossResult, contrastive_loss
+from ds_embed.losses import LossOptions, LossResult, Sums, contrastive_loss
 from ds_embed.models.encoder import learned_temperature
 from ds_embed.settings import StepArguments
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
+from ds_embed.training.inputs import MicroBatch, StepInputs, prepare_inputs
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class StepResult:
     margin: float  # mean of the positive's cosine less that of the highest-scored negative, where there is one
     temperature: float  # that the loss was computed with
     grad_log_scale: float  # of the loss by log(1 / temperature)
-    num_tokens: int
+    num_tokens: int  # of the T uses
+    num_tokens_encoded: int  # of the U distinct texts
     padding_share: float
+    told: tuple[float, ...] = ()  # the largest over the ranks of what each gave to run()
 
     @property
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(torch.tensor(self.loss)))
+        return math.isfinite(self.loss)
 
 
 class ContrastiveStep:
@@ -53,118 +58,119 @@ class ContrastiveStep:
         # an average again changes nothing, so the sum over micro-batches comes out right.
         self.has_boundary = engine.zero_optimization_stage() > 0
 
-    def run(self, batch: GlobalBatch) -> StepResult:
-        """Encode the batch, compute its loss and, when that is finite, its gradient."""
-        plan = plan_micro_batches(batch.lengths, self.arguments.micro_batch_tokens, self.world.size)
-        inputs = [self._inputs(batch, texts) for texts in plan.micro_batches[self.world.rank]]
-        keep_graphs, last = not self.arguments.grad_cache, len(inputs) - 1
+    def prepare(self, batch: GlobalBatch) -> StepInputs:
+        """Move 1, the plan, and the texts on this rank's device. It may run in a thread."""
+        return prepare_inputs(batch, self.store, self.world, self.arguments.micro_batch_tokens, self.seed)
+
+    def run(self, inputs: StepInputs, tell: Sequence[float] = ()) -> StepResult:
+        """Encode the batch, compute its loss and, when that is finite, its gradient.
+
+        tell: numbers of this rank whose largest over all ranks the result holds, at no cost.
+        """
+        micro_batches, keep_graphs = inputs.micro_batches, not self.arguments.grad_cache
         self.world.mark("encode")
         outputs = []
-        for number, item in enumerate(inputs):
+        for micro_batch in micro_batches:
             # grad_cache holds one graph at a time; that of the last micro-batch needs no second pass.
-            with torch.set_grad_enabled(keep_graphs or number == last):
-                outputs.append(self._encode(batch, number, item))
+            with torch.set_grad_enabled(keep_graphs or micro_batch is micro_batches[-1]):
+                outputs.append(self._encode(micro_batch))
         self.world.mark("gather")
-        table = self._gather([vectors.detach() for vectors, _ in outputs], plan)
-        temperature = self._temperature(outputs[0][1])
+        table = self._gather([vectors.detach() for vectors, _ in outputs], inputs)
         self.world.mark("loss")
-        loss = self._loss(table, batch, temperature)
-        result = self._summarise(loss, plan, batch, temperature)
+        temperature = self._temperature(table, outputs[0][1])
+        loss = self._loss(table, inputs, temperature)
+        result = self._summarise(loss, inputs, temperature, tell)
         if result.is_finite:
             self.world.mark("backward")
-            rows = self._own_gradients(loss.gradient, plan)
+            rows = self._own_gradients(loss.gradient, inputs)
             # The last micro-batch carries the gradient of a learned temperature, the others a zero.
-            on_scale = [0.0] * (len(inputs) - 1) + [_temperature_gradient(result)]
+            on_scale = [0.0] * (len(micro_batches) - 1) + [_temperature_gradient(result)]
             if keep_graphs:
                 self._backward_kept(outputs, rows, on_scale)
             else:
-                self._backward_again(batch, inputs, outputs, rows, on_scale)
+                self._backward_again(micro_batches, outputs, rows, on_scale)
         return result
 
-    def evaluate(self, batch: GlobalBatch, first_query: int) -> tuple[float, float]:
+    def evaluate(self, inputs: StepInputs, first_query: int) -> tuple[float, float]:
         """The sum of the losses of queries first_query .. N, and how many of them have their positive first.
 
         No gradient is computed into the engine, which the caller puts into evaluation mode. Same on every rank.
         """
-        plan = plan_micro_batches(batch.lengths, self.arguments.micro_batch_tokens, self.world.size)
-        micro_batches = enumerate(plan.micro_batches[self.world.rank])
         with torch.no_grad():
-            outputs = [self._encode(batch, number, self._inputs(batch, texts)) for number, texts in micro_batches]
-        table = self._gather([vectors for vectors, _ in outputs], plan)
-        loss, _, correct, *_ = self._sums(self._loss(table, batch, self._temperature(outputs[0][1]), first_query))
-        return loss * batch.num_queries, correct
+            outputs = [self._encode(micro_batch) for micro_batch in inputs.micro_batches]
+        table = self._gather([vectors for vectors, _ in outputs], inputs)
+        loss = self._loss(table, inputs, self._temperature(table, outputs[0][1]), first_query)
+        sums = Sums(*map(sum, zip(*self._tell_all(torch.stack(loss.sums)))))
+        return sums.loss * inputs.batch.num_queries, sums.num_correct
 
-    def _inputs(self, batch: GlobalBatch, texts) -> tuple[Tensor, Tensor, bool, int]:
-        """Token ids, lengths, whether there is padding, and the number of real texts (0: a dummy)."""
-        ids, lengths = collate(self.store, batch.texts[texts])
-        has_padding = bool(lengths.min() < ids.shape[1])
-        device = self.world.device
-        return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device), has_padding, len(texts)
-
-    def _encode(self, batch: GlobalBatch, number: int, item) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Embeddings (b, D) of one micro-batch, and the parameter of a learned temperature."""
-        ids, lengths, has_padding, num_texts = item
-        # Dropout is a pure function of (seed, step, rank, micro-batch): the second pass of grad_cache
-        # draws what the first drew, and a resumed run what the interrupted one would have drawn.
-        key = key_of(self.seed, batch.first_sample, self.world.rank, number)
-        torch.manual_seed(int(key) % 2**63)
-        outputs = self.engine(ids, lengths, has_padding)
+        torch.manual_seed(micro_batch.noise_seed)
+        outputs = self.engine(micro_batch.ids, micro_batch.lengths, micro_batch.has_padding)
         vectors, change = outputs if self.arguments.learnable_temperature else (outputs, None)
-        return vectors[: max(1, num_texts)], change
+        return vectors[: max(1, micro_batch.num_texts)], change
 
-    def _temperature(self, log_scale_change: Tensor | None) -> float:
+    def _temperature(self, table: Tensor, log_scale_change: Tensor | None) -> Tensor:
+        """The temperature (), on the table's device."""
         initial = self.arguments.temperature
-        return initial if log_scale_change is None else learned_temperature(initial, log_scale_change.item())
+        if log_scale_change is None:
+            return torch.full((), initial, dtype=torch.float64, device=table.device)
+        return learned_temperature(initial, log_scale_change.detach().squeeze())
 
-    def _gather(self, own: list[Tensor], plan: Plan) -> Tensor:
-        """The table (T, D) of all embeddings in batch order, on every rank."""
-        texts = plan.micro_batches[self.world.rank]
-        rows = torch.cat([e[: len(t)] for e, t in zip(own, texts)])
-        gathered = self.world.all_gather_rows(rows, plan.rank_counts())
-        order = torch.from_numpy(plan.rank_order()).to(gathered.device)
-        table = torch.empty_like(gathered)
-        table[order] = gathered
-        return table
+    def _gather(self, own: list[Tensor], inputs: StepInputs) -> Tensor:
+        """The table (U, D) of the embeddings of all distinct texts, in batch order, on every rank."""
+        rows = torch.cat([vectors[: m.num_texts] for vectors, m in zip(own, inputs.micro_batches)])
+        gathered = self.world.all_gather_rows(rows, inputs.plan.rank_counts())
+        return torch.empty_like(gathered).index_copy_(0, inputs.rank_order, gathered)
 
-    def _loss(self, table: Tensor, batch: GlobalBatch, temperature: float, first_query: int = 0) -> LossResult:
+    def _loss(self, table: Tensor, inputs: StepInputs, temperature: Tensor, first_query: int = 0) -> LossResult:
         """The part of this rank's share of queries first_query .. N (and of their positives) in the loss."""
-        num_queries, num_ranks = batch.num_queries - first_query, self.world.size
+        batch_queries, rank, num_ranks = inputs.batch.num_queries, self.world.rank, self.world.size
+        num_queries = batch_queries - first_query
         return contrastive_loss(
             table,
-            torch.from_numpy(batch.document_keys).to(table.device),
-            torch.from_numpy(batch.own_negatives).to(table.device),
-            num_queries=batch.num_queries,
-            first_query=first_query + num_queries * self.world.rank // num_ranks,
-            last_query=first_query + num_queries * (self.world.rank + 1) // num_ranks,
+            inputs.document_keys,
+            inputs.own_negatives,
+            num_queries=batch_queries,
+            first_query=first_query + num_queries * rank // num_ranks,
+            last_query=first_query + num_queries * (rank + 1) // num_ranks,
             temperature=temperature,
             options=self.options,
-            teacher_scores=torch.from_numpy(batch.teacher_scores).to(table.device),
-            positive_pairs=torch.from_numpy(batch.positive_pairs).to(table.device),
+            rows=inputs.rows,
+            teacher_scores=inputs.teacher_scores,
+            positive_pairs=inputs.positive_pairs,
         )
 
-    def _summarise(self, loss: LossResult, plan: Plan, batch: GlobalBatch, temperature: float) -> StepResult:
-        total, on_log_scale, correct, positive, negative, with_negatives, margin = self._sums(loss)
-        return StepResult(
-            loss=total,
-            accuracy=correct / batch.num_queries,
-            positive_similarity=positive / batch.num_queries,
-            negative_similarity=negative / max(1.0, with_negatives),
-            margin=margin / max(1.0, with_negatives),
-            temperature=temperature,
-            grad_log_scale=on_log_scale,
-            num_tokens=plan.num_tokens,
-            padding_share=plan.padding_share,
-        )
+    def _tell_all(self, values: Tensor) -> list[list[float]]:
+        """The values (k,) of every rank, in float64 and the same order everywhere: ranks agree to the bit."""
+        return self.world.all_gather_rows(values.double()[None], [1] * self.world.size).tolist()
 
-    def _sums(self, loss: LossResult) -> list[float]:
+    def _summarise(
+        self, loss: LossResult, inputs: StepInputs, temperature: Tensor, tell: Sequence[float]
+    ) -> StepResult:
         """Add up the ranks' shares, so that all ranks know (and agree on) the loss of the batch."""
-        return self.world.sum(torch.stack(loss.sums.values()).double().tolist())
+        own = torch.stack([value.double() for value in (*loss.sums, temperature)])
+        all_told = self._tell_all(torch.cat([own, torch.tensor(tell, dtype=own.dtype, device=own.device)]))
+        sums = Sums(*map(sum, list(zip(*all_told))[: len(Sums._fields)]))
+        queries, with_negatives = inputs.batch.num_queries, max(1.0, sums.num_with_negatives)
+        return StepResult(
+            loss=sums.loss,
+            accuracy=sums.num_correct / queries,
+            positive_similarity=sums.positive_similarity / queries,
+            negative_similarity=sums.negative_similarity / with_negatives,
+            margin=sums.margin / with_negatives,
+            temperature=all_told[0][len(Sums._fields)],
+            grad_log_scale=sums.grad_log_scale,
+            num_tokens=inputs.batch.num_tokens_named,
+            num_tokens_encoded=inputs.plan.num_tokens,
+            padding_share=inputs.plan.padding_share,
+            told=tuple(map(max, list(zip(*all_told))[len(Sums._fields) + 1 :])),
+        )
 
-    def _own_gradients(self, gradient: Tensor, plan: Plan) -> list[Tensor]:
+    def _own_gradients(self, gradient: Tensor, inputs: StepInputs) -> list[Tensor]:
         """Gradient of the batch loss by this rank's embeddings, micro-batch by micro-batch."""
-        order = torch.from_numpy(plan.rank_order()).to(gradient.device)
-        rows = self.world.reduce_scatter_rows(gradient[order], plan.rank_counts())
-        return list(rows.split([len(texts) for texts in plan.micro_batches[self.world.rank]]))
+        rows = self.world.reduce_scatter_rows(gradient[inputs.rank_order], inputs.plan.rank_counts())
+        return list(rows.split([micro_batch.num_texts for micro_batch in inputs.micro_batches]))
 
     def _surrogate(self, outputs: tuple[Tensor, Tensor | None], gradient: Tensor, on_scale: float) -> Tensor:
         """A scalar whose gradient by the embeddings is `gradient` times W: DeepSpeed divides by W.
@@ -187,14 +193,14 @@ class ContrastiveStep:
         self.engine.backward(total, scale_wrt_gas=False)
 
     def _backward_again(
-        self, batch: GlobalBatch, inputs: list, outputs: list, gradients: list[Tensor], on_scale: list[float]
+        self, micro_batches: list[MicroBatch], outputs: list, gradients: list[Tensor], on_scale: list[float]
     ) -> None:
         """The last micro-batch first, which has its graph; then the others, each encoded again."""
-        numbers = [len(inputs) - 1, *range(len(inputs) - 1)]
+        numbers = [len(outputs) - 1, *range(len(outputs) - 1)]
         for number in numbers:
             if self.has_boundary:
                 self.engine.set_gradient_accumulation_boundary(number == numbers[-1])
-            output = outputs.pop() if number == numbers[0] else self._encode(batch, number, inputs[number])
+            output = outputs.pop() if number == numbers[0] else self._encode(micro_batches[number])
             self.engine.backward(self._surrogate(output, gradients[number], on_scale[number]), scale_wrt_gas=False)
             del output  # its graph, before the next one grows
 

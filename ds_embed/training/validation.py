@@ -6,6 +6,7 @@ that step. All ranks make the same forward passes; rank 0 searches and measures,
 Shapes: R held-out records, N queries of a batch.
 """
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_embed.data.ahead import made_ahead
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.order import sample_records
 from ds_embed.data.store import TextStore, TrainingStore
@@ -177,10 +179,12 @@ class Validation:
         """Mean over all records of the loss, and of whether the positive is first, each in a batch like training's."""
         contrastive = ContrastiveStep(engine, self.store, self.world, self.step, self.seed)
         total = correct = 0.0
-        for batch, first_query in self._batches():
-            _leave_if_asked(stop)
-            batch_loss, batch_correct = contrastive.evaluate(batch, first_query)
-            total, correct = total + batch_loss, correct + batch_correct
+        inputs = made_ahead(lambda item: (contrastive.prepare(item[0]), item[1]), self._batches())
+        with contextlib.closing(inputs):
+            for step_inputs, first_query in inputs:
+                _leave_if_asked(stop)
+                batch_loss, batch_correct = contrastive.evaluate(step_inputs, first_query)
+                total, correct = total + batch_loss, correct + batch_correct
         return {"val_loss": total / self.store.num_records, "val_accuracy": correct / self.store.num_records}
 
     def _batches(self) -> Iterator[tuple[GlobalBatch, int]]:

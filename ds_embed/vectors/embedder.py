@@ -166,7 +166,8 @@ class Embedder:
         return rows
 
     def _forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
-        ids, lengths = pad(tokens)
+        lengths = np.array([len(ids) for ids in tokens])
+        ids = pad(np.concatenate(tokens), lengths)
         device = next(self.encoder.parameters()).device
         with torch.inference_mode():
             inputs = torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)

@@ -64,7 +64,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
     if case.get("scale"):  # a deliberate error, to see the contract test notice
         surrogate = step._surrogate
         step._surrogate = lambda *parts: surrogate(*parts) * case["scale"]
-    result = step.run(batch)
+    result = step.run(step.prepare(batch))
     from deepspeed.utils import safe_get_full_grad
 
     gradients = {}

@@ -68,7 +68,10 @@ class CrossEncoder:
             )
         return scores
 
-    def _score_block(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
+    def _score_block(self, uses: list[tuple[str, str]]) -> torch.Tensor:
+        """Scores (p,) of pairs; each pair is read once, however often it stands there."""
+        place = {pair: number for number, pair in enumerate(dict.fromkeys(uses))}
+        pairs = list(place)
         encoded = self._tokenizer(
             [query for query, _ in pairs],
             [document for _, document in pairs],
@@ -85,6 +88,7 @@ class CrossEncoder:
             scores[torch.from_numpy(batch).to(scores.device)] = logits[:, -1] - (
                 logits[:, 0] if logits.shape[1] == 2 else 0
             )
+        scores = scores[[place[pair] for pair in uses]]
         return scores.sigmoid() if self._probability else scores
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ds_embed.data.batch import assemble_batch
+from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import check_budget
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import choose_card, find_model, load_config, load_tokenizer
@@ -37,6 +37,7 @@ def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
     run.prepare()
     if not run.world.is_main:
         return
+    batch = run.batch(0)
     job = Job(
         run.model,
         run.lora,
@@ -46,8 +47,8 @@ def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
         config=run.config,
         card=run.card,
         longest_text=int(np.max(run.store.lengths)),
-        lengths=run.batch(0).lengths,
-        lengths_from="the first batch",
+        lengths=batch.lengths,
+        lengths_from=f"the first batch, {_named(batch)}",
         max_steps=run.max_steps,
         num_ranks=run.world.size,
         ranks_per_node=run.world.local_size,
@@ -81,15 +82,16 @@ def job_to_size(
         tokenizer = load_tokenizer(source, model.trust_remote_code)
         store = prepare_store(world, data.train_files, data, step, tokenizer, file_formats(data, card))
         order = sample_order(store, data, step, run.seed)
-        lengths = assemble_batch(
+        batch = assemble_batch(
             store,
             order,
             first_sample=0,
             num_queries=step.global_batch_size,
             hard_negatives=data.hard_negatives,
             hard_negatives_sampling=data.hard_negatives_sampling,
-        ).lengths
-        lengths_from, num_records = "the first batch of train_files", store.num_records
+        )
+        lengths, num_records = batch.lengths, store.num_records
+        lengths_from = f"the first batch of train_files, {_named(batch)}"
         longest = int(np.max(store.lengths))
     else:
         query, document = (
@@ -120,6 +122,10 @@ def job_to_size(
         on_gpu=True,
         hardware=_with_memory(sizing, True, sizing.gpus_per_node),
     )
+
+
+def _named(batch: GlobalBatch) -> str:
+    return f"each text once of {len(batch.rows):,} with {batch.num_tokens_named:,} tokens"
 
 
 def _with_memory(hardware: HardwareArguments, on_gpu: bool, ranks_per_node: int) -> HardwareArguments:

@@ -1,0 +1,118 @@
+"""The terms of a loss, each a function of one Side: it adds its gradient to the side's and returns the Sums.
+
+Arguments that all share: scale is 1 / temperature, `weight` is that of the summed loss of the anchors. smoothing
+(Szegedy et al. 2016, sec. 7): the target is 1 - e on the positive, and e spread evenly over all candidates.
+margin: negatives whose cosine exceeds the positive's by more are left out; which these are counts as given, so no
+gradient runs through the choice.
+
+Shapes: n anchors, c candidates of a block, C candidates, K own negatives per anchor.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ds_embed.losses.sides import Side, Sums, finish_tile
+
+
+def softmax_loss(
+    side: Side, *, scale: float | Tensor, weight: float, smoothing: float, margin: float | None, tile_candidates: int
+) -> Sums:
+    """Cross entropy of each anchor's positive p among its negatives.
+
+    InfoNCE (van den Oord et al. 2018, eq. 4) with in-batch negatives (Karpukhin et al. 2020, eq. 2):
+        loss_i = log(exp(s_ip) + sum_j exp(s_ij)) - (1 - e) s_ip - e / C_i (s_ip + sum_j s_ij),
+        s_ij = a_i . c_j * scale
+    The scores of all candidates never exist at once: they are computed again for the gradient.
+    """
+    positive = side.positive_scores(scale)
+    ceiling = None if margin is None else positive + margin * scale
+    shared = side.shared_blocks(tile_candidates)
+    blocks = [*shared, side.own_block()] if side.own.shape[1] else shared
+    keeps = len(shared) <= 1  # then the first pass's scores are all there is, and serve the second
+
+    log_sum = torch.full_like(positive, -torch.inf)
+    highest = torch.full_like(positive, -torch.inf)
+    excess = torch.zeros_like(positive)  # sum over negatives of s_ij - s_ip
+    num_candidates = torch.ones_like(positive)
+    kept = []
+    for block in blocks:
+        scores = block.scores(scale, ceiling)
+        highest = torch.maximum(highest, scores.amax(1))
+        log_sum = torch.logaddexp(log_sum, torch.logsumexp(scores, 1))
+        if smoothing:
+            excess += (scores - positive[:, None]).masked_fill(_masked(scores), 0.0).sum(1)
+            num_candidates += (~_masked(scores)).sum(1)
+        kept.append(scores if keeps else None)
+
+    loss = softplus(log_sum - positive) - smoothing * excess / num_candidates
+    # d loss / d score; the scale turns it into d loss / d cosine.
+    factor = weight * scale
+    share = smoothing / num_candidates
+    grad_anchors = torch.zeros_like(side.anchors)
+    on_positive = smoothing - share - torch.sigmoid(log_sum - positive)
+    side.add_positive_gradient(on_positive * factor, grad_anchors)
+    log_total = torch.logaddexp(log_sum, positive)[:, None]
+    for block, scores in zip(blocks, kept):
+        scores = block.scores(scale, ceiling) if scores is None else scores
+        masked = _masked(scores) if smoothing else None
+        on_scores = scores.sub_(log_total).exp_()
+        if smoothing:
+            on_scores.sub_(share[:, None]).masked_fill_(masked, 0.0)
+        block.add_gradient(on_scores.mul_(factor), grad_anchors)
+    return finish_tile(side, loss.sum() * weight, grad_anchors, positive, highest, scale)
+
+
+def pair_loss(side: Side, *, scale: float | Tensor, weight: float, smoothing: float, margin: float | None) -> Sums:
+    """Two-way softmax of the positive against each own negative: RankNet (Burges et al. 2005, eq. 3), target 1 - e / 2.
+
+        loss_i = 1 / K sum_k log(1 + exp(s_ik - s_ip))
+
+    A negative that is left out counts as a pair without loss.
+    """
+    positive = side.positive_scores(scale)
+    own = side.own_block()
+    scores = own.scores(scale, None if margin is None else positive + margin * scale)
+    difference = scores - positive[:, None]  # (n, K)
+    masked = _masked(difference)
+    num_own = scores.shape[1]
+    loss = softplus(difference) - smoothing / 2 * difference.masked_fill(masked, 0.0)
+    on_scores = (torch.sigmoid(difference) - smoothing / 2).masked_fill(masked, 0.0) * (weight * scale / num_own)
+    grad_anchors = torch.zeros_like(side.anchors)
+    side.add_positive_gradient(-on_scores.sum(1), grad_anchors)
+    own.add_gradient(on_scores, grad_anchors)
+    total = loss.sum() * (weight / num_own)
+    return finish_tile(side, total, grad_anchors, positive, scores.amax(1), scale)
+
+
+def distillation_loss(
+    side: Side, teacher_scores: Tensor, *, scale: float | Tensor, weight: float, teacher_temperature: float
+) -> Sums:
+    """Learning a teacher's ranking of each anchor's positive and own negatives.
+
+    The Kullback-Leibler divergence of the student's distribution from the teacher's (Hinton et al. 2015, sec. 2;
+    for retrieval, Izacard and Grave 2021, eq. 3):
+        loss_i = sum_j t_ij (log t_ij - log p_ij),   t_i = softmax(teacher scores / T),   p_i = softmax(s_i)
+    teacher_scores (C,) are those of the candidates, each for its own anchor. Negatives equal to the positive are
+    left out of both distributions.
+    """
+    assert side.own.shape[1] > 0, "distillation compares own negatives"
+    positive = side.positive_scores(scale)
+    own = side.own_block()
+    scores = own.scores(scale, None)
+    student = torch.cat([positive[:, None], scores], 1)  # (n, 1 + K)
+    masked = _masked(student)
+    teacher = torch.cat([teacher_scores[side.positives][:, None], teacher_scores[side.own]], 1)
+    log_teacher = torch.log_softmax((teacher / teacher_temperature).masked_fill(masked, -torch.inf), 1)
+    log_student = torch.log_softmax(student, 1)
+    target = log_teacher.exp()
+    loss = (target * (log_teacher - log_student).masked_fill(masked, 0.0)).sum() * weight
+    on_scores = (log_student.exp() - target) * (weight * scale)
+    grad_anchors = torch.zeros_like(side.anchors)
+    side.add_positive_gradient(on_scores[:, 0], grad_anchors)
+    own.add_gradient(on_scores[:, 1:], grad_anchors)
+    return finish_tile(side, loss, grad_anchors, positive, scores.amax(1), scale)
+
+
+def _masked(scores: Tensor) -> Tensor:
+    return scores == -torch.inf

@@ -1,0 +1,76 @@
+"""What a step computes with, ready on the rank's device. It is made while the step before is being computed.
+
+Shapes: U distinct texts of the global batch, T uses of them, b texts of a micro-batch, S tokens, M documents.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_embed.data.batch import GlobalBatch, collate
+from ds_embed.data.order import key_of
+from ds_embed.data.plan import Plan, plan_micro_batches
+from ds_embed.data.store import TrainingStore
+from ds_embed.job.ranks import World
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The texts of one forward pass."""
+
+    ids: Tensor  # (b, S)
+    lengths: Tensor  # (b,)
+    has_padding: bool
+    num_texts: int  # 0: a dummy text stands in, so that all ranks make the same passes
+    noise_seed: int  # of dropout
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A global batch and this rank's share of its texts."""
+
+    batch: GlobalBatch
+    plan: Plan
+    micro_batches: list[MicroBatch]  # this rank's
+    rank_order: Tensor  # (U,) texts in the order in which the ranks hold them
+    rows: Tensor | None  # (T,); None where U is T
+    document_keys: Tensor  # (M, J)
+    own_negatives: Tensor  # (N, K)
+    positive_pairs: Tensor  # (P, 2)
+    teacher_scores: Tensor  # (M,)
+
+
+def prepare_inputs(
+    batch: GlobalBatch, store: TrainingStore, world: World, micro_batch_tokens: int, seed: int
+) -> StepInputs:
+    """Plan the batch, and put what this rank needs of it on its device. Enters no collective: it runs in a thread."""
+    is_cuda = world.device.type == "cuda"
+
+    def put(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(world.device, non_blocking=True) if is_cuda else tensor.to(world.device)
+
+    def micro_batch(number: int, chosen: np.ndarray) -> MicroBatch:
+        ids, lengths = collate(store, batch.texts[chosen])
+        # Dropout is a pure function of (seed, step, rank, micro-batch): the second pass of grad_cache
+        # draws what the first drew, and a resumed run what the interrupted one would have drawn.
+        noise_seed = int(key_of(seed, batch.first_sample, world.rank, number)) % 2**63
+        return MicroBatch(put(ids), put(lengths), bool(lengths.min() < ids.shape[1]), len(chosen), noise_seed)
+
+    # A new thread's current device is the first one, whichever this rank's is.
+    with torch.cuda.device(world.device) if is_cuda else contextlib.nullcontext():
+        plan = plan_micro_batches(batch.lengths, micro_batch_tokens, world.size)
+        return StepInputs(
+            batch,
+            plan,
+            [micro_batch(number, chosen) for number, chosen in enumerate(plan.micro_batches[world.rank])],
+            put(plan.rank_order()),
+            put(batch.rows) if len(batch.rows) > len(batch.texts) else None,
+            put(batch.document_keys),
+            put(batch.own_negatives),
+            put(batch.positive_pairs),
+            put(batch.teacher_scores),
+        )
