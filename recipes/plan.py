@@ -25,8 +25,7 @@ from ds_embed.settings import (
     parse_arguments,
 )
 from ds_embed.settings.errors import UserError
-from ds_embed.tools.plan.dry_run import job_to_size
-from ds_embed.tools.plan.job import table
+from ds_embed.tools.plan.job import job_to_size, table
 
 
 def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:

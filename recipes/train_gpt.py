@@ -6,7 +6,7 @@
 
 from ds_embed.job.ranks import initialize, run_recipe
 from ds_embed.settings import TRAINING_ARGUMENTS, DryRunArguments, parse_arguments
-from ds_embed.tools.plan.dry_run import print_dry_run
+from ds_embed.tools.plan.job import print_dry_run
 from ds_embed.training.loop import TrainingRun
 
 

@@ -19,7 +19,7 @@ class HardwareArguments:
         default=None,
     )
     gpu_tflops: float = setting("peak of one GPU in 10^12 FLOP/s, dense, in the precision used", default=989.0)
-    efficiency: float = setting("share of gpu_tflops that is reached, in (0, 1]", default=0.5)
+    efficiency: float = setting("share of gpu_tflops that is reached, in (0, 1]", default=0.41)
     node_gb_per_second: float = setting("10^9 bytes per second from one GPU to others of its node", default=450.0)
     network_gb_per_second: float = setting("10^9 bytes per second from one node to others, all its cards", default=50.0)
 

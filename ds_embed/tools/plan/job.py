@@ -1,29 +1,51 @@
-"""A job to size: its model, its texts, its ranks; and the table that says what it will take."""
+"""A job to plan, as it would start or only thought of; and the table that says what it will take."""
 
+import logging
+import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ds_embed.data.plan import plan_micro_batches
+from ds_embed.data.batch import GlobalBatch, assemble_batch
+from ds_embed.data.plan import Plan, check_budget, plan_micro_batches
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.settings import HardwareArguments, LoraArguments, ModelArguments, RunArguments, StepArguments
-from ds_embed.tools.plan.estimate import StepTime, payloads, rank_flops, step_shape, step_time
-from ds_embed.tools.plan.measure import ModelCost, measure_model
-from ds_embed.tools.plan.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Memory, Zero, rank_memory
-
-DEFAULT_GPU_GIB = 80.0
-PARTS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "gathered weights",
-    "buckets",
-    "embeddings",
-    "loss tiles",
-    "context",
+from ds_embed.models.loading import choose_card, find_model, load_config, load_tokenizer
+from ds_embed.models.lora import resolve_lora
+from ds_embed.settings import (
+    DataArguments,
+    DryRunArguments,
+    HardwareArguments,
+    LoraArguments,
+    ModelArguments,
+    OptimizerArguments,
+    RunArguments,
+    SizingArguments,
+    StepArguments,
+    resolve_deepspeed_config,
 )
+from ds_embed.tools.plan.measure import ModelCost, measure_model
+from ds_embed.tools.plan.ranks import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    GIB,
+    Memory,
+    StepShape,
+    Zero,
+    payloads,
+    rank_flops,
+    rank_memory,
+    sending,
+)
+from ds_embed.training.loop import TrainingRun
+from ds_embed.training.prepare import file_formats, prepare_store, sample_order
+from ds_embed.training.schedule import count_steps
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_GPU_GIB = 80.0
 
 
 @dataclass(frozen=True)
@@ -46,59 +68,169 @@ class Job:
     on_gpu: bool
     hardware: HardwareArguments
 
-
-class Sizing:
-    """The counts of a job, and what follows from them for any ZeRO stage."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.cost: ModelCost = measure_model(
-            job.config,
-            job.card,
-            job.model,
-            job.lora,
-            bf16=job.run.bf16,
-            gradient_checkpointing=job.step.gradient_checkpointing,
-            learnable_temperature=job.step.learnable_temperature,
-            num_tokens=job.longest_text,
-            on_gpu=job.on_gpu,
+    @cached_property
+    def cost(self) -> ModelCost:
+        return measure_model(
+            self.config,
+            self.card,
+            self.model,
+            self.lora,
+            bf16=self.run.bf16,
+            gradient_checkpointing=self.step.gradient_checkpointing,
+            learnable_temperature=self.step.learnable_temperature,
+            num_tokens=self.longest_text,
+            on_gpu=self.on_gpu,
         )
-        self.zero = Zero.of(job.deepspeed_config)
-        self.plan = plan_micro_batches(job.lengths, job.step.micro_batch_tokens, job.num_ranks)
-        self.shape = step_shape(self.plan, job.lengths, job.step.global_batch_size, job.step.grad_cache)
-        self.flops = rank_flops(self.cost, self.plan, job.lengths, job.step.grad_cache)
+
+    @cached_property
+    def zero(self) -> Zero:
+        return Zero.of(self.deepspeed_config)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_micro_batches(self.lengths, self.step.micro_batch_tokens, self.num_ranks)
+
+    @cached_property
+    def shape(self) -> StepShape:
+        width = 2 if self.run.bf16 else 4
+        return StepShape.of(self.plan, self.lengths, self.step.global_batch_size, self.step.grad_cache, width)
+
+    @cached_property
+    def flops(self) -> float:
+        """Of the slowest rank in a step."""
+        return rank_flops(self.cost, self.plan, self.lengths, self.step.grad_cache)
+
+    @property
+    def compute_seconds(self) -> float:
+        return self.flops / (self.hardware.gpu_tflops * 1e12 * self.hardware.efficiency)
+
+    @property
+    def available(self) -> float:
+        """Bytes of memory: where none is given, of the GPU here, or of a CPU rank its share of the machine's."""
+        import torch
+
+        if self.hardware.gpu_memory_gb is not None:
+            return self.hardware.gpu_memory_gb * GIB
+        if not self.on_gpu:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.ranks_per_node
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_properties(0).total_memory
+        return _DEFAULT_GPU_GIB * GIB
 
     def memory(self, zero: Zero, budget: int | None = None) -> Memory:
         """Of the rank with the most tokens. budget: another micro_batch_tokens than the job's."""
         shape = self.shape
         if budget is not None:
-            shape = replace(shape, micro_batch_tokens=budget, micro_batches=-(-shape.rank_tokens // budget))
+            shape = replace(shape, micro_batches=-(-shape.rank_tokens // budget))
         # Some step has a full micro-batch of the longest texts, whatever this one has.
-        most = -(-len(self.job.lengths) // self.job.num_ranks) * self.job.longest_text
-        shape = replace(shape, micro_batch_tokens=min(budget or self.job.step.micro_batch_tokens, most))
-        return rank_memory(
-            self.cost, zero, shape, bf16=self.job.run.bf16, num_ranks=self.job.num_ranks, on_gpu=self.job.on_gpu
-        )
+        most = -(-len(self.lengths) // self.num_ranks) * self.longest_text
+        shape = replace(shape, micro_batch_tokens=min(budget or self.step.micro_batch_tokens, most))
+        return rank_memory(self.cost, zero, shape, on_gpu=self.on_gpu)
 
-    def time(self, zero: Zero) -> StepTime:
-        checkpointing = self.job.step.gradient_checkpointing
-        payload = payloads(self.cost, zero, self.shape, bf16=self.job.run.bf16, gradient_checkpointing=checkpointing)
-        return step_time(
-            self.flops, payload, self.job.num_ranks, self.job.ranks_per_node, zero.group, self.job.hardware
-        )
+    def sending(self, zero: Zero) -> tuple[dict[str, float], float]:
+        """Bytes that a rank sends in a step, by what for, and seconds."""
+        moved = payloads(self.cost, zero, self.shape, self.step.gradient_checkpointing)
+        return sending(moved, self.num_ranks, self.ranks_per_node, zero.group, self.hardware)
 
     def largest_budget(self, zero: Zero, available: float) -> int | None:
         """The largest micro_batch_tokens that fits into `available` bytes, in longest texts; None if none does."""
-        unit = self.job.longest_text
+        unit = self.longest_text
         # A rank has no more texts than this; a larger budget changes nothing.
-        low, high = 0, max(1, -(-len(self.job.lengths) // self.job.num_ranks))
+        low, high = 0, max(1, -(-len(self.lengths) // self.num_ranks))
         while low < high:
             middle = (low + high + 1) // 2
-            if self.memory(zero, middle * unit).peak <= available:
-                low = middle
-            else:
-                high = middle - 1
+            fits = self.memory(zero, middle * unit).peak <= available
+            low, high = (middle, high) if fits else (low, middle - 1)
         return low * unit or None
+
+
+def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
+    """Say what a training run will take on the ranks that the launcher started; rank 0 prints. Every rank calls it."""
+    run.prepare()
+    if not run.world.is_main:
+        return
+    batch = run.batch(0)
+    job = Job(
+        run.model,
+        run.lora,
+        run.step_arguments,
+        run.run,
+        run.deepspeed_config,
+        config=run.config,
+        card=run.card,
+        longest_text=int(np.max(run.store.lengths)),
+        lengths=batch.lengths,
+        lengths_from=f"the first batch, {_named(batch)}",
+        max_steps=run.max_steps,
+        num_ranks=run.world.size,
+        ranks_per_node=run.world.local_size,
+        on_gpu=run.world.device.type == "cuda",
+        hardware=arguments,
+    )
+    logger.info("%s\n\ndry run: nothing was loaded, nothing written to %s", table(job), run.run.output_dir)
+
+
+def job_to_size(
+    world: World,
+    model: ModelArguments,
+    lora: LoraArguments,
+    data: DataArguments,
+    step: StepArguments,
+    optimizer: OptimizerArguments,
+    run: RunArguments,
+    sizing: SizingArguments,
+) -> Job:
+    """A job on GPUs that need not be here. Only the model's config is read, and train_files where there are any."""
+    deepspeed_config = resolve_deepspeed_config(
+        run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=sizing.num_gpus
+    )
+    source = find_model(model.model_name_or_path, model.adapter_path)
+    config = load_config(source, model.trust_remote_code)
+    lora = resolve_lora(lora, source, config, model.trust_remote_code)
+    card = choose_card(source, data, model)
+    num_records, queries = sizing.num_records, step.global_batch_size
+    if data.train_files:
+        tokenizer = load_tokenizer(source, model.trust_remote_code)
+        store = prepare_store(world, data.train_files, data, step, tokenizer, file_formats(data, card))
+        order = sample_order(store, data, step, run.seed)
+        batch = assemble_batch(
+            store,
+            order,
+            first_sample=0,
+            num_queries=queries,
+            hard_negatives=data.hard_negatives,
+            hard_negatives_sampling=data.hard_negatives_sampling,
+        )
+        lengths, lengths_from = batch.lengths, f"the first batch of train_files, {_named(batch)}"
+        longest, num_records = int(np.max(store.lengths)), store.num_records
+    else:
+        query = min(sizing.mean_query_tokens, card.query_max_length)
+        document = min(sizing.mean_doc_tokens, card.doc_max_length)
+        lengths = np.repeat([query, document], [queries, queries * (1 + data.hard_negatives)])
+        lengths_from = f"assumed: {query} tokens a query, {document} a document"
+        longest = max(card.query_max_length, card.doc_max_length)
+    check_budget(longest, step.micro_batch_tokens)
+    return Job(
+        model,
+        lora,
+        step,
+        run,
+        deepspeed_config,
+        config=config,
+        card=card,
+        longest_text=longest,
+        lengths=lengths,
+        lengths_from=lengths_from,
+        max_steps=optimizer.max_steps if num_records is None else count_steps(num_records, queries, optimizer),
+        num_ranks=sizing.num_gpus,
+        ranks_per_node=min(sizing.num_gpus, sizing.gpus_per_node),
+        on_gpu=True,
+        hardware=sizing,
+    )
+
+
+def _named(batch: GlobalBatch) -> str:
+    return f"each text once of {len(batch.rows):,} with {batch.num_tokens_named:,} tokens"
 
 
 def choices(zero: Zero) -> list[Zero]:
@@ -112,73 +244,45 @@ def choices(zero: Zero) -> list[Zero]:
 
 def table(job: Job) -> str:
     """What the job takes, as lines of text."""
-    sizing = Sizing(job)
-    zero, memory = sizing.zero, sizing.memory(sizing.zero)
-    available = (job.hardware.gpu_memory_gb or DEFAULT_GPU_GIB) * GIB
-    unit = "GPU" if job.on_gpu else "rank"
-    lines = _heading(job, sizing)
-    lines += ["", f"Memory of a {unit} in GiB, by phase of a step ({memory.peak_phase} is the peak)", ""]
-    lines += _by_part(memory.phases)
-    stages = [other for other in choices(zero) if other.stage != zero.stage and not other.offload_optimizer]
-    peaks = {"yours": memory} | {other.name: sizing.memory(other) for other in stages}
-    lines += ["", "At the peak of each stage", ""]
-    lines += _by_part({name: found.phases[found.peak_phase] for name, found in peaks.items()})
-    lines += ["", f"{'choice':42}{'GiB':>8}{'CPU GiB':>9}{'fits':>6}{'micro_batch_tokens':>20}{'s/step':>9}", ""]
-    for number, other in enumerate(choices(zero)):
-        found, budget = sizing.memory(other), sizing.largest_budget(other, available)
-        lines.append(
-            f"{other.name + (' (yours)' if number == 0 else ''):42}{found.peak / GIB:8.2f}{found.cpu / GIB:9.2f}"
-            f"{'yes' if found.peak <= available else 'no':>6}{f'{budget:,}' if budget else 'none fits':>20}"
-            f"{sizing.time(other).seconds:9.2f}"
-        )
-    lines += ["", f"fits: in {available / GIB:.1f} GiB. micro_batch_tokens: the largest that fits."]
-    return "\n".join(lines + _time_lines(job, sizing) + _assumptions(job, zero))
-
-
-def _by_part(columns: dict[str, dict[str, float]]) -> list[str]:
-    """A table in GiB of bytes by part, in named columns, with their sums."""
-    lines = [f"{'':18}" + "".join(f"{name:>11}" for name in columns)]
-    for part in PARTS:
-        values = [parts.get(part, 0.0) for parts in columns.values()]
-        if any(values):
-            lines.append(f"{part:18}" + "".join(f"{value / GIB:11.2f}" for value in values))
-    totals = [sum(parts.values()) for parts in columns.values()]
-    return [*lines, f"{'total':18}" + "".join(f"{value / GIB:11.2f}" for value in totals)]
-
-
-def _heading(job: Job, sizing: Sizing) -> list[str]:
-    plan, sizes, nodes = sizing.plan, sizing.cost.parameters, -(-job.num_ranks // job.ranks_per_node)
-    return [
-        f"weights        {sizes.num_trained:,} trained of {sizes.num_all:,}, {'bf16' if job.run.bf16 else 'fp32'}",
-        f"ranks          {job.num_ranks} on {nodes} node(s), {sizing.zero.name}, grad_cache {str(job.step.grad_cache).lower()}",
+    cost, zero, plan, hardware = job.cost, job.zero, job.plan, job.hardware
+    memory, (sent, seconds) = job.memory(zero), job.sending(zero)
+    lines = [
+        f"weights        {cost.num_trained:,} trained of {cost.num_all:,}, {'bf16' if job.run.bf16 else 'fp32'}",
+        f"ranks          {job.num_ranks} on {-(-job.num_ranks // job.ranks_per_node)} node(s), {zero.name}, grad_cache "
+        f"{str(job.step.grad_cache).lower()}",
         f"step           {job.step.global_batch_size:,} queries, {len(job.lengths):,} texts, {plan.num_tokens:,} tokens "
         f"({job.lengths_from})",
         f"micro-batches  {plan.num_micro_batches} per rank of at most {job.step.micro_batch_tokens:,} tokens, padding "
         f"{plan.padding_share:.1%}",
-    ]
-
-
-def _time_lines(job: Job, sizing: Sizing) -> list[str]:
-    time = sizing.time(sizing.zero)
-    sent = ", ".join(f"{name} {num_bytes / 1e9:.3g}" for name, num_bytes in time.wire_bytes.items() if num_bytes)
-    per_token = sizing.cost.flops("forward_flops", job.longest_text) / job.longest_text
-    lines = [
         "",
-        f"compute        {time.flops / 1e12:,.1f} TFLOP per rank and step: {time.compute_seconds:.2f} s",
-        f"between ranks  {sum(time.wire_bytes.values()) / 1e9:.3g} GB sent by a rank and step: {time.wire_seconds:.2f} s",
+        f"Memory of a {'GPU' if job.on_gpu else 'rank'} in GiB, by phase of a step ({memory.peak_phase} is the peak)",
+        "",
+        f"{'':18}" + "".join(f"{name:>11}" for name in memory.phases),
     ]
-    if sent:
-        lines.append(f"               GB: {sent}")
-    lines.append(f"forward        {per_token / 1e9:.2f} GFLOP per token in texts of {job.longest_text} tokens")
-    if job.max_steps is None:
-        hours = 1000 * time.seconds / 3600
-        return [*lines, f"1,000 steps    {hours:.2f} hours (--max_steps or --num_records give the whole run's)"]
-    return [*lines, f"{f'{job.max_steps:,} steps':15}{job.max_steps * time.seconds / 3600:.2f} hours"]
-
-
-def _assumptions(job: Job, zero: Zero) -> list[str]:
-    hardware = job.hardware
-    lines = [
+    totals = {"total": [sum(parts.values()) for parts in memory.phases.values()]}
+    names = dict.fromkeys(name for parts in memory.phases.values() for name in parts)
+    rows = {name: [parts.get(name, 0) for parts in memory.phases.values()] for name in names} | totals
+    lines += [f"{name:18}" + "".join(f"{v / GIB:11.2f}" for v in row) for name, row in rows.items() if any(row)]
+    lines += ["", f"{'choice':42}{'GiB':>8}{'CPU GiB':>9}{'fits':>6}{'micro_batch_tokens':>20}{'s/step':>9}", ""]
+    for number, other in enumerate(choices(zero)):
+        taken, budget = job.memory(other), job.largest_budget(other, job.available)
+        lines.append(
+            f"{other.name + (' (yours)' if number == 0 else ''):42}{taken.peak / GIB:8.2f}{taken.cpu / GIB:9.2f}"
+            f"{'yes' if taken.peak <= job.available else 'no':>6}{f'{budget:,}' if budget else 'none fits':>20}"
+            f"{job.compute_seconds + job.sending(other)[1]:9.2f}"
+        )
+    per_token = cost.flops("forward_flops", job.longest_text) / job.longest_text
+    hours = (job.max_steps or 1000) * (job.compute_seconds + seconds) / 3600
+    whole = "" if job.max_steps else " (--max_steps or --num_records give the whole run's)"
+    lines += [
+        "",
+        f"fits: in {job.available / GIB:.1f} GiB. micro_batch_tokens: the largest that fits.",
+        "",
+        f"compute        {job.flops / 1e12:,.1f} TFLOP per rank and step: {job.compute_seconds:.2f} s",
+        f"between ranks  {sum(sent.values()) / 1e9:.3g} GB sent by a rank and step: {seconds:.2f} s",
+        *[f"               {name}: {num_bytes / 1e9:.3g} GB" for name, num_bytes in sent.items() if num_bytes],
+        f"forward        {per_token / 1e9:.2f} GFLOP per token in texts of {job.longest_text} tokens",
+        f"{f'{job.max_steps or 1000:,} steps':15}{hours:.2f} hours{whole}",
         "",
         f"Assumed: {hardware.efficiency:.0%} of {hardware.gpu_tflops:g} TFLOP/s; {hardware.node_gb_per_second:g} GB/s "
         f"between GPUs of a node, {hardware.network_gb_per_second:g} GB/s between nodes; no overlap of the two.",
@@ -190,4 +294,4 @@ def _assumptions(job: Job, zero: Zero) -> list[str]:
         )
     if zero.offload_optimizer or zero.offload_param:
         lines.append("Not counted: the time of moving offloaded tensors and of AdamW on the CPU.")
-    return lines
+    return "\n".join(lines)

@@ -1,22 +1,21 @@
-"""What a model takes, from its config alone: its own code runs on tensors that have shapes and no data.
+"""What a model costs, measured: its own code runs forward and backward on tensors that have shapes and no data.
 
-So parameters, activations and FLOPs are counted, not estimated, for any architecture, attention kernel, LoRA
-and activation checkpointing. What a kernel takes inside itself is not seen.
+So no architecture, attention kernel, LoRA or checkpointing needs a formula. Tensors say they are on a CPU, where
+attention without a GPU can be called; its fused kernel keeps the same for the backward pass as the GPU's.
 
-Shapes: B texts, S tokens.
+Shapes: B texts, S tokens of the longest text.
 """
 
-import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import training_kernel, use_cpu_dropout
@@ -25,37 +24,15 @@ from ds_embed.models.loading import build_encoder
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import LoraArguments, ModelArguments
 
-# Attention on tensors that say they are on a CPU, which torch's registry of FLOPs lacks: where the queries stand among
-# the arguments. Two matrix products forward, and five backward, which computes the scores again.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 0,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,
-}
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Number of elements of each parameter."""
-
-    trained: tuple[int, ...]
-    frozen: tuple[int, ...]
-    buffer_bytes: int
-
-    @property
-    def num_trained(self) -> int:
-        return sum(self.trained)
-
-    @property
-    def num_frozen(self) -> int:
-        return sum(self.frozen)
-
-    @property
-    def num_all(self) -> int:
-        return self.num_trained + self.num_frozen
-
-    @property
-    def largest(self) -> int:
-        return max(self.trained + self.frozen)
+# Attention on tensors that say they are on a CPU, which torch's registry of FLOPs lacks.
+flop_registry.setdefault(
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    shape_wrapper(lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
+)
+flop_registry.setdefault(
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    shape_wrapper(lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)),
+)
 
 
 @dataclass(frozen=True)
@@ -72,12 +49,22 @@ class Pass:
 class ModelCost:
     """A model's parameters and what micro-batches of one length cost it."""
 
-    parameters: Parameters
+    trained: tuple[int, ...]  # elements of each trained parameter
+    frozen: tuple[int, ...]  # and of each other
+    buffer_bytes: int
     num_dims: int
-    num_tokens: int  # S: the longest text
+    num_tokens: int  # S
     one: Pass  # of 1 text of S tokens
     two: Pass  # of 2
     short: Pass  # of 1 text of half as many
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.trained)
+
+    @property
+    def num_all(self) -> int:
+        return sum(self.trained) + sum(self.frozen)
 
     def of_tokens(self, part: str, num_tokens: float) -> float:
         """Bytes of `part` of a Pass for a micro-batch of texts of S tokens each, linear in their number."""
@@ -130,22 +117,24 @@ def measure_model(
             encoder.learn_temperature()
     if not on_gpu:
         use_cpu_dropout(encoder)
-    encoder.train()
-    with FakeTensorMode(allow_non_fake_inputs=True), _one_text_a_row(), warnings.catch_warnings():
+    # transformers would read from positions, which have no values, whether a row holds several texts; not knowing, it
+    # makes a mask, and attention with a mask keeps more for the backward pass.
+    one_text_a_row = patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+    with FakeTensorMode(allow_non_fake_inputs=True), one_text_a_row, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels and checkpoints that miss their data
-        _without_data(encoder)
-        shapes = {"one": (1, num_tokens), "two": (2, num_tokens), "short": (1, num_tokens // 2)}
-        passes = {name: measure_pass(encoder, *shape) for name, shape in shapes.items()}
-    parameters = list(encoder.parameters())
+        encoder.train().to_empty(device="cpu")
+        parameters = list(encoder.parameters())
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        passes = [measure_pass(encoder, *shape) for shape in ((1, num_tokens), (2, num_tokens), (1, num_tokens // 2))]
     return ModelCost(
-        parameters=Parameters(
-            trained=tuple(p.numel() for p in parameters if p.requires_grad),
-            frozen=tuple(p.numel() for p in parameters if not p.requires_grad),
-            buffer_bytes=sum(b.numel() * b.element_size() for b in encoder.buffers()),
-        ),
-        num_dims=config.get_text_config().hidden_size,
-        num_tokens=num_tokens,
-        **passes,
+        tuple(p.numel() for p in parameters if p.requires_grad),
+        tuple(p.numel() for p in parameters if not p.requires_grad),
+        sum(b.numel() * b.element_size() for b in encoder.buffers()),
+        config.get_text_config().hidden_size,
+        num_tokens,
+        *passes,
     )
 
 
@@ -159,40 +148,6 @@ def measure_pass(encoder: TextEncoder, num_texts: int, num_tokens: int) -> Pass:
         vectors = outputs[0] if isinstance(outputs, tuple) else outputs
         (vectors * vectors.detach()).sum().backward()
     return Pass(kept_bytes, tally.peak_bytes, forward_flops, tally.flops)
-
-
-@contextlib.contextmanager
-def _one_text_a_row() -> Iterator[None]:
-    """Tell transformers that no row holds several texts, which it would otherwise read from positions without values.
-
-    Not knowing, it makes a mask, and attention with a mask keeps more for the backward pass.
-    """
-    from transformers import masking_utils
-
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
-def _without_data(encoder: TextEncoder) -> None:
-    """Put tensors that have a shape and no data in place of the meta ones; gradients are dropped where they arise."""
-    made: dict[torch.Tensor, torch.Tensor] = {}  # a tied weight stays one
-    for module in encoder.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if parameter not in made:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made[parameter] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                if parameter.requires_grad:
-                    made[parameter].register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            module._parameters[name] = made[parameter]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 class Tally(TorchDispatchMode):
@@ -209,13 +164,8 @@ class Tally(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        operation = function._overloadpacket
-        if operation in _CPU_ATTENTION:
-            queries, keys = args[_CPU_ATTENTION[operation]], args[_CPU_ATTENTION[operation] + 1]
-            products = 2 if operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu else 5
-            self.flops += products * 2 * queries.numel() * keys.shape[-2]
-        elif operation in flop_registry:
-            self.flops += flop_registry[operation](*args, **kwargs, out_val=result)
+        if function._overloadpacket in flop_registry:
+            self.flops += flop_registry[function._overloadpacket](*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 self._add(tensor.untyped_storage())
@@ -223,12 +173,11 @@ class Tally(TorchDispatchMode):
 
     def _add(self, storage: Any) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._remove, key, num_bytes)
+        if key not in self._seen:
+            self._seen.add(key)
+            self.live_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._remove, key, num_bytes)
 
     def _remove(self, key: int, num_bytes: int) -> None:
         self._seen.discard(key)
