@@ -17,7 +17,7 @@ from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.attention import CausalAttention, EncoderAttention
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.loading import find_model, load_config, load_tokenizer
+from ds_embed.models.loading import build_encoder, find_model, load_config, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import (
     LoraArguments,
@@ -186,10 +186,10 @@ def test_counts_are_those_of_real_tensors(kind, lora, checkpointing):
     )
     options = {} if kind == "llama" else {"add_pooling_layer": False}
     attention = CausalAttention("sdpa") if kind == "llama" else EncoderAttention()
-    backbone = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, **options)
-    encoder = TextEncoder(backbone, card.pooling, attention, check_attention=False)
+    kind_of_attention = {"bidirectional": card.bidirectional, "attn_implementation": None}
+    encoder = build_encoder(config, pooling=card.pooling, bf16=True, trust_remote_code=False, **kind_of_attention)
     if checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
         add_lora(encoder, arguments, seed=0, dtype=torch.bfloat16)
     encoder.train()

@@ -113,8 +113,9 @@ def sees_behind(states: Tensor) -> bool | None:
 
 
 def _try(config: Any, model_class: type, name: str) -> Kind:
-    model = _small_copy(config, model_class)
-    with torch.no_grad():
+    # On the CPU, also where a whole model is being built on the meta device: without values nothing could be tried.
+    with torch.no_grad(), torch.device("cpu"):
+        model = _small_copy(config, model_class)
         try:
             texts = probe_texts(config)
             states = model(input_ids=texts, attention_mask=torch.ones_like(texts)).last_hidden_state
