@@ -31,7 +31,9 @@ setup(
         "peft>=0.21",
         "numpy>=2",
         "bm25s",
+        "datasets",
         "faiss-cpu",
+        "fsspec",
         "jsonlines",
         "ijson",
         "jinja2",
@@ -54,7 +56,7 @@ setup(
         # --map tsne of recipes/report.py.
         "report": ["scikit-learn"],
         # What benchmarks/ compares with.
-        "benchmark": ["sentence-transformers>=6", "datasets", "accelerate"],
+        "benchmark": ["sentence-transformers>=6", "accelerate"],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -65,7 +67,6 @@ setup(
             "scikit-learn",
             "sentence-transformers",
             "mteb",
-            "datasets",
             "accelerate",
         ],
     },

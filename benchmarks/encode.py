@@ -20,7 +20,7 @@ from pathlib import Path
 from contest import Goal, goals, in_process, launched, play, print_goals, print_table, spread, write_results
 from peers import read_texts
 
-from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.checks import above_zero, at_least, existing_files
 from ds_embed.settings.errors import UserError
@@ -132,9 +132,7 @@ def generate(settings: EncodingArguments, folder: Path, text_file: Path, ranks: 
 
 def write_texts(settings: EncodingArguments, folder: Path) -> dict[str, Path]:
     """Files of texts of mixed length, of one length, and of one text."""
-    texts = {
-        text for _, record in read_json_objects(settings.train_file) for text in (record["query"], record["pos_doc"])
-    }
+    texts = {text for _, record in read_records(settings.train_file) for text in (record["query"], record["pos_doc"])}
     shuffled = sorted(texts)
     rng = random.Random(0)
     rng.shuffle(shuffled)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peers import Steps
 
-from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.files import read_records
 from ds_embed.settings.errors import UserError
 
 
@@ -41,7 +41,7 @@ def train(
         raise UserError("FlagEmbedding's trainer of encoders has no LoRA here: take --pooling mean and --lora_rank 0")
     data = Path(folder) / "flag_embedding.jsonl"
     data.parent.mkdir(parents=True, exist_ok=True)
-    records = [record for _, record in read_json_objects(train_file)]
+    records = [record for _, record in read_records(train_file)]
     lines = [json.dumps({"query": r["query"], "pos": [r["pos_doc"]], "neg": []}) + "\n" for r in records]
     data.write_text("".join(lines), encoding="utf-8")
     runner = EncoderOnlyEmbedderRunner(

@@ -6,7 +6,7 @@ All of them count tokens as the ones of the attention mask, and time whole steps
 import time
 from typing import Any
 
-from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.files import read_records
 
 
 def train_sentence_transformers(
@@ -37,7 +37,7 @@ def train_sentence_transformers(
     transformer = sentence_transformer(model, pooling, max_length, None if bf16 else torch.float32)
     if lora_rank:
         transformer.add_adapter(lora_config(lora_rank))
-    records = [record for _, record in read_json_objects(train_file)]
+    records = [record for _, record in read_records(train_file)]
     data = Dataset.from_list([{"anchor": r["query"], "positive": r["pos_doc"]} for r in records])
     scale = 1 / temperature
     if cached:
@@ -196,7 +196,7 @@ def lora_config(rank: int) -> Any:
 
 def read_texts(path: str) -> list[str]:
     """The documents of a file to encode."""
-    return [record["pos_doc"] for _, record in read_json_objects(path)]
+    return [record["pos_doc"] for _, record in read_records(path)]
 
 
 def _count_masks(values: list) -> int:

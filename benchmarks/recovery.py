@@ -21,7 +21,7 @@ from typing import Any
 
 from contest import REPOSITORY, launcher
 
-from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.checks import existing_files
 from ds_embed.settings.fields import setting
@@ -155,7 +155,7 @@ def peer(base: str, seed: str, folder: str, settings_text: str) -> None:
     )
     tokenizer = model.tokenizer
     records = []
-    for _, record in read_json_objects(settings.train_file):
+    for _, record in read_records(settings.train_file):
         # It has one length for all texts; queries of this data are far below theirs.
         assert len(tokenizer(record["query"])["input_ids"]) <= settings.doc_max_length
         records.append({"anchor": record["query"], "positive": record["pos_doc"]})

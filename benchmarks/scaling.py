@@ -20,7 +20,7 @@ from pathlib import Path
 from contest import REPOSITORY, in_process, launched, play, print_table, spread, write_results
 from train import recipe_of, steady
 
-from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.checks import above_zero, at_least, existing_files
 from ds_embed.settings.errors import UserError
@@ -149,7 +149,7 @@ class Scaling:
         path = self.folder / "long.jsonl"
         words_wanted = max(self.settings.lengths)
         with open(path, "w", encoding="utf-8") as file:
-            for _, record in read_json_objects(self.settings.train_file):
+            for _, record in read_records(self.settings.train_file):
                 words = record["pos_doc"].split()
                 text = " ".join((words * -(-words_wanted // len(words)))[:words_wanted])
                 file.write(json.dumps({"query": text, "pos_doc": f"{record['query']} {text}"}) + "\n")
@@ -209,7 +209,7 @@ class Scaling:
         texts, cache, vectors = (self.folder / name for name in ("texts.jsonl", "encode_cache", "vectors"))
         shutil.rmtree(cache, ignore_errors=True)
         shutil.rmtree(vectors, ignore_errors=True)
-        words = " ".join(record["pos_doc"] for _, record in read_json_objects(self.settings.train_file)).split()
+        words = " ".join(record["pos_doc"] for _, record in read_records(self.settings.train_file)).split()
         rng = random.Random(0)
         with open(texts, "w", encoding="utf-8") as file:
             for number in range(num_texts):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from recovery import MEASURES, REPOSITORY, RecoveryArguments, draw_anew, launched, measure, read_metrics, run, summarise
 
-from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.fields import setting
 
@@ -96,8 +96,8 @@ def bm25(settings: RoundsArguments, folder: Path) -> dict[str, float]:
     """BM25 over the test documents, measured as any run file is."""
     import bm25s
 
-    documents = [record for _, record in read_json_objects(settings.doc_file)]
-    queries = [record for _, record in read_json_objects(settings.query_file)]
+    documents = [record for _, record in read_records(settings.doc_file)]
+    queries = [record for _, record in read_records(settings.query_file)]
     retriever = bm25s.BM25()
     retriever.index(bm25s.tokenize([d["pos_doc"] for d in documents], show_progress=False), show_progress=False)
     tokens = bm25s.tokenize([q["query"] for q in queries], show_progress=False)

@@ -9,14 +9,17 @@
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ds_embed.data.formats import conversions, training_sources, trec
-from ds_embed.data.formats.columns import read_columns
+from ds_embed.data.formats import conversions, trec
 from ds_embed.data.formats.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.data.formats.tables import table_writer
 from ds_embed.data.formats.tally import Tally
 from ds_embed.data.formats.text_table import TextTable
+from ds_embed.data.forms import Reading, read_training_records
+from ds_embed.data.records import parse_document_record, parse_query_record
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.checks import above_zero, existing_files, one_of
@@ -40,8 +43,9 @@ OUTPUTS = {
 @dataclass
 class ConvertArguments:
     input_format: str = setting(
-        "beir (a folder), test (--query_files, --doc_files, --qrels), training (our JSONL), table (.csv .tsv .parquet "
-        ".jsonl with --columns), msmarco (lines of query, positive, negative), qrels (TREC or BEIR), run (TREC)"
+        "beir (a folder), test (--query_files, --doc_files, --qrels), training (records in every form that training "
+        "reads), table (rows of any names, with --columns), msmarco (lines of query, positive, negative), qrels (TREC or "
+        "BEIR), run (TREC)"
     )
     output_format: str = setting(
         "training, test, beir, pairs or triplets (sentence-transformers' columns), trec_qrels, beir_qrels; from tables "
@@ -51,9 +55,11 @@ class ConvertArguments:
     input: list[str] = setting("files to read, or one folder for beir", default_factory=list)
     split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", default="test")
     columns: list[str] = setting(
-        "which column of a table holds what, such as query=question neg_doc=worse,worst (default: columns named as "
-        "our keys, or anchor, positive, negative, negative_1 and so on)",
+        "which key or column holds what, such as query=question neg_doc=worse,worst (default: told by the keys)",
         default_factory=list,
+    )
+    corpus_files: list[str] = setting(
+        "documents that training records name by id, as in training", default_factory=list
     )
     query_files: list[str] = setting(
         "queries of test; for id triples of MS MARCO, lines of id, text", default_factory=list
@@ -93,8 +99,8 @@ class ConvertArguments:
             raise UserError(f"--qrels {self.qrels}: only test reads them; judgments alone are --input_format qrels")
         if self.judged_negatives and (self.input_format != "beir" or self.output_format not in _TRAINING_OUTPUTS):
             raise UserError("--judged_negatives true: only for training records out of a BEIR folder")
-        if self.columns and self.input_format != "table":
-            raise UserError(f"--columns {listed(self.columns)}: only a table has columns (--input_format table)")
+        if self.columns and self.input_format not in ("training", "table"):
+            raise UserError(f"--columns {listed(self.columns)}: only for --input_format training or table")
         above_zero(self, "num_negatives")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output}: is there already; delete it or choose another name")
@@ -128,15 +134,13 @@ def convert(arguments: ConvertArguments, output: Path, work: Path, tally: Tally)
             source = TrainingSet(lambda again: records(arguments, work, again), ids_by_text, tally)
             conversions.write_beir(output, arguments.split, source, tally)
     elif target in ("queries", "documents"):
-        rows = read_columns(arguments.input, target, arguments.columns, tally)
-        conversions.write_texts(output, target, rows, work, tally, join_titles=arguments.join_titles)
+        conversions.write_texts(output, target, rows(arguments, target, text_parser(arguments), tally), work, tally)
     elif target in _QRELS_OUTPUTS:
         write = trec.write_trec_qrels if target == "trec_qrels" else trec.write_beir_qrels
         unique = trec.unique_judgments(judgments(arguments, tally))
         write(output, tally.counted("judgments written", (judgment for _, judgment in unique)))
     elif target == "trec_run":
-        rows = read_columns(arguments.input, "run", arguments.columns, tally)
-        lines = (trec.run_line(where, row) for where, row in rows)
+        lines = (line for _, line in rows(arguments, "run", trec.run_line, tally))
         trec.write_trec_run(output, tally.counted("lines written", lines), "converted")
     else:
         assert target == "table"
@@ -148,17 +152,26 @@ def convert(arguments: ConvertArguments, output: Path, work: Path, tally: Tally)
 
 def records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversions.NumberedRecords:
     """The training records of the input."""
-    if arguments.input_format == "training":
-        return training_sources.from_json(arguments.input, tally)
-    if arguments.input_format == "table":
-        return training_sources.from_tables(arguments.input, arguments.columns, tally)
+    if arguments.input_format in ("training", "table"):
+        reading = Reading(tuple(arguments.columns), tuple(arguments.corpus_files))
+        return read_training_records(arguments.input, reading, work, tally.refuse)
     if arguments.input_format == "beir":
         source, negatives = retrieval_set(arguments, tally), arguments.judged_negatives
         return conversions.training_records(source, tally, work, judged_negatives=negatives)
-    if arguments.query_files:
-        files = arguments.input, arguments.query_files, arguments.doc_files
-        return training_sources.from_id_triples(*files, tally, work)
-    return training_sources.from_triples(arguments.input, tally)
+    files = arguments.input, arguments.query_files, arguments.doc_files
+    return conversions.training_triples(*files, tally, work)
+
+
+def rows(
+    arguments: ConvertArguments, kind: str, parse: conversions.ParseRow, tally: Tally
+) -> Iterator[tuple[str, Any]]:
+    return conversions.read_columns(arguments.input, kind, arguments.columns, parse, tally)
+
+
+def text_parser(arguments: ConvertArguments) -> conversions.ParseRow:
+    if arguments.output_format == "queries":
+        return parse_query_record
+    return partial(parse_document_record, join_titles=arguments.join_titles)
 
 
 def retrieval_set(arguments: ConvertArguments, tally: Tally) -> RetrievalSet:
@@ -171,8 +184,7 @@ def judgments(arguments: ConvertArguments, tally: Tally) -> Iterator[tuple[str, 
     if arguments.input_format in ("beir", "test"):
         yield from retrieval_set(arguments, tally).judgments()
     elif arguments.input_format == "table":
-        for where, row in read_columns(arguments.input, "judgments", arguments.columns, tally):
-            yield where, trec.judgment(where, row)
+        yield from rows(arguments, "judgments", trec.judgment, tally)
     else:
         for path in arguments.input:
             yield from trec.read_judgments(path)

@@ -1,13 +1,16 @@
 """Flags, YAML and the DeepSpeed JSON: what wins, what is refused, and that nothing stays "auto"."""
 
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
 from tiny import REPOSITORY
 
 from ds_embed.settings import LoraArguments, OptimizerArguments, parse_arguments, resolve_deepspeed_config
+from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
+from ds_embed.settings.parsing import ELSEWHERE
 
 
 @dataclass
@@ -132,3 +135,19 @@ def test_broken_json_names_the_line(tmp_path):
         resolve(file)
     with pytest.raises(ValueError, match="is a directory"):
         resolve(tmp_path)
+
+
+def test_flags_of_other_frameworks_are_answered_with_ours(tmp_path):
+    known = set(re.findall(r"`--(\w+)`", (REPOSITORY / "docs" / "settings.md").read_text()))
+    for name, answer in ELSEWHERE.items():
+        assert name not in known, name
+        assert set(re.findall(r"--(\w+)", answer)) <= known, name
+        with pytest.raises(UserError, match=f"^--{name}: here it is {re.escape(answer)}$"):
+            parse("--output_dir", "x", f"--{name.replace('_', '-')}", "1")
+    with pytest.raises(
+        UserError, match="--per_device_train_batch_size: here it is --global_batch_size, over all ranks"
+    ):
+        parse("--output_dir", "x", "--per_device_train_batch_size=8")
+    (tmp_path / "c.yaml").write_text("save_steps: 3\n")
+    with pytest.raises(UserError, match="c.yaml: save_steps: here it is --save_interval"):
+        parse("--config", tmp_path / "c.yaml")

@@ -114,8 +114,7 @@ def test_beir_to_test_files_and_back(tmp_path):
     ]
     lake = {"query": "what is a lake", "query_id": "q1"}
     assert read_jsonl(test / "queries.jsonl") == [
-        lake | {"doc_id": "d1"},
-        lake | {"doc_id": "d3"},
+        lake | {"doc_id": ["d1", "d3"]},
         {"query": "what is a hill", "query_id": "q2"},
     ]
     qrels = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq1\td3\t1\nq2\td1\t0\n"
@@ -127,7 +126,7 @@ def test_beir_to_test_files_and_back(tmp_path):
     for name in ("docs.jsonl", "queries.jsonl", "qrels.tsv"):
         assert (again / name).read_bytes() == (test / name).read_bytes()
     # Without --qrels the queries' own doc_id are the judgments.
-    jsonl(test / "queries.jsonl", [lake | {"doc_id": "d1"}, lake | {"doc_id": "d3"}])
+    jsonl(test / "queries.jsonl", [lake | {"doc_id": ["d1", "d3"]}])
     trec = convert("test", "trec_qrels", tmp_path / "qrels.trec", *files)
     assert trec.read_text() == "q1 0 d1 1\nq1 0 d3 1\n"
     back = convert("qrels", "beir_qrels", tmp_path / "qrels.tsv", "--input", trec)
@@ -252,7 +251,7 @@ def append(name, row):
             [],
             "corpus.jsonl:4: document id 'd1' stands with another text at ",
         ),
-        (append("corpus.jsonl", {"_id": "d4"}), [], "corpus.jsonl:4: pos_doc is null, want a string"),
+        (append("corpus.jsonl", {"_id": "d4"}), [], "corpus.jsonl:4: pos_doc is missing, want a string"),
         (
             append("queries.jsonl", {"_id": "q1", "text": "other"}),
             [],
@@ -260,9 +259,9 @@ def append(name, row):
         ),
         (lambda folder: (folder / "corpus.jsonl").unlink(), [], "has no corpus.jsonl; a BEIR folder holds"),
         (
-            lambda folder: jsonl(folder / "corpus.jsonl", [{"id": "d1", "text": ""}]),
+            lambda folder: jsonl(folder / "corpus.jsonl", [{"name": "d1", "text": ""}]),
             [],
-            "corpus.jsonl: has no '_id'; BEIR's files",
+            "corpus.jsonl:1: doc_id is missing, want a string; the keys here are 'name', 'text'",
         ),
         (lambda folder: None, ["--split", "dev"], "--split dev: there is no "),
         (
@@ -290,16 +289,16 @@ def test_mistakes_in_beir_folders(tmp_path, spoil, flags, message):
         ("a.csv", b"anchor,positive\nx,y,z\n", [], "a.csv:2: 3 columns"),
         ("a.csv", b'anchor,positive\nx,"y\nz\n', [], "a.csv:2: not CSV (unexpected end of data)"),
         ("a.csv", b"anchor,positive\nx,y\n\xff,y\n", [], "a.csv:3: not UTF-8 text"),
-        ("a.csv", b"anchor,positive\nx,\n", [], "a.csv:2: pos_doc is blank"),
-        ("a.csv", b"x,y\n", [], "a.csv: no column for query: its columns are x, y; set --columns query=COLUMN"),
+        ("a.csv", b"anchor,positive\nx,\n", [], "a.csv:2: positive is null, want a string"),
+        ("a.csv", b"x,y\n1,2\n", [], "a.csv:2: query is missing, want a string; the keys here are 'x', 'y'"),
         ("a.csv", b"anchor,anchor\n", [], "a.csv: has two columns named 'anchor'"),
-        ("a.csv", b"", [], "a.csv: has no columns; want a header"),
+        ("a.csv", b"", [], "a.csv: is empty; remove it"),
         ("a.tsv", b"anchor\tpositive\nx\ty\tz\n", [], "a.tsv:2: 3 columns"),
         (
             "a.csv",
             b"q,p\nx,y\n",
             ["--columns", "query=question", "pos_doc=p"],
-            "a.csv: --columns query=question: its columns are q, p; set --columns query=COLUMN",
+            "a.csv:2: --columns query=question: there is no 'question' here; the keys are q, p",
         ),
         (
             "a.csv",
@@ -307,10 +306,10 @@ def test_mistakes_in_beir_folders(tmp_path, spoil, flags, message):
             ["--columns", "question=q"],
             "--columns question=q: want KEY=COLUMN, where KEY is one of query,",
         ),
-        ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', [], "a.jsonl:1: pos_doc is a number, want a string"),
+        ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', [], "a.jsonl:1: positive is a number, want a string"),
         ("a.jsonl", b'{"anchor": "x", "positive": "y"}\n{"anchor": \n', [], "a.jsonl:2: not JSON"),
         ("a.parquet", b"PAR1xxxx", [], "a.parquet: not a whole Parquet file"),
-        ("a.txt", b"x", [], "a.txt: its name must end in one of .jsonl, .json, .csv"),
+        ("a.txt", b"x", [], "a.txt:1: not JSON"),
     ],
 )
 def test_mistakes_in_tables(tmp_path, name, content, flags, message):
@@ -342,7 +341,9 @@ def test_what_is_skipped_is_counted(tmp_path, capsys):
     bad = [TRAINING[0], {"query": ""}, TRAINING[3], TRAINING[3] | {"neg_doc": ["so"]}]
     source = jsonl(tmp_path / "bad.jsonl", bad)
     made = convert("training", "beir", tmp_path / "made", "--input", source, *skip)
-    assert "1 skipped: query is blank" in (out := capsys.readouterr().out) and "1 skipped: neg_doc is the text" in out
+    assert (
+        "1 skipped: pos_doc is missing" in (out := capsys.readouterr().out) and "1 skipped: neg_doc is the text" in out
+    )
     assert (made / "qrels" / "test.tsv").read_text().count("\n") == 5  # two positives, two negatives
     triplets = convert("training", "triplets", tmp_path / "t.csv", "--input", source, *skip)
     assert "1 rows written" in (out := capsys.readouterr().out) and "1 skipped: has N neg_doc" in out
@@ -371,7 +372,10 @@ def test_as_a_user_runs_it(tmp_path):
         (["--query_files", source], "--query_files and --doc_files go together"),
         (["--qrels", source], "--qrels .*: only test reads them"),
         (["--judged_negatives", "true"], "--judged_negatives true: only for training records out of a BEIR folder"),
-        (["--columns", "query=q"], "--columns query=q: only a table has columns"),
+        (
+            ["--columns", "query=q"],
+            "train.jsonl:1: --columns query=q: there is no 'q' here; the keys are query, pos_doc, ",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             convert("training", "pairs", tmp_path / "x.csv", "--input", source, *flags)

@@ -35,7 +35,7 @@ BAD = {
     "wrong type": (good_but(query=7), ":3: query is a number, want a string", "query is a number"),
     "no object": (lines(*GOOD[:2], ["a", "b"], GOOD[3]), ":3: found a list, want a JSON object", "found a list"),
     "mixed types": (good_but(neg_doc=["a", 5]), ":3: neg_doc[1] is a number, want a string", "neg_doc is a number"),
-    "number as id": (good_but(doc_id=2), ":3: doc_id is a number, want a string in quotes", "doc_id is a number"),
+    "half a number as id": (good_but(doc_id=2.5), ":3: doc_id is a number, want a whole number", "doc_id is a number"),
     "not JSON": (lines(*GOOD[:2]) + b'{"query": "a", \n' + lines(GOOD[3]), ":3: not JSON (", "not JSON"),
     "invalid UTF-8": (
         lines(*GOOD[:2]) + b'{"query": "a\xff", "pos_doc": "b"}\n' + lines(GOOD[3]),
@@ -121,7 +121,7 @@ def test_skipping_counts_by_reason_and_needs_a_record_that_is_left(tmp_path, tok
     assert store.file_sizes == (1, 2)
     assert describe_skipped(store.manifest["skipped_records"]) == [
         f"5 skipped: neg_doc is blank (at {path}:1, {path}:2, {path}:3, ...)",
-        f"1 skipped: query is blank (at {path}:7)",
+        f"1 skipped: pos_doc is missing (at {path}:7)",
     ]
     write_jsonl(path, bad)
     with pytest.raises(ValueError, match=r"a.jsonl: holds no record that can be used; the last one: .*a.jsonl:5: neg_"):

@@ -9,8 +9,10 @@ import tracemalloc
 
 import pytest
 
-from ds_embed.data.json_files import JsonRecords, read_json_objects
-from ds_embed.data.records import parse_document_record, parse_query_record, parse_training_record
+from ds_embed.data.files import Records, read_records
+from ds_embed.data.forms import parse_training_record
+from ds_embed.data.records import parse_document_record, parse_query_record
+from ds_embed.settings.errors import UserError
 
 RECORDS = [
     {"query": "what is a lake?", "pos_doc": "water, inland", "neg_doc": ["a hill", "ein Hügel 丘"], "n": 0.1},
@@ -30,7 +32,7 @@ def jsonl(records):
 
 def read_error(path):
     with pytest.raises(ValueError) as caught:
-        list(read_json_objects(path))
+        list(read_records(path))
     return str(caught.value)
 
 
@@ -39,25 +41,25 @@ def read_error(path):
 def test_array_and_jsonl_give_the_same_records(tmp_path, indent, before):
     lines = write(tmp_path / "a.jsonl", before + jsonl(RECORDS).encode())
     array = write(tmp_path / "a.json", before + json.dumps(RECORDS, indent=indent).encode())
-    assert [record for _, record in read_json_objects(lines)] == RECORDS
-    assert list(read_json_objects(array)) == [
+    assert [record for _, record in read_records(lines)] == RECORDS
+    assert list(read_records(array)) == [
         (f"{array}:record {number}", record) for number, record in enumerate(RECORDS, 1)
     ]
 
 
 def test_the_content_decides_not_the_name(tmp_path):
-    assert list(read_json_objects(write(tmp_path / "a.json", '{"a": 1}\n'))) == [(f"{tmp_path}/a.json:1", {"a": 1})]
-    assert JsonRecords(write(tmp_path / "a.jsonl", '[{"a": 1}]')).unit == "record"
+    assert list(read_records(write(tmp_path / "a.json", '{"a": 1}\n'))) == [(f"{tmp_path}/a.json:1", {"a": 1})]
+    assert Records(write(tmp_path / "a.jsonl", '[{"a": 1}]')).unit == "record"
 
 
 def test_blank_lines_are_skipped_but_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", b'\n{"a": 1}\r\n  \t\n\r\n{"a": 2}')
-    assert list(read_json_objects(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:5", {"a": 2})]
+    assert list(read_records(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:5", {"a": 2})]
 
 
 def test_files_joined_with_cat_keep_their_byte_order_marks(tmp_path):
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
-    assert [record for _, record in read_json_objects(path)] == [{"a": 1}, {"a": 2}]
+    assert [record for _, record in read_records(path)] == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_a_bad_place_is_named(tmp_path, content, place, words):
 
 def test_records_before_the_bad_one_are_given(tmp_path):
     for content in ('{"a": 1}\n{"a": 2}\nx\n', '[{"a": 1}, {"a": 2}, x]'):
-        records = read_json_objects(write(tmp_path / "a", content))
+        records = read_records(write(tmp_path / "a", content))
         assert [next(records)[1], next(records)[1]] == [{"a": 1}, {"a": 2}]
         with pytest.raises(ValueError, match=":(record )?3: not JSON"):
             next(records)
@@ -106,9 +108,9 @@ def test_records_before_the_bad_one_are_given(tmp_path):
         (b"\n \t\r\n", "is empty; remove it"),
         (b"\xef\xbb\xbf", "is empty; remove it"),
         (b" [ ]\n", "holds no record; remove it"),
-        ('{"a": 1}\n'.encode("utf-16"), "is UTF-16 text, want UTF-8 JSON; save it as UTF-8"),
-        (b"\x1f\x8b\x08\x00", "is gzip data, want UTF-8 JSON; unpack it"),
-        (b"PAR1....", "is Parquet data, want UTF-8 JSON; write it as JSONL"),
+        ('{"a": 1}\n'.encode("utf-16"), "is UTF-16 text, want UTF-8; save it as UTF-8"),
+        (b"\x1f\x8b\x08\x00", "its gzip data is cut short or damaged"),
+        (b"PAR1....", "not a whole Parquet file"),
     ],
 )
 def test_a_file_without_records_is_named_with_a_cure(tmp_path, content, words):
@@ -118,24 +120,21 @@ def test_a_file_without_records_is_named_with_a_cure(tmp_path, content, words):
 
 def test_what_is_not_a_file_is_named_with_a_cure(tmp_path):
     assert read_error(tmp_path / "none.jsonl").startswith(f"{tmp_path}/none.jsonl: no such file; check the path")
-    assert (
-        read_error(tmp_path)
-        == f"{tmp_path}: is a folder, want a file; name the files in it, such as {tmp_path}/*.jsonl"
-    )
+    assert read_error(tmp_path).startswith(f"{tmp_path}: no data file there; want files that end in .jsonl")
     os.mkfifo(tmp_path / "pipe")
     assert read_error(tmp_path / "pipe").startswith(f"{tmp_path}/pipe: is not a regular file; write the records")
 
 
 def test_many_blanks_before_the_array(tmp_path):
     path = write(tmp_path / "a", b"\n" * 3_000_000 + b'[{"a": 1}]')
-    assert list(read_json_objects(path)) == [(f"{path}:record 1", {"a": 1})]
+    assert list(read_records(path)) == [(f"{path}:record 1", {"a": 1})]
 
 
 @pytest.mark.parametrize("content", ["\ufeff" + jsonl(RECORDS) + "\n\n", json.dumps(RECORDS) + "\n \n"])
 def test_the_observer_sees_every_byte_once(tmp_path, content):
     path = write(tmp_path / "a", content)
     digest = hashlib.sha256()
-    assert len(list(JsonRecords(path, digest.update))) == len(RECORDS)
+    assert len(list(Records(path, digest.update))) == len(RECORDS)
     assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -151,7 +150,7 @@ def test_reading_holds_one_record_at_a_time(tmp_path, form):
     assert size > 20_000_000
     tracemalloc.start()
     try:
-        assert sum(1 for _ in read_json_objects(path)) == num_records
+        assert sum(1 for _ in read_records(path)) == num_records
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -163,34 +162,35 @@ def training(**keys):
 
 
 @pytest.mark.parametrize(
-    ("record", "num_negatives", "expected"),
+    ("record", "expected"),
     [
-        (training(), None, ("q", "p", (), None, None)),
-        (training(neg_doc="abc"), None, ("q", "p", ("abc",), None, None)),
-        (training(neg_doc=[]), 3, ("q", "p", (), None, None)),
-        (training(neg_doc=["a", "b", "c"]), None, ("q", "p", ("a", "b", "c"), None, None)),
-        (training(neg_doc=["a", "b", "c"]), 2, ("q", "p", ("a", "b"), None, None)),
-        (training(neg_doc=["a"]), 2, ("q", "p", ("a",), None, None)),
-        (training(neg_doc="abc"), 0, ("q", "p", (), None, None)),
-        (training(query_id="1", doc_id="é", more=[1], title=None), 1, ("q", "p", (), "1", "é")),
-        (training(query=" q\n"), None, (" q\n", "p", (), None, None)),
+        (training(), ("q", "p", (), None, None)),
+        (training(neg_doc="abc"), ("q", "p", ("abc",), None, None)),
+        (training(neg_doc=[]), ("q", "p", (), None, None)),
+        (training(neg_doc=["a", "b", "c"]), ("q", "p", ("a", "b", "c"), None, None)),
+        (training(query_id="1", doc_id="é", more=[1], title=None), ("q", "p", (), "1", "é")),
+        (training(query=" q\n"), (" q\n", "p", (), None, None)),
+        # null is nothing, and a number is an id.
+        (training(neg_doc=None, query_id=None, doc_id=None, pos_score=None), ("q", "p", (), None, None)),
+        (training(query_id=12, doc_id=12.0), ("q", "p", (), "12", "12")),
+        (training(query_id=-1, doc_id=2**60), ("q", "p", (), "-1", str(2**60))),
     ],
 )
-def test_training_records(record, num_negatives, expected):
-    assert parse_training_record("f:1", record, num_negatives=num_negatives) == (*expected, None, None)
+def test_training_records(record, expected):
+    assert parse_training_record("f:1", record) == [(*expected, None, None)]
 
 
 @pytest.mark.parametrize(
-    ("record", "num_negatives", "expected"),
+    ("record", "expected"),
     [
-        (training(pos_score=0.5), None, (0.5, None)),
-        (training(pos_score=2, neg_doc="a", neg_scores=[-1]), None, (2, (-1,))),
-        (training(neg_doc=["a", "b"], neg_scores=[0.25, 1]), 1, (None, (0.25,))),
-        (training(neg_scores=[], pos_score=None), None, (None, ())),
+        (training(pos_score=0.5), (0.5, None)),
+        (training(pos_score=2, neg_doc="a", neg_scores=[-1]), (2, (-1,))),
+        (training(neg_doc=["a", "b"], neg_scores=[0.25, 1]), (None, (0.25, 1))),
+        (training(neg_scores=[], pos_score=None), (None, ())),
     ],
 )
-def test_teacher_scores(record, num_negatives, expected):
-    assert parse_training_record("f:1", record, num_negatives=num_negatives)[-2:] == expected
+def test_teacher_scores(record, expected):
+    assert parse_training_record("f:1", record)[0][-2:] == expected
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,14 @@ def test_teacher_scores(record, num_negatives, expected):
         ({}, "query is missing, want a string; the keys here are none"),
         (training(query=7), "query is a number, want a string"),
         (training(query=None), "query is null, want a string"),
-        (training(pos_doc=["p"]), "pos_doc is a list, want a string"),
+        (training(pos_doc=None), "pos_doc is null, want a string or a list of strings"),
+        (training(pos_doc=[]), "pos_doc is empty, want at least one document; remove the record or give it one"),
+        (training(pos_doc=["p", " "]), "pos_doc[1] is blank; remove it or give it text"),
+        (training(pos_doc=["p", 1]), "pos_doc[1] is a number, want a string"),
+        (training(pos_doc={"txt": "p"}), "pos_doc.text is null, want a string"),
+        (training(pos_doc={"text": "p", "image": "i"}), "pos_doc holds an image; only texts can be embedded"),
+        (training(pos_doc=["p", "r"], doc_id="d"), "doc_id has 1 values and pos_doc 2 texts; give one for each"),
+        (training(pos_doc=["p", "r"], neg_doc="r"), "neg_doc[0] is the text of pos_doc; remove it, it is no negative"),
         (training(pos_score="1"), "pos_score is a string, want a finite number (or leave the key out)"),
         (training(pos_score=True), "pos_score is a boolean, want a finite number (or leave the key out)"),
         (training(neg_doc="a", neg_scores=1), "neg_scores is a number, want a list of numbers, one for each neg_doc"),
@@ -210,30 +217,29 @@ def test_teacher_scores(record, num_negatives, expected):
         (training(query=""), "query is blank; remove the record or give it text"),
         (training(pos_doc=" \n\t\u3000"), "pos_doc is blank; remove the record or give it text"),
         (training(neg_doc=3), "neg_doc is a number, want a string or a list of strings (or leave the key out)"),
-        (training(neg_doc=None), "neg_doc is null, want a string or a list of strings (or leave the key out)"),
-        (training(neg_doc={"a": 1}), "neg_doc is an object, want a string or a list of strings (or leave the key out)"),
+        (training(neg_doc={"a": 1}), "neg_doc.text is null, want a string"),
         (training(neg_doc=["a", ["b"]]), "neg_doc[1] is a list, want a string"),
         (training(neg_doc=["a", "b", 5]), "neg_doc[2] is a number, want a string"),
         (training(neg_doc=["a", ""]), "neg_doc[1] is blank; remove it or give it text"),
         (training(neg_doc=""), "neg_doc[0] is blank; remove it or give it text"),
-        (training(query_id=12), "query_id is a number, want a string in quotes"),
-        (training(doc_id=1.5), "doc_id is a number, want a string in quotes"),
+        (training(doc_id=1.5), "doc_id is a number, want a whole number or a string"),
         (training(doc_id=True), "doc_id is a boolean, want a string (or leave the key out)"),
-        (training(doc_id=None), "doc_id is null, want a string (or leave the key out)"),
         (training(doc_id=""), "doc_id is empty, want a name on one line"),
         (training(query_id="a\nb"), "query_id holds a line break, want a name on one line"),
     ],
 )
 def test_bad_training_records_name_place_key_and_type(record, message):
-    # One negative is kept, and a bad one beyond it is still an error.
-    with pytest.raises(ValueError) as caught:
-        parse_training_record("f:17", record, num_negatives=1)
+    with pytest.raises(UserError) as caught:
+        parse_training_record("f:17", record)
     assert str(caught.value) == f"f:17: {message}"
 
 
 def test_query_and_document_records():
-    assert parse_query_record("f:1", {"query": "q", "query_id": "1"}) == ("q", "1", None)
-    assert parse_query_record("f:1", {"query": "q", "query_id": "1", "doc_id": "2"}) == ("q", "1", "2")
+    assert parse_query_record("f:1", {"query": "q", "query_id": "1"}) == ("q", "1", ())
+    assert parse_query_record("f:1", {"query": "q", "query_id": "1", "doc_id": "2"}) == ("q", "1", ("2",))
+    assert parse_query_record("f:1", {"text": "q", "_id": 7, "doc_id": [2, "3"]}) == ("q", "7", ("2", "3"))
+    assert parse_document_record("f:1", {"title": "T", "text": "p", "docid": 7}) == ("T p", "7")
+    assert parse_document_record("f:1", {"title": None, "text": "p", "id": 7.0}) == ("p", "7")
     assert parse_document_record("f:1", {"pos_doc": "", "doc_id": "a b"}) == ("", "a b")
 
 
@@ -242,11 +248,20 @@ def test_query_and_document_records():
     [
         (parse_query_record, {"query": "", "query_id": "1"}, "query is blank; remove the record or give it text"),
         (parse_query_record, {"query": "q"}, "query_id is missing, want a string; the keys here are 'query'"),
-        (parse_query_record, {"query": "q", "query_id": 1}, "query_id is a number, want a string in quotes"),
         (
             parse_query_record,
-            {"query": "q", "query_id": "1", "doc_id": 2},
-            "doc_id is a number, want a string in quotes",
+            {"query": "q", "query_id": None},
+            "query_id is missing, want a string; the keys here are 'query', 'query_id'",
+        ),
+        (
+            parse_query_record,
+            {"query": "q", "query_id": "1", "doc_id": True},
+            "doc_id is a boolean, want a string (or leave the key out)",
+        ),
+        (
+            parse_document_record,
+            {"text": "t", "title": 3, "_id": "1"},
+            "title is a number, want a string (or leave the key out)",
         ),
         (parse_document_record, {"doc_id": "1"}, "pos_doc is missing, want a string; the keys here are 'doc_id'"),
         (parse_document_record, {"pos_doc": None, "doc_id": "1"}, "pos_doc is null, want a string"),

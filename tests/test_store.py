@@ -72,14 +72,14 @@ def test_the_manifest_says_what_was_stored(tmp_path, tokenizer, small_chunks):
         file.items()
         >= {
             "path": str(path),
-            "bytes": path.stat().st_size,
-            "mtime_ns": path.stat().st_mtime_ns,
+            "parts": [{"path": str(path), "unit": "line", "records_before": 0}],
+            "stamps": [{"path": str(path), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}],
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "num_records": 5,
-            "unit": "line",
             "negatives": [0, 3],
             "num_repeated": 0,
             "max_positives": 2,
+            "read": "our own records, 5",
         }.items()
     )
     texts = [expected_texts(record, 2) for record in RECORDS]

@@ -14,7 +14,7 @@ proportion to within one sample per source, and nothing needs replaying.
 Shapes: F sources, R records of one, n samples.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,15 +29,30 @@ class SampleOrder:
 
     probabilities (F,): the sources' shares of the samples, or None for one stream over all records.
     batch_size: queries of a global batch where each batch has one source (homogeneous), else None.
+    rows (G + 1,): where one record of each row is drawn in every pass: row g has records rows[g] to rows[g + 1] - 1,
+        and source_sizes count rows. None where every record is a sample.
     """
 
     seed: int
     source_sizes: tuple[int, ...]  # (F,) records; they stand in the store one source after the other
     probabilities: tuple[float, ...] | None = None
     batch_size: int | None = None
+    rows: np.ndarray | None = field(default=None, compare=False)
+
+    @property
+    def samples_per_pass(self) -> int:
+        return sum(self.source_sizes)
 
     def records(self, first_sample: int, num_samples: int) -> np.ndarray:
         """Record numbers (n,) of samples first_sample, first_sample + 1, ... of the run."""
+        chosen = self._chosen(first_sample, num_samples)
+        if self.rows is None:
+            return chosen
+        samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
+        first, counts = self.rows[chosen], self.rows[chosen + 1] - self.rows[chosen]
+        return first + (mix(samples ^ key_of(self.seed, 5)) % counts.astype(np.uint64)).astype(np.int64)
+
+    def _chosen(self, first_sample: int, num_samples: int) -> np.ndarray:
         if self.probabilities is None:
             return sample_records(self.seed, sum(self.source_sizes), first_sample, num_samples)
         sources, places = self.places(first_sample, num_samples)

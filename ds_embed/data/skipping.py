@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ds_embed.data.json_files import BadRecord
+from ds_embed.data.files import BadRecord
 
 _PLACES_SHOWN = 3
 

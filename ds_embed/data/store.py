@@ -6,7 +6,8 @@ R records, T texts, S tokens. Opening maps the arrays and reads none of them, wh
     tokens.npy         (S,) int32       all texts, one after the other
     offsets.npy        (T + 1,) int64   text t owns tokens[offsets[t] : offsets[t + 1]]
     lengths.npy        (T,) int32       tokens of each text
-    lines.npy          (R,) int64       line (JSONL) or element (array) of each record in its file, from 1
+    lines.npy          (R,) int64       number of each record in its file, from 1: its line, element or row; where
+                                        a file has parts, numbers go on through them; samples of a row share it
   training only:
     first_text.npy     (R + 1,) int64   record r owns texts first_text[r] to first_text[r + 1] - 1:
                                         its query, its positive, then its negatives
@@ -29,8 +30,7 @@ from typing import Any
 import numpy as np
 
 from ds_embed.data.identity import POSITIVES_ARRAYS
-from ds_embed.data.json_files import format_location
-from ds_embed.data.store_build import build_text_store, build_training_store
+from ds_embed.data.store_build import build_text_store, build_training_store, part_location
 from ds_embed.data.store_files import read_manifest
 from ds_embed.data.store_writer import IDS_NAME
 from ds_embed.settings.errors import UserError
@@ -74,7 +74,17 @@ class _Store:
 
     def facts(self) -> list[dict[str, Any]]:
         """What was read of each file: its path, records, negatives and positives, and texts that were cut."""
-        names = ("path", "num_records", "num_repeated", "max_positives", "negatives", "queries", "documents")
+        names = (
+            "path",
+            "read",
+            "num_rows",
+            "num_records",
+            "num_repeated",
+            "max_positives",
+            "negatives",
+            "queries",
+            "documents",
+        )
         facts = [{name: file[name] for name in names if name in file} for file in self.manifest["files"]]
         formats = self.manifest["settings"]
         for file in facts:
@@ -97,7 +107,7 @@ class _Store:
         if not 0 <= record < self.num_records:
             raise IndexError(f"record {record} of a store with {self.num_records}")
         file = self.manifest["files"][int(np.searchsorted(self._file_ends, record, side="right"))]
-        return format_location(file["path"], file["unit"], int(self.lines[record]))
+        return part_location(file["parts"], int(self.lines[record]))
 
     def _map(self, name: str, num_items: int | None) -> np.ndarray:
         again = "delete that folder and build the store again"
@@ -124,6 +134,17 @@ class TrainingStore(_Store):
         self.text_keys = self._map("text_keys", self.num_texts)
         self.several_positives = tuple(self._map(name, None) for name in POSITIVES_ARRAYS)
         self.scores = self._map("scores", self.num_texts)
+
+    def rows(self) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Where each row of the files begins (G + 1,): a row with several positives has as many records.
+
+        And the number of rows of each file.
+        """
+        is_first = np.append(True, self.lines[1:] != self.lines[:-1])
+        starts = self._file_ends[:-1]
+        is_first[starts] = True
+        first = np.append(np.flatnonzero(is_first), self.num_records)
+        return first, tuple(np.diff(np.searchsorted(first, [0, *self._file_ends])).tolist())
 
     def text_range(self, record: int) -> range:
         """The texts of a record: its query first, its positive second, its negatives after them."""
@@ -155,7 +176,9 @@ class TextStore(_Store):
 
 def describe_file(facts: dict[str, Any]) -> list[str]:
     """One file's facts, as _Store.facts gives them, in lines for a user."""
-    parts = [f"{facts['num_records']:,} records"]
+    parts = [facts.get("read") or f"{facts['num_records']:,} records"]
+    if facts.get("num_rows", facts["num_records"]) < facts["num_records"]:
+        parts.append(f"{facts['num_records']:,} samples")
     if facts.get("num_repeated"):
         parts.append(f"{facts['num_repeated']:,} of them repeat a query with its positive")
     if facts.get("max_positives", 1) > 1:

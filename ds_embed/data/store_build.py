@@ -5,17 +5,19 @@ A store is named by a hash of all that decides its contents, so building twice i
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ds_embed.data.json_files import BadRecord, JsonRecords, format_location
-from ds_embed.data.records import TrainingRecord, parse_document_record, parse_query_record, parse_training_record
+from ds_embed.data.files import BadRecord, Records, format_location, list_parts, stamp_of
+from ds_embed.data.forms import AS_IT_IS, Columns, Reading, RecordFile, TrainingFile
+from ds_embed.data.records import TrainingRecord, parse_document_record, parse_query_record
 from ds_embed.data.skipping import SkippedRecords
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
@@ -32,6 +34,7 @@ def build_training_store(
     cache_dir: str | os.PathLike,
     progress: Progress | None = None,
     skip_bad_records: bool = False,
+    reading: Reading = AS_IT_IS,
 ) -> Path:
     """Tokenize training records into a store under `cache_dir`, or reuse the one that is there.
 
@@ -43,7 +46,8 @@ def build_training_store(
     """
     if num_negatives is not None and num_negatives < 0:
         raise UserError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
-    sources = [_Source(path) for path in _listed(files)]
+    cache_dir = Path(cache_dir).expanduser()
+    sources = [_Source(TrainingFile(path, reading, cache_dir)) for path in _listed(files)]
     query_tokenizers = _tokenizers(tokenizer, query_format, "query_max_length", len(sources))
     document_tokenizers = _tokenizers(tokenizer, document_format, "doc_max_length", len(sources))
     sides = [{"queries": q, "documents": d} for q, d in zip(query_tokenizers, document_tokenizers)]
@@ -54,6 +58,9 @@ def build_training_store(
         "skip_bad_records": skip_bad_records,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
+    if reading != AS_IT_IS:
+        corpora = [stamp_of(part) for path in reading.corpus_files for part in list_parts(path)]
+        settings |= {"columns": list(reading.columns), "corpus_files": corpora}
 
     def write(folder: Path) -> None:
         def write_without(conflicts: dict[tuple[int, int], BadRecord]) -> dict[tuple[int, int], BadRecord]:
@@ -62,7 +69,7 @@ def build_training_store(
                 for index, source in enumerate(sources):
                     writer.encode_with(sides[index])
                     bad = {number: error for (file, number), error in conflicts.items() if file == index}
-                    for number, record in source.records(writer, parse_training_record, skipped, bad):
+                    for number, record in source.records(writer, skipped, bad):
                         _add_training_record(writer, record, number, source.location(number), num_negatives)
                 start = _manifest_start("training", settings, sources)
                 start |= {"skipped_records": skipped.describe()} if skipped else {}
@@ -78,7 +85,7 @@ def build_training_store(
             left = write_without(conflicts)
             assert not left
 
-    return obtain_store(Path(cache_dir), f"training-{_store_key('training', settings, sources)}", write)
+    return obtain_store(cache_dir, f"training-{_store_key('training', settings, sources)}", write)
 
 
 def _add_training_record(
@@ -104,6 +111,7 @@ def build_text_store(
     text_format: TextFormat,
     cache_dir: str | os.PathLike,
     progress: Progress | None = None,
+    columns: Sequence[str] = (),
 ) -> Path:
     """Tokenize queries ("query", "query_id") or documents ("pos_doc", "doc_id") into a store.
 
@@ -117,14 +125,15 @@ def build_text_store(
     if (text_key, id_key) not in kinds:
         raise UserError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
     kind, parse, setting = kinds[text_key, id_key]
-    sources = [_Source(path) for path in _listed(files)]
+    sources = [_Source(RecordFile(path, parse, Columns.asked(columns, kind))) for path in _listed(files)]
     sides = {kind: TextTokenizer(tokenizer, text_format, setting)}
     settings = {"text_format": asdict(text_format), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+    settings |= {"columns": list(columns)} if columns else {}
 
     def write(folder: Path) -> None:
         with StoreWriter(folder, sides, progress, with_ids=True) as writer:
             for source in sources:
-                for number, record in source.records(writer, parse):
+                for number, record in source.records(writer):
                     writer.add_text(0, text_key, getattr(record, text_key))
                     writer.end_record(number, row_id=getattr(record, id_key))
             writer.finish(_manifest_start(kind, settings, sources))
@@ -133,30 +142,31 @@ def build_text_store(
 
 
 class _Source:
-    """One input file and what identifies its contents."""
+    """One entry of the files and what identifies its contents. Its records are numbered through all of its parts."""
 
-    def __init__(self, path: str | os.PathLike):
-        self._records = JsonRecords(path)
-        self.location = self._records.location
+    def __init__(self, file: RecordFile):
+        self._file = file
         # Read before the first record, so that a later change shows.
-        self.stamp = self._stamp()
+        self.stamps = file.stamps()
+        self._parts: list[dict] = []
+        self._starts: list[int] = []  # numbers of the records of each part stand above it
 
-    def _stamp(self) -> dict:
-        status = os.stat(self._records.path)
-        return {"path": os.path.realpath(self._records.path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    def location(self, number: int) -> str:
+        part = bisect.bisect_left(self._starts, number) - 1
+        return format_location(self._file.parts[part], self._parts[part]["unit"], number - self._starts[part])
 
     def records(
         self,
         writer: StoreWriter,
-        parse: Callable[[str, dict], Any],
         skipped: SkippedRecords | None = None,
         known_bad: Mapping[int, BadRecord] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Any]]:
-        """The parsed records of the file; when they end, `writer` has put them all into its arrays.
+        """(number, parsed record) of the entry; when they end, `writer` has put them all into its arrays.
 
-        Bad records are raised, or counted in `skipped`; `known_bad` names more of them by number.
+        A row may give several. Bad ones are raised, or counted in `skipped`; `known_bad` names more by number.
         """
         digest, self.num_records, last_bad = hashlib.sha256(), 0, None
+        self._parts, self._starts, last = [], [], 0
 
         def refuse(error: BadRecord) -> None:
             nonlocal last_bad
@@ -165,28 +175,48 @@ class _Source:
             skipped.add(error)
             last_bad = error
 
-        # What a store remembers must hold for readers in any working directory: the real path.
-        real_path, unit = self.stamp["path"], self._records.unit
-        writer.start_source(lambda number: format_location(real_path, unit, number))
-        for number, value in JsonRecords(self._records.path, digest.update, refuse):
-            try:
-                if number in known_bad:
-                    raise known_bad[number]
-                record = parse(self.location(number), value)
-            except BadRecord as error:
-                refuse(error)
-                continue
-            self.num_records += 1
-            yield number, record
-        writer.flush()
-        if not self.num_records:
-            raise UserError(f"{self._records.path}: holds no record that can be used; the last one: {last_bad}")
-        if self._stamp() != self.stamp:
-            raise UserError(f"{self._records.path}: changed while it was read; run again once it is whole")
+        with self._file as file:
+            # What a store remembers must hold for readers in any working directory: the real path.
+            writer.start_source(lambda number: part_location(self._parts, number))
+            for part, stamp in zip(file.parts, self.stamps):
+                start, rows = last, Records(part, digest.update, refuse)
+                file.open_part(rows)
+                self._starts.append(start)
+                self._parts.append({"path": stamp["path"], "unit": rows.unit, "records_before": start})
+                for number, row in rows:
+                    last = start + number
+                    try:
+                        if last in known_bad:
+                            raise known_bad[last]
+                        records = file.parse(rows.location(number), row)
+                    except BadRecord as error:
+                        refuse(error)
+                        continue
+                    for record in records:
+                        self.num_records += 1
+                        yield last, record
+            writer.flush()
+            if not self.num_records:
+                raise UserError(f"{file.path}: holds no record that can be used; the last one: {last_bad}")
+            file.end()
+            if file.stamps() != self.stamps:
+                raise UserError(f"{file.path}: changed while it was read; run again once it is whole")
         self._sha256 = digest.hexdigest()
 
     def describe(self) -> dict:
-        return {**self.stamp, "sha256": self._sha256, "num_records": self.num_records, "unit": self._records.unit}
+        return {
+            "path": self._file.path,
+            "parts": self._parts,
+            "stamps": self.stamps,
+            "sha256": self._sha256,
+            "num_records": self.num_records,
+        } | self._file.facts()
+
+
+def part_location(parts: Sequence[Mapping[str, Any]], number: int) -> str:
+    """The place of a record by its number through all parts of a file, as a manifest lists them."""
+    part = parts[bisect.bisect_left([part["records_before"] for part in parts], number) - 1]
+    return format_location(part["path"], part["unit"], number - part["records_before"])
 
 
 def _listed(files: Any) -> list:
@@ -212,7 +242,7 @@ def _described(formats: TextFormat | Sequence[TextFormat]) -> Any:
 
 
 def _store_key(kind: str, settings: dict, sources: list[_Source]) -> str:
-    stamps = [source.stamp for source in sources]
+    stamps = [source.stamps for source in sources]
     text = json.dumps([FORMAT_VERSION, kind, settings, stamps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_embed.data.json_files import BadRecord
+from ds_embed.data.files import BadRecord
 
 _ROWS_AT_ONCE = 1 << 21
 # (R,) int64 each, in the build's folder only: keys of ids, 0 for none, and of the texts that they name.

@@ -26,7 +26,7 @@ from ds_embed.artifact.durable import sync_and_close, sync_path
 from ds_embed.settings.errors import UserError
 
 # Part of every store's key: raise it when the arrays, their meaning or the tokenization change.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 _BUILDING_PREFIX = ".building-"
 # A build of another machine is taken for dead when nothing in its folder was written for this long.

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ds_embed.artifact.durable import sync_and_close
+from ds_embed.data.files import BadRecord
 from ds_embed.data.identity import content_keys, token_keys, write_positives
-from ds_embed.data.json_files import BadRecord
 from ds_embed.data.store_conflicts import ID_ARRAYS, find_conflicts
 from ds_embed.data.store_files import NpyWriter, write_manifest
 from ds_embed.data.tokenize import TextTokenizer

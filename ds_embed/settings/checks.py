@@ -1,5 +1,6 @@
 """Checks that argument dataclasses share; each raises UserError naming the setting and the cure."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ def one_of(settings: Any, name: str, choices: Sequence[str]) -> None:
 
 
 def existing_files(name: str, paths: Sequence[str]) -> None:
+    """UserError unless each names a file or folder that is there, or what only its reader can look for."""
     if not paths:
         raise UserError(f"--{name}: give at least one file")
     for path in paths:
-        if Path(path).is_dir():
-            raise UserError(f"--{name} {path}: is a directory; name the JSON or JSONL files in it")
-        if not Path(path).is_file():
+        # URLs, data sets by name (NAME:SPLIT) and patterns.
+        if not Path(path).exists() and ":" not in path and not glob.has_magic(path):
             raise UserError(f"--{name} {path}: no such file")

@@ -57,7 +57,24 @@ def unescape(prefix: str) -> str:
 
 @dataclass
 class DataArguments(TextArguments):
-    train_files: list[str] = setting("JSON or JSONL training files", default_factory=list)
+    train_files: list[str] = setting(
+        "training records: files (JSON, JSONL, CSV, TSV, Parquet, packed or not), folders of such, patterns, URLs, "
+        "data sets as NAME:SPLIT or NAME:CONFIG:SPLIT; docs/data_formats.md has the forms",
+        default_factory=list,
+    )
+    columns: list[str] = setting(
+        "which key or column holds what in the training and held-out records, such as query=question "
+        "neg_doc=worse,worst; in_order takes the columns of tables as query, positive, negatives (default: the form "
+        "is told by the keys)",
+        default_factory=list,
+    )
+    corpus_files: list[str] = setting(
+        "documents that training records name by id, as Tevatron's positive_document_ids do", default_factory=list
+    )
+    positives: str = setting(
+        "of a record with several positives: all (each is a sample) or random (one of them is drawn in every pass)",
+        default="all",
+    )
     sampling_probabilities: list[float] = setting(
         "share of the samples that comes from each of train_files, in any unit; a pass is then as many samples as "
         "there are records in all (default: every record once per pass)",
@@ -88,7 +105,10 @@ class DataArguments(TextArguments):
     def __post_init__(self):
         super().__post_init__()
         existing_files("train_files", self.train_files)
+        if self.corpus_files:
+            existing_files("corpus_files", self.corpus_files)
         at_least(self, 0, "hard_negatives")
+        one_of(self, "positives", ("all", "random"))
         one_of(self, "batching", ("mixed", "homogeneous"))
         one_of(self, "hard_negatives_sampling", ("first", "random"))
         shares, shown = self.sampling_probabilities, listed(self.sampling_probabilities)

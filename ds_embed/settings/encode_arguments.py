@@ -10,6 +10,8 @@ from ds_embed.settings.job_arguments import JobArguments
 # Changes of these move a row by no more than rounding does.
 ROUNDING_SETTINGS = ("micro_batch_tokens", "attn_implementation", "kernels")
 
+_COLUMN_KEYS = ("query", "query_id", "pos_doc", "doc_id", "title")
+
 
 @dataclass
 class EncodeArguments(JobArguments):
@@ -20,8 +22,13 @@ class EncodeArguments(JobArguments):
         default=None,
     )
     bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
-    query_files: list[str] = setting("JSON or JSONL files of queries: query, query_id", default_factory=list)
-    doc_files: list[str] = setting("JSON or JSONL files of documents: pos_doc, doc_id", default_factory=list)
+    query_files: list[str] = setting("files of queries: query, query_id; as train_files", default_factory=list)
+    doc_files: list[str] = setting("files of documents: pos_doc, doc_id; as train_files", default_factory=list)
+    columns: list[str] = setting(
+        "which key or column holds what, such as query=question or doc_id=number; for the keys query and query_id, "
+        "and for pos_doc, doc_id and title (default: told by the keys)",
+        default_factory=list,
+    )
     output_prefix: str = setting("folder that gets consumed_samplesX/", default="embeddings")
     micro_batch_tokens: int = setting("padded tokens per forward pass of one rank: sets the memory", default=16384)
     cache_dir: str = setting(
@@ -47,6 +54,9 @@ class EncodeArguments(JobArguments):
         super().__post_init__()
         if not self.query_files and not self.doc_files:
             raise UserError("nothing to encode: give --query_files, --doc_files or both")
+        for word in self.columns:
+            if word.partition("=")[0] not in _COLUMN_KEYS:
+                raise UserError(f"--columns {word}: want KEY=COLUMN, where KEY is one of {', '.join(_COLUMN_KEYS)}")
         for name in ("query_files", "doc_files"):
             if getattr(self, name):
                 existing_files(name, getattr(self, name))

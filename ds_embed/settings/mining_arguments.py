@@ -21,7 +21,13 @@ class MiningModelArguments(ModelArguments):
 
 @dataclass(kw_only=True)
 class MiningArguments:
-    train_files: list[str] = setting("JSON or JSONL training files whose records get negatives")
+    train_files: list[str] = setting("training files whose records get negatives, in every form that training reads")
+    columns: list[str] = setting(
+        "which key or column of the training files holds what, as in training", default_factory=list
+    )
+    corpus_files: list[str] = setting(
+        "documents that training records name by id, as in training", default_factory=list
+    )
     output_file: str = setting("JSONL file that gets the records, in order, with neg_doc, pos_score and neg_scores")
     work_dir: str | None = setting(
         "folder of the work in progress, seen by all nodes, removed at the end (default: output_file + .work)",
@@ -33,8 +39,7 @@ class MiningArguments:
         default=None,
     )
     doc_files: list[str] = setting(
-        "JSON or JSONL files of the documents to choose from (default: the pos_doc of all training records)",
-        default_factory=list,
+        "files of the documents to choose from (default: the pos_doc of all training records)", default_factory=list
     )
     include_neg_docs: bool = setting("choose from the neg_doc of the training records too", default=False)
     num_negatives: int = setting("negatives mined for a record", default=4)
@@ -84,8 +89,9 @@ class MiningArguments:
 
     def __post_init__(self):
         existing_files("train_files", self.train_files)
-        if self.doc_files:
-            existing_files("doc_files", self.doc_files)
+        for name in ("doc_files", "corpus_files"):
+            if getattr(self, name):
+                existing_files(name, getattr(self, name))
         one_of(self, "method", METHODS)
         one_of(self, "sampling", ("top", "random"))
         one_of(self, "match_positives", ("normalized", "exact"))

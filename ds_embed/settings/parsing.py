@@ -11,6 +11,70 @@ from typing import Any
 from ds_embed.settings.errors import UserError
 
 _NOT_GIVEN = object()
+# What flags of Hugging Face's trainer, sentence-transformers, Tevatron, FlagEmbedding, Automodel and ms-swift are here.
+ELSEWHERE = {
+    "per_device_train_batch_size": "--global_batch_size, over all ranks",
+    "per_device_eval_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
+    "gradient_accumulation_steps": "--global_batch_size, over all ranks: micro-batches follow from --micro_batch_tokens",
+    "local_batch_size": "--global_batch_size, over all ranks",
+    "mini_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
+    "sub_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
+    "gc_q_chunk_size": "--micro_batch_tokens, the tokens of a forward pass",
+    "gc_p_chunk_size": "--micro_batch_tokens, the tokens of a forward pass",
+    "cached_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
+    "negatives_cross_device": "nothing: negatives always come from all ranks",
+    "negatives_x_device": "nothing: negatives always come from all ranks",
+    "gather_across_devices": "nothing: negatives always come from all ranks",
+    "do_distributed_inbatch_negative": "nothing: negatives always come from all ranks",
+    "save_steps": "--save_interval",
+    "ckpt_every_steps": "--save_interval",
+    "logging_steps": "--log_interval",
+    "eval_steps": "--val_check_interval",
+    "val_every_steps": "--val_check_interval",
+    "eval_on_start": "--val_before_training",
+    "load_best_model_at_end": "--load_best_at_end",
+    "metric_for_best_model": "--best_metric",
+    "lr_scheduler_type": "--lr_scheduler",
+    "lr": "--learning_rate",
+    "num_epochs": "--num_train_epochs",
+    "gradient_clipping": "--max_grad_norm",
+    "query_max_len": "--query_max_length",
+    "q_max_len": "--query_max_length",
+    "passage_max_len": "--doc_max_length",
+    "p_max_len": "--doc_max_length",
+    "max_seq_length": "--max_length",
+    "train_group_size": "--hard_negatives, one less",
+    "n_passages": "--hard_negatives, one less",
+    "train_n_passages": "--hard_negatives, one less",
+    "lora_r": "--lora_rank",
+    "lora": "--lora_rank",
+    "passage_prefix": "--doc_prefix",
+    "query_instruction_for_retrieval": "--query_prefix",
+    "passage_instruction_for_retrieval": "--doc_prefix",
+    "query_instruction_for_embedding": "--query_prefix",
+    "sentence_pooling_method": "--pooling",
+    "pooling_method": "--pooling",
+    "normalize": "nothing: embeddings are always unit vectors",
+    "normalize_embeddings": "nothing: embeddings are always unit vectors",
+    "l2_normalize": "nothing: embeddings are always unit vectors",
+    "scale": "--temperature, 1 divided by it",
+    "train_data": "--train_files",
+    "dataset": "--train_files",
+    "dataset_name": "--train_files, NAME:SPLIT",
+    "dataset_path": "--train_files",
+    "data_dir_list": "--train_files",
+    "corpus_name": "--corpus_files, NAME:SPLIT",
+    "corpus_path": "--corpus_files",
+    "model": "--model_name_or_path",
+    "pretrained_model_name_or_path": "--model_name_or_path",
+    "resume_from_checkpoint": "nothing in a new run: --resume_if_exists goes on where --output_dir stands",
+    "overwrite_output_dir": "nothing: an --output_dir that is there is gone on with or refused",
+    "fp16": "--bf16: bfloat16 or float32",
+    "knowledge_distillation": "--distillation_weight",
+    "kd_loss_type": "--distillation_weight",
+    "dataloader_num_workers": "nothing: tokens are prepared once and mapped",
+    "dataloader_drop_last": "nothing: every batch is full",
+}
 
 
 def parse_arguments(
@@ -39,7 +103,10 @@ def parse_arguments(
     for arg in unknown:
         name = arg.split("=")[0]
         if name.startswith("-"):
-            raise UserError(f"unknown flag {name}{_nearest(name.lstrip('-'), known, '--')}; --help lists all")
+            name = name.lstrip("-").replace("-", "_")
+            if name in ELSEWHERE:
+                raise UserError(f"--{name}: here it is {ELSEWHERE[name]}")
+            raise UserError(f"unknown flag --{name}{_nearest(name, known, '--')}; --help lists all")
         raise UserError(f"unexpected argument '{arg}': flags start with --")
     given = {name: value for name, value in vars(namespace).items() if value is not _NOT_GIVEN}
     # A boolean that is true by default has a second flag, --no_NAME; the first one holds the default.
@@ -94,6 +161,8 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
     flags = []
     for key, value in content.items():
         if key not in known:
+            if key in ELSEWHERE:
+                raise UserError(f"{path}: {key}: here it is {ELSEWHERE[key]}")
             raise UserError(f"{path}: unknown key '{key}'{_nearest(str(key), known, '')}")
         if isinstance(value, dict):
             raise UserError(f"{path}: key '{key}' takes a value or a list, not a mapping")

@@ -83,7 +83,7 @@ class TrainingRun:
         world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
         self.store = prepare_store(world, data.train_files, data, step, self.tokenizer, file_formats(data, self.card))
         self.order = sample_order(self.store, data, step, run.seed)
-        self.max_steps = count_steps(self.store.num_records, step.global_batch_size, self.optimizer)
+        self.max_steps = count_steps(self.order.samples_per_pass, step.global_batch_size, self.optimizer)
         self.validation = None
         if self.validation_arguments.is_on:
             self.validation = Validation(
@@ -358,7 +358,7 @@ class TrainingRun:
             )
         if self.order.probabilities is not None:
             unit = "batches" if self.order.batch_size else "samples"
-            shares = zip(self.data.train_files, self.store.file_sizes, self.order.probabilities)
+            shares = zip(self.data.train_files, self.order.source_sizes, self.order.probabilities)
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
         if self.validation is not None:
             lines.append(f"validation     {self.validation.describe()}")

@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from ds_embed.data.forms import Reading
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.skipping import describe_skipped
 from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
@@ -35,7 +36,13 @@ def prepare_store(
 
     def build() -> str:
         path = build_training_store(
-            files, tokenizer, *formats, num_negatives, data.cache_dir, skip_bad_records=data.skip_bad_records
+            files,
+            tokenizer,
+            *formats,
+            num_negatives,
+            data.cache_dir,
+            skip_bad_records=data.skip_bad_records,
+            reading=Reading(tuple(data.columns), tuple(data.corpus_files)),
         )
         check_store(TrainingStore.open(path), data, step)
         return str(path)
@@ -102,17 +109,18 @@ def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments,
     """The order of the run's samples. UserError when a file can't fill a batch of its own."""
     shares = data.sampling_probabilities
     homogeneous = data.batching == "homogeneous"
+    rows, sizes = store.rows() if data.positives == "random" else (None, store.file_sizes)
     if not shares and not homogeneous:
-        return SampleOrder(seed, store.file_sizes)
-    for path, size in zip(data.train_files, store.file_sizes):
+        return SampleOrder(seed, sizes, rows=rows)
+    for path, size in zip(data.train_files, sizes):
         if homogeneous and size < step.global_batch_size:
             raise UserError(
                 f"--batching homogeneous: {path} holds {size} records, fewer than --global_batch_size "
                 f"{step.global_batch_size}; lower it, leave the file out or set --batching mixed"
             )
-    shares = shares or store.file_sizes
+    shares = shares or sizes
     probabilities = tuple(share / sum(shares) for share in shares)
-    return SampleOrder(seed, store.file_sizes, probabilities, step.global_batch_size if homogeneous else None)
+    return SampleOrder(seed, sizes, probabilities, step.global_batch_size if homogeneous else None, rows)
 
 
 def check_prefixes(step: StepArguments, num_dims: int) -> None:

@@ -137,9 +137,15 @@ def build_stores(
     stores = []
     for kind, folder, files, text_key, id_key, text_format in kinds:
         if files:
+            keys = {"query": ("query", "query_id"), "doc": ("pos_doc", "doc_id", "title")}[kind]
+            columns = [word for word in arguments.columns if word.partition("=")[0] in keys]
             path = world.on_main(
                 f"token store of {kind}",
-                lambda: str(build_text_store(files, text_key, id_key, tokenizer, text_format, arguments.cache_dir)),
+                lambda: str(
+                    build_text_store(
+                        files, text_key, id_key, tokenizer, text_format, arguments.cache_dir, columns=columns
+                    )
+                ),
             )
             store = TextStore.open(path)
             check_texts_fit(store, arguments.micro_batch_tokens)

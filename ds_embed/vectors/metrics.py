@@ -21,8 +21,7 @@ import numpy as np
 
 from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.data.formats.trec import read_judgments, read_run, unique_judgments
-from ds_embed.data.json_files import read_json_objects
-from ds_embed.data.records import parse_query_record
+from ds_embed.data.records import read_queries
 from ds_embed.settings.errors import UserError
 
 Qrels = dict[str, dict[str, int]]
@@ -67,18 +66,16 @@ def read_qrels_from_queries(paths: Iterable[str | os.PathLike]) -> Qrels:
     """
     qrels: Qrels = {}
     texts: dict[str, tuple[int, str]] = {}
-    for path in paths:
-        for where, record in read_json_objects(path):
-            query = parse_query_record(where, record)
-            if query.doc_id is None:
-                raise UserError(f"{where}: doc_id is missing, the right document; add it or give --qrels")
-            text, place = texts.setdefault(query.query_id, (hash(query.query), where))
-            if text != hash(query.query):
-                raise UserError(
-                    f"{where}: query_id '{query.query_id}' names another query text at {place}; "
-                    "give each query text its own query_id"
-                )
-            qrels.setdefault(query.query_id, {})[query.doc_id] = 1
+    for where, query in read_queries(paths):
+        if not query.doc_ids:
+            raise UserError(f"{where}: doc_id is missing, the right document; add it or give --qrels")
+        text, place = texts.setdefault(query.query_id, (hash(query.query), where))
+        if text != hash(query.query):
+            raise UserError(
+                f"{where}: query_id '{query.query_id}' names another query text at {place}; "
+                "give each query text its own query_id"
+            )
+        qrels.setdefault(query.query_id, {}).update(dict.fromkeys(query.doc_ids, 1))
     return qrels
 
 

@@ -7,27 +7,23 @@ some 200 bytes a judgment.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from ds_embed.artifact.durable import folder_when_whole, replaced_when_whole
-from ds_embed.data.formats.retrieval_sets import RetrievalSet, join_title
+from ds_embed.data.files import BadRecord, read_lines
+from ds_embed.data.formats.retrieval_sets import RetrievalSet
 from ds_embed.data.formats.tables import table_writer
 from ds_embed.data.formats.tally import Tally
 from ds_embed.data.formats.text_table import TextTable
 from ds_embed.data.formats.trec import Judgment, unique_judgments, write_beir_qrels
-from ds_embed.data.json_files import BadRecord
-from ds_embed.data.records import (
-    QueryRecord,
-    TrainingRecord,
-    parse_document_record,
-    parse_query_record,
-    parse_training_record,
-)
+from ds_embed.data.forms import Columns, RecordFile, parse_training_record
+from ds_embed.data.records import TrainingRecord
 
 NumberedRecords = Iterator[tuple[str, TrainingRecord]]
+ParseRow = Callable[[str, dict], Any]
 
 
 def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_negatives: bool) -> NumberedRecords:
@@ -58,7 +54,7 @@ def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_n
                 tally.refuse_unknown(where, f"document '{name}', a judged negative of the query, is not in the corpus")
             record |= {"doc_id": doc_id, "neg_doc": [text for text in texts if text is not None]}
             try:
-                yield where, parse_training_record(where, record)
+                yield where, parse_training_record(where, record)[0]
             except BadRecord as error:
                 tally.refuse(error)
 
@@ -67,9 +63,7 @@ def write_training(path: Path, records: NumberedRecords, tally: Tally) -> None:
     """Our JSONL; keys without a value are left out."""
     with replaced_when_whole(path) as file:
         for _, record in records:
-            values = record._asdict()
-            values["neg_doc"] = list(values.pop("neg_docs")) or None
-            write_json_line(file, values)
+            write_json_line(file, record.as_json())
             tally.count("training records written")
 
 
@@ -107,7 +101,7 @@ def write_beir(folder: Path, split: str, source: RetrievalSet, tally: Tally) -> 
 
 
 def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
-    """queries.jsonl (of the judged queries, a line for each relevant document), docs.jsonl and qrels.tsv."""
+    """queries.jsonl (a line for each judged query, with its relevant documents), docs.jsonl and qrels.tsv."""
     with folder_when_whole(folder) as partial, ExitStack() as stack:
         documents = stack.enter_context(TextTable(partial, "document id", keep_texts=False))
         queries = stack.enter_context(TextTable(partial, "query id"))
@@ -118,47 +112,92 @@ def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
                     tally.count("documents written")
         for where, query in source.queries():
             _add(queries, query.query_id, query.query, where, tally)
-        written = stack.enter_context(replaced_when_whole(partial / "queries.jsonl"))
+        relevant: dict[str, list[str]] = {}
 
-        def judgments_with_queries() -> Iterator[Judgment]:
-            has_relevant: dict[str, bool] = {}
+        def judgments() -> Iterator[Judgment]:
             for judgment in _known_judgments(source, queries, documents, tally):
-                query_id, doc_id, relevance = judgment
-                has_relevant[query_id] = has_relevant.get(query_id, False) or relevance > 0
-                if relevance > 0:
-                    write_json_line(written, QueryRecord(queries.get(query_id), query_id, doc_id)._asdict())
+                # A query without any counts 0 in a mean over all judged queries, so it is encoded too.
+                found = relevant.setdefault(judgment.query_id, [])
+                if judgment.relevance > 0:
+                    found.append(judgment.doc_id)
                 yield judgment
-            tally.count("queries written", len(has_relevant))
-            # They count 0 in a mean over all judged queries, so they are encoded too.
-            for query_id in (name for name, found in has_relevant.items() if not found):
-                write_json_line(written, QueryRecord(queries.get(query_id), query_id, None)._asdict())
-                tally.count("of them without a relevant document")
 
-        write_beir_qrels(partial / "qrels.tsv", judgments_with_queries())
+        write_beir_qrels(partial / "qrels.tsv", judgments())
+        with replaced_when_whole(partial / "queries.jsonl") as file:
+            for query_id, doc_ids in relevant.items():
+                doc_id = doc_ids if len(doc_ids) > 1 else doc_ids[0] if doc_ids else None
+                write_json_line(file, {"query": queries.get(query_id), "query_id": query_id, "doc_id": doc_id})
+        tally.count("queries written", len(relevant))
+        if without := sum(not doc_ids for doc_ids in relevant.values()):
+            tally.count("of them without a relevant document", without)
 
 
-def write_texts(
-    path: Path, kind: str, rows: Iterator[tuple[str, dict]], work: Path, tally: Tally, *, join_titles: bool
-) -> None:
-    """Our JSONL of "queries" or "documents", of rows that have our keys; an id with two texts is refused."""
+def read_columns(
+    paths: Sequence[str], kind: str, words: Sequence[str], parse_row: ParseRow, tally: Tally
+) -> Iterator[tuple[str, Any]]:
+    """(place, parsed row) of files of "queries", "documents", "judgments" or "run", by the words of --columns."""
+    for path in paths:
+        for where, _, parsed in RecordFile(path, parse_row, Columns(words, kind)).read(tally.refuse):
+            yield where, parsed[0]
+
+
+def write_texts(path: Path, kind: str, records: Iterator[tuple[str, Any]], work: Path, tally: Tally) -> None:
+    """Our JSONL of "queries" or "documents"; an id with two texts is refused."""
     with TextTable(work, f"{kind} id", keep_texts=False) as table, replaced_when_whole(path) as file:
-        for where, row in rows:
+        for where, record in records:
+            text, name = (record.query, record.query_id) if kind == "queries" else (record.pos_doc, record.doc_id)
             try:
-                if kind == "queries":
-                    record = parse_query_record(where, row)
-                    table.add(record.query_id, record.query, where)
-                else:
-                    record = parse_document_record(where, row)
-                    if join_titles and row.get("title"):
-                        record = record._replace(pos_doc=join_title(row["title"], record.pos_doc))
-                    if not table.add(record.doc_id, record.pos_doc, where):
-                        tally.count("repeated documents left out")
-                        continue
+                if not table.add(name, text, where) and kind == "documents":
+                    tally.count("repeated documents left out")
+                    continue
             except BadRecord as error:
                 tally.refuse(error)
                 continue
-            write_json_line(file, record._asdict())
+            values = record._asdict()
+            doc_ids = list(values.pop("doc_ids", ()))
+            write_json_line(
+                file, values | ({"doc_id": doc_ids[0] if len(doc_ids) == 1 else doc_ids} if doc_ids else {})
+            )
             tally.count(f"{kind} written")
+
+
+def training_triples(
+    paths: Sequence[str], query_files: Sequence[str], collection_files: Sequence[str], tally: Tally, work: Path
+) -> NumberedRecords:
+    """(place, record) of MS MARCO's lines query, positive, negative, separated by tabs, without a header.
+
+    With query and collection files (lines of id, tab, text) the three are ids.
+    """
+    with TextTable(work, "query id") as queries, TextTable(work, "document id") as documents:
+        for table, files in ((queries, query_files), (documents, collection_files)):
+            for where, (name, text) in _split_lines(files, ("id", "text"), tally):
+                _add(table, name, text, where, tally)
+        for where, cells in _split_lines(paths, ("query", "positive", "negative"), tally):
+            record = dict(zip(("query", "pos_doc", "neg_doc"), cells))
+            if query_files:
+                texts = [queries.get(cells[0]), *map(documents.get, cells[1:])]
+                if None in texts:
+                    name = cells[texts.index(None)]
+                    tally.refuse_unknown(where, f"the text of '{name}' is not in --query_files or --doc_files")
+                    continue
+                record = dict(zip(record, texts)) | {"query_id": cells[0], "doc_id": cells[1]}
+            try:
+                yield where, parse_training_record(where, record)[0]
+            except BadRecord as error:
+                tally.refuse(error)
+
+
+def _split_lines(paths: Sequence[str], names: Sequence[str], tally: Tally) -> Iterator[tuple[str, list[str]]]:
+    number = len(names)
+    for path in paths:
+        for where, line in read_lines(path):
+            cells = line.split("\t")
+            if len(cells) == number:
+                yield where, cells
+            else:
+                tally.refuse(
+                    BadRecord(where, f"{len(cells)} columns; want {number}, separated by tabs: {', '.join(names)}")
+                )
 
 
 def _known_judgments(

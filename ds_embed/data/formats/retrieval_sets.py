@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from ds_embed.data.formats.tables import TABLE_SUFFIXES, Table
+from ds_embed.data.files import SUFFIXES
 from ds_embed.data.formats.tally import Tally
 from ds_embed.data.formats.text_table import TextTable
 from ds_embed.data.formats.trec import Judgment, read_judgments
-from ds_embed.data.json_files import BadRecord, read_json_objects
-from ds_embed.data.records import DocumentRecord, QueryRecord, TrainingRecord, parse_document_record, parse_query_record
+from ds_embed.data.forms import RecordFile
+from ds_embed.data.records import (
+    DocumentRecord,
+    QueryRecord,
+    TrainingRecord,
+    parse_document_record,
+    parse_query_record,
+    read_documents,
+    read_queries,
+)
 from ds_embed.settings.errors import UserError
 
 TrainingRecords = Callable[[Tally], Iterator[tuple[str, TrainingRecord]]]
@@ -31,15 +40,10 @@ class RetrievalSet(Protocol):
     def judgments(self) -> Iterator[tuple[str, Judgment]]: ...
 
 
-def join_title(title: str, text: str) -> str:
-    """The text that BEIR's own encoders see: the title, a space, the text; the text alone where there is no title."""
-    return f"{title} {text}".strip() if title else text
-
-
 class BeirFolder:
     """corpus.jsonl (_id, title, text), queries.jsonl (_id, text) and qrels/SPLIT.tsv of a folder.
 
-    Corpus and queries may also be .json, .parquet, .csv or .tsv tables with these columns.
+    Corpus and queries may also be in other files that our reader knows, such as corpus.parquet or corpus.jsonl.gz.
     """
 
     def __init__(self, folder: Path, split: str, tally: Tally, *, join_titles: bool):
@@ -54,48 +58,23 @@ class BeirFolder:
         self._join_titles = join_titles
 
     def documents(self) -> Iterator[tuple[str, DocumentRecord]]:
-        for where, row in self._rows(self._corpus_path):
-            title = row.get("title")
-            try:
-                document = parse_document_record(where, {"pos_doc": row.get("text"), "doc_id": row.get("_id")})
-                if type(title) not in (str, type(None)):
-                    raise BadRecord(where, "title is no string")
-            except BadRecord as error:
-                self._tally.refuse(error)
-                continue
-            if title and self._join_titles:
-                document = document._replace(pos_doc=join_title(title, document.pos_doc))
-            yield where, document
+        parse = partial(parse_document_record, join_titles=self._join_titles)
+        for where, _, documents in RecordFile(self._corpus_path, parse).read(self._tally.refuse):
+            yield where, documents[0]
 
     def queries(self) -> Iterator[tuple[str, QueryRecord]]:
-        for where, row in self._rows(self._queries_path):
-            try:
-                query = parse_query_record(where, {"query": row.get("text"), "query_id": row.get("_id")})
-            except BadRecord as error:
-                self._tally.refuse(error)
-                continue
-            yield where, query
+        for where, _, queries in RecordFile(self._queries_path, parse_query_record).read(self._tally.refuse):
+            yield where, queries[0]
 
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
         return read_judgments(self._qrels_path)
 
-    def _rows(self, path: Path) -> Iterator[tuple[str, dict]]:
-        table = Table(path, self._tally.refuse)
-        missing = sorted({"_id", "text"}.difference(table.columns))
-        if missing:
-            shown = ", ".join(table.columns)
-            raise UserError(f"{path}: has no '{missing[0]}'; BEIR's files have _id and text, and this one {shown}")
-        for where, row in table:
-            if type(row.get("_id")) is int:
-                row["_id"] = str(row["_id"])
-            yield where, row
-
 
 def _find_table(folder: Path, name: str) -> Path:
-    found = next((path for suffix in TABLE_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
-    if found is None:
+    found = sorted(path for path in folder.glob(f"{name}.*") if path.suffixes[0] in SUFFIXES)
+    if not found:
         raise UserError(f"{folder}: has no {name}.jsonl; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/")
-    return found
+    return found[0]
 
 
 class OurFiles:
@@ -107,23 +86,20 @@ class OurFiles:
         self._qrels = qrels
 
     def documents(self) -> Iterator[tuple[str, DocumentRecord]]:
-        for path in self._doc_files:
-            for where, record in read_json_objects(path):
-                yield where, parse_document_record(where, record)
+        return read_documents(self._doc_files)
 
     def queries(self) -> Iterator[tuple[str, QueryRecord]]:
-        for path in self._query_files:
-            for where, record in read_json_objects(path):
-                yield where, parse_query_record(where, record)
+        return read_queries(self._query_files)
 
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
         if self._qrels is not None:
             yield from read_judgments(self._qrels)
             return
         for where, query in self.queries():
-            if query.doc_id is None:
+            if not query.doc_ids:
                 raise UserError(f"{where}: doc_id is missing, the right document; add it or give --qrels")
-            yield where, Judgment(query.query_id, query.doc_id, 1)
+            for doc_id in query.doc_ids:
+                yield where, Judgment(query.query_id, doc_id, 1)
 
 
 class TrainingSet:
@@ -151,7 +127,7 @@ class TrainingSet:
 
     def queries(self) -> Iterator[tuple[str, QueryRecord]]:
         for where, record in self._read_again():
-            yield where, QueryRecord(record.query, _query_id(record), None)
+            yield where, QueryRecord(record.query, _query_id(record), ())
 
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
         positives: dict[str, set[str]] = {}

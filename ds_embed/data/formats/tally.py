@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from ds_embed.data.json_files import BadRecord
+from ds_embed.data.files import BadRecord
 from ds_embed.data.skipping import SkippedRecords, describe_skipped
 
 T = TypeVar("T")

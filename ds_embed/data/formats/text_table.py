@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from ds_embed.data.json_files import BadRecord
+from ds_embed.data.files import BadRecord
 
 _CACHE_KIB = 64 << 10
 

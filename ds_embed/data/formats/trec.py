@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_embed.artifact.durable import replaced_when_whole
-from ds_embed.data.formats.tables import text_lines, tsv_line
-from ds_embed.data.json_files import BadRecord
+from ds_embed.data.files import BadRecord, read_lines
+from ds_embed.data.formats.tables import tsv_line
+from ds_embed.data.records import id_of
 from ds_embed.settings.errors import UserError
 
 BEIR_HEADER = ("query-id", "corpus-id", "score")
@@ -42,7 +43,7 @@ def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
     BadRecord with file and line: other columns, a relevance that is no whole number, not UTF-8.
     """
     beir = None
-    for where, line in text_lines(path):
+    for where, line in read_lines(path):
         if not line.strip():
             continue
         if beir is None:
@@ -72,7 +73,7 @@ def unique_judgments(judgments: Iterable[tuple[str, Judgment]]) -> Iterator[tupl
 
 def read_run(path: str | os.PathLike) -> Iterator[tuple[str, RunLine]]:
     """(place, line) of a TREC run file. BadRecord with file and line: other columns, a score that is no number."""
-    for where, line in text_lines(path):
+    for where, line in read_lines(path):
         columns = line.split()
         if not columns:
             continue
@@ -104,10 +105,11 @@ def run_line(where: str, row: Mapping[str, Any]) -> RunLine:
 
 
 def _ids(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    for name in ("query_id", "doc_id"):
-        if type(row.get(name)) is not str or not row[name]:
+    ids = {name: id_of(where, name, row.get(name)) for name in ("query_id", "doc_id")}
+    for name, value in ids.items():
+        if value is None:
             raise BadRecord(where, f"{name} is missing, want a name")
-    return row["query_id"], row["doc_id"]
+    return ids["query_id"], ids["doc_id"]
 
 
 def write_beir_qrels(path: Path, judgments: Iterable[Judgment]) -> None:

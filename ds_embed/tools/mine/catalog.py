@@ -20,9 +20,9 @@ from typing import IO
 import numpy as np
 import orjson
 
+from ds_embed.data.forms import Reading, read_training_records
 from ds_embed.data.identity import content_key
-from ds_embed.data.json_files import read_json_objects
-from ds_embed.data.records import TrainingRecord, parse_document_record, parse_training_record
+from ds_embed.data.records import TrainingRecord, read_documents
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
 
@@ -138,6 +138,10 @@ class _Table:
         return row
 
 
+def reading(arguments: MiningArguments) -> Reading:
+    return Reading(tuple(arguments.columns), tuple(arguments.corpus_files))
+
+
 class CatalogBuilder:
     """Reads the files into a folder. `names` of the tables are filled when vectors are to be found by id."""
 
@@ -181,13 +185,11 @@ class CatalogBuilder:
 
     def _corpus(self) -> Iterator[tuple[str, str, str | None]]:
         """(where, text, id) of every document that may become a negative."""
-        for path in self._arguments.doc_files:
-            for where, value in read_json_objects(path):
-                document = parse_document_record(where, value)
-                if not document.pos_doc.strip():
-                    self._counts["blank_documents"] += 1
-                    continue
-                yield where, document.pos_doc, document.doc_id
+        for where, document in read_documents(self._arguments.doc_files):
+            if not document.pos_doc.strip():
+                self._counts["blank_documents"] += 1
+                continue
+            yield where, document.pos_doc, document.doc_id
         for where, record in self._records():
             if not self._arguments.doc_files:
                 yield where, record.pos_doc, record.doc_id
@@ -196,9 +198,7 @@ class CatalogBuilder:
                     yield where, negative, None
 
     def _records(self) -> Iterator[tuple[str, TrainingRecord]]:
-        for path in self._arguments.train_files:
-            for where, value in read_json_objects(path):
-                yield where, parse_training_record(where, value)
+        return read_training_records(self._arguments.train_files, reading(self._arguments), self._folder)
 
     def _add_document(self, where: str, text: str, name: str | None, cure: str = "give every record its doc_id") -> int:
         if self._needs_ids and name is None:

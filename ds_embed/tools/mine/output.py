@@ -13,10 +13,10 @@ import numpy as np
 import orjson
 
 from ds_embed.artifact.durable import replaced_when_whole
-from ds_embed.data.json_files import read_json_objects
+from ds_embed.data.forms import TrainingFile
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
-from ds_embed.tools.mine.catalog import Catalog
+from ds_embed.tools.mine.catalog import Catalog, reading
 from ds_embed.tools.mine.rules import RULES
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -75,7 +75,9 @@ def _statistics(scores: np.ndarray) -> dict[str, float]:
 
 
 def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: MiningArguments) -> None:
-    """The records in order as JSONL: neg_doc, pos_score and neg_scores are set, all else stays as it was.
+    """The records in order as JSONL: neg_doc, pos_score and neg_scores are set, all else of our own form stays.
+
+    Those of other forms, and of several positives, are written in our own form, one for each positive.
 
     A record without negatives has neither neg_doc nor neg_scores, or is left out (drop_without_negatives).
     UserError when the training files hold another number of records than before.
@@ -83,12 +85,15 @@ def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: 
     number = -1
     with replaced_when_whole(output_file) as file:
         for path in arguments.train_files:
-            for _, record in read_json_objects(path):
-                number += 1
-                if number == len(mined.rows):
-                    break
-                if _set_negatives(record, number, mined, catalog) or not arguments.drop_without_negatives:
-                    file.buffer.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+            source = TrainingFile(path, reading(arguments), output_file.parent)
+            for _, row, samples in source.read():
+                for sample in samples:
+                    number += 1
+                    if number >= len(mined.rows):
+                        break
+                    record = row if source.is_own and len(samples) == 1 else sample.as_json()
+                    if _set_negatives(record, number, mined, catalog) or not arguments.drop_without_negatives:
+                        file.buffer.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         if number != len(mined.rows) - 1:
             raise UserError("--train_files: changed while negatives were mined; start again once they are whole")
 

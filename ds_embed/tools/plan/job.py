@@ -202,7 +202,7 @@ def job_to_size(
             hard_negatives_sampling=data.hard_negatives_sampling,
         )
         lengths, lengths_from = batch.lengths, f"the first batch of train_files, {_named(batch)}"
-        longest, num_records = int(np.max(store.lengths)), store.num_records
+        longest, num_records = int(np.max(store.lengths)), order.samples_per_pass
     else:
         query = min(sizing.mean_query_tokens, card.query_max_length)
         document = min(sizing.mean_doc_tokens, card.doc_max_length)

@@ -96,7 +96,7 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
     if not query_files and not arguments.qrels:
         raise UserError("--embeddings: which documents are right is missing; give --query_files or --qrels")
     for path in [*query_files, *doc_files]:
-        if not Path(path).is_file():  # a flag's file is there, so it is one of the run's own
+        if ":" not in path and not Path(path).exists():  # a flag's file is there, so it is one of the run's own
             missing = f"The run's validation file {path} is not there (any more): give --query_files and --doc_files."
             return [Section("Similarities and failures", missing=missing)]
     queries, documents = read_embeddings(embeddings)

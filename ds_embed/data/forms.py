@@ -1,0 +1,599 @@
+"""Training records in the forms of every framework: told by their keys, and turned into ours.
+
+A form says which keys its records have and where in them query, positives and negatives stand; one function checks
+and builds for all forms. A record with several positives gives a sample for each, with the same negatives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ds_embed.data.files import BadRecord, Records, list_parts, stamp_of
+from ds_embed.data.formats.text_table import TextTable
+from ds_embed.data.records import (
+    TrainingRecord,
+    id_of,
+    is_finite_number,
+    join_title,
+    parse_document_record,
+    present,
+    read_documents,
+    refuse,
+    refuse_missing,
+    text_of,
+)
+from ds_embed.settings.errors import UserError
+
+COLUMN_KEYS = {
+    "training": ("query", "pos_doc", "neg_doc", "query_id", "doc_id", "pos_score", "neg_scores"),
+    "queries": ("query", "query_id", "doc_id"),
+    "documents": ("pos_doc", "doc_id", "title"),
+    "judgments": ("query_id", "doc_id", "relevance"),
+    "run": ("query_id", "doc_id", "score"),
+}
+IN_ORDER = "in_order"
+_REQUIRED = ("query", "pos_doc", "relevance", "score")
+_POSITIVE_COLUMNS = ("positive", "answer", "context", "passage", "document", "response")
+_NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?|rejected_response")
+_GRADES = ("label", "labels", "score", "scores")
+_METADATA = "merlin_metadata.json"
+
+Lookup = Callable[[str, str, Any], str]  # (place, name of the id in errors, id) to the text of a document
+
+
+class Reading(NamedTuple):
+    """What the settings say about reading training files."""
+
+    columns: tuple[str, ...] = ()  # the words of --columns
+    corpus_files: tuple[str, ...] = ()  # documents that records name by id
+
+
+AS_IT_IS = Reading()
+
+
+class Columns:
+    """The mapping that --columns asks for: KEY=COLUMN words (neg_doc=COLUMN,COLUMN), or in_order."""
+
+    def __init__(self, words: Sequence[str], kind: str):
+        """UserError for keys that records of this kind (see COLUMN_KEYS) lack."""
+        self._keys = COLUMN_KEYS[kind]
+        self._by_order = list(words) == [IN_ORDER] and kind == "training"
+        self._columns: dict[str, list[str]] = {}
+        for word in [] if self._by_order else words:
+            key, equals, column = word.partition("=")
+            if key not in self._keys or not equals or not column:
+                raise UserError(f"--columns {word}: want KEY=COLUMN, where KEY is one of {', '.join(self._keys)}")
+            if key in self._columns:
+                raise UserError(f"--columns {word}: {key} is given twice")
+            self._columns[key] = column.split(",") if key == "neg_doc" else [column]
+        self._unseen = {column for columns in self._columns.values() for column in columns}
+        self._shown: list[str] = []
+
+    @classmethod
+    def asked(cls, words: Sequence[str], kind: str) -> Columns | None:
+        return cls(words, kind) if words else None
+
+    def open_part(self, records: Records) -> None:
+        if self._by_order and not records.has_column_order:
+            raise UserError(f"{records.path}: --columns {IN_ORDER}: JSON keys have no order; name them, query=COLUMN")
+
+    def mapped(self, where: str, row: dict) -> dict:
+        """The row with our keys; those that no column was named for come from the column of their own name."""
+        if self._by_order:
+            query, positive, *negatives = [*row, None, None][: max(2, len(row))]
+            return {"query": row.get(query), "pos_doc": row.get(positive), "neg_doc": _cells(row, negatives)}
+        self._unseen.difference_update(row)
+        self._shown = self._shown or list(row)
+        record = {key: row[key] for key in self._keys if key in row and key not in self._columns}
+        for key, names in self._columns.items():
+            if key == "neg_doc":
+                record[key] = _cells(row, names)
+            elif names[0] in row:
+                record[key] = row[names[0]]
+            elif key in _REQUIRED:
+                shown = ", ".join(row)
+                raise BadRecord(
+                    where, f"--columns {key}={names[0]}: there is no '{names[0]}' here; the keys are {shown}"
+                )
+        if record.get("title"):
+            record["text"] = record.pop("pos_doc", None)  # the key whose title is joined
+        return record
+
+    def check_seen(self, path: str) -> None:
+        """UserError when no row had a column that was named."""
+        for key, names in self._columns.items():
+            missing = [name for name in names if name in self._unseen]
+            if missing:
+                raise UserError(
+                    f"{path}: --columns {key}={','.join(names)}: no record has '{missing[0]}'; the first has "
+                    f"{', '.join(self._shown)}"
+                )
+
+
+def _cells(row: dict, columns: Iterable[str]) -> list:
+    """The negatives in these columns, each a text or a list of texts; empty cells hold none."""
+    negatives: list[Any] = []
+    for cell in map(row.get, columns):
+        negatives += cell if type(cell) is list else [] if cell is None or cell == "" else [cell]
+    return negatives
+
+
+@dataclass(frozen=True)
+class _Form:
+    """`keys`: for each thing that a record must have, the keys that it may stand under."""
+
+    name: str
+    keys: tuple[tuple[str, ...], ...]
+    parse: Callable[[str, dict, Lookup], list[TrainingRecord]]
+
+    def fits(self, row: dict) -> bool:
+        return all(any(key in row for key in alternatives) for alternatives in self.keys)
+
+
+def _own(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
+    query = "query" if "query" in row or "question" not in row else "question"
+    return _build(
+        where,
+        text_of(where, query, row),
+        ("pos_doc", _texts(where, "pos_doc", row["pos_doc"])),
+        ("neg_doc", _texts(where, "neg_doc", row.get("neg_doc"), optional=True)),
+        query_id=id_of(where, *_item(row, "query_id" if query == "query" else "question_id")),
+        doc_ids=_item(row, "doc_id"),
+        pos_scores=_item(row, "pos_score"),
+        neg_scores=_item(row, "neg_scores"),
+    )
+
+
+def _flag_embedding(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
+    query, prompt = row["query"], row.get("prompt")
+    if prompt is not None:
+        # FlagEmbedding's default format puts the two together as they are.
+        query = text_of(where, "prompt", row, may_be_blank=True) + text_of(where, "query", row)
+    query = _instructed(where, "query", query)
+    return _build(
+        where,
+        text_of(where, "query", {"query": query}),
+        ("pos", _texts(where, "pos", _instructed_all(where, "pos", row["pos"]))),
+        ("neg", _texts(where, "neg", _instructed_all(where, "neg", row.get("neg")), optional=True)),
+        query_id=id_of(where, *_item(row, "query_id")),
+        pos_scores=_item(row, "pos_scores"),
+        neg_scores=_item(row, "neg_scores"),
+    )
+
+
+def _instructed(where: str, key: str, value: Any) -> Any:
+    """GritLM's [instruction, text] as one text, the instruction on a line of its own; all else as it is."""
+    if type(value) is not list:
+        return value
+    if len(value) != 2 or not all(type(part) is str for part in value):
+        raise BadRecord(where, f"{key} is a list, want a string, or [instruction, text] as GritLM writes it")
+    return "\n".join(part for part in value if part)
+
+
+def _instructed_all(where: str, key: str, value: Any) -> Any:
+    if type(value) is not list:
+        return value
+    return [_instructed(where, f"{key}[{index}]", item) for index, item in enumerate(value)]
+
+
+def _tevatron(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
+    sides = []
+    for key in ("positive_passages", "negative_passages"):
+        passages = row.get(key) or []
+        if type(passages) is not list:
+            refuse(where, key, passages, "a list of objects with docid, title and text")
+        sides.append((key, _texts(where, key, passages, optional=True, titles=True)))
+    doc_ids = [passage.get("docid") if type(passage) is dict else None for passage in row["positive_passages"] or []]
+    query_id = id_of(where, *_item(row, "query_id"))
+    return _build(where, text_of(where, "query", row), *sides, query_id=query_id, doc_ids=("docid", doc_ids))
+
+
+def _tevatron_ids(where: str, row: dict, lookup: Lookup) -> list[TrainingRecord]:
+    key = present(row, ("query_text", "query"))
+    return _of_ids(where, row, key, "query_id", ("positive_document_ids", "negative_document_ids"), lookup)
+
+
+def _automodel_ids(where: str, row: dict, lookup: Lookup) -> list[TrainingRecord]:
+    key = present(row, ("question", "query"))
+    return _of_ids(where, row, key, "question_id", ("pos_doc", "neg_doc"), lookup)
+
+
+def _of_ids(
+    where: str, row: dict, query: str, query_id: str, keys: tuple[str, str], lookup: Lookup
+) -> list[TrainingRecord]:
+    sides, ids = [], []
+    for key in keys:
+        listed = row.get(key)
+        listed = [] if listed is None else listed if type(listed) is list else [listed]
+        names = [id_of(where, f"{key}[{i}]", v.get("id") if type(v) is dict else v) for i, v in enumerate(listed)]
+        ids.append(names)
+        sides.append((key, [lookup(where, f"{key}[{index}]", name) for index, name in enumerate(names)]))
+    return _build(
+        where,
+        text_of(where, query, row),
+        *sides,
+        query_id=id_of(where, *_item(row, query_id)),
+        doc_ids=(keys[0], ids[0]),
+    )
+
+
+def _messages(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
+    _refuse_grades(where, row)
+    texts = {}
+    for key in ("positive_messages", "negative_messages"):
+        listed = row.get(key) or []
+        if type(listed) is not list or not all(type(messages) is list for messages in listed):
+            raise BadRecord(where, f"{key} is no list of lists of messages; ms-swift writes [[{{role, content}}], ...]")
+        texts[key] = [_content(where, f"{key}[{index}]", messages) for index, messages in enumerate(listed)]
+    query = _content(where, "messages", row["messages"])
+    return _build(where, query, *((key, _texts(where, key, value, optional=True)) for key, value in texts.items()))
+
+
+def _content(where: str, key: str, messages: Any) -> str:
+    if type(messages) is not list or len(messages) != 1 or type(messages[0]) is not dict:
+        number = len(messages) if type(messages) is list else "no list of"
+        raise BadRecord(where, f"{key} holds {number} messages; want one, whose content is the text to embed")
+    return text_of(where, "content", messages[0])
+
+
+def _columns(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
+    _refuse_grades(where, row)
+    found = [key for key in _POSITIVE_COLUMNS if row.get(key) is not None]
+    if len(found) > 1:
+        raise BadRecord(
+            where, f"{found[0]} and {found[1]} could both be the right document; set --columns pos_doc={found[0]}"
+        )
+    positive = found[0] if found else present(row, [key for key in _POSITIVE_COLUMNS if key in row])
+    query = next(key for key in ("anchor", "query", "question") if key in row)
+    matches = [match for key in row if (match := _NEGATIVE_COLUMN.fullmatch(key))]
+    names = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
+    return _build(
+        where,
+        text_of(where, query, row),
+        (positive, [text_of(where, positive, row)]),
+        ("negative", _texts(where, "negative", _cells(row, names), optional=True)),
+        query_id=id_of(where, "query_id", row.get("query_id") or None),
+        doc_ids=("doc_id", row.get("doc_id") or None),
+    )
+
+
+def _refuse_grades(where: str, row: dict) -> None:
+    for key in _GRADES:
+        if row.get(key) not in (None, 1, "1", "1.0"):
+            raise BadRecord(
+                where,
+                f"{key} is not 1: a graded pair is no pair of a query and its right document; keep the pairs of "
+                f"label 1, or name the columns with --columns, which leaves {key} aside",
+            )
+
+
+_OWN = _Form("our own", (("query",), ("pos_doc",)), _own)
+_AUTOMODEL_IDS = _Form("Automodel", (("question", "query"), ("pos_doc",)), _automodel_ids)
+_QUERIES = ("anchor", "query", "question")
+_FORMS = (
+    _OWN,
+    _Form("Automodel", (("question",), ("pos_doc",)), _own),
+    _Form("FlagEmbedding", (("query",), ("pos",)), _flag_embedding),
+    _Form("Tevatron", (("query",), ("positive_passages",)), _tevatron),
+    _Form("Tevatron", (("query_text", "query"), ("positive_document_ids",)), _tevatron_ids),
+    _Form("ms-swift", (("messages",), ("positive_messages",)), _messages),
+    _Form("ms-swift", (("query",), ("response",)), _columns),
+    _Form("F2LLM", (("query",), ("passage",), ("negative_1",)), _columns),
+    _Form("sentence-transformers", (_QUERIES, _POSITIVE_COLUMNS), _columns),
+)
+
+
+def _item(row: dict, key: str) -> tuple[str, Any]:
+    return key, row.get(key)
+
+
+def _texts(where: str, key: str, value: Any, optional: bool = False, titles: bool = False) -> list[str]:
+    """The texts of a string, an object with a "text" (behind its "title", where `titles`), or a list of them."""
+    if type(value) is str:
+        value = [value]
+        name = f"{key}[0]" if optional else key
+    elif type(value) is dict:
+        value, name = [value], key
+    elif type(value) is list:
+        name = None
+    elif value is None and optional:
+        return []
+    else:
+        refuse(where, key, value, "a string or a list of strings" + (" (or leave the key out)" if optional else ""))
+    texts = []
+    for index, item in enumerate(value):
+        if type(item) is dict:
+            item = _text_of_object(where, name or f"{key}[{index}]", item, titles)
+        elif type(item) is not str:
+            refuse(where, name or f"{key}[{index}]", item, "a string")
+        if not item or item.isspace():
+            cure = "remove it" if optional or len(value) > 1 else "remove the record"
+            raise BadRecord(where, f"{name or f'{key}[{index}]'} is blank; {cure} or give it text")
+        texts.append(item)
+    return texts
+
+
+def _text_of_object(where: str, name: str, item: dict, titles: bool) -> str:
+    if item.get("image"):
+        raise BadRecord(where, f"{name} holds an image; only texts can be embedded")
+    text = item.get("text")
+    if type(text) is not str:
+        refuse(where, f"{name}.text", text, "a string")
+    return join_title(where, item.get("title"), text) if titles else text
+
+
+def _build(
+    where: str,
+    query: str,
+    positives: tuple[str, list[str]],
+    negatives: tuple[str, list[str]],
+    *,
+    query_id: str | None = None,
+    doc_ids: tuple[str, Any] = ("doc_id", None),
+    pos_scores: tuple[str, Any] = ("pos_score", None),
+    neg_scores: tuple[str, Any] = ("neg_scores", None),
+) -> list[TrainingRecord]:
+    """A record for each positive. Sides are (key, texts), for errors; ids and scores (key, value as it stands)."""
+    (positive, texts), (negative, neg_docs) = positives, negatives
+    if not texts:
+        raise BadRecord(where, f"{positive} is empty, want at least one document; remove the record or give it one")
+    for index, text in enumerate(neg_docs):
+        if text in texts:
+            raise BadRecord(where, f"{negative}[{index}] is the text of {positive}; remove it, it is no negative")
+    key, scores = neg_scores
+    if scores is not None:
+        if type(scores) is not list:
+            refuse(where, key, scores, f"a list of numbers, one for each {negative}")
+        for index, score in enumerate(scores):
+            if not is_finite_number(score):
+                refuse(where, f"{key}[{index}]", score, "a finite number")
+        if len(scores) != len(neg_docs):
+            raise BadRecord(
+                where, f"{key} has {len(scores)} numbers and {negative} {len(neg_docs)} texts; give one for each"
+            )
+        scores = tuple(scores)
+    key = pos_scores[0]
+    own_scores = _for_each(where, pos_scores, positive, len(texts))
+    for score in own_scores:
+        if score is not None and not is_finite_number(score):
+            refuse(where, key, score, "a finite number (or leave the key out)")
+    key = doc_ids[0]
+    ids = [id_of(where, key, value) for value in _for_each(where, doc_ids, positive, len(texts))]
+    neg_docs = tuple(neg_docs)
+    return [
+        TrainingRecord(query, text, neg_docs, query_id, doc_id, score, scores)
+        for text, doc_id, score in zip(texts, ids, own_scores)
+    ]
+
+
+def _for_each(where: str, item: tuple[str, Any], positive: str, number: int) -> list[Any]:
+    """The value of each positive: of a list, or the one value there is of the one positive."""
+    key, value = item
+    if value is None:
+        return [None] * number
+    values = value if type(value) is list else [value]
+    if len(values) != number:
+        raise BadRecord(where, f"{key} has {len(values)} values and {positive} {number} texts; give one for each")
+    return values
+
+
+def parse_training_record(where: str, record: dict) -> list[TrainingRecord]:
+    """Check one training record in our own form; keys that we do not know are ignored. A record for each positive."""
+    if not _OWN.fits(record):
+        _refuse_lack(where, _OWN, record)
+    return _own(where, record, _no_lookup)
+
+
+def _refuse_lack(where: str, form: _Form, row: dict) -> NoReturn:
+    refuse_missing(where, next(keys[0] for keys in form.keys if not any(key in row for key in keys)), row)
+
+
+def _no_lookup(where: str, name: str, _: Any) -> str:
+    raise UserError(f"{where}: {name} names a document of a corpus; give --corpus_files")
+
+
+class RecordFile:
+    """One entry of a files setting: its parts, whose rows `parse_row` turns into records of one kind."""
+
+    def __init__(self, entry: str | os.PathLike, parse_row: Callable[[str, dict], Any], columns: Columns | None = None):
+        self.path = os.fspath(entry)
+        self.parts = list_parts(entry)
+        self._parse_row = parse_row
+        self._columns = columns
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stamps(self) -> list[dict]:
+        """What changes when the file does: a dictionary for each part, and for each corpus that one names."""
+        return [stamp_of(part) for part in self.parts]
+
+    def open_part(self, records: Records) -> None:
+        """The rows that follow are of this part."""
+        if self._columns is not None:
+            self._columns.open_part(records)
+
+    def parse(self, where: str, row: dict) -> list:
+        """The records of a row. BadRecord (a UserError) names the place, the key and what was found."""
+        return [self._parse_row(where, row if self._columns is None else self._columns.mapped(where, row))]
+
+    def end(self) -> None:
+        """All rows were read: UserError when none had a column of --columns."""
+        if self._columns is not None:
+            self._columns.check_seen(self.path)
+
+    def read(self, on_bad: Callable[[BadRecord], object] | None = None) -> Iterator[tuple[str, dict, list]]:
+        """(place, row, its records) of every row; `on_bad` is given the bad ones, which are otherwise raised."""
+        with self:
+            for part in self.parts:
+                records = Records(part, on_bad=on_bad)
+                self.open_part(records)
+                for number, row in records:
+                    where = records.location(number)
+                    try:
+                        parsed = self.parse(where, row)
+                    except BadRecord as error:
+                        if on_bad is None:
+                            raise
+                        on_bad(error)
+                        continue
+                    yield where, row, parsed
+            self.end()
+
+    def facts(self) -> dict[str, Any]:
+        """What was met in the rows so far."""
+        return {}
+
+
+class TrainingFile(RecordFile):
+    """One entry of train_files, the form of its records, and what was met in it.
+
+    `work_dir` is where documents that records name by id are laid out (default: the system's folder for such).
+    UserError, with file and line, for records of two forms. Used as a context manager.
+    """
+
+    def __init__(self, entry: str | os.PathLike, reading: Reading = AS_IT_IS, work_dir: Path | None = None):
+        super().__init__(entry, lambda *_: None, Columns.asked(reading.columns, "training"))
+        self.form: _Form | None = _OWN if reading.columns else None
+        self.num_rows, self.fewest, self.most = 0, 0, 0
+        self._reading, self._work_dir = reading, work_dir or Path(tempfile.gettempdir())
+        self._stack = ExitStack()
+        self._named: dict[str, list[dict]] = {}
+        self._corpora: dict[str | None, TextTable] = {}
+        self._lookup: Lookup = _no_lookup
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._corpora.clear()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether rows are in our own form, without a mapping."""
+        return self._columns is None and self.form is _OWN
+
+    def stamps(self) -> list[dict]:
+        corpora = [
+            path
+            for part in self.parts
+            for corpus in self._corpora_of(part)
+            for path in list_parts(_corpus_entry(part, corpus))
+        ]
+        return super().stamps() + [stamp_of(path) for path in corpora]
+
+    def _corpora_of(self, part: str) -> list[dict]:
+        if part not in self._named:
+            self._named[part] = Records(part).corpora()
+        return self._named[part]
+
+    def open_part(self, records: Records) -> None:
+        super().open_part(records)
+        for corpus in self._corpora_of(records.path):
+            self._add_corpus(records.path, corpus)
+            self.form = _AUTOMODEL_IDS
+
+    def parse(self, where: str, row: dict) -> list[TrainingRecord]:
+        if self._columns is not None:
+            row = self._columns.mapped(where, row)
+        elif self.form is None or not self.form.fits(row):
+            form = next((form for form in _FORMS if form.fits(row)), None)
+            if form is not None and self.form is not None:
+                raise BadRecord(
+                    where,
+                    f"a record of {form.name}, and those before it are {self.form.name}: one file has one form; "
+                    "give each form a file of its own",
+                )
+            self.form = form or self.form
+            if form is None:
+                _refuse_lack(where, self.form or _OWN, row)
+        form = self.form or _OWN
+        if form.parse is _tevatron_ids and not self._corpora:
+            self._read_corpus_files(where)
+        elif form is _AUTOMODEL_IDS:
+            self._lookup = self._lookup_in(row.get("corpus_id"))
+        samples = form.parse(where, row, self._lookup)
+        self.num_rows += 1
+        self.fewest = min(self.fewest or len(samples), len(samples))
+        self.most = max(self.most, len(samples))
+        return samples
+
+    def facts(self) -> dict[str, Any]:
+        """What was met in the rows so far: "FlagEmbedding records, 12,345 with 1 to 7 positives" and their number."""
+        form = "mapped" if self._columns is not None else (self.form or _OWN).name
+        several = f" with {self.fewest} to {self.most} positives" if self.most > 1 else ""
+        return {"read": f"{form} records, {self.num_rows:,}{several}", "num_rows": self.num_rows}
+
+    def _read_corpus_files(self, where: str) -> None:
+        if not self._reading.corpus_files:
+            raise UserError(f"{where}: names its documents by id; give their texts with --corpus_files")
+        table = self._corpora[None] = self._stack.enter_context(TextTable(self._work_dir, "document id"))
+        for place, document in read_documents(self._reading.corpus_files):
+            table.add(document.doc_id, document.pos_doc, place)
+        self._lookup = self._lookup_in(None)
+
+    def _add_corpus(self, path: str, corpus: dict) -> None:
+        folder = _corpus_folder(path, corpus)
+        try:
+            corpus_id = json.loads((folder / _METADATA).read_text(encoding="utf-8"))["corpus_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: its corpus {folder} has no {_METADATA} with a corpus_id") from None
+        if corpus_id in self._corpora:
+            return
+        table = self._corpora[corpus_id] = self._stack.enter_context(TextTable(self._work_dir, "document id"))
+        for part in list_parts(_corpus_entry(path, corpus)):
+            records = Records(part)
+            for number, row in records:
+                where = records.location(number)
+                # Automodel takes the text alone.
+                document = parse_document_record(where, {"pos_doc": row.get("text"), "id": row.get("id")})
+                table.add(document.doc_id, document.pos_doc, where)
+
+    def _lookup_in(self, corpus_id: Any) -> Lookup:
+        table = self._corpora.get(corpus_id if type(corpus_id) is str else None)
+
+        def lookup(where: str, name: str, doc_id: Any) -> str:
+            if table is None:
+                raise BadRecord(where, f"corpus_id '{corpus_id}' is none of {', '.join(map(str, self._corpora))}")
+            text = None if doc_id is None else table.get(doc_id)
+            if text is None:
+                raise BadRecord(where, f"{name} names document '{doc_id}', which is not in the corpus; add its text")
+            return text
+
+        return lookup
+
+
+def _corpus_folder(path: str, corpus: dict) -> Path:
+    """Relative to the file that names it, as Automodel has it."""
+    return Path(os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), corpus["path"])))
+
+
+def _corpus_entry(path: str, corpus: dict) -> str:
+    folder = _corpus_folder(path, corpus)
+    if not folder.is_dir():
+        raise UserError(f"{path}: its corpus {folder} is no folder")
+    if not (folder / _METADATA).is_file():
+        raise UserError(f"{path}: its corpus {folder} has no {_METADATA} with a corpus_id")
+    return str(folder) if any(folder.glob("*.parquet")) else f"{folder}/**/*.parquet"
+
+
+def read_training_records(
+    entries: Iterable[str | os.PathLike],
+    reading: Reading = AS_IT_IS,
+    work_dir: Path | None = None,
+    on_bad: Callable[[BadRecord], object] | None = None,
+) -> Iterator[tuple[str, TrainingRecord]]:
+    """(place, sample) of training files; see TrainingFile."""
+    for entry in entries:
+        for where, _, samples in TrainingFile(entry, reading, work_dir).read(on_bad):
+            for sample in samples:
+                yield where, sample

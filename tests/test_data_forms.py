@@ -1,0 +1,370 @@
+"""What another framework trains on, trains here: every form and container gives the store of our own form."""
+
+import json
+
+import numpy as np
+import pytest
+from data_forms import OWN, jsonl, write_containers, write_forms
+from store_material import make_tokenizer
+
+from ds_embed.data.forms import Reading, TrainingFile, read_training_records
+from ds_embed.data.store import TrainingStore, build_text_store, build_training_store
+from ds_embed.data.tokenize import TextFormat
+from ds_embed.settings import DataArguments, StepArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.training.prepare import sample_order
+
+FORMAT = TextFormat("", 32, True)
+ARRAYS = ("tokens", "offsets", "first_text", "text_keys")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def build(entry, tokenizer, cache, columns=(), corpus_files=(), **more):
+    reading = Reading(tuple(columns), tuple(corpus_files))
+    entries = entry if isinstance(entry, list) else [entry]
+    return TrainingStore.open(
+        build_training_store(entries, tokenizer, FORMAT, FORMAT, None, cache, reading=reading, **more)
+    )
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("own")
+    return build(str(jsonl(folder / "own.jsonl", OWN)), tokenizer, folder / "cache")
+
+
+def assert_same(store, own):
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(store, name), getattr(own, name), err_msg=name)
+
+
+def test_every_form_gives_the_store_of_our_own(tmp_path, tokenizer, own):
+    for name, (entry, settings) in write_forms(tmp_path).items():
+        store = build(entry, tokenizer, tmp_path / "cache", **settings)
+        try:
+            assert_same(store, own)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+        read = store.manifest["files"][0]["read"]
+        form = next(
+            form
+            for start, form in {
+                "own": "our own",
+                "automodel_lists": "our own",
+                "automodel": "Automodel",
+                "flag": "FlagEmbedding",
+                "gritlm": "FlagEmbedding",
+                "tevatron": "Tevatron",
+                "ms_swift": "ms-swift",
+                "f2llm": "F2LLM",
+                "columns": "mapped",
+                "in_order": "mapped",
+                "": "sentence-transformers",
+            }.items()
+            if name.startswith(start)
+        )
+        assert read == f"{form} records, 4", name
+    # The scores of FlagEmbedding's teacher, and Tevatron's ids, are kept.
+    scored = build(str(tmp_path / "flag_embedding_scored.jsonl"), tokenizer, tmp_path / "cache")
+    np.testing.assert_array_equal(scored.scores[:4], np.float32([np.nan, 1, 0.5, 0.25]))
+    for name, settings in (
+        ("tevatron1", Reading()),
+        ("tevatron2", Reading((), (str(tmp_path / "tevatron_corpus.jsonl"),))),
+    ):
+        samples = [sample for _, sample in read_training_records([tmp_path / f"{name}.jsonl"], settings)]
+        assert [(s.query_id, s.doc_id) for s in samples] == [(str(i), str(10 * i)) for i in range(4)]
+
+
+def test_every_container_gives_the_same_store(tmp_path, tokenizer, own, monkeypatch):
+    containers = write_containers(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    jsonl(tmp_path / "hub" / "train.jsonl", OWN)
+    containers |= {"named": "hub:train", "named_config": "hub:default:train"}
+    fsspec = pytest.importorskip("fsspec")
+    with fsspec.open("memory://forms/a.jsonl.gz", "wb") as file:
+        file.write((tmp_path / "lines.jsonl.gz").read_bytes())
+    containers |= {"url": "memory://forms/a.jsonl.gz", "url_pattern": "memory://forms/*.gz"}
+    for name, entry in containers.items():
+        store = build(entry, tokenizer, tmp_path / "cache")
+        for array in ARRAYS:
+            np.testing.assert_array_equal(getattr(store, array), getattr(own, array), err_msg=name)
+        reused = build(entry, tokenizer, tmp_path / "cache")
+        assert reused.path == store.path, name
+    places = {
+        "array.json": "array.json:record 3",
+        "lines.jsonl.gz": "lines.jsonl.gz:3",
+        "table.csv": "table.csv:4",
+        "table.parquet": "table.parquet:row 3",
+        "folder": "shards/2.parquet:row 1",
+        "saved_split": "saved_splits:train:row 3",
+    }
+    for name, place in places.items():
+        assert build(containers[name], tokenizer, tmp_path / "cache").location(2) == f"{tmp_path}/{place}"
+
+
+def test_a_changed_part_gives_another_store(tmp_path, tokenizer):
+    entry = write_containers(tmp_path)["folder"]
+    first = build(entry, tokenizer, tmp_path / "cache")
+    jsonl(tmp_path / "shards" / "3.jsonl", OWN[:1])
+    second = build(entry, tokenizer, tmp_path / "cache")
+    assert (first.num_records, second.num_records) == (4, 5)
+    assert second.file_sizes == (5,)  # a folder is one file to sampling_probabilities and prefixes
+
+
+SEVERAL = [
+    {"query": "w1", "pos": ["w2", "w3 w4", "w5"], "neg": ["w6", "w7"], "pos_scores": [1, 2, 3], "neg_scores": [0, 0]},
+    {"query": "w8", "pos": ["w9"], "neg": []},
+    {"query": "w10", "pos": ["w11", "w12"], "neg": None},
+]
+
+
+def test_several_positives_are_samples_of_one_query(tmp_path, tokenizer):
+    path = str(jsonl(tmp_path / "a.jsonl", SEVERAL))
+    samples = [sample for _, sample in read_training_records([path])]
+    assert [(s.query, s.pos_doc, s.neg_docs, s.pos_score) for s in samples] == [
+        ("w1", "w2", ("w6", "w7"), 1),
+        ("w1", "w3 w4", ("w6", "w7"), 2),
+        ("w1", "w5", ("w6", "w7"), 3),
+        ("w8", "w9", (), None),
+        ("w10", "w11", (), None),
+        ("w10", "w12", (), None),
+    ]
+    file = TrainingFile(path)
+    assert len(list(file.read())) == 3
+    assert file.facts()["read"] == "FlagEmbedding records, 3 with 1 to 3 positives"
+    store = build(path, tokenizer, tmp_path / "cache")
+    assert store.lines.tolist() == [1, 1, 1, 2, 3, 3]
+    own = [
+        {"query": row["query"], "pos_doc": positive, "neg_doc": row["neg"]}
+        for row in SEVERAL
+        for positive in row["pos"]
+    ]
+    apart = build(str(jsonl(tmp_path / "own.jsonl", own)), tokenizer, tmp_path / "cache")
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(store, name), getattr(apart, name))
+
+
+def test_random_positives_are_one_of_each_row_in_every_pass(tmp_path, tokenizer):
+    files = [str(jsonl(tmp_path / "a.jsonl", SEVERAL)), str(jsonl(tmp_path / "b.jsonl", SEVERAL[:1]))]
+    store = build(files, tokenizer, tmp_path / "cache")
+    rows, sizes = store.rows()
+    assert (rows.tolist(), sizes) == ([0, 3, 4, 6, 9], (3, 1))
+    step = StepArguments(global_batch_size=1)
+    drawn = []
+    for options in ({}, {"sampling_probabilities": [1, 1]}, {"batching": "homogeneous"}):
+        order = sample_order(store, DataArguments(train_files=files, positives="random", **options), step, seed=7)
+        assert order.samples_per_pass == 4
+        records = order.records(0, 4000)
+        # A sample's record is the same whatever batches it is asked for in.
+        np.testing.assert_array_equal(np.concatenate([order.records(0, 13), order.records(13, 3987)]), records)
+        assert set(records.tolist()) == set(range(9))
+        drawn.append(records)
+    passes = np.searchsorted(rows, drawn[0].reshape(-1, 4), side="right") - 1
+    assert (np.sort(passes, axis=1) == np.arange(4)).all()
+    for row in (0, 3):  # each of the three positives about equally often
+        counts = np.bincount(drawn[0][(drawn[0] >= rows[row]) & (drawn[0] < rows[row + 1])] - rows[row])
+        assert len(counts) == 3 and abs(counts - 1000 / 3).max() < 60
+    other = sample_order(store, DataArguments(train_files=files, positives="random"), step, seed=8)
+    assert (other.records(0, 4000) != drawn[0]).any()
+    every = sample_order(store, DataArguments(train_files=files), step, seed=7)
+    assert every.samples_per_pass == 9
+
+
+def test_instructions_and_titles_are_joined_as_their_makers_do(tmp_path):
+    def read(row, **settings):
+        path = jsonl(tmp_path / "a.jsonl", [row])
+        (_, sample), *_ = read_training_records([path], Reading(**settings))
+        return sample
+
+    assert read({"query": "q", "pos": ["p"], "neg": ["n"], "prompt": "Find: "}).query == "Find: q"
+    sample = read({"query": ["Find", "q"], "pos": [["", "p"]], "neg": [["Doc", "n"]]})
+    assert (sample.query, sample.pos_doc, sample.neg_docs) == ("Find\nq", "p", ("Doc\nn",))
+    passage = {"docid": 7, "title": "T", "text": "p"}
+    sample = read({"query_id": 1, "query": "q", "positive_passages": [passage], "negative_passages": []})
+    assert (sample.pos_doc, sample.query_id, sample.doc_id) == ("T p", "1", "7")
+    assert read({"query": "q", "pos_doc": {"title": "T", "text": "p"}}).pos_doc == "p"  # Automodel takes the text
+
+
+def test_keys_of_later_rows_count(tmp_path):
+    rows = [{"query": "q1", "pos_doc": "d one"}, {"query": "q2", "pos_doc": "d two", "neg_doc": ["n1", "n2"]}]
+    for entry, settings in (
+        (jsonl(tmp_path / "a.jsonl", rows), {}),
+        (jsonl(tmp_path / "b.jsonl", rows), {"columns": ("neg_doc=neg_doc",)}),
+        (
+            jsonl(
+                tmp_path / "c.jsonl", [{"q": "q1", "p": "d one"}, {"q": "q2", "p": "d two", "negative": ["n1", "n2"]}]
+            ),
+            {"columns": ("query=q", "pos_doc=p", "neg_doc=negative")},
+        ),
+        (
+            jsonl(
+                tmp_path / "d.jsonl",
+                [
+                    {"anchor": "q1", "positive": "d one"},
+                    {"anchor": "q2", "positive": "d two", "negative_1": "n1", "negative_2": "n2"},
+                ],
+            ),
+            {},
+        ),
+    ):
+        negatives = [sample.neg_docs for _, sample in read_training_records([entry], Reading(**settings))]
+        assert negatives == [(), ("n1", "n2")]
+
+
+FE, TV = {"query": "q", "pos": ["p"], "neg": []}, {"query": "q", "positive_passages": [{"docid": "1", "text": "p"}]}
+ST, OURS = {"anchor": "q", "positive": "p"}, {"query": "q", "pos_doc": "p"}
+IDS = {"query_id": 1, "query_text": "q", "positive_document_ids": ["1"], "negative_document_ids": []}
+SWIFT = {"messages": [{"role": "user", "content": "q"}], "positive_messages": [[{"role": "user", "content": "p"}]]}
+BAD = [
+    (OURS, FE, ":2: a record of FlagEmbedding, and those before it are our own"),
+    (FE, OURS, ":2: a record of our own, and those before it are FlagEmbedding"),
+    (TV, ST, ":2: a record of sentence-transformers, and those before it are Tevatron"),
+    (FE, {"query": "q", "pos": []}, ":2: pos is empty, want at least one document"),
+    (FE, {"query": "q", "pos": ["p", ""]}, ":2: pos[1] is blank"),
+    (FE, {"query": "q", "pos": ["p", 7]}, ":2: pos[1] is a number, want a string"),
+    (FE, {"query": "q", "pos": {"p": 1}}, ":2: pos.text is null, want a string"),
+    (FE, {"query": "q", "pos": ["p"], "neg": ["p"]}, ":2: neg[0] is the text of pos"),
+    (FE, {"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, ":2: pos_scores has 2 values and pos 1 texts"),
+    (FE, {"query": "q", "pos": ["p"], "pos_scores": ["1"]}, ":2: pos_scores is a string, want a finite number"),
+    (FE, {"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": []}, ":2: neg_scores has 0 numbers and neg 1 texts"),
+    (FE, {"query": "q", "pos": ["p"], "prompt": 3}, ":2: prompt is a number, want a string"),
+    (FE, {"query": ["a", "b", "c"], "pos": ["p"]}, ":2: query is a list, want a string, or [instruction, text]"),
+    (FE, {"query": None, "pos": ["p"]}, ":2: query is null, want a string"),
+    (FE, {"question": "q"}, ":2: query is missing, want a string; the keys here are 'question'"),
+    (TV, {"query": "q", "positive_passages": "p"}, ":2: positive_passages is a string, want a list of objects"),
+    (TV, {"query": "q", "positive_passages": None}, ":2: positive_passages is empty"),
+    (TV, {"query": "q", "positive_passages": [{"docid": "1"}]}, ":2: positive_passages[0].text is null"),
+    (TV, {"query": "q", "positive_passages": [{"title": 1, "text": "p"}]}, ":2: title is a number"),
+    (
+        TV,
+        {"query": "q", "positive_passages": [{"docid": 1.5, "text": "p"}]},
+        ":2: docid is a number, want a whole number",
+    ),
+    (TV, TV | {"query_id": True}, ":2: query_id is a boolean"),
+    (OURS, {"query": "q", "pos_doc": [{"text": "p"}, 3]}, ":2: pos_doc[1] is a number, want a string"),
+    (ST, {"anchor": "q", "positive": None}, ":2: positive is null, want a string"),
+    (ST, {"anchor": "q", "positive": "p", "answer": "a"}, ":2: positive and answer could both be the right document"),
+    (ST, ST | {"score": 0.4}, ":2: score is not 1: a graded pair is no pair of a query and its right document"),
+    (ST, ST | {"label": 0}, ":2: label is not 1"),
+    (ST, ST | {"negative": 5}, ":2: negative[0] is a number, want a string"),
+    (SWIFT, SWIFT | {"messages": []}, ":2: messages holds 0 messages; want one"),
+    (SWIFT, SWIFT | {"messages": SWIFT["messages"] * 2}, ":2: messages holds 2 messages; want one"),
+    (SWIFT, SWIFT | {"positive_messages": [{"role": "user"}]}, ":2: positive_messages is no list of lists"),
+    (SWIFT, SWIFT | {"positive_messages": [[{"role": "user"}]]}, ":2: content is missing, want a string"),
+    (SWIFT, SWIFT | {"label": 0.5}, ":2: label is not 1"),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "message"), BAD, ids=range(len(BAD)))
+def test_bad_records_of_other_forms(tmp_path, tokenizer, good, bad, message):
+    path = jsonl(tmp_path / "a.jsonl", [good, bad, good])
+    with pytest.raises(UserError) as caught:
+        build(str(path), tokenizer, tmp_path / "cache")
+    text = str(caught.value)
+    assert text.startswith(f"{path}{message}") and "\n" not in text
+    assert not list((tmp_path / "cache").glob("training-*")) and not list((tmp_path / "cache").glob(".building*"))
+    store = build(str(path), tokenizer, tmp_path / "cache", skip_bad_records=True)
+    assert store.num_records == 2
+    assert [entry["number"] for entry in store.manifest["skipped_records"].values()] == [1]
+
+
+FILES = [
+    ("a.parquet", b"PAR1" + b"x" * 50, {}, "a.parquet: not a whole Parquet file"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08\x00garbage", {}, "a.jsonl.gz: its gzip data is cut short or damaged"),
+    ("a.jsonl.zst", b"\x28\xb5\x2f\xfdgarbage", {}, "a.jsonl.zst: its zstd data is cut short or damaged"),
+    ("a.jsonl.xz", b"\xfd7zXZ\x00garbage", {}, "a.jsonl.xz: its xz data is cut short or damaged"),
+    ("a.csv", b"anchor,positive\nx\n", {}, "a.csv:2: 1 columns, and the header has 2"),
+    ("a.csv", b'anchor,positive\nx,"y\n', {}, "a.csv:2: not CSV"),
+    ("a.tsv", b"anchor\tpositive\n\xff\ty\n", {}, "a.tsv:2: not UTF-8 text"),
+    ("a.csv", b"a,a\n1,2\n", {}, "a.csv: has two columns named 'a'"),
+    ("a.csv", b"a,b\n1,2\n", {}, "a.csv:2: query is missing, want a string; the keys here are 'a', 'b'"),
+    ("a.csv", b"a,b\n", {"columns": ["in_order"]}, "a.csv: holds no record"),
+    ("a.jsonl", b'{"a": "b"}\n', {"columns": ["in_order"]}, "a.jsonl: --columns in_order: JSON keys have no order"),
+    ("a.jsonl", b'{"a": "b"}\n', {"columns": ["query=a", "pos_doc=c"]}, "a.jsonl:1: --columns pos_doc=c: there is no"),
+    ("a.jsonl", b'{"a": "b", "c": "d"}\n', {"columns": ["query=a", "pos_doc=c", "neg_doc=e"]}, "no record has 'e'"),
+    ("a.jsonl", b"{}", {"columns": ["ask=a"]}, "--columns ask=a: want KEY=COLUMN, where KEY is one of query, pos_doc"),
+    ("a.jsonl", b"{}", {"columns": ["query=a", "query=b"]}, "--columns query=b: query is given twice"),
+    (
+        "a.jsonl",
+        json.dumps(IDS).encode(),
+        {},
+        "a.jsonl:1: names its documents by id; give their texts with --corpus_files",
+    ),
+    ("a.json", b'{"corpus": [{"path": "none"}], "data": [{}]}', {}, "none is no folder"),
+    ("a.json", b'{"corpus": [{"path": "."}], "data": [{}]}', {}, "has no merlin_metadata.json with a corpus_id"),
+    ("a.json", b'{"corpus": ["none"], "data": [{}]}', {}, 'corpus holds something else than {"path": "..."}'),
+    ("a.json", b'{"data": [{"query": "q", "pos_doc": "p"}, 5]}', {}, "a.json:record 2: found a number"),
+    ("a.json", b'{"data": [{"query": "q", "pos_doc": "p"}', {}, "a.json:record 2: the file ends before"),
+    ("a.json", b'{"data": []}', {}, "a.json: holds no record"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "settings", "message"), FILES, ids=range(len(FILES)))
+def test_bad_files(tmp_path, tokenizer, name, content, settings, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        build(str(tmp_path / name), tokenizer, tmp_path / "cache", **settings)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*raining-*/"))
+
+
+def test_bad_entries(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_containers(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for entry, message in (
+        (tmp_path / "empty", "no data file there; want files that end in .jsonl"),
+        (tmp_path / "none-*.jsonl", "no data file there"),
+        (tmp_path / "none.jsonl", "no such file"),
+        (tmp_path / "saved_splits", "want one of its splits: "),
+        (f"{tmp_path}/saved_splits:dev", "want one of its splits: "),
+        (f"{tmp_path}/saved:train", "holds one data set, without splits"),
+        ("memory://none.jsonl", "no such file"),
+        ("nowhere://none.jsonl", "cannot be opened (Protocol not known"),
+    ):
+        with pytest.raises(UserError) as caught:
+            build(str(entry), tokenizer, tmp_path / "cache")
+        assert str(caught.value).startswith(f"{entry}: ") and message in str(caught.value)
+
+
+def test_documents_that_a_corpus_lacks(tmp_path, tokenizer):
+    forms = write_forms(tmp_path)
+    corpus = jsonl(tmp_path / "short.jsonl", [{"docid": "0", "text": "w1"}])
+    with pytest.raises(
+        UserError, match=r"tevatron2.jsonl:1: negative_document_ids\[0\] names document '5', which is not"
+    ):
+        build(forms["tevatron2"][0], tokenizer, tmp_path / "cache", corpus_files=[str(corpus)])
+    path = forms["automodel_corpus"][0]
+    content = json.loads((tmp_path / "automodel_corpus.json").read_text())
+    content["data"][1]["pos_doc"] = [{"id": 99}]
+    (tmp_path / "automodel_corpus.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r":record 2: pos_doc\[0\] names document '99', which is not in the corpus"):
+        build(path, tokenizer, tmp_path / "cache")
+    content["data"][0]["corpus_id"] = "other"
+    (tmp_path / "automodel_corpus.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=":record 1: corpus_id 'other' is none of c"):
+        build(path, tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([{"pos_doc": "T one", "doc_id": "1"}, {"pos_doc": "two", "doc_id": "2"}], ()),
+        ([{"_id": 1, "title": "T", "text": "one"}, {"_id": 2, "title": None, "text": "two"}], ()),
+        ([{"docid": "1", "title": "T", "text": "one"}, {"docid": "2", "title": "", "text": "two"}], ()),
+        ([{"id": 1.0, "text": "T one"}, {"id": 2.0, "text": "two"}], ()),
+        ([{"n": 1, "head": "T", "body": "one"}, {"n": 2, "body": "two"}], ("pos_doc=body", "doc_id=n", "title=head")),
+    ],
+)
+def test_documents_of_other_names(tmp_path, tokenizer, rows, columns):
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    store = build_text_store(path, "pos_doc", "doc_id", tokenizer, FORMAT, tmp_path / "cache", columns=columns)
+    own = jsonl(tmp_path / "own.jsonl", [{"pos_doc": "T one", "doc_id": "1"}, {"pos_doc": "two", "doc_id": "2"}])
+    expected = build_text_store(own, "pos_doc", "doc_id", tokenizer, FORMAT, tmp_path / "cache")
+    for name in ("tokens.npy", "ids.txt"):
+        assert (store / name).read_bytes() == (expected / name).read_bytes()
