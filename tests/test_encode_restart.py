@@ -18,14 +18,14 @@ from ds_embed.data.store import TextStore, build_text_store
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors import corpus_plan, encode, shards, vectors_writer
-from ds_embed.vectors.corpus_plan import rows_of_shard
+from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
+from ds_embed.vectors.corpus_plan import CorpusPlan, rows_of_shard
+from ds_embed.vectors.encode import encode_store
 from ds_embed.vectors.vectors import read_vectors
-from ds_embed.vectors.vectors_folder import is_finished, unfinished_folder
 
 WORLD = World.alone()
 MADE_FROM = {"doc_files": "aa (100 records)", "base_model": "bb", "micro_batch_tokens": "60"}
-TEXTS, DIMS = 200, 3
+TEXTS, DIMS, BLOCK = 200, 3, 24
 
 
 class Killed(BaseException):
@@ -62,28 +62,36 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def quick_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of them, and only a crash of the machine needs them
-    for module in (corpus_plan, encode, vectors_writer):
-        monkeypatch.setattr(module, "BLOCK_TEXTS", 24)
-    monkeypatch.setattr(corpus_plan, "MIN_MICRO_BATCHES", 2)
-    monkeypatch.setattr(encode, "GROUP_ROUNDS", 2)
 
 
 def run(store, target, encoder=None, rows=None, made_from=MADE_FROM, save_seconds=0.0):
     encoder = encoder or Encoder()
-    encode.encode_store(
+    encode_store(
         store,
         encoder,
         WORLD,
+        Corpus(target, "doc", made_from),
         micro_batch_tokens=int(made_from["micro_batch_tokens"]),
-        target=target,
-        name="doc",
         rows=rows,
-        made_from=made_from,
+        goes_on=True,
         save_seconds=save_seconds,
+        block_texts=BLOCK,
     )
     return encoder.num_passes
+
+
+def is_finished(target, made_from=MADE_FROM, accepted=()):
+    return Corpus(target, "doc", made_from).is_finished(accepted)
+
+
+def begun(target):
+    return Corpus(target, "doc").begun
+
+
+def told(target):
+    return [json.loads(line) for line in (begun(target) / "parts.jsonl").read_text().splitlines()]
 
 
 def contents(folder):
@@ -116,16 +124,17 @@ def test_rows_are_right(store, straight, tmp_path):
 
 def test_killed_at_any_pass(store, straight, tmp_path):
     num_passes, whole = straight
-    assert num_passes > 40
-    for number in [2, 3, *range(8, num_passes - 2, 8), num_passes - 1, num_passes]:
+    assert num_passes > 100
+    for number in [2, 3, *range(8, num_passes - 2, 11), num_passes - 1, num_passes]:
         target = tmp_path / str(number) / "test_docs"
         killed_at(store, target, number)
-        (unfinished_folder(target) / ".progress.json.1.part").write_text("cut off")  # as SIGKILL leaves it
+        with open(begun(target) / "parts.jsonl", "a") as file:
+            file.write('{"file": "doc.npy", "sta')  # as SIGKILL leaves it
         # Passes since the last save are made again: those of one group, and the one that died.
-        assert run(store, target) <= num_passes - number + 4
+        assert run(store, target) <= num_passes - number + 10
         assert contents(target) == whole
     target = tmp_path / "often" / "test_docs"
-    for _ in range(4):
+    for _ in range(8):
         killed_at(store, target, 12)
     run(store, target)
     assert contents(target) == whole
@@ -133,7 +142,7 @@ def test_killed_at_any_pass(store, straight, tmp_path):
 
 def test_killed_while_publishing(store, straight, tmp_path, monkeypatch):
     _, whole = straight
-    for number, call in enumerate(["rename", "fsync", "replace", "pwrite", "unlink"] * 2):
+    for number, call in enumerate(["rename", "fsync", "replace", "pwrite", "unlink"] * 4):
         target = tmp_path / str(number) / "test_docs"
         real, left = getattr(os, call), [1 + number // 5]
 
@@ -149,25 +158,23 @@ def test_killed_while_publishing(store, straight, tmp_path, monkeypatch):
         except Killed:
             pass
         monkeypatch.setattr(os, call, real)
-        if not is_finished(target, "doc", MADE_FROM, []):
+        if not is_finished(target):
             run(store, target, save_seconds=1e9)
         assert contents(target) == whole and os.listdir(target.parent) == ["test_docs"], (call, number)
 
 
 @pytest.mark.parametrize("loss", ["cut", "zero tail", "bit", "no rows", "no header"])
-def test_saved_rows_that_got_lost_are_encoded_again(store, straight, tmp_path, caplog, loss):
-    _, whole = straight
+@pytest.mark.parametrize("file", ["doc.npy", "doc.computed"])
+def test_saved_rows_that_got_lost_are_encoded_again(store, straight, tmp_path, caplog, file, loss):
+    num_passes, whole = straight
     target = tmp_path / "out" / "test_docs"
-    killed_at(store, target, 30)
-    path = unfinished_folder(target) / "doc.npy"
+    killed_at(store, target, 60)
+    path = begun(target) / file
     content = bytearray(path.read_bytes())
-    # The rows of the last save, not just the end of the file: they are scattered in their block.
-    last = json.loads((path.parent / "progress.json").read_text())["saves"][-1]
-    plan = corpus_plan.CorpusPlan(store, range(TEXTS), 60)
-    texts = np.concatenate([b.texts for b in plan.batches(*(corpus_plan.Position(*last[n]) for n in ("start", "end")))])
-    start, end = 128 + int(texts[0]) * 4 * DIMS, 128 + (int(texts[0]) + 1) * 4 * DIMS
+    last = [part for part in told(target) if part["file"] == file][-1]
+    start, end = last["start"], last["start"] + last["num_bytes"]
     if loss == "cut":
-        del content[start:]
+        del content[end - 1 :]
     elif loss == "zero tail":
         content[start:] = bytes(len(content) - start)
     elif loss == "bit":
@@ -179,61 +186,82 @@ def test_saved_rows_that_got_lost_are_encoded_again(store, straight, tmp_path, c
     path.write_bytes(content)
     run(store, target)
     assert contents(target) == whole
-    assert "the rows saved last are not as they were written" in caplog.text
+    assert f"{file}: saved rows are not as they were written" in caplog.text
 
 
 def test_the_word_follows_the_rows(store, tmp_path, monkeypatch):
     """A crash of the machine can't be had here: so the order of the calls that make it harmless."""
-    events = []
-    for module, name in ((os, "pwrite"), (os, "fsync"), (vectors_writer, "write_json")):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: (events.append((name, a)), real(*a))[1])
+    dirty, counts = set(), {"saves": 0, "writes": 0}
+    real_write, lines = os.pwrite, []
+
+    def path_of(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def pwrite(descriptor, *arguments):
+        dirty.add(path_of(descriptor))
+        counts["writes"] += 1
+        return real_write(descriptor, *arguments)
+
+    def fsync(descriptor):
+        name = path_of(descriptor)
+        dirty.discard(name)
+        if name == "parts.jsonl":
+            lines.append(os.fstat(descriptor).st_size)
+            assert not dirty  # what it tells of has reached the disk before
+            counts["saves"] += 1
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "fsync", fsync)
     run(store, tmp_path / "test_docs")
-    dirty, num_saves = False, 0
-    rows_file = next(arguments[0] for name, arguments in events if name == "pwrite")
-    for name, arguments in events:
-        if name == "pwrite":
-            dirty = True
-        elif name == "fsync" and arguments[0] == rows_file:
-            dirty = False
-        elif name == "write_json":
-            assert not dirty
-            num_saves += 1
-    assert num_saves > 10
+    assert counts["saves"] > 10 and counts["writes"] > 10 and lines == sorted(lines)
 
 
-def test_saves_are_few_and_small(store, tmp_path):
+def test_saves_follow_the_clock(store, tmp_path):
     target = tmp_path / "test_docs"
     killed_at(store, target, 40, save_seconds=1e9)
-    assert not (unfinished_folder(target) / "progress.json").exists()
+    assert not (begun(target) / "parts.jsonl").exists()
     killed_at(store, target, 40)
-    assert len(json.loads((unfinished_folder(target) / "progress.json").read_text())["saves"]) == 8
+    names = [part["name"] for part in told(target)]
+    assert names[0].startswith("header") and names.count("0") == 1 and "1" not in names and "0+0@60" in names
 
 
 def test_other_inputs_are_refused(store, straight, tmp_path):
     target = tmp_path / "out" / "test_docs"
     killed_at(store, target, 30)
-    for path in (unfinished_folder(target), tmp_path / "straight" / "test_docs"):
+    for path in (begun(target), tmp_path / "straight" / "test_docs"):
         whole = path.with_name("test_docs")
         with pytest.raises(ValueError) as caught:
-            is_finished(whole, "doc", MADE_FROM | {"doc_files": "cc (100 records)"}, ["micro_batch_tokens"])
+            is_finished(whole, MADE_FROM | {"doc_files": "cc (100 records)"}, ["micro_batch_tokens"])
         assert f"{path} was made from something else: doc_files was aa (100 records) and is cc" in str(caught.value)
-        assert f"remove {path} to encode again, or choose another --output_prefix" in str(caught.value)
+        assert f"remove {path} to start afresh, or choose another --output_prefix" in str(caught.value)
         assert "accept_changes" not in str(caught.value)
     with pytest.raises(ValueError, match="micro_batch_tokens was 60 and is 40.*--accept_changes micro_batch_tokens"):
-        is_finished(target, "doc", MADE_FROM | {"micro_batch_tokens": "40"}, [])
-    assert is_finished(tmp_path / "straight" / "test_docs", "doc", MADE_FROM, [])
+        is_finished(target, MADE_FROM | {"micro_batch_tokens": "40"})
+    assert is_finished(tmp_path / "straight" / "test_docs")
     (tmp_path / "straight" / "test_docs" / "doc.ids").write_bytes(b"")
-    with pytest.raises(ValueError, match="doc.ids: has 0 bytes and was written with 890; remove"):
-        is_finished(tmp_path / "straight" / "test_docs", "doc", MADE_FROM, [])
+    with pytest.raises(ValueError, match="doc.ids has 0 bytes and was written with 890; remove"):
+        is_finished(tmp_path / "straight" / "test_docs")
+
+
+def test_folders_of_earlier_versions_are_refused(store, tmp_path):
+    for path in (tmp_path / "test_docs", begun(tmp_path / "test_docs")):
+        path.mkdir()
+        (path / ("manifest.json" if path.name == "test_docs" else "progress.json")).write_text('{"format_version": 1}')
+        with pytest.raises(
+            UserError, match=f"{path}.*: holds what another version of ds_embed wrote.*; remove {path} "
+        ):
+            is_finished(tmp_path / "test_docs")
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
 
 
 def test_another_micro_batch_goes_on_at_a_block(store, straight, tmp_path, caplog):
     num_passes, whole = straight
     other = MADE_FROM | {"micro_batch_tokens": "90"}
     target = tmp_path / "out" / "test_docs"
-    killed_at(store, target, num_passes - 13)
-    assert not is_finished(target, "doc", other, ["micro_batch_tokens"])
+    killed_at(store, target, num_passes - 26)
+    assert not is_finished(target, other, ["micro_batch_tokens"])
     killed_at(store, target, 9, made_from=other, save_seconds=1e9)  # some rows written, none saved
     killed_at(store, target, 5, made_from=other)
     run(store, target, made_from=other)
@@ -243,7 +271,7 @@ def test_another_micro_batch_goes_on_at_a_block(store, straight, tmp_path, caplo
     assert np.array_equal(old[:, :2], new[:, :2])
     assert "not as they were written" not in caplog.text
     changed = np.flatnonzero((old != new).any(axis=1))
-    assert len(changed) and changed.min() >= 120  # whole blocks of 24 before it stay
+    assert len(changed) == 0 or changed.min() >= 120  # whole blocks of 24 before it stay
 
 
 def test_full_disk_keeps_what_was_saved(store, straight, tmp_path):
@@ -253,8 +281,10 @@ def test_full_disk_keeps_what_was_saved(store, straight, tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 60 * 4 * DIMS, hard))
     try:
-        with pytest.raises(UserError, match=r"could not be written \(File too large; .*4\d of 200 rows are kept"):
-            run(store, target, made_from={"micro_batch_tokens": "60"})
+        with pytest.raises(
+            UserError, match=r"could not be written \(File too large; .*\. 3\d of 200 rows are kept"
+        ):
+            run(store, target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
@@ -278,22 +308,48 @@ def test_a_vector_that_is_no_number_names_its_text(store, tmp_path):
 def test_shards_merge_to_the_same_bytes(store, straight, tmp_path, num_shards):
     _, whole = straight
     target = tmp_path / "out" / "test_docs"
-    rows = [rows_of_shard(TEXTS, index, num_shards) for index in range(num_shards)]
+    rows = [rows_of_shard(TEXTS, index, num_shards, BLOCK) for index in range(num_shards)]
     assert [row for part in rows for row in part] == list(range(TEXTS))
+
+    def merge(made_from=MADE_FROM):
+        merge_shards(Corpus(target, "doc", made_from), store, num_shards, [])
+
     for index in reversed(range(num_shards)):
         with pytest.raises(ValueError, match=f"{index + 1} of {num_shards} shards of .* are missing or unfinished"):
-            shards.merge_shards(target, "doc", store, num_shards, MADE_FROM, [])
-        part = shards.shard_folder(target.parent, index, num_shards) / "test_docs"
+            merge()
+        part = shard_path(target, index, num_shards)
         if len(rows[index]) > 12:
             killed_at(store, part, 5, rows=rows[index])
         run(store, part, rows=rows[index])
     with pytest.raises(ValueError, match="was made from something else: base_model was bb and is cc"):
-        shards.merge_shards(target, "doc", store, num_shards, MADE_FROM | {"base_model": "cc"}, [])
-    shards.merge_shards(target, "doc", store, num_shards, MADE_FROM, [])
+        merge(MADE_FROM | {"base_model": "cc"})
+    merge()
     assert contents(target) == whole
-    parts = [shards.shard_folder(target.parent, index, num_shards) / "test_docs" for index in range(num_shards)]
+    parts = [shard_path(target, index, num_shards) for index in range(num_shards)]
     assert b"".join((part / "doc.ids").read_bytes() for part in parts) == whole["doc.ids"]
+    content = bytearray((part / "doc.npy").read_bytes())
+    content[-1] ^= 1
+    (part / "doc.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="doc.npy: its rows are not as they were written; remove that shard"):
+        merge()
+    assert contents(target) == whole
     with open(part / "doc.npy", "ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match="doc.npy: has .* bytes and was written with"):
-        shards.merge_shards(target, "doc", store, num_shards, MADE_FROM, [])
+    with pytest.raises(ValueError, match="doc.npy has .* bytes and was written with"):
+        merge()
+
+
+@pytest.mark.parametrize("num_rows, block", [(48, 24), (1, 24), (200, 200), (0, 24)])
+def test_blocks_that_end_with_the_corpus(store, tmp_path, num_rows, block):
+    target = tmp_path / "test_docs"
+    corpus = Corpus(target, "doc", MADE_FROM)
+    options = dict(micro_batch_tokens=60, rows=range(num_rows), goes_on=True, save_seconds=0.0, block_texts=block)
+    for _ in range(2 * num_rows // 10):
+        with pytest.raises(Killed):
+            encode_store(store, Encoder(11), WORLD, corpus, **options)
+            raise Killed
+    if not is_finished(target):
+        encode_store(store, Encoder(), WORLD, corpus, **options)
+    assert np.load(target / "doc.npy").shape == (num_rows, DIMS)
+    plan = CorpusPlan(store, range(num_rows), 60, block)
+    assert sorted(text for batch in plan.batches(0) for text in batch) == list(range(num_rows))

@@ -160,7 +160,7 @@ def test_adapter_on_a_base_and_base_alone(place, plain, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(documents, axis=1), 1, atol=1e-5)
 
 
-def test_blocks_and_ranks_do_not_change_the_rows(place, tmp_path, monkeypatch):
+def test_blocks_and_ranks_do_not_change_the_rows(place, tmp_path):
     """Many small blocks, each with its own sorting, give the rows of one pass in file order."""
     root, _ = place
     from transformers import AutoTokenizer
@@ -168,7 +168,8 @@ def test_blocks_and_ranks_do_not_change_the_rows(place, tmp_path, monkeypatch):
     from ds_embed.data.store import TextStore, build_text_store
     from ds_embed.data.tokenize import TextFormat
     from ds_embed.job.ranks import World
-    from ds_embed.vectors import corpus_plan, encode
+    from ds_embed.vectors.corpus import Corpus
+    from ds_embed.vectors.encode import encode_store
 
     tokenizer = AutoTokenizer.from_pretrained(root / "llama")
     path = build_text_store(
@@ -183,8 +184,8 @@ def test_blocks_and_ranks_do_not_change_the_rows(place, tmp_path, monkeypatch):
         return torch.stack([(ids * kept).sum(1), lengths], dim=1).float()
 
     for block in (7, 89, 1000):
-        monkeypatch.setattr(corpus_plan, "BLOCK_TEXTS", block)
-        encode.encode_store(store, vector, world, micro_batch_tokens=100, target=tmp_path / f"{block}", name="doc")
+        corpus = Corpus(tmp_path / f"{block}", "doc")
+        encode_store(store, vector, world, corpus, micro_batch_tokens=100, block_texts=block)
         rows = np.load(tmp_path / f"{block}" / "doc.npy")
         expected = [[store.tokens_of(i).sum(), len(store.tokens_of(i))] for i in range(store.num_texts)]
         assert np.array_equal(rows, np.array(expected, dtype=np.float32))

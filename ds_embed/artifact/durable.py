@@ -1,9 +1,15 @@
-"""Files that survive a crash: on the disk when we say so, and under their name only when whole."""
+"""Files and folders that are whole under their name or absent, on the disk when we say so, and owned by one job.
+
+What is not whole yet stands under a hidden name beside it. Hidden names, locks, fsync and renames are spelled here
+and in artifact.py alone.
+"""
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -27,6 +33,9 @@ _DISK_ERRORS = {
     errno.EISDIR,
     errno.ENAMETOOLONG,
 }
+_UNFINISHED = ".unfinished-"
+_REMOVED = ".removed-"
+_READ_BYTES = 1 << 22
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +49,12 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Have everything in a folder on the disk when this returns."""
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
+
+
 def sync_and_close(file: IO) -> None:
     """Close a file that was written, with its content on the disk."""
     file.flush()
@@ -47,15 +62,33 @@ def sync_and_close(file: IO) -> None:
     file.close()
 
 
+def sha256_of(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
+    """SHA-256 of a file, or of `num_bytes` bytes (as many of them as there are) from `start` on."""
+    digest, left = hashlib.sha256(), num_bytes
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(_READ_BYTES if left is None else min(left, _READ_BYTES)):
+            digest.update(block)
+            left = None if left is None else left - len(block)
+    return digest.hexdigest()
+
+
 @contextmanager
-def written_or_named(path: Path, cure: str = "Cure that and start the same command again") -> Iterator[None]:
-    """What the disk refuses inside is the user's to cure: a UserError that names `path`, the reason and what is free."""
+def written_or_named(
+    path: Path, cure: str = "Cure that and start the same command again", name: str | None = None
+) -> Iterator[None]:
+    """What the disk refuses inside is the user's to cure: a UserError with the reason and what is free.
+
+    It calls what can't be written `name`, or `path`.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise UserError(f"{path}: could not be written ({error.strerror}; {free_space(path)}). {cure}") from error
+        raise UserError(
+            f"{name or path} could not be written ({error.strerror}; {free_space(path)}). {cure}"
+        ) from error
 
 
 def free_space(path: Path) -> str:
@@ -67,41 +100,91 @@ def free_space(path: Path) -> str:
         return str(error)
 
 
+def unfinished_path(path: Path, own: bool = False) -> Path:
+    """Where `path` stands until it is whole; with `own`, a place that no other process of this machine uses."""
+    return path.with_name(f"{_UNFINISHED}{path.name}" + (f"-{os.getpid()}" if own else ""))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, or what a process that was killed in here left of it, so that it is never seen in part."""
+    removed = path.with_name(f"{_REMOVED}{path.name}")
+    _delete(removed)
+    if path.is_symlink() or path.exists():
+        os.rename(path, removed)
+        _delete(removed)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what jobs that were killed left of `path`, which the caller's lock protects from others."""
+    name = re.escape(path.name)
+    left = re.compile(f"{re.escape(_UNFINISHED)}{name}(-\\d+)?|{re.escape(_REMOVED)}{name}")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        if left.fullmatch(entry.name):
+            _delete(entry)
+
+
+def remove_all_unfinished(folder: Path) -> None:
+    """Remove what jobs that were killed left in a folder that the caller's lock protects from others."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name.startswith((_UNFINISHED, _REMOVED)):
+            _delete(entry)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Give `unfinished`, which is on the disk, the name `path`; what stands there is replaced.
+
+    A folder can't be replaced in one call: killed between the two, neither stands there, and `unfinished` is whole.
+    """
+    replaced = path.with_name(f"{_REMOVED}{path.name}")
+    if path.is_dir() and unfinished.is_dir() and any(path.iterdir()):
+        _delete(replaced)
+        os.rename(path, replaced)
+    os.replace(unfinished, path)
+    sync_path(path.parent)
+    _delete(replaced)
+
+
 @contextmanager
 def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
     """A text (or binary) file that takes the name `path` only when the block ends without an error.
 
     UserError naming it, and what is free, when the disk does not take it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = unfinished_path(path, own=True)
     text_settings = {} if binary else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with written_or_named(path), open(temporary, "wb" if binary else "w", **text_settings) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with written_or_named(path):
+            with open(temporary, "wb" if binary else "w", **text_settings) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def folder_when_whole(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `path`, free or an empty folder, when the block ends without an error.
+def folder_when_whole(path: Path, name: str | None = None) -> Iterator[Path]:
+    """A folder to fill that takes the name `path` when the block ends without an error; what stands there goes.
 
-    UserError naming it, and what is free, when the disk does not take it.
+    UserError naming it (or `name`), and what is free, when the disk does not take it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = unfinished_path(path, own=True)
     try:
-        with written_or_named(path):
+        with written_or_named(path, name=name):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _delete(temporary)
             temporary.mkdir()
             yield temporary
-            for file in temporary.rglob("*"):
-                sync_path(file)
-            sync_path(temporary)
-            os.replace(temporary, path)
-            sync_path(path.parent)
+            sync_tree(temporary)
+            put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -117,13 +200,16 @@ def check_writable_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: {parent} can't be written")
 
 
-def hold_lock(path: Path, flag: str, folder: Path) -> IO:
-    """Hold the lock file `path` for as long as the returned file lives; the system frees it however we end.
+def hold_lock(path: Path, flag: str, *, inside: bool = False) -> IO:
+    """Own `path` for as long as the returned file lives; the system frees it however we end.
 
-    UserError naming `flag`, `folder` and the holder when another process holds it. On a file system
-    without locks a warning says so, and nothing is held.
+    The lock is a file beside `path`, or `inside` a folder. UserError naming `flag`, `path` and the owner when
+    another process owns it. On a file system without locks a warning says so, and nothing is held.
     """
-    file = open(path, "a+", encoding="utf-8")
+    lock = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
+    with written_or_named(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -131,11 +217,11 @@ def hold_lock(path: Path, flag: str, folder: Path) -> IO:
         holder = file.read().strip() or "unknown"
         file.close()
         raise UserError(
-            f"{flag} {folder}: in use by another job ({holder}), which holds the lock {path}; "
+            f"{flag} {path}: in use by another job ({holder}), which holds the lock {lock}; "
             "wait until it ends or choose another folder"
         ) from None
     except OSError as error:
-        logger.warning("%s: this file system has no locks (%s): see to it that one job uses it", path, error)
+        logger.warning("%s: this file system has no locks (%s): see to it that one job uses it", lock, error)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -1,14 +1,12 @@
 """What a run is made of, as short strings by name, so that a resumed run is the same run or says what changed."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from ds_embed.artifact.identity import identify_files, identify_model, identify_tokenizer
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.identity import identify_files, identify_model, identify_tokenizer, list_changes
 from ds_embed.models.loading import ModelSource
 from ds_embed.settings import DataArguments, LoraArguments, OptimizerArguments, RunArguments, StepArguments
-from ds_embed.settings.errors import UserError
 
 # These change how the work is done, or how much of it; every other setting decides the numbers. The text
 # settings come from the card, which has their defaults filled in.
@@ -55,25 +53,10 @@ def fingerprint(
     `commit` is the revision of a model that comes from the hub.
     """
     known = {"train_files": identify_files(manifest), "tokenizer": identify_tokenizer(manifest)}
-    known |= identify_model(source, commit)
+    known |= identify_model(source.base, source.adapter, commit)
     for name in _CARD_SETTINGS:
         known[name] = repr(getattr(card, name))
     for group in (lora, data, step, optimizer):
         settings = {name: value for name, value in asdict(group).items() if not name.startswith("val_")}
         known |= {name: repr(value) for name, value in settings.items() if name not in _LOGISTICS}
     return known | {name: repr(getattr(run, name)) for name in _RUN_SETTINGS}
-
-
-def check_unchanged(path: Path, old: dict[str, str], new: dict[str, str], accepted: list[str]) -> list[str]:
-    """UserError with every change that `accepted` does not name; returns the accepted ones, as text."""
-    changed = list_changes(old, new)
-    unknown = [name for name in accepted if name not in new]
-    if unknown:
-        raise UserError(f"--accept_changes {unknown[0]}: no such name; known are {', '.join(sorted(new))}")
-    refused = [name for name in changed if name not in accepted]
-    if refused:
-        raise UserError(
-            f"{path} belongs to a run that differs: {'; '.join(changed[name] for name in refused)}. Put that back, "
-            f"choose another --output_dir, or go on all the same with --accept_changes {' '.join(changed)}"
-        )
-    return list(changed.values())

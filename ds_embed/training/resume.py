@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_embed.artifact.identity import check_unchanged
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
 from ds_embed.training.checkpoint import damage, list_checkpoints, read_state, remove_unfinished, set_aside
-from ds_embed.training.fingerprint import check_unchanged
 from ds_embed.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ def find_start(
             f"files, or remove {folder.checkpoints_dir} to start afresh"
         )
     state = read_state(path)
-    for change in check_unchanged(path, state["fingerprint"], fingerprint, accepted):
-        logger.warning("warning: accepted although the run was started differently: %s", change)
+    check_unchanged(folder.path, state["fingerprint"], fingerprint, accepted, "--output_dir", acceptable=fingerprint)
     if step > max_steps:
         raise UserError(
             f"--max_steps {max_steps}: {path} has trained {step} steps already; "

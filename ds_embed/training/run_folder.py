@@ -14,8 +14,6 @@ from ds_embed.settings import RunArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.training.monitors import Monitors
 
-LOCK_NAME = ".lock"
-
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +59,7 @@ class RunFolder:
         """Hold RUN/.lock until this process ends, however it ends: the system frees it."""
         if self._lock is not None:
             return
-        self._lock = hold_lock(self.path / LOCK_NAME, "--output_dir", self.path)
+        self._lock = hold_lock(self.path, "--output_dir", inside=True)
 
     def own(self, name: str) -> Path:
         """The path RUN/`name`, for this job to write: the run is its own from now on."""

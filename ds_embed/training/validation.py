@@ -31,6 +31,7 @@ from ds_embed.training.prepare import prepare_store
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.signals import StopRequest
 from ds_embed.training.step import ContrastiveStep
+from ds_embed.vectors.corpus import Corpus
 from ds_embed.vectors.encode import encode_store
 from ds_embed.vectors.generate import build_stores, link_test_doc
 from ds_embed.vectors.metrics import (
@@ -166,9 +167,8 @@ class Validation:
                         store,
                         encode,
                         self.world,
+                        Corpus(target / subfolder, kind),
                         micro_batch_tokens=self.step.micro_batch_tokens,
-                        target=target / subfolder,
-                        name=kind,
                     )
         finally:
             engine.train()

@@ -7,7 +7,6 @@ of BLOCK_TEXTS, and each block is sorted by length and cut for itself.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,51 +17,37 @@ BLOCK_TEXTS = 16384
 MIN_MICRO_BATCHES = 16  # of a block
 
 
-class Position(NamedTuple):
-    """A place in the sequence of micro-batches: before it lie all blocks below `block`, and `batch` of that one's."""
-
-    block: int
-    batch: int
-
-
-class MicroBatch(NamedTuple):
-    texts: np.ndarray  # (b,) text numbers in the store
-    end: Position  # the place behind it
-
-
 @dataclass(frozen=True)
 class CorpusPlan:
-    """The micro-batches of `rows`, which start at a whole block, of a store."""
+    """The micro-batches of `rows`, which start at a whole block, of a store; and which rows each block has."""
 
     store: TextStore
     rows: range
     micro_batch_tokens: int
+    block_texts: int = BLOCK_TEXTS
 
     @property
-    def start(self) -> Position:
-        return Position(self.rows.start // BLOCK_TEXTS, 0)
+    def blocks(self) -> range:
+        """The numbers of the blocks."""
+        return range(self.rows.start // self.block_texts, -(-self.rows.stop // self.block_texts))
 
-    def batches(self, start: Position, end: Position | None = None) -> Iterator[MicroBatch]:
-        """The micro-batches from `start` on, to `end` or to the last."""
-        for first in range(start.block * BLOCK_TEXTS, self.rows.stop, BLOCK_TEXTS):
-            block = first // BLOCK_TEXTS
-            for number, texts in enumerate(self._cut(block)):
-                here = Position(block, number)
-                if end is not None and here >= end:
-                    return
-                if here >= start:
-                    yield MicroBatch(texts, Position(block, number + 1))
+    def rows_of(self, block: int) -> range:
+        return range(block * self.block_texts, min((block + 1) * self.block_texts, self.rows.stop))
 
-    def num_texts_before(self, position: Position) -> int:
-        """How many rows are done when everything before `position` is."""
-        if position.batch == 0:
-            return position.block * BLOCK_TEXTS - self.rows.start
-        inside = sum(len(texts) for texts in self._cut(position.block)[: position.batch])
-        return position.block * BLOCK_TEXTS - self.rows.start + inside
-
-    def _cut(self, block: int) -> list[np.ndarray]:
-        texts = np.arange(block * BLOCK_TEXTS, min((block + 1) * BLOCK_TEXTS, self.rows.stop))
+    def cut(self, block: int) -> list[np.ndarray]:
+        """The micro-batches of a block, as text numbers (b,), in the order in which they are computed."""
+        texts = np.arange(self.rows_of(block).start, self.rows_of(block).stop)
         return [texts[chosen] for chosen in cut_block(self.store.lengths_of(texts), self.micro_batch_tokens)]
+
+    def batches(self, num_done: int) -> Iterator[np.ndarray]:
+        """The micro-batches that follow when `num_done` rows are computed, which end one."""
+        first = self.rows.start + num_done
+        for block in self.blocks[num_done // self.block_texts :]:
+            skipped = max(0, first - self.rows_of(block).start)
+            for texts in self.cut(block):
+                if skipped == 0:
+                    yield texts
+                skipped -= min(skipped, len(texts))
 
 
 def cut_block(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
@@ -73,8 +58,8 @@ def cut_block(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
     return cut_by_length(lengths, budget)
 
 
-def rows_of_shard(num_rows: int, shard_index: int, num_shards: int) -> range:
+def rows_of_shard(num_rows: int, shard_index: int, num_shards: int, block_texts: int = BLOCK_TEXTS) -> range:
     """The rows of one of `num_shards` shards, which are made of whole blocks; none where there are too few."""
-    num_blocks = -(-num_rows // BLOCK_TEXTS)
+    num_blocks = -(-num_rows // block_texts)
     first, last = (num_blocks * number // num_shards for number in (shard_index, shard_index + 1))
-    return range(first * BLOCK_TEXTS, max(first * BLOCK_TEXTS, min(last * BLOCK_TEXTS, num_rows)))
+    return range(first * block_texts, max(first * block_texts, min(last * block_texts, num_rows)))

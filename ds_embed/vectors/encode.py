@@ -1,14 +1,13 @@
 """A corpus to vectors on disk: rows in file order on any number of ranks, memory flat in its size.
 
-The ranks take the micro-batches of a CorpusPlan in turn; rank 0 writes the rows and notes how far they reach, so
-that a job that was killed goes on from there.
+The ranks take the micro-batches of a CorpusPlan in turn; rank 0 makes the rows a corpus, so that a job that was
+killed goes on from what it saved.
 
 Shapes: n texts of the corpus, t texts of a group, D dimensions.
 """
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from ds_embed.data.batch import collate
 from ds_embed.data.store import TextStore
 from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, CorpusPlan, MicroBatch, Position
-from ds_embed.vectors.vectors_writer import VectorsWriter
+from ds_embed.vectors.corpus import Corpus, CorpusWriter
+from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, CorpusPlan
 
 # Rows are gathered when every rank has this many micro-batches, or all together BLOCK_TEXTS rows.
 GROUP_ROUNDS = 8
@@ -32,35 +31,34 @@ def encode_store(
     store: TextStore,
     encode: Encode,
     world: World,
+    corpus: Corpus,
     *,
     micro_batch_tokens: int,
-    target: Path,
-    name: str,
     rows: range | None = None,
-    made_from: dict[str, str] | None = None,
+    goes_on: bool = False,
     save_seconds: float = 30.0,
+    block_texts: int = BLOCK_TEXTS,
 ) -> None:
-    """Make the folder `target` with name.npy, float32 (n, D), and name.ids, a line per row in file order.
+    """Make the corpus: float32 (n, D), and a line per row in file order.
 
     encode: token ids (b, S), lengths (b,), has_padding -> (b, D). Every rank must call this, and all make the
-    same number of forward passes. `rows` (default: all) start at a whole block. The folder gets its name when
-    it is whole. With `made_from`, what decides the rows, an earlier call that was killed is gone on with: its
-    made_from was compared by check_unchanged. Without it a folder that stands there is replaced.
-    UserError when rows can't be written or are not finite; what was saved is kept.
+    same number of forward passes. `rows` (default: all) start at a whole block. With `goes_on`, an earlier call that
+    was killed is gone on with: corpus.is_finished has compared what both are made from. Without it a corpus that
+    stands there is replaced. UserError when rows can't be written or are not finite; what was saved is kept.
     """
-    plan = CorpusPlan(store, range(store.num_texts) if rows is None else rows, micro_batch_tokens)
+    plan = CorpusPlan(store, range(store.num_texts) if rows is None else rows, micro_batch_tokens, block_texts)
     num_dims = _encode_texts(store, _NO_TEXTS, encode, world).shape[1]
-    writer = VectorsWriter(plan, target, name, num_dims, made_from, save_seconds)
-    start = Position(*world.on_main(f"start {target}", writer.open))
+    writer = CorpusWriter(corpus, plan, num_dims, goes_on, save_seconds)
+    num_done = world.on_main(f"start {corpus.path}", writer.open)
     problem: UserError | None = None
-    progress = _progress_bar(plan, start, world, name)
-    for group, block in _encode_groups(plan.batches(start), store, encode, world):
+    progress = _progress_bar(len(plan.rows), num_done, world, corpus.name)
+    for texts, block in _encode_groups(plan.batches(num_done), store, encode, world):
         # Of the group before, so that no rank waits for the disk.
         if world.max([float(problem is not None)])[0]:
             break
         if world.is_main:
             try:
-                writer.add(group, block)
+                writer.add(texts, block)
             except UserError as error:
                 problem = error
             progress.update(len(block))
@@ -72,34 +70,34 @@ def encode_store(
             raise problem
         writer.publish()
 
-    world.on_main(f"publish {target}", publish)
+    world.on_main(f"publish {corpus.path}", publish)
 
 
 def _encode_groups(
-    batches: Iterator[MicroBatch], store: TextStore, encode: Encode, world: World
-) -> Iterator[tuple[list[MicroBatch], np.ndarray | None]]:
-    """Groups of micro-batches in order, each with its vectors (t, D) on rank 0, in the same order."""
+    batches: Iterator[np.ndarray], store: TextStore, encode: Encode, world: World
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Texts (t,) of groups of micro-batches in order, each with its vectors (t, D) on rank 0."""
     while group := _next_group(batches, world.size):
-        own = [batch.texts for batch in group[world.rank :: world.size]]
+        own = group[world.rank :: world.size]
         own += [_NO_TEXTS] * (-(-len(group) // world.size) - len(own))
         pieces = [_encode_texts(store, texts, encode, world) for texts in own]
-        counts = [sum(len(batch.texts) for batch in group[rank :: world.size]) for rank in range(world.size)]
+        counts = [sum(map(len, group[rank :: world.size])) for rank in range(world.size)]
         gathered = world.all_gather_rows(torch.cat(pieces), counts)
+        texts = np.concatenate(group)
         if not world.is_main:
-            yield group, None
+            yield texts, None
             continue
-        ends = np.cumsum([len(batch.texts) for batch in group])
-        slots = np.split(np.arange(ends[-1]), ends[:-1])
+        slots = np.split(np.arange(len(texts)), np.cumsum([len(batch) for batch in group])[:-1])
         rows = np.empty(gathered.shape, np.float32)
         by_rank = [slot for rank in range(world.size) for slot in slots[rank :: world.size]]
         rows[np.concatenate(by_rank)] = gathered.cpu().numpy()
-        yield group, rows
+        yield texts, rows
 
 
-def _next_group(batches: Iterator[MicroBatch], num_ranks: int) -> list[MicroBatch]:
+def _next_group(batches: Iterator[np.ndarray], num_ranks: int) -> list[np.ndarray]:
     """Whole rounds of a micro-batch a rank, but for the last round of all."""
-    group: list[MicroBatch] = []
-    while len(group) < GROUP_ROUNDS * num_ranks and sum(len(batch.texts) for batch in group) < BLOCK_TEXTS:
+    group: list[np.ndarray] = []
+    while len(group) < GROUP_ROUNDS * num_ranks and sum(map(len, group)) < BLOCK_TEXTS:
         group += (taken := list(islice(batches, num_ranks)))
         if len(taken) < num_ranks:
             break
@@ -115,12 +113,10 @@ def _encode_texts(store: TextStore, texts: np.ndarray, encode: Encode, world: Wo
         return encode(*inputs, has_padding)[: len(texts)].float()
 
 
-def _progress_bar(plan: CorpusPlan, start: Position, world: World, name: str) -> Any:
+def _progress_bar(num_rows: int, num_done: int, world: World, name: str) -> Any:
     if not world.is_main:
         return None
     from tqdm import tqdm
 
-    done = plan.num_texts_before(start)
-    return tqdm(
-        total=len(plan.rows), initial=done, unit="text", desc=f"encoding {name}", leave=None, dynamic_ncols=True
-    )
+    description = f"encoding {name}"
+    return tqdm(total=num_rows, initial=num_done, unit="text", desc=description, leave=None, dynamic_ncols=True)

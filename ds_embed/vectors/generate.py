@@ -3,24 +3,23 @@
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from ds_embed.artifact.durable import check_writable_folder, hold_lock, written_or_named
+from ds_embed.artifact.durable import check_writable_folder
+from ds_embed.artifact.identity import identify_files, identify_model, identify_tokenizer
 from ds_embed.data.store import TextStore, build_text_store, check_texts_fit
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import describe_kernels, pack_linear_layers
 from ds_embed.models.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.fit import check_parts
-from ds_embed.models.identity import identify_files, identify_model, identify_tokenizer
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
+from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
 from ds_embed.vectors.corpus_plan import rows_of_shard
 from ds_embed.vectors.encode import encode_store
-from ds_embed.vectors.shards import merge_shards, shard_folder
-from ds_embed.vectors.vectors_folder import is_finished
 
 # Of the model and its card: where it comes from, and what only its training knew.
 _NOT_OF_ROWS = {
@@ -37,13 +36,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Job:
-    """One kind of texts to encode: all of its rows, or those of a shard, into the folder `target`."""
+    """One kind of texts to encode: all of its rows, or those of a shard."""
 
-    kind: str  # query or doc: names the flags, and the files
-    target: Path
+    corpus: Corpus
     store: TextStore
     rows: range
-    made_from: dict[str, str]  # what decides the rows
 
 
 def generate(world: World, model: ModelArguments, text: TextArguments, arguments: EncodeArguments) -> Path:
@@ -65,12 +62,11 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     stage = deepspeed_config["zero_optimization"].get("stage", 0)
     kernels = describe_kernels(world.device.type, torch.bfloat16 if arguments.bf16 else torch.float32, stage == 3)
     jobs = _make_jobs(world, model, arguments, source, commit, card, tokenizer, embeddings, kernels)
-    locks: list[IO] = []  # held until we return
 
     def find_unfinished() -> list[int]:
-        locks.extend(_lock(job, prefix) for job in jobs)
-        accepted = arguments.accept_changes
-        return [i for i, job in enumerate(jobs) if not is_finished(job.target, job.kind, job.made_from, accepted)]
+        for job in jobs:
+            job.corpus.claim()
+        return [i for i, job in enumerate(jobs) if not job.corpus.is_finished(arguments.accept_changes)]
 
     unfinished = [jobs[i] for i in world.on_main("find what is unfinished", find_unfinished)]
     if arguments.merge_shards:
@@ -79,16 +75,15 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
         world.mark("load model")
         encoder = _load(world, source, card, model, arguments, deepspeed_config)
         for job in unfinished:
-            world.mark(f"encode {job.kind}")
+            world.mark(f"encode {job.corpus.name}")
             encode_store(
                 job.store,
                 encoder,
                 world,
+                job.corpus,
                 micro_batch_tokens=arguments.micro_batch_tokens,
-                target=job.target,
-                name=job.kind,
                 rows=job.rows,
-                made_from=job.made_from,
+                goes_on=True,
                 save_seconds=arguments.save_seconds,
             )
     if arguments.doc_files and arguments.shard_index is None:
@@ -96,9 +91,8 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     if world.is_main:
         for job in jobs:
             state = "written to" if job in unfinished else "finished already, they are in"
-            logger.info("%s vectors %s %s", f"{len(job.rows):,} {job.kind}", state, job.target)
-        for lock in locks:
-            lock.close()
+            logger.info("%s vectors %s %s", f"{len(job.rows):,} {job.corpus.name}", state, job.corpus.path)
+            job.corpus.release()
     return embeddings
 
 
@@ -115,13 +109,13 @@ def _make_jobs(
 ) -> list[_Job]:
     """What there is to encode, queries and documents, with their token stores."""
     index, num_shards = arguments.shard_index, arguments.num_shards
-    place = embeddings if index is None else shard_folder(embeddings, index, num_shards)
-    identity = world.on_main("identify the model", lambda: identify_model(source, commit))
+    identity = world.on_main("identify the model", lambda: identify_model(source.base, source.adapter, commit))
     jobs = []
     for kind, folder, store in build_stores(world, arguments, tokenizer, card):
         rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
         made_from = identity | _made_from(kind, store, card, model, arguments) | {"kernels": kernels}
-        jobs.append(_Job(kind, place / folder, store, rows, made_from))
+        path = embeddings / folder if index is None else shard_path(embeddings / folder, index, num_shards)
+        jobs.append(_Job(Corpus(path, kind, made_from), store, rows))
     return jobs
 
 
@@ -170,14 +164,8 @@ def _made_from(
     return known | {name: repr(value) for name, value in settings.items()}
 
 
-def _lock(job: _Job, prefix: Path) -> IO:
-    with written_or_named(job.target):
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-    return hold_lock(job.target.with_name(f".{job.target.name}.lock"), "--output_prefix", prefix)
-
-
 def _merge(job: _Job, arguments: EncodeArguments) -> None:
-    merge_shards(job.target, job.kind, job.store, arguments.num_shards, job.made_from, arguments.accept_changes)
+    merge_shards(job.corpus, job.store, arguments.num_shards, arguments.accept_changes)
 
 
 def _deepspeed_config(world: World, arguments: EncodeArguments) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ds_embed.artifact.artifact import is_begun
 from ds_embed.settings.errors import UserError
 
 # kind: (folder names in order of preference, rows, ids)
@@ -21,7 +22,6 @@ _LAYOUT = {
     "query": (("test_queries",), "query.npy", "query.ids"),
     "doc": (("test_docs", "test_doc"), "doc.npy", "doc.ids"),
 }
-UNFINISHED_PREFIX = ".unfinished-"  # of a folder's name until all of its rows are there
 _AGAIN = "write the vectors again with recipes/generate.py"
 _CHECK_BYTES = 64 << 20
 # Encoding one text twice, in other micro-batches and in bf16, moves its vector by about 1 %.
@@ -163,7 +163,7 @@ def _find(folder: Path, kind: str) -> tuple[Path, Path]:
         raise UserError(f"{folder}: no such folder; give OUT/consumed_samplesX of recipes/generate.py")
     found = next((folder / name for name in subfolders if (folder / name).is_dir()), None)
     if found is None:
-        begun = next((name for name in subfolders if (folder / f"{UNFINISHED_PREFIX}{name}").is_dir()), None)
+        begun = next((name for name in subfolders if is_begun(folder / name)), None)
         if begun is not None:
             raise UserError(f"{folder / begun}: is not finished; start the same recipes/generate.py command again")
         inside = sorted(entry.name for entry in folder.glob("consumed_samples*") if entry.is_dir())

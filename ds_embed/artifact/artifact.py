@@ -1,0 +1,309 @@
+"""What this project makes in parts: whole under its name or absent, made from named inputs, gone on with, one owner.
+
+    PATH/              the files of the parts, and manifest.json: made_from, and where each part lies, with its SHA-256
+    .unfinished-NAME/  the same until it is whole, with begun.json (made_from) and parts.jsonl (a line for each part)
+
+First a part reaches the disk, then its line says so. So whatever kills a job, what parts.jsonl tells of is there, and a
+part that got lost nevertheless is noticed by its SHA-256.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ds_embed.artifact.durable import (
+    hold_lock,
+    put_in_place,
+    remove_unfinished,
+    replaced_when_whole,
+    sha256_of,
+    sync_path,
+    unfinished_path,
+    written_or_named,
+)
+from ds_embed.artifact.identity import check_unchanged
+from ds_embed.settings.errors import UserError
+
+MANIFEST, _BEGUN, _PARTS = "manifest.json", "begun.json", "parts.jsonl"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part: the `num_bytes` bytes from `start` on of a file."""
+
+    file: str
+    start: int
+    num_bytes: int
+    sha256: str
+    name: str = ""  # for its maker; a whole file needs none
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_bytes
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the part is there, byte by byte."""
+        path = folder / self.file
+        if not path.is_file() or path.stat().st_size < self.end:
+            return False
+        return sha256_of(path, self.start, self.num_bytes) == self.sha256
+
+
+class Artifact:
+    """A folder that is whole under its name, or begun under a hidden one; it says what it was made from.
+
+    `kind` is what it holds and the version of its form: one of another kind is refused. `flag` is the flag that
+    names the place. Its maker holds its lock (`claim`) or another that covers it.
+    """
+
+    def __init__(self, path: Path, kind: str, flag: str, made_from: Mapping[str, str] | None = None):
+        self.path, self.kind, self.flag = path, kind, flag
+        self.made_from = dict(made_from or {})
+        self.begun = unfinished_path(path)
+        self._parts: list[Part] = []
+        self._unsaved: list[Part] = []
+        self._files: dict[str, int] = {}  # open ones, by name
+        self._lock: IO | None = None
+
+    def claim(self) -> None:
+        """Own it until this process ends or calls `release`; UserError names another owner."""
+        self._lock = hold_lock(self.path, self.flag)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def look(self, accepted: Collection[str] = (), free_when_whole: Collection[str] = (), **words: Any) -> str:
+        """What is there: "whole", "begun" or "absent". The caller owns it.
+
+        UserError when it was made from something else, but for names in `accepted` and, where it is whole, in
+        `free_when_whole`, or is not as it was written. `words` are those of check_unchanged.
+        """
+        if not self.path.exists() and (self.begun / MANIFEST).exists():
+            self._put_in_place()  # killed when only that was missing
+        if self.path.exists():
+            old = read_whole(self.path, self.kind, self._again(self.path))["made_from"]
+            new = self.made_from | {name: old[name] for name in free_when_whole if name in old}
+            check_unchanged(self.path, old, new, accepted, self.flag, **words)
+            remove_unfinished(self.path)
+            return "whole"
+        begun = self.begun / _BEGUN
+        if not begun.exists():
+            for path in self.begun.iterdir() if self.begun.exists() else ():
+                if not path.name.startswith("."):  # what was written before begun.json had its name
+                    _check_kind(self.begun, {}, self.kind, self._again(self.begun))
+            return "absent"
+        old = _read_json(begun, self.kind, self._again(self.begun))["made_from"]
+        check_unchanged(self.begun, old, self.made_from, accepted, self.flag, **words)
+        return "begun"
+
+    def begin(self, anew: bool = False) -> list[Part]:
+        """Open what was begun, or begin (`anew`: in any case), and return the parts that are told of, unchecked.
+
+        The caller looks at them in order and calls `keep` with those that it goes on from.
+        """
+        if anew:
+            remove_unfinished(self.path)
+        self.begun.mkdir(parents=True, exist_ok=True)
+        sync_path(self.begun.parent)
+        (self.begun / MANIFEST).unlink(missing_ok=True)
+        with replaced_when_whole(self.begun / _BEGUN) as file:
+            json.dump({"kind": self.kind, "made_from": self.made_from}, file, indent=1)
+        lines = self.begun / _PARTS
+        self._parts = list(_told(lines.read_text(encoding="utf-8"))) if lines.exists() else []
+        return list(self._parts)
+
+    def keep(self, parts: Iterable[Part]) -> None:
+        """Forget all parts but these."""
+        self._parts = list(parts)
+        with replaced_when_whole(self.begun / _PARTS) as file:
+            file.writelines(_line(part) for part in self._parts)
+
+    def holds(self, part: Part) -> bool:
+        """Whether a part of what was begun is as it was written."""
+        return part.is_in(self.begun)
+
+    def write(self, file: str, content: Any, start: int = 0, name: str = "") -> None:
+        """Write a part, bytes or an array, at `start` of a file; nothing tells of it before `save` or `publish`."""
+        left = memoryview(content).cast("B")
+        # Hashed in memory, so that what a bad disk makes of it is noticed too.
+        part = Part(file, start, left.nbytes, hashlib.sha256(left).hexdigest(), name)
+        if file not in self._files:
+            self._files[file] = os.open(self.begun / file, os.O_WRONLY | os.O_CREAT, 0o666)
+        while left:
+            written = os.pwrite(self._files[file], left, start)
+            left, start = left[written:], start + written
+        self._unsaved.append(part)
+
+    def save(self) -> None:
+        """Bring the parts written so far to the disk, and only then the word that they are there."""
+        self._close_files()
+        if not self._unsaved:
+            return
+        sync_path(self.begun)
+        with open(self.begun / _PARTS, "a", encoding="utf-8") as file:
+            file.writelines(_line(part) for part in self._unsaved)
+            file.flush()
+            os.fsync(file.fileno())
+        self._parts, self._unsaved = self._parts + self._unsaved, []
+
+    def drop(self, file: str) -> None:
+        """Remove a file with its parts: it served only to go on from."""
+        self.save()
+        self._parts = [part for part in self._parts if part.file != file]
+        (self.begun / file).unlink(missing_ok=True)
+
+    def seal(self) -> None:
+        """Save all; what other writers put into the folder becomes a part, a file each. `publish` does it too."""
+        self.save()
+        known = {part.file for part in self._parts} | {_BEGUN, _PARTS, MANIFEST}
+        for path in sorted(self.begun.iterdir()):
+            if path.name not in known:
+                sync_path(path)
+                self._parts.append(Part(path.name, 0, path.stat().st_size, sha256_of(path)))
+        self._parts.sort(key=lambda part: (part.file, part.start))
+        with replaced_when_whole(self.begun / MANIFEST, binary=True) as file:
+            file.write(_manifest(self.kind, self.made_from, [asdict(part) for part in self._parts]))
+
+    def publish(self) -> None:
+        """Make it whole: everything is on the disk, and it has its name. One that stands there is replaced."""
+        if not (self.begun / MANIFEST).exists():
+            self.seal()
+        self._put_in_place()
+
+    def discard(self) -> None:
+        """Remove what was begun, after an error that nothing can be kept of."""
+        self._close_files(sync=False)
+        remove_unfinished(self.path)
+
+    def check_room(self, num_bytes: int) -> None:
+        """UserError when the disk has no room for `num_bytes` in all."""
+        held = sum(path.stat().st_blocks * 512 for path in self.begun.iterdir())
+        free = shutil.disk_usage(self.begun).free
+        if num_bytes > held + free:
+            raise UserError(
+                f"{self.flag}: {self.path} needs {(num_bytes - held) / 2**30:,.1f} GiB and has {free / 2**30:,.1f} GiB "
+                "free; make room or choose another place"
+            )
+
+    @contextmanager
+    def or_named(self, what: str, kept: str) -> Iterator[None]:
+        """A disk that fails inside is the user's to cure: UserError with what is made, what is free, what is kept."""
+        with written_or_named(self.path, f"{kept}. Cure that and start the same command again", what):
+            yield
+
+    def _put_in_place(self) -> None:
+        for name in (_BEGUN, _PARTS):
+            (self.begun / name).unlink(missing_ok=True)
+        sync_path(self.begun)
+        put_in_place(self.begun, self.path)
+
+    def _close_files(self, sync: bool = True) -> None:
+        for file in list(self._files):
+            descriptor = self._files.pop(file)
+            try:
+                if sync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _again(self, path: Path) -> str:
+        return f"remove {path} and start the same command again, or choose another {self.flag}"
+
+
+def read_whole(path: Path, kind: str, cure: str) -> dict[str, Any]:
+    """The manifest of a whole artifact, after a look at the sizes of its files.
+
+    UserError with the `cure` when it is not as it was written, or of another kind or version.
+    """
+    problem, manifest = inspect(path, kind, every_byte=False, cure=cure)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}; {cure}")
+    return manifest
+
+
+def inspect(
+    path: Path, kind: str, every_byte: bool = True, cure: str = "go on with the version that wrote it"
+) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a whole artifact, naming the file (None: nothing), and its manifest, parts as `Part`s.
+
+    Each byte is compared with what was written, or the sizes only. UserError when it is of another kind or version.
+    """
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        if "format_version" not in manifest:  # which the manifests of earlier versions have
+            if text != _manifest(manifest["kind"], manifest["made_from"], manifest["parts"]):
+                return f"{MANIFEST} was changed", {}
+        _check_kind(path, manifest, kind, cure)
+        parts = [Part(**part) for part in manifest["parts"]]
+        ends: dict[str, int] = {}
+        for part in parts:
+            ends[part.file] = max(part.end, ends.get(part.file, 0))
+        for name, num_bytes in ends.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing", {}
+            if file.stat().st_size != num_bytes:
+                return f"{name} has {file.stat().st_size:,} bytes and was written with {num_bytes:,}", {}
+        for part in parts if every_byte else ():
+            if not part.is_in(path):
+                return f"{part.file} was changed: its SHA-256 is not the one it was written with", {}
+        return None, manifest | {"parts": parts}
+    except UserError:
+        raise
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing", {}
+    except OSError as error:
+        return f"can't be read: {error}", {}
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} can't be read as JSON", {}
+
+
+def is_begun(path: Path) -> bool:
+    """Whether the artifact `path` was begun and is not whole."""
+    return not path.exists() and unfinished_path(path).is_dir()
+
+
+def _check_kind(path: Path, content: Mapping[str, Any], kind: str, cure: str) -> None:
+    if content.get("kind") != kind:
+        found = content.get("kind", "what another version of ds_embed wrote")
+        raise UserError(f"{path}: holds {found}, and this version of ds_embed reads {kind}; {cure}")
+
+
+def _read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: can't be read as JSON; {cure}") from None
+    _check_kind(path, content, kind, cure)
+    return content
+
+
+def _manifest(kind: str, made_from: Mapping[str, str], parts: list[dict[str, Any]]) -> bytes:
+    """The one text for this content; with a hash of its own, so that no change of it goes unnoticed."""
+    content = {"kind": kind, "made_from": made_from, "parts": parts}
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _line(part: Part) -> str:
+    return json.dumps(asdict(part)) + "\n"
+
+
+def _told(text: str) -> Iterator[Part]:
+    """The parts that lines tell of; the last line may have been cut off by a crash, and ends them."""
+    for line in text.splitlines(keepends=True):
+        try:
+            if not line.endswith("\n"):
+                return
+            yield Part(**json.loads(line))
+        except (ValueError, TypeError):
+            return

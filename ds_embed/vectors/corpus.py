@@ -1,0 +1,249 @@
+"""A corpus of vectors on disk: an artifact whose parts are blocks of rows.
+
+    test_docs/doc.npy         float32 (n, D): a header, then the blocks of CorpusPlan
+    test_docs/doc.ids         line i is the id of row i
+    test_docs/manifest.json   what decides the rows (made_from), and the SHA-256 of every block
+
+Until it is whole, doc.computed holds rows of the block that is being computed, in the order of its micro-batches.
+A shard has a range of blocks, so joining shards is putting their blocks one behind the other.
+
+Shapes: n rows, t rows that come together, D dimensions.
+"""
+
+import io
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ds_embed.artifact.artifact import Artifact, Part, read_whole
+from ds_embed.artifact.identity import check_unchanged
+from ds_embed.data.store import TextStore
+from ds_embed.settings.encode_arguments import ROUNDING_SETTINGS
+from ds_embed.settings.errors import UserError
+from ds_embed.vectors.corpus_plan import CorpusPlan
+
+KIND = "vectors, form 2"
+COMPUTED = ("kernels",)  # of made_from: in which way, which is that of the machine
+_ROUNDING = {"acceptable": ROUNDING_SETTINGS, "so_that": "goes on with rows that differ by rounding"}
+
+logger = logging.getLogger(__name__)
+
+
+class Corpus(Artifact):
+    """The folder `path` with the vectors `name`.npy and their ids, made from what `made_from` says."""
+
+    def __init__(self, path: Path, name: str, made_from: Mapping[str, str] | None = None):
+        super().__init__(path, KIND, "--output_prefix", made_from)
+        self.name = name
+        self.rows_file, self.ids_file, self.computed_file = f"{name}.npy", f"{name}.ids", f"{name}.computed"
+
+    def is_finished(self, accepted: list[str]) -> bool:
+        """Whether it is whole. UserError when it, or what was begun of it, was made from something else."""
+        # Whole rows were all computed in one way, whichever this machine would take.
+        return self.look(accepted, free_when_whole=COMPUTED, **_ROUNDING) == "whole"
+
+    def write_header(self, num_rows: int, num_dims: int) -> int:
+        """Write what stands before the rows; returns its bytes."""
+        buffer = io.BytesIO()
+        shape = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, num_dims)}
+        np.lib.format.write_array_header_1_0(buffer, shape)
+        self.write(self.rows_file, buffer.getvalue(), 0, _header_name(num_rows, num_dims))
+        return len(buffer.getvalue())
+
+    def finish(self, store: TextStore, rows: range) -> None:
+        """Add the ids of these rows of the store, and make the whole."""
+        with open(store.ids_path, "rb") as lines, open(self.begun / self.ids_file, "wb") as file:
+            file.writelines(islice(lines, rows.start, rows.stop))
+        self.publish()
+
+
+class CorpusWriter:
+    """Takes the rows of a plan in the order in which they are computed, and makes them the corpus.
+
+    Holds a block of rows in memory. With `goes_on` it saves what it has every save_seconds, and goes on with what an
+    earlier one saved.
+    """
+
+    def __init__(self, corpus: Corpus, plan: CorpusPlan, num_dims: int, goes_on: bool, save_seconds: float):
+        self._corpus, self._plan, self._num_dims = corpus, plan, num_dims
+        self._goes_on, self._save_seconds = goes_on, save_seconds
+        self._header_bytes = 0
+        self._num_done = self._num_saved = 0  # rows of the plan, in the order in which they are computed
+
+    def open(self) -> int:
+        """Open what was begun, or begin, and return how many rows are done."""
+        corpus, plan = self._corpus, self._plan
+        with self._named():
+            kept = self._take_up(corpus.begin(anew=not self._goes_on))
+            if kept:
+                self._header_bytes = kept[0].num_bytes
+                corpus.keep(kept)
+            else:
+                corpus.begin(anew=True)
+                self._header_bytes = corpus.write_header(len(plan.rows), self._num_dims)
+            corpus.check_room(self._header_bytes + len(plan.rows) * self._row_bytes)
+            self._num_saved = self._num_done
+            self._start_block()
+        if self._num_done:
+            logger.info("%s: going on after %s of %s rows", corpus.path, f"{self._num_done:,}", f"{len(plan.rows):,}")
+        self._last_save = time.monotonic()
+        return self._num_done
+
+    def add(self, texts: np.ndarray, rows: np.ndarray) -> None:
+        """Take the vectors (t, D) of texts (t,), the next ones in the plan.
+
+        UserError when they can't be written, naming what is kept, and when a vector is not finite.
+        """
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            where = self._plan.store.location(int(texts[np.argmin(finite)]))
+            self._save()
+            raise UserError(
+                f"{where}: its vector holds NaN or infinity; try --bf16 false, or look at the loss of the model's training"
+            )
+        with self._named():
+            while len(texts):
+                taken = min(len(texts), len(self._rows) - self._block_done)
+                self._rows[texts[:taken] - self._first] = rows[:taken]
+                self._num_done += taken
+                texts, rows = texts[taken:], rows[taken:]
+                if self._block_done == len(self._rows):
+                    self._end_block()
+            if time.monotonic() - self._last_save >= self._save_seconds:
+                self._save()
+
+    def publish(self) -> None:
+        """Make the corpus whole, once all rows were added."""
+        with self._named():
+            self._corpus.drop(self._corpus.computed_file)
+            self._corpus.finish(self._plan.store, self._plan.rows)
+
+    @property
+    def _row_bytes(self) -> int:
+        return 4 * self._num_dims
+
+    @property
+    def _block_done(self) -> int:
+        """Rows of the block that are computed."""
+        return self._num_done - (self._first - self._plan.rows.start)
+
+    def _take_up(self, parts: list[Part]) -> list[Part]:
+        """The parts to go on from: the blocks up to the first that is not as it was written, and what follows it."""
+        told = {(part.file, part.name): part for part in parts}
+        kept: list[Part] = []
+
+        def take(file: str, name: str) -> Part | None:
+            part = told.get((file, name))
+            if part is not None and not self._corpus.holds(part):
+                logger.warning("warning: %s: saved rows are not as they were written and are encoded again", file)
+                part = None
+            kept.extend([part] if part else [])
+            return part
+
+        if not take(self._corpus.rows_file, _header_name(len(self._plan.rows), self._num_dims)):
+            return []
+        for block in self._plan.blocks:
+            if not take(self._corpus.rows_file, str(block)):
+                computed = 0
+                while part := take(self._corpus.computed_file, self._computed_name(block, computed)):
+                    computed += part.num_bytes // self._row_bytes
+                self._num_done += computed
+                break
+            self._num_done += len(self._plan.rows_of(block))
+        return kept
+
+    def _start_block(self) -> None:
+        """Begin the block that follows the rows done, or go on with the rows of it that are saved."""
+        self._block, self._first = 0, self._plan.rows.start + self._num_done
+        rows = range(0)
+        if self._num_done < len(self._plan.rows):
+            self._block = self._first // self._plan.block_texts
+            rows = self._plan.rows_of(self._block)
+            self._first = rows.start
+        self._rows = np.empty((len(rows), self._num_dims), np.float32)
+        if saved := self._block_done:
+            content = np.fromfile(self._corpus.begun / self._corpus.computed_file, np.float32, saved * self._num_dims)
+            self._rows[self._order()[:saved]] = content.reshape(saved, self._num_dims)
+
+    def _order(self) -> np.ndarray:
+        """The rows of the block in the order in which they are computed, as numbers within it."""
+        return np.concatenate(self._plan.cut(self._block)) - self._first
+
+    def _computed_name(self, block: int, num_rows: int) -> str:
+        """Of rows of a block behind the first `num_rows`; others follow in other micro-batches."""
+        return f"{block}+{num_rows}@{self._plan.micro_batch_tokens}"
+
+    def _end_block(self) -> None:
+        start = self._header_bytes + (self._first - self._plan.rows.start) * self._row_bytes
+        self._corpus.write(self._corpus.rows_file, self._rows, start, str(self._block))
+        if self._num_saved > self._first - self._plan.rows.start:
+            self._corpus.save()  # before others take the place of its rows in computed_file
+            self._num_saved = self._num_done
+        self._start_block()
+
+    def _save(self) -> None:
+        if self._goes_on:
+            saved = max(0, self._num_saved - (self._first - self._plan.rows.start))
+            if saved < self._block_done:
+                rows = self._rows[self._order()[saved : self._block_done]]
+                name = self._computed_name(self._block, saved)
+                self._corpus.write(self._corpus.computed_file, rows, saved * self._row_bytes, name)
+            self._corpus.save()
+            self._num_saved = self._num_done
+        self._last_save = time.monotonic()
+
+    def _named(self) -> AbstractContextManager[None]:
+        kept = f"{self._num_saved:,} of {len(self._plan.rows):,} rows are kept"
+        return self._corpus.or_named(str(self._corpus.path), kept)
+
+
+def shard_path(path: Path, shard_index: int, num_shards: int) -> Path:
+    """Where a shard of the corpus `path` lies: shards/00003_of_00008/ beside it."""
+    return path.parent / "shards" / f"{shard_index:05d}_of_{num_shards:05d}" / path.name
+
+
+def merge_shards(corpus: Corpus, store: TextStore, num_shards: int, accepted: list[str]) -> None:
+    """Make the corpus from its finished shards, in order, a block in memory.
+
+    UserError when shards are unfinished, differ in what they were made from or are not as they were
+    written. The shards stay where they are.
+    """
+    paths = [shard_path(corpus.path, index, num_shards) for index in range(num_shards)]
+    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    if missing:
+        shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+        raise UserError(
+            f"--merge_shards true: {len(missing)} of {num_shards} shards of {corpus.path} are missing or unfinished; run "
+            f"with --num_shards {num_shards} --shard_index {shown}"
+        )
+    again = "remove that shard and encode it again"
+    manifests = [read_whole(path, KIND, again) for path in paths]
+    # The shards must agree with each other; this machine computes nothing.
+    first = manifests[0]["made_from"]
+    corpus.made_from |= {name: first[name] for name in COMPUTED if name in first}
+    for path, manifest in zip(paths, manifests):
+        check_unchanged(path, manifest["made_from"], corpus.made_from, accepted, corpus.flag, **_ROUNDING)
+    num_dims = np.load(paths[0] / corpus.rows_file, mmap_mode="r", allow_pickle=False).shape[1]
+    with corpus.or_named(str(corpus.path), "The shards stay"):
+        corpus.begin(anew=True)
+        corpus.check_room(store.num_texts * num_dims * 4)
+        end = corpus.write_header(store.num_texts, num_dims)
+        for path, manifest in zip(paths, manifests):
+            for part in manifest["parts"]:
+                if part.file == corpus.rows_file and part.start:
+                    if not part.is_in(path):
+                        raise UserError(f"{path / part.file}: its rows are not as they were written; {again}")
+                    content = np.fromfile(path / part.file, np.uint8, part.num_bytes, offset=part.start)
+                    corpus.write(part.file, content, end, part.name)
+                    end += part.num_bytes
+        corpus.finish(store, range(store.num_texts))
+    logger.info("%s: merged from %d shards", corpus.path, num_shards)
+
+
+def _header_name(num_rows: int, num_dims: int) -> str:
+    return f"header of {num_rows} x {num_dims}"
