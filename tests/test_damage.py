@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
+from ds_embed.artifact.durable import set_aside
 from ds_embed.settings.errors import UserError
 from ds_embed.training import checkpoint
-from ds_embed.training.checkpoint import damage, list_checkpoints, prune, set_aside
-from ds_embed.training.fingerprint import check_unchanged
+from ds_embed.training.checkpoint import CheckpointWriter, damage, list_checkpoints, prune
 from ds_embed.training.resume import clear_way, find_start
 from ds_embed.training.run_folder import RunFolder, lines_up_to
 
@@ -21,32 +21,20 @@ FINGERPRINT = {"train_files": "aaaa (10 records)", "base_model": "bbbb", "learni
 
 
 def write(folder, step):
-    writer = checkpoint._Writer(folder, step)
+    writer = CheckpointWriter(folder, step, FINGERPRINT, max_shard_bytes=100)  # two shards of weights, four of moments
     for name in ("layer.a", "layer.b"):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             writer.add(name, kind, torch.full((5, 3), float(step)))
-    state = dict(
-        format_version=1,
-        step=step,
-        adam_step=step,
-        consumed_samples=4 * step,
-        skipped_steps=0,
-        best=None,
-        max_steps=30,
-        fingerprint=FINGERPRINT,
-    )
+    state = dict(step=step, adam_step=step, consumed_samples=4 * step, skipped_steps=0, best=None, max_steps=30)
     writer.finish(state)
-    writer.publish()
-    return writer.final
+    return writer.publish()
 
 
 @pytest.fixture(scope="module")
 def run_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("damage") / "run"
-    checkpoint._MAX_SHARD_BYTES, whole = 100, checkpoint._MAX_SHARD_BYTES  # two shards of weights, four of moments
     for step in (10, 20):
         write(path / "checkpoints", step)
-    checkpoint._MAX_SHARD_BYTES = whole
     return path
 
 
@@ -130,7 +118,7 @@ def test_damaged_checkpoints_are_put_aside_and_do_not_count(run_path, tmp_path):
     assert set_aside(folder.checkpoints_dir / "step_00000020").name == "step_00000020.damaged2"
 
 
-TOUCHES_THE_DISK = ("mkdir", "write", "flush", "close", "fsync", "rename", "unlink", "rmdir")
+TOUCHES_THE_DISK = ("mkdir", "write", "pwrite", "flush", "close", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
 def save_until(folder, call):
@@ -184,7 +172,7 @@ def test_changed_run(run_path, tmp_path):
         find(run_path, fingerprint=changed, accepted=["learning_rate"])
     assert find(run_path, fingerprint=changed, accepted=["learning_rate", "train_files"]).step == 20
     with pytest.raises(ValueError, match="--accept_changes rate: no such name"):
-        check_unchanged(run_path, FINGERPRINT, FINGERPRINT, ["rate"])
+        find(run_path, accepted=["rate"])
     with pytest.raises(ValueError, match="--max_steps 15: .*trained 20 steps already"):
         find(run_path, max_steps=15)
 
@@ -204,6 +192,14 @@ class OneRank:
         return work()
 
 
+def test_checkpoints_of_earlier_versions_are_refused(tmp_path):
+    path = tmp_path / "run" / "checkpoints" / "step_00000010"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text('{"format_version": 1, "files": {}}')
+    with pytest.raises(UserError, match="holds what another version of ds_embed wrote.*go on with the version that"):
+        find(tmp_path / "run")
+
+
 @pytest.mark.parametrize("stage", ["write", "rename"])
 def test_disk_that_fails_keeps_the_checkpoint_before(run_path, tmp_path, monkeypatch, stage):
     folder = tmp_path / "run" / "checkpoints"
@@ -217,9 +213,9 @@ def test_disk_that_fails_keeps_the_checkpoint_before(run_path, tmp_path, monkeyp
     monkeypatch.setattr(checkpoint, "gather_state", lambda *_: iter([("a", tensors)]))
     monkeypatch.setattr(checkpoint, "adam_step", lambda _: 30)
     if stage == "write":
-        monkeypatch.setattr(checkpoint._Writer, "_write", fail)
+        monkeypatch.setattr(os, "pwrite", fail)
     else:
-        monkeypatch.setattr(os, "rename", fail)
+        monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="step 30 could not be written.*No space left.*step 20 is untouched"):
         checkpoint.save_checkpoint(None, OneRank(), folder, 30, {}, before=lambda: None)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000010", "step_00000020"]

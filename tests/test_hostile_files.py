@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model, make_training_file
 
+from ds_embed.artifact.artifact import Artifact
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.job.ranks import World
@@ -221,26 +222,25 @@ def test_store(tmp_path, sentinel, model, form):
 
 
 def test_checkpoint(tmp_path, sentinel):
-    writer = checkpoint._Writer(tmp_path, 1)
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
     writer.add("a", "weight", torch.ones(3))
     writer.finish({})
-    writer.publish()
-    path, shard = writer.final, writer.final / "weights-00001.safetensors"
+    path = writer.publish()
+    shard = path / "weights-00001.safetensors"
     torch.save({"a": Payload(sentinel)}, path / "weights-00001.pt")
     torch.save({"a": Payload(sentinel)}, path / "zzz.safetensors")  # last in the order of names
     assert checkpoint.damage(path) is None
-    assert torch.equal(checkpoint._Reader(path).read("a", "weight"), load_file(shard)["a"])
+    assert torch.equal(checkpoint.CheckpointReader(path).read("a", "weight"), load_file(shard)["a"])
     torch.save({"a": Payload(sentinel)}, shard)
     assert "weights-00001.safetensors has" in checkpoint.damage(path)
     # By somebody who makes the hashes fit.
-    writer.path = path
-    writer._write(shard.name, shard.read_bytes())
-    (path / checkpoint.MANIFEST).write_bytes(
-        checkpoint._manifest({n: f for n, f in writer.files.items() if n != checkpoint.MANIFEST})
-    )
-    assert checkpoint.damage(path) is None
-    with pytest.raises(ValueError, match=f"{shard}: not a file of tensors"):
-        checkpoint._Reader(path)
+    forged = Artifact(tmp_path / "step_00000002", checkpoint.KIND, "--output_dir")
+    forged.begin(anew=True)
+    forged.write(shard.name, shard.read_bytes())
+    forged.publish()
+    assert checkpoint.damage(forged.path) is None
+    with pytest.raises(ValueError, match=f"{forged.path / shard.name}: not a file of tensors"):
+        checkpoint.CheckpointReader(forged.path)
     assert not sentinel.exists()
 
 

@@ -20,12 +20,14 @@ from typing import IO, Any
 from ds_embed.artifact.durable import (
     hold_lock,
     put_in_place,
+    remove_all_unfinished,
     remove_unfinished,
-    replaced_when_whole,
     sha256_of,
+    sync_file,
     sync_path,
     unfinished_path,
     written_or_named,
+    written_whole,
 )
 from ds_embed.artifact.identity import check_unchanged
 from ds_embed.settings.errors import UserError
@@ -113,9 +115,13 @@ class Artifact:
             remove_unfinished(self.path)
         self.begun.mkdir(parents=True, exist_ok=True)
         sync_path(self.begun.parent)
+        remove_all_unfinished(self.begun)
         (self.begun / MANIFEST).unlink(missing_ok=True)
-        with replaced_when_whole(self.begun / _BEGUN) as file:
-            json.dump({"kind": self.kind, "made_from": self.made_from}, file, indent=1)
+        text = json.dumps({"kind": self.kind, "made_from": self.made_from}, indent=1)
+        begun = self.begun / _BEGUN
+        if not begun.exists() or begun.read_text(encoding="utf-8") != text:
+            with written_whole(begun) as file:
+                file.write(text)
         lines = self.begun / _PARTS
         self._parts = list(_told(lines.read_text(encoding="utf-8"))) if lines.exists() else []
         return list(self._parts)
@@ -123,7 +129,7 @@ class Artifact:
     def keep(self, parts: Iterable[Part]) -> None:
         """Forget all parts but these."""
         self._parts = list(parts)
-        with replaced_when_whole(self.begun / _PARTS) as file:
+        with written_whole(self.begun / _PARTS) as file:
             file.writelines(_line(part) for part in self._parts)
 
     def holds(self, part: Part) -> bool:
@@ -150,8 +156,7 @@ class Artifact:
         sync_path(self.begun)
         with open(self.begun / _PARTS, "a", encoding="utf-8") as file:
             file.writelines(_line(part) for part in self._unsaved)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         self._parts, self._unsaved = self._parts + self._unsaved, []
 
     def drop(self, file: str) -> None:
@@ -169,7 +174,7 @@ class Artifact:
                 sync_path(path)
                 self._parts.append(Part(path.name, 0, path.stat().st_size, sha256_of(path)))
         self._parts.sort(key=lambda part: (part.file, part.start))
-        with replaced_when_whole(self.begun / MANIFEST, binary=True) as file:
+        with written_whole(self.begun / MANIFEST, binary=True) as file:
             file.write(_manifest(self.kind, self.made_from, [asdict(part) for part in self._parts]))
 
     def publish(self) -> None:

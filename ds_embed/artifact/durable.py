@@ -55,10 +55,15 @@ def sync_tree(folder: Path) -> None:
         sync_path(path)
 
 
-def sync_and_close(file: IO) -> None:
-    """Close a file that was written, with its content on the disk."""
+def sync_file(file: IO) -> None:
+    """Have what was written to an open file on the disk when this returns."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync_and_close(file: IO) -> None:
+    """Close a file that was written, with its content on the disk."""
+    sync_file(file)
     file.close()
 
 
@@ -75,7 +80,7 @@ def sha256_of(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
 
 @contextmanager
 def written_or_named(
-    path: Path, cure: str = "Cure that and start the same command again", name: str | None = None
+    path: Path, cure: str = "cure that and start the same command again", name: str | None = None
 ) -> Iterator[None]:
     """What the disk refuses inside is the user's to cure: a UserError with the reason and what is free.
 
@@ -87,7 +92,7 @@ def written_or_named(
         if error.errno not in _DISK_ERRORS:
             raise
         raise UserError(
-            f"{name or path} could not be written ({error.strerror}; {free_space(path)}). {cure}"
+            f"{name or path} could not be written ({error.strerror}; {free_space(path)}); {cure}"
         ) from error
 
 
@@ -130,6 +135,15 @@ def remove_all_unfinished(folder: Path) -> None:
             _delete(entry)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, so that it neither counts nor is in the way, and return where it is kept."""
+    for number in range(1, 10_000):
+        away = path.with_name(f"{path.name}.damaged{number}")
+        if not away.exists():
+            return path.rename(away)
+    raise UserError(f"{path.parent}: too many damaged copies of {path.name}; remove them")
+
+
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -152,22 +166,27 @@ def put_in_place(unfinished: Path, path: Path) -> None:
 
 
 @contextmanager
+def written_whole(path: Path, binary: bool = False) -> Iterator[IO]:
+    """As replaced_when_whole, for those who say themselves what it means when the disk does not take the file."""
+    temporary = unfinished_path(path, own=True)
+    text_settings = {} if binary else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, "wb" if binary else "w", **text_settings) as file:
+            yield file
+            sync_file(file)
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
     """A text (or binary) file that takes the name `path` only when the block ends without an error.
 
     UserError naming it, and what is free, when the disk does not take it.
     """
-    temporary = unfinished_path(path, own=True)
-    text_settings = {} if binary else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with written_or_named(path):
-            with open(temporary, "wb" if binary else "w", **text_settings) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_or_named(path), written_whole(path, binary) as file:
+        yield file
 
 
 @contextmanager

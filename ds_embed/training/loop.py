@@ -255,9 +255,16 @@ class TrainingRun:
             "skipped_steps": self.skipped_steps,
             "best": self.best.state(),
             "written_by": f"{self.world.size} rank(s), ZeRO-{zero}",
-            "fingerprint": self.fingerprint,
         }
-        save_checkpoint(engine, self.world, self.folder.checkpoints_dir, number, state, before=self.folder.sync_log)
+        save_checkpoint(
+            engine,
+            self.world,
+            self.folder.checkpoints_dir,
+            number,
+            state,
+            before=self.folder.sync_log,
+            made_from=self.fingerprint,
+        )
         if self.world.is_main:
             prune(self.folder.checkpoints_dir, self.run.save_total_limit, self.best.steps)
         self.saved_step = number

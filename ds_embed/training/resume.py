@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_embed.artifact.durable import remove_all_unfinished, set_aside
 from ds_embed.artifact.identity import check_unchanged
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
-from ds_embed.training.checkpoint import damage, list_checkpoints, read_state, remove_unfinished, set_aside
+from ds_embed.training.checkpoint import damage, list_checkpoints, made_from, read_state
 from ds_embed.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def find_start(
             f"files, or remove {folder.checkpoints_dir} to start afresh"
         )
     state = read_state(path)
-    check_unchanged(folder.path, state["fingerprint"], fingerprint, accepted, "--output_dir", acceptable=fingerprint)
+    check_unchanged(folder.path, made_from(path), fingerprint, accepted, "--output_dir", acceptable=fingerprint)
     if step > max_steps:
         raise UserError(
             f"--max_steps {max_steps}: {path} has trained {step} steps already; "
@@ -100,7 +101,7 @@ def find_start(
 
 def clear_way(folder: RunFolder, start: Start) -> None:
     """Put aside what the resumed run would stumble over; rank 0 calls it once the run is sure to start."""
-    remove_unfinished(folder.checkpoints_dir)
+    remove_all_unfinished(folder.checkpoints_dir)
     for path in start.damaged:
         logger.warning("warning: the damaged checkpoint is kept as %s", set_aside(path))
 

@@ -2,14 +2,18 @@
 
 import json
 import logging
-import os
-import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_embed.artifact.durable import check_writable_folder, hold_lock, replaced_when_whole, sync_path, written_or_named
+from ds_embed.artifact.durable import (
+    check_writable_folder,
+    folder_when_whole,
+    hold_lock,
+    remove_unfinished,
+    replaced_when_whole,
+    sync_file,
+)
 from ds_embed.settings import RunArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.training.monitors import Monitors
@@ -112,7 +116,7 @@ class RunFolder:
 
     def sync_log(self) -> None:
         """Bring the lines written so far to the disk, for a checkpoint that counts on them."""
-        os.fsync(self._metrics.fileno())
+        sync_file(self._metrics)
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -126,25 +130,9 @@ class RunFolder:
         A model that stands there is replaced: its run went on. Killed between the two renames, the run
         writes its model again from the last checkpoint.
         """
-        for left in self.path.glob(".model-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = self.path / f".model-{os.getpid()}-{time.time_ns()}"
-        try:
-            with written_or_named(self.model_dir):
-                temporary.mkdir(parents=True)
-                fill(temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_path(file)
-        old = self.path / f"{temporary.name}-old"
-        if self.model_dir.exists():
-            os.rename(self.model_dir, old)
-        os.rename(temporary, self.model_dir)
-        sync_path(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_unfinished(self.model_dir)
+        with folder_when_whole(self.model_dir) as folder:
+            fill(folder)
 
 
 def lines_up_to(text: str, last_step: int, last_validation: int = -1) -> list[str]:

@@ -8,7 +8,6 @@ Shapes: R held-out records, N queries of a batch.
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_embed.artifact.durable import put_in_place, remove_unfinished, unfinished_path
 from ds_embed.data.ahead import made_ahead
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.order import sample_records
@@ -153,14 +153,15 @@ class Validation:
         Raises StoppedMeanwhile on all ranks when a signal asks for it: the model is as it was, nothing is kept.
         """
         name = f"consumed_samples{consumed_samples}"
-        target = self.folder.validation_dir / f".{name}"
+        final = self.folder.validation_dir / name
+        target = unfinished_path(final)
         losses = {}
         engine.eval()
         try:
             if self.store is not None:
                 losses = self._held_out_loss(engine, stop)
             if self.text_stores:
-                self.world.on_main(f"clear {target}", lambda: shutil.rmtree(target, ignore_errors=True))
+                self.world.on_main(f"clear {target}", lambda: remove_unfinished(final))
                 encode = _Encode(engine, stop)
                 for kind, subfolder, store in self.text_stores:
                     encode_store(
@@ -173,7 +174,7 @@ class Validation:
         finally:
             engine.train()
         # Once more from rank 0, so that no rank decides by a number that differs in its last bit.
-        return self.world.on_main(f"measure {target}", lambda: losses | self._retrieve(target, name))
+        return self.world.on_main(f"measure {target}", lambda: losses | self._retrieve(target, final))
 
     def _held_out_loss(self, engine: Any, stop: StopRequest) -> dict[str, float]:
         """Mean over all records of the loss, and of whether the positive is first, each in a batch like training's."""
@@ -209,8 +210,8 @@ class Validation:
                 )
                 yield batch, start - first_sample
 
-    def _retrieve(self, target: Path, name: str) -> dict[str, float]:
-        """On rank 0: search with the vectors in `target`, which become validation/`name` or go, and measure."""
+    def _retrieve(self, target: Path, final: Path) -> dict[str, float]:
+        """On rank 0: search with the vectors in `target`, which become `final` or go, and measure."""
         if not self.measures:
             return {}
         try:
@@ -221,15 +222,15 @@ class Validation:
                 queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, device=str(self.world.device)
             )
         except UserError as error:
-            raise UserError(f"validation after {name.removeprefix('consumed_samples')} samples: {error}") from error
+            raise UserError(
+                f"validation after {final.name.removeprefix('consumed_samples')} samples: {error}"
+            ) from error
         means = evaluate(SearchRun(queries.ids, documents.ids, scores, indices), self.qrels, self.measures).means
         if self.arguments.val_save_embeddings:
             link_test_doc(target)
-            final = target.with_name(name)
-            shutil.rmtree(final, ignore_errors=True)  # of a job that was killed before its next checkpoint
-            target.rename(final)
+            put_in_place(target, final)
         else:
-            shutil.rmtree(target)
+            remove_unfinished(final)
         return means
 
 

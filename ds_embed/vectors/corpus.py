@@ -229,7 +229,7 @@ def merge_shards(corpus: Corpus, store: TextStore, num_shards: int, accepted: li
     for path, manifest in zip(paths, manifests):
         check_unchanged(path, manifest["made_from"], corpus.made_from, accepted, corpus.flag, **_ROUNDING)
     num_dims = np.load(paths[0] / corpus.rows_file, mmap_mode="r", allow_pickle=False).shape[1]
-    with corpus.or_named(str(corpus.path), "The shards stay"):
+    with corpus.or_named(str(corpus.path), "the shards stay"):
         corpus.begin(anew=True)
         corpus.check_room(store.num_texts * num_dims * 4)
         end = corpus.write_header(store.num_texts, num_dims)
