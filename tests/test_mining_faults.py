@@ -42,9 +42,9 @@ def test_killed_at_any_instant_and_started_again(place, monkeypatch):
         return lambda: len(list(root.glob(name))) >= count
 
     in_work = "broken.jsonl.work/"
-    instants = [parts(in_work + name) for name in ("inputs.json", ".catalog.partial", "catalog", "vectors.json")]
+    instants = [parts(in_work + name) for name in ("begun.json", ".unfinished-catalog*", "catalog", "vectors.json")]
     instants += [parts(in_work + "chunk*.npz", count) for count in (1, 2, 5)]
-    instants += [parts("*broken.jsonl.summary.json"), parts("*broken.jsonl.*.part"), parts("broken.jsonl")]
+    instants += [parts("*broken.jsonl.summary.json"), parts(".unfinished-broken.jsonl-*"), parts("broken.jsonl")]
     rng = random.Random(os.environ.get("KILLS_SEED", 2))
     instants += [None] * int(os.environ.get("KILLS", 2))
     for instant in instants:
@@ -87,16 +87,20 @@ def test_other_inputs_are_noticed(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             run(root, "out.jsonl", **settings)
     assert not (root / "out.jsonl").exists() and list((root / "out.jsonl.work").glob("chunk*.npz"))
-    with pytest.raises(ValueError, match="begun with other inputs: relative_margin was None and is 0.1"):
+    with pytest.raises(
+        ValueError, match="made from something else: relative_margin was None and is 0.1. .*another --work_dir"
+    ):
         run(root, "out.jsonl", relative_margin=0.1, **settings)
     text = (root / "train.jsonl").read_text()
     (root / "train.jsonl").write_text(text.replace("query 5", "query five"))
-    with pytest.raises(ValueError, match="begun with other inputs: train_files changed"):
+    with pytest.raises(ValueError, match="made from something else: train_files was .* and is "):
         run(root, "out.jsonl", **settings)
     (root / "train.jsonl").write_text(text)
     done, _ = run(root, "out.jsonl", **settings)
     assert run(root, "out.jsonl", **settings)[0] == done  # finished already
-    with pytest.raises(ValueError, match="was mined from other inputs: seed was 42 and is 7"):
+    with pytest.raises(
+        ValueError, match="out.jsonl was made from something else: seed was 42 and is 7. .*another --output_file"
+    ):
         run(root, "out.jsonl", seed=7, **settings)
     (root / "mine.jsonl").write_text("precious\n")
     with pytest.raises(ValueError, match="mine.jsonl: exists and was not mined"):

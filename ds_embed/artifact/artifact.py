@@ -32,7 +32,7 @@ from ds_embed.artifact.durable import (
 from ds_embed.artifact.identity import check_unchanged
 from ds_embed.settings.errors import UserError
 
-MANIFEST, _BEGUN, _PARTS = "manifest.json", "begun.json", "parts.jsonl"
+MANIFEST, BEGUN, _PARTS = "manifest.json", "begun.json", "parts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,16 @@ class Artifact:
     """A folder that is whole under its name, or begun under a hidden one; it says what it was made from.
 
     `kind` is what it holds and the version of its form: one of another kind is refused. `flag` is the flag that
-    names the place. Its maker holds its lock (`claim`) or another that covers it.
+    names the place. Its maker holds its lock (`claim`) or another that covers it. A folder that is to be begun and
+    never whole, for work that leads to something else, stands at `begun`.
     """
 
-    def __init__(self, path: Path, kind: str, flag: str, made_from: Mapping[str, str] | None = None):
+    def __init__(
+        self, path: Path, kind: str, flag: str, made_from: Mapping[str, str] | None = None, begun: Path | None = None
+    ):
         self.path, self.kind, self.flag = path, kind, flag
         self.made_from = dict(made_from or {})
-        self.begun = unfinished_path(path)
+        self.begun = unfinished_path(path) if begun is None else begun
         self._parts: list[Part] = []
         self._unsaved: list[Part] = []
         self._files: dict[str, int] = {}  # open ones, by name
@@ -96,7 +99,11 @@ class Artifact:
             check_unchanged(self.path, old, new, accepted, self.flag, **words)
             remove_unfinished(self.path)
             return "whole"
-        begun = self.begun / _BEGUN
+        return self.look_begun(accepted, **words)
+
+    def look_begun(self, accepted: Collection[str] = (), **words: Any) -> str:
+        """As `look`, where it can't be whole."""
+        begun = self.begun / BEGUN
         if not begun.exists():
             for path in self.begun.iterdir() if self.begun.exists() else ():
                 if not path.name.startswith("."):  # what was written before begun.json had its name
@@ -118,7 +125,7 @@ class Artifact:
         remove_all_unfinished(self.begun)
         (self.begun / MANIFEST).unlink(missing_ok=True)
         text = json.dumps({"kind": self.kind, "made_from": self.made_from}, indent=1)
-        begun = self.begun / _BEGUN
+        begun = self.begun / BEGUN
         if not begun.exists() or begun.read_text(encoding="utf-8") != text:
             with written_whole(begun) as file:
                 file.write(text)
@@ -168,7 +175,7 @@ class Artifact:
     def seal(self) -> None:
         """Save all; what other writers put into the folder becomes a part, a file each. `publish` does it too."""
         self.save()
-        known = {part.file for part in self._parts} | {_BEGUN, _PARTS, MANIFEST}
+        known = {part.file for part in self._parts} | {BEGUN, _PARTS, MANIFEST}
         for path in sorted(self.begun.iterdir()):
             if path.name not in known:
                 sync_path(path)
@@ -205,7 +212,7 @@ class Artifact:
             yield
 
     def _put_in_place(self) -> None:
-        for name in (_BEGUN, _PARTS):
+        for name in (BEGUN, _PARTS):
             (self.begun / name).unlink(missing_ok=True)
         sync_path(self.begun)
         put_in_place(self.begun, self.path)

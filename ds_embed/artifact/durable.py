@@ -190,6 +190,20 @@ def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
 
 
 @contextmanager
+def file_when_whole(path: Path) -> Iterator[Path]:
+    """As replaced_when_whole, for those who write a file by its name: a path that becomes `path`."""
+    temporary = unfinished_path(path, own=True)
+    try:
+        with written_or_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync_path(temporary)
+            put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def folder_when_whole(path: Path, name: str | None = None) -> Iterator[Path]:
     """A folder to fill that takes the name `path` when the block ends without an error; what stands there goes.
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ds_embed.artifact.durable import folder_when_whole
+from ds_embed.artifact.identity import check_unchanged, identify_model
 from ds_embed.models.adapters import read_adapter
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.identity import identify_model, list_changes
 from ds_embed.models.kinds import backbone_class, is_bert_style, kind_of
 from ds_embed.models.loading import ModelSource, load_config, load_encoder
 from ds_embed.settings import LoraArguments
@@ -93,11 +93,9 @@ def merge_adapter(source: ModelSource, card: EmbeddingCard, folder: Path, trust_
     What stands there already is kept when it was made from the same weights. UserError when it was not.
     """
     commit = getattr(load_config(source, trust_remote_code), "_commit_hash", None)
-    made_from, record = identify_model(source, commit), folder / "merged_from.json"
+    made_from, record = identify_model(source.base, source.adapter, commit), folder / "merged_from.json"
     if folder.exists():
-        changes = list_changes(json.loads(record.read_text("utf-8")), made_from)
-        if changes:
-            raise UserError(f"{folder}: was merged from something else: {'; '.join(changes.values())}; remove it")
+        check_unchanged(folder, json.loads(record.read_text("utf-8")), made_from, (), "--output_dir")
         return
     logger.info("merging %s into %s: %s", source.adapter, source.base, folder)
     encoder = load_encoder(

