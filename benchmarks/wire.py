@@ -32,7 +32,7 @@ WHOLE_MESSAGE = {
     "isend": ("send", 0, "tensor"),
     "all_reduce_coalesced": ("all_reduce", 0, "tensors"),
 }
-CONTROL_BYTES = 256  # smaller messages carry numbers, not vectors
+CONTROL_BYTES = 256  # smaller messages, and those in float64, carry numbers, not vectors
 
 
 class Counts:
@@ -63,7 +63,7 @@ class Counts:
     def _add(self, kind: str, tensors: list[torch.Tensor]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
-        key = "control" if size < CONTROL_BYTES else f"{kind} {dtype}"
+        key = "control" if size < CONTROL_BYTES or dtype == "float64" else f"{kind} {dtype}"
         self.calls[key] += 1
         self.bytes[key] += size
 
@@ -80,17 +80,15 @@ def main(counts_path: str, recipe: str, flags: list[str]) -> None:
         if hasattr(dist, name):
             setattr(dist, name, counts.counted(name, getattr(dist, name)))
 
-    from ds_embed.training import loop, step
+    from ds_embed.training import loop
 
     rows: list[int] = []
     micro_batches: list[int] = []
 
-    def plan(*args):
-        made = plan_micro_batches(*args)
-        rows[:], micro_batches[:] = made.rank_counts(), [made.num_micro_batches]
-        return made
-
-    plan_micro_batches, step.plan_micro_batches = step.plan_micro_batches, plan
+    class CountedStep(loop.ContrastiveStep):
+        def run(self, inputs, *args):
+            rows[:], micro_batches[:] = inputs.plan.rank_counts(), [inputs.plan.num_micro_batches]
+            return super().run(inputs, *args)
 
     class CountedLog(loop.StepLog):
         def add(self, number, *args, **kwargs):
@@ -100,7 +98,7 @@ def main(counts_path: str, recipe: str, flags: list[str]) -> None:
                     file.write(json.dumps(line) + "\n")
             super().add(number, *args, **kwargs)
 
-    loop.StepLog = CountedLog
+    loop.ContrastiveStep, loop.StepLog = CountedStep, CountedLog
     sys.argv = [recipe, *flags]
     runpy.run_path(recipe, run_name="__main__")
 

@@ -53,7 +53,7 @@ def losses_of(world, model: str, name: str, files: list[str], settings: dict, ca
         batch = assemble_batch(
             store, order, first_sample=number * NUM_QUERIES, num_queries=NUM_QUERIES, hard_negatives=2
         )
-        losses.append(step.run(batch).loss)
+        losses.append(step.run(step.prepare(batch)).loss)
         engine.step()
     engine.destroy()
     return losses

@@ -86,7 +86,7 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
     for number in range(first + 1, case["steps"] + 1):
         batch = assemble_batch(store, order, first_sample=consumed, num_queries=QUERIES, hard_negatives=1)
         consumed += QUERIES
-        result = step.run(batch)
+        result = step.run(step.prepare(batch))
         answer["losses"][number] = result.loss
         answer["records"][number] = batch.records.tolist()
         norm = take_step(engine, 1e-2 / number)
@@ -111,11 +111,11 @@ def poison(engine, world, step, batch, arguments) -> dict:
     surrogate = step._surrogate
     bad = math.nan if world.rank == world.size - 1 else 1.0
     step._surrogate = lambda outputs, gradient, on_scale: surrogate(outputs, gradient, on_scale) * bad
-    step.run(batch)
+    step.run(step.prepare(batch))
     norm = take_step(engine, 1e-2)
     after = whole_state(engine, world)
     step._surrogate = surrogate
-    step.run(batch)
+    step.run(step.prepare(batch))
     again = take_step(engine, 1e-3)
     return {
         "noticed_by": world.sum([float(not math.isfinite(norm))])[0],

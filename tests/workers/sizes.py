@@ -139,7 +139,7 @@ def run_case(world, wire: Wire, case: dict) -> dict:
         known = live_tensors() if number == case["steps"] - 1 else []
         start = sum(tensor.untyped_storage().nbytes() for tensor in known) - before["live"]
         with Tally(known) as tally:
-            assert step.run(batch).is_finite
+            assert step.run(step.prepare(batch)).is_finite
             take_step(engine, 1e-4)
     stepped = live_bytes() - before["live"]
     peak = status("VmHWM") - before["rss"]

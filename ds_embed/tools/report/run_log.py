@@ -24,6 +24,7 @@ _FIRST_AND_LAST = (
 )
 _MEDIANS = (
     ("tokens_per_second", "Real tokens per second, median", "{:,.0f}"),
+    ("tokens_encoded_per_second", "Encoded tokens per second, each text once, median", "{:,.0f}"),
     ("seconds", "Seconds per step, median", "{:.3g}"),
     ("padding_share", "Padding, median", "{:.1%}"),
 )
