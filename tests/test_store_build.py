@@ -14,7 +14,8 @@ import tracemalloc
 import pytest
 from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, small_chunks, tokenizer, write_jsonl  # noqa: F401
 
-from ds_embed.data import store_files, store_writer
+from ds_embed.artifact import shared
+from ds_embed.data import store_writer
 from ds_embed.data.store import TrainingStore, build_text_store
 from ds_embed.settings.errors import UserError
 
@@ -49,7 +50,7 @@ def test_a_killed_build_is_never_taken_for_whole_and_the_next_clears_it(tmp_path
     child = start_child(tmp_path, tokenizer, path, cache_dir, "kill")
     child.communicate()
     assert child.returncode == -signal.SIGKILL
-    (left,) = cache_dir.glob(".building-*")
+    (left,) = cache_dir.glob(".unfinished-*")
     assert (left / "tokens.npy").exists()
     assert list(cache_dir.glob("training-*")) == []
     with pytest.raises(ValueError, match="manifest.json is missing, so this is not a complete token store"):
@@ -77,7 +78,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path, tokenizer, monkeypatch
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(store_files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(shared.fcntl, "flock", no_locks)
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     cache_dir = tmp_path / "cache"
     all_are_building = threading.Barrier(3)
@@ -96,29 +97,24 @@ def test_without_locks_the_first_to_finish_wins(tmp_path, tokenizer, monkeypatch
     TrainingStore.open(stores[0])
 
 
-def test_without_locks_no_finished_store_is_taken_for_a_damaged_one(tmp_path, monkeypatch):
+def test_without_locks_no_finished_folder_is_taken_for_a_damaged_one(tmp_path):
     looked, put_in_place = threading.Event(), threading.Event()
-    inspect = store_files._inspect
+    final = tmp_path / "store"
 
-    def inspect_slowly(folder):
-        seen = inspect(folder)
+    def problem_of(folder):
+        seen = None if (folder / "whole").exists() else "is not whole"
         if threading.current_thread() is slow and folder == final:
             looked.set()
             put_in_place.wait(20)
         return seen
 
-    def write(folder):
-        store_files.write_manifest(folder, {"format_version": store_files.FORMAT_VERSION})
-
-    final = tmp_path / "store"
-    slow = threading.Thread(target=store_files._clear_damaged, args=(final,))
-    monkeypatch.setattr(store_files, "_inspect", inspect_slowly)
+    slow = threading.Thread(target=shared.clear_damaged, args=(final, problem_of))
     slow.start()
     looked.wait(1)  # a look at what is not there must not be needed
-    store_files.obtain_store(tmp_path, "store", write)
+    shared.obtain_folder(final, "store", "cache_dir", problem_of, lambda folder: (folder / "whole").touch())
     put_in_place.set()
     slow.join()
-    assert store_files._is_complete(final)
+    assert problem_of(final) is None
 
 
 def test_only_dead_builds_are_removed(tmp_path, tokenizer):
@@ -126,12 +122,12 @@ def test_only_dead_builds_are_removed(tmp_path, tokenizer):
     cache_dir.mkdir()
     host = socket.gethostname()
     names = {
-        "dead": f".building-training-1@{host}@7-a",
-        "alive": f".building-training-2@{host}@8-b",
-        "alive_but_silent": ".building-training-3@elsewhere@9-c",
-        "elsewhere": ".building-training-1@elsewhere@10-d",
-        "elsewhere_long_ago": ".building-training-1@elsewhere@11-e",
-        "elsewhere_still_writing": ".building-training-1@elsewhere@12-f",
+        "dead": f".unfinished-training-1@{host}@7-a",
+        "alive": f".unfinished-training-2@{host}@8-b",
+        "alive_but_silent": ".unfinished-training-3@elsewhere@9-c",
+        "elsewhere": ".unfinished-training-1@elsewhere@10-d",
+        "elsewhere_long_ago": ".unfinished-training-1@elsewhere@11-e",
+        "elsewhere_still_writing": ".unfinished-training-1@elsewhere@12-f",
     }
     folders = {key: cache_dir / name for key, name in names.items()}
     two_days_ago = time.time() - 2 * 24 * 3600
@@ -143,8 +139,8 @@ def test_only_dead_builds_are_removed(tmp_path, tokenizer):
         if key in ("elsewhere_long_ago", "alive_but_silent"):
             os.utime(folder / "tokens.npy", (two_days_ago, two_days_ago))
     with (
-        store_files._lock(cache_dir / ".training-2.lock", wait=False) as second,
-        store_files._lock(cache_dir / ".training-3.lock", wait=False) as third,
+        shared.lock(cache_dir / "training-2", wait=False) as second,
+        shared.lock(cache_dir / "training-3", wait=False) as third,
     ):
         assert second and third
         build(write_jsonl(tmp_path / "a.jsonl", RECORDS), tokenizer, cache_dir)

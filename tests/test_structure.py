@@ -1,6 +1,7 @@
 """The house: imports run one way, files stay small, importing starts nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -58,6 +59,27 @@ def test_recipes_do_not_import_each_other():
     for path in (REPOSITORY / "recipes").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.ImportFrom) and "recipes" in (node.module or "")), path
+
+
+def test_what_is_made_is_whole_or_absent_in_one_room():
+    """Renames, locks, fsync and hidden names are spelled in artifact alone."""
+    spelled = re.compile(
+        r"\.rename\(|os\.re(name|place)\b|fsync|flock|filelock"
+        r"|[\"']\.(unfinished|building|part|partial|removed|replaced|lock)\b"
+    )
+    found = {
+        f"{path.relative_to(REPOSITORY)}: {line.strip()}"
+        for folder in (PACKAGE, REPOSITORY / "recipes")
+        for path in folder.rglob("*.py")
+        if room_of_any(path) != "artifact"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if spelled.search(line)
+    }
+    assert not found
+
+
+def room_of_any(path):
+    return room_of(path) if path.is_relative_to(PACKAGE) else "recipes"
 
 
 def test_files_are_well_named():

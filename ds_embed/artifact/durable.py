@@ -33,7 +33,7 @@ _DISK_ERRORS = {
     errno.EISDIR,
     errno.ENAMETOOLONG,
 }
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
 _REMOVED = ".removed-"
 _READ_BYTES = 1 << 22
 
@@ -107,7 +107,7 @@ def free_space(path: Path) -> str:
 
 def unfinished_path(path: Path, own: bool = False) -> Path:
     """Where `path` stands until it is whole; with `own`, a place that no other process of this machine uses."""
-    return path.with_name(f"{_UNFINISHED}{path.name}" + (f"-{os.getpid()}" if own else ""))
+    return path.with_name(f"{UNFINISHED}{path.name}" + (f"-{os.getpid()}" if own else ""))
 
 
 def remove(path: Path) -> None:
@@ -122,7 +122,7 @@ def remove(path: Path) -> None:
 def remove_unfinished(path: Path) -> None:
     """Remove what jobs that were killed left of `path`, which the caller's lock protects from others."""
     name = re.escape(path.name)
-    left = re.compile(f"{re.escape(_UNFINISHED)}{name}(-\\d+)?|{re.escape(_REMOVED)}{name}")
+    left = re.compile(f"{re.escape(UNFINISHED)}{name}(-\\d+)?|{re.escape(_REMOVED)}{name}")
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         if left.fullmatch(entry.name):
             _delete(entry)
@@ -131,7 +131,7 @@ def remove_unfinished(path: Path) -> None:
 def remove_all_unfinished(folder: Path) -> None:
     """Remove what jobs that were killed left in a folder that the caller's lock protects from others."""
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name.startswith((_UNFINISHED, _REMOVED)):
+        if entry.name.startswith((UNFINISHED, _REMOVED)):
             _delete(entry)
 
 
