@@ -16,6 +16,7 @@ import numpy as np
 from ds_embed.artifact.artifact import BEGUN, Artifact
 from ds_embed.artifact.durable import folder_when_whole, hold_lock, remove, remove_unfinished
 from ds_embed.artifact.identity import identify_large, identify_model, identify_texts, identify_weights
+from ds_embed.data.files import list_parts, stamp_of
 from ds_embed.models.loading import find_model
 from ds_embed.settings import TextArguments
 from ds_embed.settings.errors import UserError
@@ -30,7 +31,7 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
     settings = {**asdict(model), **asdict(text), **asdict(arguments)}
     inputs = {name: str(value) for name, value in settings.items() if name not in _PLACES}
     for name in ("train_files", "doc_files", "corpus_files"):
-        inputs[name] = identify_texts(settings[name])
+        inputs[name] = ", ".join(map(_identify, settings[name]))
     if arguments.embeddings is not None:
         inputs["embeddings"] = identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))
     if model.model_name_or_path is not None:
@@ -39,6 +40,11 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
     if arguments.cross_encoder is not None:
         inputs["cross_encoder"] = identify_weights(arguments.cross_encoder)
     return inputs
+
+
+def _identify(entry: str) -> str:
+    """A file by what it holds; a folder, pattern, URL or data set by the stamps of its parts."""
+    return identify_texts([entry]) if Path(entry).is_file() else str([stamp_of(part) for part in list_parts(entry)])
 
 
 class WorkFolder(Artifact):
