@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ds_embed.vectors import compressed
-from ds_embed.vectors.compressed import hamming_search, quantized_int8, search_compressed, sign_words, truncated
+from ds_embed.vectors.compressed import hamming_search, quantized_int8, search_compressed, sign_bytes, truncated
 
 
 def unit_rows(rng, num_rows, dims):
@@ -72,7 +72,7 @@ def test_equals_plain_numpy(monkeypatch, block_bytes):
         )
 
 
-def test_hamming_distances_of_odd_widths_in_small_blocks(monkeypatch):
+def test_hamming_distances_of_odd_widths_tie_by_rank():
     rng = np.random.default_rng(1)
     for dims in (1, 63, 64, 65, 200):
         queries, documents = rng.standard_normal((2, 130, dims))[:, :].astype(np.float32)
@@ -80,12 +80,10 @@ def test_hamming_distances_of_odd_widths_in_small_blocks(monkeypatch):
         distances = (bits[0][:, None] != bits[1][None]).sum(axis=2)
         tie_rank = rng.permutation(130)
         expected = ranked(-distances, tie_rank, 130)
-        for words_at_once in (1, 1000, 4_000_000):
-            monkeypatch.setattr(compressed, "_WORDS_AT_ONCE", words_at_once)
-            for k in (1, 17, 130):
-                got, indices = hamming_search(sign_words(queries), sign_words(documents), k, tie_rank)
-                np.testing.assert_array_equal(indices, expected[:, :k])
-                np.testing.assert_array_equal(got, np.take_along_axis(distances, indices, axis=1))
+        for k in (1, 17, 130):
+            got, indices = hamming_search(sign_bytes(queries), sign_bytes(documents), k, tie_rank)
+            np.testing.assert_array_equal(indices, expected[:, :k])
+            np.testing.assert_array_equal(got, np.take_along_axis(distances, indices, axis=1))
 
 
 def test_documents_are_never_held_whole(tmp_path):

@@ -97,7 +97,7 @@ def test_ordinary_vectors_need_no_second_pass(monkeypatch):
     def forbidden(*_):
         raise AssertionError("the slow pass ran")
 
-    monkeypatch.setattr(search_module, "_exact_keys", forbidden)
+    monkeypatch.setattr(search_module, "_search_exactly", forbidden)
     rng = np.random.default_rng(4)
     documents = rng.standard_normal((5000, 64)).astype(np.float32)
     search(documents[:20], documents, 10, document_block=1024)
@@ -122,11 +122,11 @@ def test_autocast_and_precision_of_a_training_run_change_nothing(monkeypatch):
     expected = plain_search(queries, documents, 5, np.arange(3000)[::-1])
     matmul, used = torch.backends.mkldnn.matmul, set()
 
-    def observed_keys(*args, make=search_module._keys):
+    def observed(*args, score=search_module.pair_scores):
         used.add(matmul.fp32_precision)
-        return make(*args)
+        return score(*args)
 
-    monkeypatch.setattr(search_module, "_keys", observed_keys)
+    monkeypatch.setattr(search_module, "pair_scores", observed)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

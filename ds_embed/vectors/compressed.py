@@ -15,7 +15,6 @@ from ds_embed.vectors.vectors import Vectors
 
 QUANTIZED = ("int8", "binary")
 _BLOCK_BYTES = 64 << 20
-_WORDS_AT_ONCE = 4_000_000  # 64-bit words of a block of query-document pairs
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def search_compressed(
             restored = quantized_int8(document_rows)
             yield Found("int8", dims, dims, *search(query_rows, restored, k, tie_rank=tie_rank, device=device))
         if "binary" in quantize:
-            query_signs, document_signs = sign_words(query_rows), sign_words(document_rows)
+            query_signs, document_signs = sign_bytes(query_rows), sign_bytes(document_rows)
             size = -(-dims // 8)
             depth = min(len(documents), max(1, rescore_multiplier) * k)
             distances, indices = hamming_search(query_signs, document_signs, depth, tie_rank)
@@ -134,41 +133,25 @@ def quantized_int8(documents: np.ndarray | ChangedRows) -> ChangedRows:
     return ChangedRows(documents, change, documents.shape[1])
 
 
-def sign_words(rows: np.ndarray | ChangedRows) -> np.ndarray:
-    """The signs (1 where above 0), packed into 64-bit words: (n, ceil(d / 64)) uint64; the rest is 0."""
-    num_words = -(-rows.shape[1] // 64)
-    words = np.zeros((len(rows), num_words * 8), np.uint8)
-    start = 0
-    for block in _row_blocks(rows):
-        packed = np.packbits(block > 0, axis=1)
-        words[start : start + len(block), : packed.shape[1]] = packed
-        start += len(block)
-    return words.view(np.uint64)
+def sign_bytes(rows: np.ndarray | ChangedRows) -> np.ndarray:
+    """The signs (1 where above 0) of rows (n, D), eight in a byte: (n, ceil(D / 8)) uint8; the rest is 0."""
+    return np.concatenate([np.packbits(block > 0, axis=1) for block in _row_blocks(rows)])
 
 
 def hamming_search(
     queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k documents that differ in the fewest bits: distances and indices (N, k) int64, nearest first."""
-    num_documents, num_words = documents.shape
-    # One number orders by (distance, tie rank downwards), so no two documents tie.
-    behind = num_documents - 1 - np.asarray(tie_rank, np.int64)
-    by_place = np.empty(num_documents, np.int64)
-    by_place[behind] = np.arange(num_documents)
-    query_block = 64
-    document_block = max(1, _WORDS_AT_ONCE // (query_block * num_words))
-    keys = np.empty((len(queries), k), np.int64)
-    for row in range(0, len(queries), query_block):
-        best = np.empty((len(queries[row : row + query_block]), 0), np.int64)
-        for column in range(0, num_documents, document_block):
-            block = documents[column : column + document_block]
-            differing = queries[row : row + query_block, None, :] ^ block[None, :, :]
-            distances = np.bitwise_count(differing).sum(axis=2, dtype=np.int64)
-            best = np.concatenate([best, distances * num_documents + behind[column : column + document_block]], axis=1)
-            if best.shape[1] > k:
-                best = np.partition(best, k - 1, axis=1)[:, :k]
-        keys[row : row + query_block] = np.sort(best, axis=1)
-    return keys // num_documents, by_place[keys % num_documents]
+    """The k documents (M, b) that differ from queries (N, b) uint8 in the fewest bits: distances and rows (N, k) int64.
+
+    Nearest first. FAISS orders equal distances by position, so documents are added best tie rank first.
+    """
+    import faiss
+
+    by_place = np.argsort(-tie_rank)
+    index = faiss.IndexBinaryFlat(8 * documents.shape[1])
+    index.add(documents[by_place])
+    distances, places = index.search(queries, k)
+    return distances.astype(np.int64), by_place[places]
 
 
 def _rescored(queries, documents, candidates: np.ndarray, k: int, tie_rank: np.ndarray):

@@ -16,7 +16,6 @@ from ds_embed.settings.errors import UserError
 MEMORY_BYTES = 256 << 20
 """What the default blocks may take at a time, beside the (N, C) candidates (12 bytes each)."""
 _QUERY_BLOCK = 1024
-_LOW_BITS = (1 << 32) - 1
 
 
 def search(
@@ -39,42 +38,43 @@ def search(
     UserError: k above M, shapes or dtypes that do not fit, NaN or infinite scores, no such device.
     """
     check_search(queries, documents, k, tie_rank)
-    num_documents = len(documents)
-    target = _device(device)
-    if query_block is None:
-        query_block = _QUERY_BLOCK
+    target, (num_documents, dimensions) = _device(device), documents.shape
+    query_block = _QUERY_BLOCK if query_block is None else query_block
     if document_block is None:
-        per_document = 4 * (documents.shape[1] + 2 * query_block)  # the block, its scores, room for topk
-        document_block = max(1024, MEMORY_BYTES // per_document)
+        # A block of documents, its scores, room for topk.
+        document_block = max(1024, MEMORY_BYTES // (4 * (dimensions + 2 * max(1, query_block))))
     if query_block < 1 or document_block < 1:
         raise UserError(f"query_block {query_block} and document_block {document_block} must be at least 1")
     if tie_rank is None:
         tie_rank = np.arange(num_documents - 1, -1, -1)
-    by_rank = np.empty(num_documents, dtype=np.int64)
-    by_rank[tie_rank] = np.arange(num_documents)
-
     with torch.inference_mode(), torch.autocast(target.type, enabled=False), _full_precision(target):
-        ranks = torch.tensor(tie_rank, dtype=torch.int64, device=target)
         # Select in fp32, which is fast, and more than k, because its rounding can swap neighbours.
         num_candidates = min(num_documents, k + max(32, k // 4))
-        candidates, bound = _candidates(queries, documents, num_candidates, target, query_block, document_block)
-        keys = _exact_keys_of(queries, documents, candidates, ranks).topk(k, dim=1).values
-        del candidates
+        rows, bound = _candidates(queries, documents, num_candidates, target, query_block, document_block)
+        query_rows = np.repeat(np.arange(len(queries), dtype=np.int32), num_candidates)
+        scores = pair_scores(queries, documents, query_rows, rows.ravel(), device).reshape(rows.shape)
+        scores, rows = best_of(scores, rows, k, tie_rank)
         # Sure where no document that was left out can reach the k-th place.
-        doubtful = ~(_decode_scores(keys[:, -1]) > bound).numpy()
+        doubtful = ~(scores[:, -1] > bound)
         if num_candidates < num_documents and doubtful.any():
-            # Many near-equal documents (or a collapsed model): all their scores in float64.
-            # Smaller blocks, because a score takes 8 bytes there and its key as many again.
+            # Many near-equal documents (or a collapsed model): all their scores in float64, in smaller blocks.
             blocks = max(1, query_block // 2), max(1, document_block // 4)
-            keys[torch.from_numpy(doubtful)] = _exact_keys(queries[doubtful], documents, k, ranks, *blocks)
-    return _decode_scores(keys).numpy(), by_rank[(keys & _LOW_BITS).numpy()]
+            exact = _search_exactly(queries[doubtful], documents, k, tie_rank, target, *blocks)
+            scores[doubtful], rows[doubtful] = exact
+    return scores, rows
 
 
-def _candidates(queries, documents, num_candidates, device, query_block, document_block):
-    """The (N, C) documents with the largest fp32 scores, and (N,) what no other document exceeds."""
-    num_queries, dimensions = queries.shape
+def _candidates(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    num_candidates: int,
+    device: torch.device,
+    query_block: int,
+    document_block: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (N, C) documents with the largest fp32 scores, and (N,) what the score of no other document exceeds."""
     best: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    query_norms, largest_norm = torch.zeros(num_queries, dtype=torch.float64), 0.0
+    query_norms, largest_norm = torch.zeros(len(queries), dtype=torch.float64), 0.0
     for row, column, query_rows, document_rows in _blocks(
         queries, documents, query_block, document_block, device, torch.float32
     ):
@@ -88,9 +88,8 @@ def _candidates(queries, documents, num_candidates, device, query_block, documen
         if row in best:
             scores = torch.cat([best[row][0], scores], dim=1)
             indices = torch.cat([best[row][1], indices], dim=1)
-            if scores.shape[1] > num_candidates:
-                scores, places = scores.topk(num_candidates, dim=1, sorted=False)
-                indices = indices.gather(1, places)
+            scores, places = scores.topk(min(num_candidates, scores.shape[1]), dim=1, sorted=False)
+            indices = indices.gather(1, places)
         # topk puts NaN first, so a bad score cannot hide among those that are left out.
         if not torch.isfinite(scores).all():
             bad, place = torch.nonzero(~torch.isfinite(scores))[0].tolist()
@@ -101,9 +100,32 @@ def _candidates(queries, documents, num_candidates, device, query_block, documen
         best[row] = (scores, indices)
     floor = torch.cat([scores.amin(dim=1).cpu() for scores, _ in best.values()]).double()
     # The textbook bound on a sum of D rounded products holds for every order of summation.
-    error = (dimensions + 2) * 2.0**-24 * query_norms * largest_norm
-    bound = (floor + error + torch.finfo(torch.float32).tiny * dimensions).float()
-    return torch.cat([indices.cpu() for _, indices in best.values()]), bound
+    dimensions = queries.shape[1]
+    error = (dimensions + 2) * 2.0**-24 * query_norms * largest_norm + torch.finfo(torch.float32).tiny * dimensions
+    return torch.cat([indices.cpu() for _, indices in best.values()]).numpy(), (floor + error).float().numpy()
+
+
+def _search_exactly(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    k: int,
+    tie_rank: np.ndarray,
+    device: torch.device,
+    query_block: int,
+    document_block: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best (N, k) of all documents by their float64 scores; ties at the k-th place come out right."""
+    best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for row, column, query_rows, document_rows in _blocks(
+        queries, documents, query_block, document_block, device, torch.float64
+    ):
+        scores = (query_rows @ document_rows.T).float().cpu().numpy()
+        rows = np.broadcast_to(np.arange(column, column + len(document_rows)), scores.shape)
+        if row in best:
+            scores, rows = (np.concatenate(pair, axis=1) for pair in zip(best[row], (scores, rows)))
+        best[row] = best_of(scores, rows, min(k, scores.shape[1]), tie_rank)
+    scores, rows = (np.concatenate(parts) for parts in zip(*best.values()))
+    return scores, rows
 
 
 def pair_scores(
@@ -130,44 +152,12 @@ def best_of(scores: np.ndarray, rows: np.ndarray, k: int, tie_rank: np.ndarray) 
 
     A place without a document has the score -inf and the row -1, and comes last.
     """
-    keys = _keys(torch.from_numpy(scores), torch.from_numpy(tie_rank[rows]))
-    places = keys.topk(k, dim=1).indices.numpy()
+    bits = torch.from_numpy(scores + np.float32(0)).view(torch.int32)  # + 0 makes -0.0 equal to 0.0
+    # The bits of a float order like an integer, except that negative ones run backwards. With the rank below them no two
+    # documents tie, so topk has no choice to make.
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    places = ((ordered << 32) | torch.from_numpy(tie_rank[rows])).topk(k, dim=1).indices.numpy()
     return np.take_along_axis(scores, places, axis=1), np.take_along_axis(rows, places, axis=1)
-
-
-def _exact_keys_of(queries, documents, candidates, ranks):
-    """Keys (N, C) of the candidates' exact scores."""
-    num_queries, num_candidates = candidates.shape
-    query_rows = np.repeat(np.arange(num_queries, dtype=np.int32), num_candidates)
-    scores = pair_scores(queries, documents, query_rows, candidates.numpy().ravel(), ranks.device)
-    return _keys(torch.from_numpy(scores).view(candidates.shape), ranks.cpu()[candidates])
-
-
-def _exact_keys(queries, documents, k, ranks, query_block, document_block):
-    """Keys (N, k) of the best exact scores over all documents; ties at the k-th place come out right."""
-    best: dict[int, torch.Tensor] = {}
-    for row, column, query_rows, document_rows in _blocks(
-        queries, documents, query_block, document_block, ranks.device, torch.float64
-    ):
-        scores = (query_rows @ document_rows.T).float()
-        keys = _keys(scores, ranks[column : column + len(document_rows)])
-        if row in best:
-            keys = torch.cat([best[row], keys], dim=1)
-        best[row] = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return torch.cat([keys.cpu() for keys in best.values()])
-
-
-def _keys(scores: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
-    """One int64 that orders by (score, rank): no two documents tie, so topk has no choice to make."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    # The bits of a float order like an integer, except that negative ones run backwards.
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered.to(torch.int64) << 32) | ranks
-
-
-def _decode_scores(keys: torch.Tensor) -> torch.Tensor:
-    ordered = (keys >> 32).to(torch.int32)
-    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
 
 
 def _blocks(

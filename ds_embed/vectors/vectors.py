@@ -70,27 +70,19 @@ class Ids(Sequence):
     def sorted_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows by ascending id in byte order (int64), and where an id equals the one before (bool).
 
-        Rows of one id keep their file order. Sorted eight bytes at a time, and only where the bytes
-        so far are equal, so that 10^7 ids need neither 10^7 Python strings nor one fixed width.
+        Rows of one id keep their file order.
         """
-        lengths = np.diff(self._starts) - 1
-        order = np.arange(len(self))
-        same = np.ones(len(self), dtype=bool)
-        same[:1] = False
-        depth = 0
-        while True:
-            tied = np.flatnonzero(same | np.append(same[1:], False))
-            rows = order[tied]
-            if not (lengths[rows] > depth).any():
-                return order, same
-            group = np.cumsum(~same)[tied]
-            chunk = self._eight_bytes(rows, depth)
-            inner = np.lexsort((chunk, group))
-            order[tied] = rows[inner]
-            chunk = chunk[inner]
-            same[tied[0]] = False
-            same[tied[1:]] = (group[1:] == group[:-1]) & (chunk[1:] == chunk[:-1])
-            depth += 8
+        import pyarrow
+        import pyarrow.compute
+
+        text = pyarrow.py_buffer(self._lines[self._lines != ord("\n")])
+        starts = pyarrow.py_buffer(self._starts - np.arange(len(self) + 1))
+        ids = pyarrow.Array.from_buffers(pyarrow.large_binary(), len(self), [None, starts, text])
+        order = pyarrow.compute.array_sort_indices(ids).to_numpy().astype(np.int64)
+        ordered = ids.take(order)
+        same = np.zeros(len(self), dtype=bool)
+        same[1:] = pyarrow.compute.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)
+        return order, same
 
     @cached_property
     def ranks(self) -> np.ndarray:
@@ -98,16 +90,6 @@ class Ids(Sequence):
         ranks = np.empty(len(self), dtype=np.int64)
         ranks[self.sorted_rows[0]] = np.arange(len(self))
         return ranks
-
-    def _eight_bytes(self, rows: np.ndarray, depth: int) -> np.ndarray:
-        """Bytes depth to depth + 8 of each id as one big-endian number, zero past the id's end."""
-        value = np.zeros(len(rows), dtype=np.uint64)
-        ends = self._starts[rows + 1] - 1
-        for position in range(depth, depth + 8):
-            where = self._starts[rows] + position
-            byte = self._lines[np.minimum(where, ends)]  # `ends` is the line feed, which becomes zero
-            value = (value << np.uint64(8)) | np.where(where < ends, byte, 0).astype(np.uint64)
-        return value
 
 
 @dataclass(frozen=True)
