@@ -58,6 +58,20 @@ def test_where_sdpa_is_quicker_it_is_sdpa(training, dtype):
     assert torch.equal(got, torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2))
 
 
+def test_a_token_that_sees_nothing_is_no_nan():
+    """Padding far from its text under a sliding window, as transformers' masks have it."""
+    module = torch.nn.Module().train()
+    inputs = [torch.randn(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 4:] = False
+    mask[:, :, 5] = False
+    mixed, _ = math_attention(module, *inputs, mask)
+    mixed.sum().backward()
+    assert all(torch.isfinite(tensor).all() for tensor in (mixed, *(one.grad for one in inputs)))
+    shown, _ = math_attention(module, *(one[:, :, :4] for one in inputs), None, is_causal=False)
+    torch.testing.assert_close(mixed[:, :4], shown, rtol=0, atol=1e-2)
+
+
 def test_what_it_does_not_know_is_refused():
     query = torch.randn(2, 4, 5, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="softcap; choose eager"):

@@ -157,7 +157,9 @@ def math_attention(
     # Added to the scores: on a CPU much quicker than filling by a mask.
     bias = None
     if attention_mask is not None:
-        bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
+        # Not -inf: padding whose window holds nothing but padding would be NaN, and with it what it is multiplied by 0 for.
+        lowest = torch.finfo(query.dtype).min
+        bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     texts, heads, _, dims = query.shape
     groups = texts * key.shape[1]

@@ -20,7 +20,7 @@ class ModelArguments:
     )
     bidirectional: bool | None = setting(
         "let every token of a decoder see the whole text and not only what stands before it "
-        "(default: as the trained model or its config.json says, else false)",
+        "(default: as the model is, by itself or by its training)",
         default=None,
     )
     attn_implementation: str | None = setting(
