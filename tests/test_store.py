@@ -206,7 +206,7 @@ def test_a_file_that_changes_under_the_build_is_refused(tmp_path, tokenizer, sma
 
 
 def test_a_store_is_reused_until_something_that_decides_it_changes(tmp_path, tokenizer, caplog):
-    caplog.set_level(logging.INFO, "ds_embed.data")
+    caplog.set_level(logging.INFO, "ds_embed")
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
     told = []
