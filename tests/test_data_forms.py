@@ -1,6 +1,7 @@
 """What another framework trains on, trains here: every form and container gives the store of our own form."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -331,6 +332,18 @@ def test_bad_entries(tmp_path, tokenizer, monkeypatch):
         with pytest.raises(UserError) as caught:
             build(str(entry), tokenizer, tmp_path / "cache")
         assert str(caught.value).startswith(f"{entry}: ") and message in str(caught.value)
+
+
+def test_a_changed_corpus_gives_another_store(tmp_path, tokenizer):
+    forms = write_forms(tmp_path)
+    for name, corpus in (("tevatron2", "tevatron_corpus.jsonl"), ("automodel_corpus", "corpus/train.parquet")):
+        entry, settings = forms[name]
+        before = build(entry, tokenizer, tmp_path / "cache", **settings)
+        assert build(entry, tokenizer, tmp_path / "cache", **settings).path == before.path
+        os.utime(tmp_path / corpus, ns=(1, 1))
+        after = build(entry, tokenizer, tmp_path / "cache", **settings)
+        assert after.path != before.path  # and a run that goes on with it is refused, by the hash
+        assert after.manifest["files"][0]["sha256"] != before.manifest["files"][0]["sha256"]
 
 
 def test_documents_that_a_corpus_lacks(tmp_path, tokenizer):

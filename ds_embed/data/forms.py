@@ -489,6 +489,7 @@ class TrainingFile(RecordFile):
             for corpus in self._corpora_of(part)
             for path in list_parts(_corpus_entry(part, corpus))
         ]
+        corpora += [path for entry in self._reading.corpus_files for path in list_parts(entry)]
         return super().stamps() + [stamp_of(path) for path in corpora]
 
     def _corpora_of(self, part: str) -> list[dict]:

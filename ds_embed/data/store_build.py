@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ds_embed.data.files import BadRecord, Records, format_location, list_parts, stamp_of
+from ds_embed.data.files import BadRecord, Records, format_location
 from ds_embed.data.forms import AS_IT_IS, Columns, Reading, RecordFile, TrainingFile
 from ds_embed.data.records import TrainingRecord, parse_document_record, parse_query_record
 from ds_embed.data.skipping import SkippedRecords
@@ -59,8 +59,7 @@ def build_training_store(
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
     if reading != AS_IT_IS:
-        corpora = [stamp_of(part) for path in reading.corpus_files for part in list_parts(path)]
-        settings |= {"columns": list(reading.columns), "corpus_files": corpora}
+        settings |= {"columns": list(reading.columns)}
 
     def write(folder: Path) -> None:
         def write_without(conflicts: dict[tuple[int, int], BadRecord]) -> dict[tuple[int, int], BadRecord]:
@@ -201,6 +200,8 @@ class _Source:
             file.end()
             if file.stamps() != self.stamps:
                 raise UserError(f"{file.path}: changed while it was read; run again once it is whole")
+        for stamp in self.stamps[len(self._parts) :]:  # of corpora
+            digest.update(repr(stamp).encode())
         self._sha256 = digest.hexdigest()
 
     def describe(self) -> dict:
