@@ -26,6 +26,8 @@ def place(tmp_path_factory):
     record = json.loads(good[0]) | {"query_id": 17}
     (root / "number_id.jsonl").write_text(json.dumps(record) + "\n")
     (root / "no_negative.jsonl").write_text("\n".join([*good[:3], '{"query": "w1", "pos_doc": "w2"}']))
+    same = [json.dumps({"query": f"w{n}", "pos_doc": "w2 w3"}) for n in range(30)]
+    (root / "one_document.jsonl").write_text("\n".join(same))
     (root / "bad_key.yaml").write_text("max_steps: 3\nlearning_rat: 0.1\n")
     (root / "bad.yaml").write_text("max_steps: [3\n")
     (root / "no_model").mkdir()
@@ -42,8 +44,12 @@ CASES = {
     "number as id": ({"train_files": "{}/number_id.jsonl"}, ["number_id.jsonl:1:", "query_id", "string"]),
     "directory": ({"train_files": "{}"}, ["--train_files", "directory"]),
     "no negatives": (
-        {"train_files": "{}/no_negative.jsonl", "global_batch_size": "4"},
-        ["no_negative.jsonl:4", "neg_doc", "--hard_negatives"],
+        {"train_files": "{}/no_negative.jsonl", "global_batch_size": "4", "negatives": "pair"},
+        ["no_negative.jsonl:4", "neg_doc", "--negatives pair"],
+    ),
+    "nothing to contrast": (
+        {"train_files": "{}/one_document.jsonl", "hard_negatives": "0"},
+        ["--train_files", "no query has a negative", "one_document.jsonl:", "is a positive of it"],
     ),
     "unknown flag": ({"learning_rat": "0.1"}, ["--learning_rat", "did you mean --learning_rate"]),
     "unknown key": ({"config": "{}/bad_key.yaml"}, ["bad_key.yaml", "learning_rat", "did you mean learning_rate"]),

@@ -36,6 +36,7 @@ BASE = dict(
     bf16=False,
     dropout=0.0,
     bidirectional=False,
+    mixed=False,
     loss={},
 )
 
@@ -75,6 +76,9 @@ def cases(num_ranks: int) -> dict[str, dict]:
     add(zero=1, grad_cache=False, loss=dict(distillation_weight=0.5, distillation_temperature=2.0))
     for zero, grad_cache in ((0, True), (2, False), (2, True), (3, False), (3, True)):
         add(zero=zero, grad_cache=grad_cache, lora=4 * (zero == 2), loss=dict(learnable_temperature=True))
+    # Records with and without hard negatives, siblings of one query, a sibling among the hard negatives.
+    add(zero=2, grad_cache=True, mixed=True, loss=dict(symmetric=True))
+    add(zero=3, grad_cache=False, mixed=True, negatives="own")
     for number, model in enumerate(FAMILIES + OTHERS):
         add(zero=2 + number % 2, grad_cache=number % 2 == 0, negatives="own", model=model)
     return found
@@ -93,11 +97,29 @@ def material(tmp_path_factory):
         tokenizer = load_tokenizer(find_model(str(folder)), False)
         formats = [TextFormat(prefix, 24, kind == "llama") for prefix in ("query: ", "passage: ")]
         found[kind] = str(folder), str(build_training_store([data], tokenizer, *formats, 2, root / "cache"))
+        if kind == "llama":
+            mixed = build_training_store([_mixed(data)], tokenizer, *formats, 2, root / "cache")
+            found["mixed"] = str(folder), str(mixed)
     return found
 
 
+def _mixed(path: Path) -> Path:
+    """The records without ids, every third without negatives, pairs of neighbours asking one thing."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, record in enumerate(records):
+        del record["query_id"], record["doc_id"]
+        record["query"] = records[number // 2 * 2]["query"]
+        if number % 3 == 0:
+            del record["neg_doc"], record["neg_scores"]
+        elif number % 2:
+            record["neg_doc"][0] = records[number - 1]["pos_doc"]
+    target = path.with_name("mixed.jsonl")
+    target.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return target
+
+
 def complete(case: dict, material) -> dict:
-    model, store = material[case["model"]]
+    model, store = material["mixed" if case["mixed"] else case["model"]]
     return case | {"model": model, "store": store, "pooling": "last" if case["model"] == "llama" else "mean"}
 
 
@@ -149,6 +171,8 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         0.1 * torch.exp(-change),
         case["negatives"],
         teacher_scores=torch.from_numpy(batch.teacher_scores).double(),
+        own=[[number for number in own if number >= 0] for own in batch.own_negatives.tolist()],
+        pairs=batch.positive_pairs.tolist(),
         **options,
     )
     loss.backward()
@@ -214,7 +238,7 @@ _references: dict[str, tuple] = {}
 def test_gradient_equals_float64_reference(name, results, material):
     num_ranks, found = results
     case = cases(num_ranks)[name]
-    decisive = ("model", "lora", "negatives", "hard_negatives", "queries", "bidirectional", "loss")
+    decisive = ("model", "lora", "negatives", "hard_negatives", "queries", "bidirectional", "mixed", "loss")
     key = json.dumps({name: case[name] for name in decisive})
     if key not in _references:
         _references[key] = reference_gradients(case, material)

@@ -80,15 +80,14 @@ def test_what_a_model_caches_serves_training():
         (dict(val_metrics=["nDGC@10"]), ["--val_metrics", "nDGC@10"]),
         (dict(val_doc_files="twice"), ["--val_doc_files", "'d3'", "more than once"]),
         (dict(val_doc_files="few"), ["--val_query_files", "'d21'", "not in the corpus"]),
-        (dict(val_files="no_negative"), ["no_negative.jsonl:2", "--hard_negatives 1"]),
+        (dict(val_files="one"), ["--val_files: no query has a negative", "one.jsonl:1", "alone in its batch"]),
     ],
 )
 def test_held_out_files_that_do_not_fit(place, tmp_path, settings, words):
     lines = (place / "docs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "twice.jsonl").write_text("".join([*lines, lines[3]]))
     (tmp_path / "few.jsonl").write_text("".join(lines[:-1]))
-    with_one, without = {"query": "w1", "pos_doc": "w2", "neg_doc": "w3"}, {"query": "w1", "pos_doc": "w2"}
-    write(tmp_path / "no_negative.jsonl", [with_one, without])
+    write(tmp_path / "one.jsonl", [{"query": "w1", "pos_doc": "w2", "neg_doc": "w2 "}])
     good = dict(val_files="held_out", val_query_files="queries", val_doc_files="docs")
     for name, value in (good | settings).items():
         if name.endswith("_files"):

@@ -34,6 +34,20 @@ class GlobalBatch:
         """Tokens of the T uses: what a step would encode if it encoded each of them."""
         return int(self.lengths[self.rows].sum())
 
+    def without_negatives(self, negatives: str) -> np.ndarray:
+        """Which of the first queries (at most 256) have nothing to be scored against (bool), by what keys and pairs say.
+
+        `negatives` is the setting of that name.
+        """
+        keys, rows = self.document_keys, min(self.num_queries, 256)
+        num_shared = {"all": len(keys), "own": self.num_queries, "pair": 0}[negatives]
+        masked = (keys[:rows, None] == keys[None, :num_shared]).any(2)
+        inside = self.positive_pairs[(self.positive_pairs < [rows, num_shared]).all(1)]
+        masked[inside[:, 0], inside[:, 1]] = True
+        own = self.own_negatives[:rows]
+        is_negative = (own >= 0) & (keys[own] != keys[:rows, None]).all(2)
+        return masked.all(1) & ~is_negative.any(1)
+
 
 def assemble_batch(
     store: TrainingStore,

@@ -30,7 +30,14 @@ from ds_embed.settings import (
 from ds_embed.settings.errors import UserError
 from ds_embed.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from ds_embed.training.fingerprint import fingerprint
-from ds_embed.training.prepare import check_prefixes, describe_prefixes, file_formats, prepare_store, sample_order
+from ds_embed.training.prepare import (
+    check_contrast,
+    check_prefixes,
+    describe_prefixes,
+    file_formats,
+    prepare_store,
+    sample_order,
+)
 from ds_embed.training.report import StepLog, non_finite_message, peak_memory_gib, whole_size
 from ds_embed.training.resume import Start, clear_way, find_start
 from ds_embed.training.run_folder import RunFolder
@@ -83,6 +90,11 @@ class TrainingRun:
         world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
         self.store = prepare_store(world, data.train_files, data, step, self.tokenizer, file_formats(data, self.card))
         self.order = sample_order(self.store, data, step, run.seed)
+        first = [step.global_batch_size * number for number in range(max(4, 256 // step.global_batch_size))]
+        world.on_main(
+            "check negatives",
+            lambda: check_contrast(map(self.batch, first), self.store, step.negatives, "--train_files"),
+        )
         self.max_steps = count_steps(self.order.samples_per_pass, step.global_batch_size, self.optimizer)
         self.validation = None
         if self.validation_arguments.is_on:
@@ -173,7 +185,7 @@ class TrainingRun:
         inputs = made_ahead(lambda done: contrastive.prepare(self.batch(self._consumed(done))), steps)
         with (
             contextlib.closing(inputs),
-            StepLog(self.world, self.folder, number, self.max_steps, self.run.log_interval) as log,
+            StepLog(self.world, self.folder, number, self.max_steps, self.run.log_interval, self.store.facts()) as log,
         ):
             # The model before training, or one whose validation a signal has cut short.
             self._validate(engine, stop, number, log)

@@ -2,9 +2,13 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.forms import Reading
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.skipping import describe_skipped
@@ -44,7 +48,9 @@ def prepare_store(
             skip_bad_records=data.skip_bad_records,
             reading=Reading(tuple(data.columns), tuple(data.corpus_files)),
         )
-        check_store(TrainingStore.open(path), data, step)
+        store = TrainingStore.open(path)
+        logger.info("%s\n%s", name, "\n".join(store.describe()))
+        check_store(store, data, step)
         return str(path)
 
     return TrainingStore.open(world.on_main(name, build))
@@ -79,11 +85,24 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
     """UserError, with file and line where there is one, when the data don't serve the settings."""
     for line in describe_skipped(store.manifest.get("skipped_records", {})):
         logger.warning("training data: %s", line)
-    first = store.manifest["first_record_without_negatives"]
-    if data.hard_negatives and first:
+    first, number = (store.manifest[f"{what}_without_negatives"] for what in ("first_record", "records"))
+    if data.hard_negatives and number == store.num_records:
         raise UserError(
-            f"{first}: has no neg_doc, and --hard_negatives {data.hard_negatives} needs one in every record "
-            f"({store.manifest['records_without_negatives']:,} records have none); set --hard_negatives 0 or add them"
+            f"--hard_negatives {data.hard_negatives}: no record has a neg_doc (the first: {first}); set it to 0 or add them"
+        )
+    if data.hard_negatives and number and step.negatives == "pair":
+        raise UserError(
+            f"{first}: has no neg_doc, and --negatives pair scores a query against its own hard negatives alone "
+            f"({number:,} of {store.num_records:,} records have none); set --negatives own, or leave these records out"
+        )
+    if data.hard_negatives and number:
+        share = number / store.num_records
+        logger.info(
+            "%s of %s records (%.1f%%) have no hard negatives: these queries are scored against the documents of "
+            "the batch alone",
+            f"{number:,}",
+            f"{store.num_records:,}",
+            100 * share,
         )
     check_texts_fit(store, step.micro_batch_tokens)
     if step.negatives == "pair" and data.hard_negatives == 0:
@@ -103,6 +122,35 @@ def _check_scores(store: TrainingStore, data: DataArguments) -> None:
             f"{first}: has no pos_score and neg_scores, which --distillation_weight needs in every record "
             f"({store.manifest['records_without_scores']:,} records lack them); add them or set --distillation_weight 0"
         )
+
+
+def check_contrast(batches: Iterable[GlobalBatch], store: TrainingStore, negatives: str, setting: str) -> None:
+    """UserError when no query of these batches has a negative, so that the loss is 0; a warning when some have none.
+
+    `setting` names the files in messages.
+    """
+    looked_at = [(batch.records, batch.without_negatives(negatives)) for batch in batches]
+    lacking = np.concatenate([lacks for _, lacks in looked_at])
+    if not lacking.any():
+        return
+    records = np.concatenate([records[: len(lacks)] for records, lacks in looked_at])
+    example = store.location(int(records[np.argmax(lacking)]))
+    sizes = {len(records) for records, _ in looked_at}
+    cure = "raise --global_batch_size, add neg_doc and set --hard_negatives, or look at what the data repeat"
+    if lacking.all():
+        reason = "it stands alone in its batch" if sizes == {1} else "every document of its batch is a positive of it"
+        raise UserError(
+            f"{setting}: no query has a negative, so the loss is 0 and nothing is learned: of the one at {example}, "
+            f"{reason}; {cure}"
+        )
+    logger.warning(
+        "warning: %s: %.1f%% of the queries of the first batches have no negative and teach nothing, such as the one at "
+        "%s; %s",
+        setting,
+        100 * lacking.mean(),
+        example,
+        cure,
+    )
 
 
 def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments, seed: int) -> SampleOrder:

@@ -16,7 +16,17 @@ from ds_embed.training.step import StepResult
 class StepLog:
     """The bar on rank 0's terminal and the lines of metrics.jsonl; on other ranks it does nothing."""
 
-    def __init__(self, world: World, folder: RunFolder, first_step: int, max_steps: int, interval: int):
+    def __init__(
+        self,
+        world: World,
+        folder: RunFolder,
+        first_step: int,
+        max_steps: int,
+        interval: int,
+        data: list[dict[str, Any]],
+    ):
+        """`data` is what was read of each training file; it stands in the first line of each start."""
+        self.data = {"data": data}
         self.world, self.folder, self.max_steps, self.interval = world, folder, max_steps, interval
         self.bar = None
         if world.is_main:
@@ -62,6 +72,7 @@ class StepLog:
                 "positive_similarity": result.positive_similarity,
                 "negative_similarity": result.negative_similarity,
                 "margin": result.margin,
+                "without_negatives": result.without_negatives,
                 "temperature": result.temperature,
                 "learning_rate": rate,
                 "grad_norm": norm if math.isfinite(norm) else None,
@@ -74,7 +85,9 @@ class StepLog:
                 "seconds": seconds,
                 "peak_memory_gib": peak_gib,
             }
+            | self.data
         )
+        self.data = {}
 
     def add_validation(
         self, number: int, consumed_samples: int, metrics: dict[str, float], seconds: float, best: str

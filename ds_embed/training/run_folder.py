@@ -110,7 +110,7 @@ class RunFolder:
                 "untouched. Cure that and start the same command again"
             ) from error
         step = values["step"]
-        skip = ("step", "time")
+        skip = ("step", "time", "data")
         numbers = {k.removeprefix("val_"): v for k, v in values.items() if k not in skip and v is not None}
         self._monitor.write_events([(f"{group}/{k}", v, step) for k, v in numbers.items()])
 

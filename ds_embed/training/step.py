@@ -32,6 +32,7 @@ class StepResult:
     positive_similarity: float  # mean cosine of query and positive
     negative_similarity: float  # mean cosine of query and its highest-scored negative
     margin: float  # mean of the positive's cosine less that of the highest-scored negative, where there is one
+    without_negatives: float  # share of queries that no document was a negative of
     temperature: float  # that the loss was computed with
     grad_log_scale: float  # of the loss by log(1 / temperature)
     num_tokens: int  # of the T uses
@@ -159,6 +160,7 @@ class ContrastiveStep:
             positive_similarity=sums.positive_similarity / queries,
             negative_similarity=sums.negative_similarity / with_negatives,
             margin=sums.margin / with_negatives,
+            without_negatives=1 - sums.num_with_negatives / queries,
             temperature=all_told[0][len(Sums._fields)],
             grad_log_scale=sums.grad_log_scale,
             num_tokens=inputs.batch.num_tokens_named,

@@ -8,6 +8,7 @@ Shapes: R held-out records, N queries of a batch.
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.settings import DataArguments, EncodeArguments, StepArguments, ValidationArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
-from ds_embed.training.prepare import prepare_store
+from ds_embed.training.prepare import check_contrast, prepare_store
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.signals import StopRequest
 from ds_embed.training.step import ContrastiveStep
@@ -91,6 +92,10 @@ class Validation:
             # With the prefixes that the model keeps, also where each training file has one of its own.
             self.store = prepare_store(
                 world, arguments.val_files, data, step, tokenizer, card.text_formats(), "held-out token store"
+            )
+            batches = (batch for batch, _ in itertools.islice(self._batches(), 4))
+            world.on_main(
+                "check held-out negatives", lambda: check_contrast(batches, self.store, step.negatives, "--val_files")
             )
         self.text_stores: list[tuple[str, str, TextStore]] = []
         if self.measures:
