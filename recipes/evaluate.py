@@ -24,12 +24,14 @@ from ds_embed.vectors.metrics import (
     DEFAULT_MEASURES,
     SearchRun,
     evaluate,
+    hint_at_identical,
     load_run,
     match_qrels,
     parse_measures,
     read_qrels,
     read_qrels_from_queries,
     skip_unknown,
+    without_identical,
     write_results,
 )
 from ds_embed.vectors.significance import compare_runs, describe_comparisons, read_per_query
@@ -44,10 +46,16 @@ class EvaluateArguments:
         "queries (JSONL or JSON array) whose doc_id is the right document; not read if --qrels is given",
         default_factory=list,
     )
-    qrels: str | None = setting("judgments: a TREC qrels file, or a BEIR tsv with its header", default=None)
+    qrels: str | None = setting(
+        "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score", default=None
+    )
     skip_unknown: bool = setting(
         "go on when judgments name ids without a vector: such queries are not measured, such documents count as not "
         "retrieved",
+        default=False,
+    )
+    ignore_identical_ids: bool = setting(
+        "leave out the document whose id is the query's own, where a query is one of the documents (ArguAna, Quora)",
         default=False,
     )
     output_dir: str | None = setting("folder for the results (default: --embeddings)", default=None)
@@ -101,10 +109,18 @@ def main(argv=None):
         if index.index != "exact" or index.index_file is not None:
             raise UserError("--index: there are no vectors to search with --run_file; leave one of them out")
         run = load_run(arguments.run_file)
+        if arguments.ignore_identical_ids:
+            run = {query: {name: s for name, s in found.items() if name != query} for query, found in run.items()}
         qrels, unknown = known_judgments(arguments, qrels, list(run), None, source)
         unjudged = match_qrels(qrels, run, None, source)
         print(f"queries    {len(run)} of {arguments.run_file}, of which {len(qrels)} judged by {source}")
-        summary = {"num_queries": len(qrels), "num_queries_without_qrels": len(unjudged), **unknown}
+        summary = {
+            "num_queries": len(qrels),
+            "num_queries_without_qrels": len(unjudged),
+            "ignore_identical_ids": arguments.ignore_identical_ids,
+            **unknown,
+        }
+        print_hint(run, qrels)
         finish(arguments, None, evaluate(run, qrels, names), summary, [], other)
         return
     queries, documents = read_embeddings(arguments.embeddings)
@@ -130,7 +146,8 @@ def main(argv=None):
 
     start = time.perf_counter()
     options = {"tie_rank": documents.ids.ranks, "device": arguments.device}
-    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, top_k, **options)
+    depth = min(top_k + arguments.ignore_identical_ids, len(documents))
+    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, depth, **options)
     print(f"searched   in {time.perf_counter() - start:.1f} seconds")
     indexed = {}
     if kind is not None:
@@ -138,13 +155,17 @@ def main(argv=None):
         print(f"index      {kind}: recall@{depth} against exact search {recall:.4f} on {sampled} queries")
         indexed = {"index": kind, f"index_recall@{depth}": recall, "index_recall_queries": sampled}
 
+    if arguments.ignore_identical_ids:
+        scores, indices = without_identical(queries.ids, documents.ids, scores, indices, top_k)
     run = SearchRun(queries.ids, documents.ids, scores, indices)
+    print_hint(run, qrels)
     evaluation = evaluate(run, qrels, names)
     summary = {
         "num_queries": len(qrels),
         "num_documents": len(documents),
         "num_queries_without_qrels": len(unjudged),
         "top_k": top_k,
+        "ignore_identical_ids": arguments.ignore_identical_ids,
         **unknown,
         **indexed,
     }
@@ -160,8 +181,14 @@ def main(argv=None):
             quantize=arguments.quantize,
             rescore_multiplier=arguments.rescore_multiplier,
             device=arguments.device,
+            ignore_identical_ids=arguments.ignore_identical_ids,
         )
     finish(arguments, run if arguments.write_run else None, evaluation, summary, compressed, other)
+
+
+def print_hint(run, qrels):
+    if hint := hint_at_identical(run, qrels):
+        print(f"hint: {hint}", flush=True)
 
 
 def known_judgments(arguments, qrels, query_ids, document_ids, source):

@@ -54,6 +54,7 @@ def test_report_of_a_real_run(tmp_path):
     shown = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', page))
     assert shown["Steps"] == "6 of 6" and shown["Samples"] == "24" and shown["Restarted at step"] == "5"
     assert shown["Ranks and ZeRO"] == "1 rank(s), ZeRO-2" and shown["Training files"] == str(data)
+    assert f"{data}: " in page and " cut at " in page  # what was read of it
     weights = load_file(run / "model" / "model.safetensors")
     assert shown["Trained weights"] == f"all: {sum(w.numel() for w in weights.values()):,} parameters"
     assert "No retrieval was measured: set --val_check_interval" in page

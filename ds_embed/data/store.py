@@ -79,6 +79,7 @@ class _Store:
             "read",
             "num_rows",
             "num_records",
+            "num_blank",
             "num_repeated",
             "max_positives",
             "negatives",
@@ -179,6 +180,8 @@ def describe_file(facts: dict[str, Any]) -> list[str]:
     parts = [facts.get("read") or f"{facts['num_records']:,} records"]
     if facts.get("num_rows", facts["num_records"]) < facts["num_records"]:
         parts.append(f"{facts['num_records']:,} samples")
+    if facts.get("num_blank"):
+        parts.append(f"{facts['num_blank']:,} of them blank")
     if facts.get("num_repeated"):
         parts.append(f"{facts['num_repeated']:,} of them repeat a query with its positive")
     if facts.get("max_positives", 1) > 1:

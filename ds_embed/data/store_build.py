@@ -17,7 +17,7 @@ from typing import Any
 
 from ds_embed.data.files import BadRecord, Records, format_location
 from ds_embed.data.forms import AS_IT_IS, Columns, Reading, RecordFile, TrainingFile
-from ds_embed.data.records import TrainingRecord, parse_document_record, parse_query_record
+from ds_embed.data.records import QueryRecord, TrainingRecord, parse_document_record, parse_query_record
 from ds_embed.data.skipping import SkippedRecords
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
@@ -114,7 +114,8 @@ def build_text_store(
 ) -> Path:
     """Tokenize queries ("query", "query_id") or documents ("pos_doc", "doc_id") into a store.
 
-    Rows stand in the order of the files and their records; ids.txt holds their ids, one a line.
+    Rows stand in the order of the files and their records; ids.txt holds their ids, one a line. A query that stands on
+    several lines (one for each right document) is one row; one query_id with two texts is a UserError.
     Otherwise as build_training_store; open it with TextStore.open.
     """
     kinds = {
@@ -130,14 +131,32 @@ def build_text_store(
     settings |= {"columns": list(columns)} if columns else {}
 
     def write(folder: Path) -> None:
+        texts: dict[str, tuple[bytes, str]] = {}  # of queries: hash and place by id
         with StoreWriter(folder, sides, progress, with_ids=True) as writer:
             for source in sources:
                 for number, record in source.records(writer):
+                    if kind == "queries" and _is_repeated(texts, record, source.location(number)):
+                        source.num_repeats += 1
+                        continue
+                    if not getattr(record, text_key).strip():
+                        writer.count_blank()
                     writer.add_text(0, text_key, getattr(record, text_key))
                     writer.end_record(number, row_id=getattr(record, id_key))
             writer.finish(_manifest_start(kind, settings, sources))
 
     return obtain_store(Path(cache_dir), f"{kind}-{_store_key(kind, settings, sources)}", write)
+
+
+def _is_repeated(texts: dict[str, tuple[bytes, str]], query: QueryRecord, where: str) -> bool:
+    """Whether the query's id stood before; with another text: UserError."""
+    digest = hashlib.blake2b(query.query.encode(), digest_size=16).digest()
+    known, place = texts.setdefault(query.query_id, (digest, where))
+    if known != digest:
+        raise UserError(
+            f"{where}: query_id '{query.query_id}' names another query text at {place}; "
+            "give each query text its own query_id"
+        )
+    return place != where
 
 
 class _Source:
@@ -164,7 +183,8 @@ class _Source:
 
         A row may give several. Bad ones are raised, or counted in `skipped`; `known_bad` names more by number.
         """
-        digest, self.num_records, last_bad = hashlib.sha256(), 0, None
+        digest, last_bad = hashlib.sha256(), None
+        self.num_records = self.num_repeats = 0
         self._parts, self._starts, last = [], [], 0
 
         def refuse(error: BadRecord) -> None:
@@ -210,7 +230,7 @@ class _Source:
             "parts": self._parts,
             "stamps": self.stamps,
             "sha256": self._sha256,
-            "num_records": self.num_records,
+            "num_records": self.num_records - self.num_repeats,
         } | self._file.facts()
 
 

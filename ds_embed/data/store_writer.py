@@ -115,6 +115,10 @@ class StoreWriter:
         ):
             self.flush()
 
+    def count_blank(self) -> None:
+        """Note that the text that is added next is blank."""
+        self._files[-1]["num_blank"] = self._files[-1].get("num_blank", 0) + 1
+
     def count_negatives(self, number: int, where: str) -> None:
         """Note how many negatives the record at `where` has in the data, kept or not."""
         least, most = self._files[-1].get("negatives", (number, number))

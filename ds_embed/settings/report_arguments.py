@@ -22,7 +22,12 @@ class ReportArguments:
         default_factory=list,
     )
     doc_files: list[str] = setting("the documents' texts (default: the run's val_doc_files)", default_factory=list)
-    qrels: str | None = setting("judgments: a TREC qrels file, or a BEIR tsv with its header", default=None)
+    qrels: str | None = setting(
+        "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score", default=None
+    )
+    ignore_identical_ids: bool | None = setting(
+        "leave out the document whose id is the query's own (default: as the run's validation did)", default=None
+    )
     worst_queries: int = setting("number of failed queries shown with their texts", default=20)
     show_characters: int = setting("characters of each text shown", default=300)
     map: str = setting("how documents become points: pca, or tsne (needs scikit-learn)", default="pca")

@@ -32,6 +32,10 @@ class ValidationArguments:
     val_before_training: bool = setting(
         "also measure the model before the first step; it never counts as the best", default=False
     )
+    ignore_identical_ids: bool = setting(
+        "leave out the document whose id is the query's own, where a query is one of val_doc_files (ArguAna, Quora)",
+        default=False,
+    )
     val_save_embeddings: bool = setting(
         "keep the vectors of every validation, in output_dir/validation/consumed_samplesX/ as generate writes them",
         default=False,
@@ -69,7 +73,9 @@ class ValidationArguments:
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name}: retrieval needs queries and documents; give --{other} too")
         self._check_needs(
-            ("val_metrics", "val_save_embeddings"), self.val_query_files, "--val_query_files and --val_doc_files"
+            ("val_metrics", "ignore_identical_ids", "val_save_embeddings"),
+            self.val_query_files,
+            "--val_query_files and --val_doc_files",
         )
         self._check_needs(
             ("val_check_interval", "val_before_training", "best_metric", "load_best_at_end", "early_stopping_patience"),

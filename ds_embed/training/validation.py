@@ -9,6 +9,7 @@ Shapes: R held-out records, N queries of a batch.
 import contextlib
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,16 @@ from ds_embed.vectors.metrics import (
     DEFAULT_MEASURES,
     SearchRun,
     evaluate,
+    hint_at_identical,
     match_qrels,
     parse_measures,
     read_qrels_from_queries,
+    without_identical,
 )
 from ds_embed.vectors.search import search
 from ds_embed.vectors.vectors import Ids, read_embeddings
+
+logger = logging.getLogger(__name__)
 
 _LEAST_DEPTH = 100  # documents kept for each query, as recipes/evaluate.py does
 
@@ -109,15 +114,9 @@ class Validation:
             world.on_main("held-out judgments", self._read_qrels)
 
     def _read_qrels(self) -> None:
-        """On rank 0: the right documents of the queries, all of them among the documents, with ids of their own."""
+        """On rank 0: the right documents of the queries, all of them among the documents."""
         self.qrels = read_qrels_from_queries(self.arguments.val_query_files)
         queries, documents = (Ids(store.ids_path.read_bytes()) for _, _, store in self.text_stores)
-        order, same = documents.sorted_rows
-        if same.any():
-            raise UserError(
-                f"--val_doc_files: the doc_id '{documents[int(order[np.argmax(same)])]}' stands there more than once; "
-                "give each document its own"
-            )
         match_qrels(self.qrels, queries, documents, "--val_query_files")
 
     def best(self) -> BestValidations:
@@ -222,15 +221,24 @@ class Validation:
         try:
             queries, documents = read_embeddings(target)
             cutoffs = [measure.params.get("cutoff", 0) for measure in parse_measures(self.measures)]
-            depth = min(len(documents), max(_LEAST_DEPTH, *cutoffs))
+            depth, ignore = max(_LEAST_DEPTH, *cutoffs), self.arguments.ignore_identical_ids
             scores, indices = search(
-                queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, device=str(self.world.device)
+                queries.rows,
+                documents.rows,
+                min(len(documents), depth + ignore),
+                tie_rank=documents.ids.ranks,
+                device=str(self.world.device),
             )
+            if ignore:
+                scores, indices = without_identical(queries.ids, documents.ids, scores, indices, depth)
         except UserError as error:
             raise UserError(
                 f"validation after {final.name.removeprefix('consumed_samples')} samples: {error}"
             ) from error
-        means = evaluate(SearchRun(queries.ids, documents.ids, scores, indices), self.qrels, self.measures).means
+        run = SearchRun(queries.ids, documents.ids, scores, indices)
+        if hint := hint_at_identical(run, self.qrels):
+            logger.warning("validation: %s", hint)
+        means = evaluate(run, self.qrels, self.measures).means
         if self.arguments.val_save_embeddings:
             link_test_doc(target)
             put_in_place(target, final)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ds_embed.vectors.metrics import Qrels, SearchRun, evaluate
+from ds_embed.vectors.metrics import Qrels, SearchRun, evaluate, without_identical
 from ds_embed.vectors.vectors import Vectors
 
 QUANTIZED = ("int8", "binary")
@@ -60,12 +60,22 @@ def truncated(rows: np.ndarray, dims: int) -> np.ndarray | ChangedRows:
 
 
 def measure_compressed(
-    queries: Vectors, documents: Vectors, k: int, qrels: Qrels, measures: Sequence[str], **settings
+    queries: Vectors,
+    documents: Vectors,
+    k: int,
+    qrels: Qrels,
+    measures: Sequence[str],
+    *,
+    ignore_identical_ids: bool = False,
+    **settings,
 ) -> list[dict]:
     """{kind, dims, bytes_per_vector, measure: mean ...} of each way to store the documents; see search_compressed."""
-    entries = []
-    for found in search_compressed(queries.rows, documents.rows, k, tie_rank=documents.ids.ranks, **settings):
-        means = evaluate(SearchRun(queries.ids, documents.ids, found.scores, found.indices), qrels, measures).means
+    entries, depth = [], min(k + ignore_identical_ids, len(documents))
+    for found in search_compressed(queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, **settings):
+        result = found.scores, found.indices
+        if ignore_identical_ids:
+            result = without_identical(queries.ids, documents.ids, *result, k)
+        means = evaluate(SearchRun(queries.ids, documents.ids, *result), qrels, measures).means
         size = {"kind": found.kind, "dims": found.dims, "bytes_per_vector": found.bytes_per_vector}
         entries.append(size | means)
     return entries

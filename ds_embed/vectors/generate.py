@@ -2,9 +2,11 @@
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ds_embed.artifact.durable import check_writable_folder
@@ -17,9 +19,12 @@ from ds_embed.models.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.fit import check_parts
 from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
+from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
 from ds_embed.vectors.corpus_plan import rows_of_shard
 from ds_embed.vectors.encode import encode_store
+from ds_embed.vectors.metrics import judged_documents
+from ds_embed.vectors.vectors import Ids
 
 # Of the model and its card: where it comes from, and what only its training knew.
 _NOT_OF_ROWS = {
@@ -111,7 +116,10 @@ def _make_jobs(
     index, num_shards = arguments.shard_index, arguments.num_shards
     identity = world.on_main("identify the model", lambda: identify_model(source.base, source.adapter, commit))
     jobs = []
-    for kind, folder, store in build_stores(world, arguments, tokenizer, card):
+    stores = build_stores(world, arguments, tokenizer, card)
+    if len(stores) == 2:
+        world.on_main("check judgments", lambda: _check_judgments(arguments, stores[1][2]))
+    for kind, folder, store in stores:
         rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
         made_from = identity | _made_from(kind, store, card, model, arguments) | {"kernels": kernels}
         path = embeddings / folder if index is None else shard_path(embeddings / folder, index, num_shards)
@@ -133,18 +141,45 @@ def build_stores(
         if files:
             keys = {"query": ("query", "query_id"), "doc": ("pos_doc", "doc_id", "title")}[kind]
             columns = [word for word in arguments.columns if word.partition("=")[0] in keys]
-            path = world.on_main(
-                f"token store of {kind}",
-                lambda: str(
-                    build_text_store(
-                        files, text_key, id_key, tokenizer, text_format, arguments.cache_dir, columns=columns
-                    )
-                ),
+            build = partial(
+                build_text_store, files, text_key, id_key, tokenizer, text_format, arguments.cache_dir, columns=columns
             )
-            store = TextStore.open(path)
-            check_texts_fit(store, arguments.micro_batch_tokens)
-            stores.append((kind, folder, store))
+            path = world.on_main(f"token store of {kind}", lambda: str(_checked(build(), arguments)))
+            stores.append((kind, folder, TextStore.open(path)))
     return stores
+
+
+def _checked(path: Path, arguments: EncodeArguments) -> Path:
+    """The store, when its texts can be encoded and each has an id of its own, which all readers of vectors want."""
+    store = TextStore.open(path)
+    logger.info("\n".join(store.describe()))
+    check_texts_fit(store, arguments.micro_batch_tokens)
+    ids = Ids(store.ids_path.read_bytes())
+    order, same = ids.sorted_rows
+    if same.any():
+        place = int(np.argmax(same))
+        first, row = order[[place - 1, place]].tolist()
+        raise UserError(
+            f"{store.location(row)}: the doc_id '{ids[row]}' stands at {store.location(first)} already "
+            f"({int(same.sum()):,} ids stand there more than once); give each document its own"
+        )
+    return path
+
+
+def _check_judgments(arguments: EncodeArguments, documents: TextStore) -> None:
+    """Warn of right documents of the queries that are not among the documents."""
+    named = judged_documents(arguments.query_files)
+    missing = set(named).difference(Ids(documents.ids_path.read_bytes()))
+    if missing:
+        example = min(missing, key=list(named).index)
+        logger.warning(
+            "warning: %s of the %s documents that --query_files name as right are not among --doc_files, such as '%s' "
+            "of %s: with these vectors nothing can be measured without --skip_unknown true",
+            f"{len(missing):,}",
+            f"{len(named):,}",
+            example,
+            named[example],
+        )
 
 
 def _made_from(

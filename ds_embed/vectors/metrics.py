@@ -80,13 +80,13 @@ def read_qrels_from_queries(paths: Iterable[str | os.PathLike]) -> Qrels:
 
 
 def read_qrels(path: str | os.PathLike) -> Qrels:
-    """Judgments of a TREC file (query, iteration, document, relevance) or a BEIR tsv with its header.
+    """Judgments of a file as read_judgments reads them: TREC, BEIR, three columns, or JSON lines.
 
     UserError with file and line: other columns, a relevance that is no whole number, one pair judged
     in two ways; and a file without any relevant document.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; give a TREC qrels file or a BEIR tsv")
+        raise UserError(f"{path}: no such file; give a TREC qrels file, a BEIR tsv or JSON lines")
     qrels: Qrels = {}
     for _, judgment in unique_judgments(read_judgments(path)):
         qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
@@ -109,6 +109,50 @@ def load_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
             raise UserError(f"{where}: document '{line.doc_id}' stands twice for query '{line.query_id}'; keep one")
         scores[line.doc_id] = line.score
     return run
+
+
+def judged_documents(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
+    """{doc_id: place of a query that names it} of queries files; queries without a doc_id name none."""
+    named: dict[str, str] = {}
+    for path in paths:
+        for where, record in read_json_objects(path):
+            query = parse_query_record(where, record)
+            if query.doc_id is not None:
+                named.setdefault(query.doc_id, where)
+    return named
+
+
+def without_identical(
+    query_ids: Sequence[str], document_ids: Sequence[str], scores: np.ndarray, indices: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `depth` found (N, k), best first, without the document of the query's own id, as BEIR measures.
+
+    Search one more than depth. Where nothing is left, the index is -1 and the score -inf.
+    """
+    is_own = np.array(
+        [
+            [index >= 0 and document_ids[index] == name for index in row]
+            for name, row in zip(query_ids, indices.tolist())
+        ]
+    )
+    order = np.argsort(is_own, axis=1, kind="stable")[:, :depth]
+    is_own, scores, indices = (np.take_along_axis(values, order, axis=1) for values in (is_own, scores, indices))
+    return np.where(is_own, np.float32(-np.inf), scores), np.where(is_own, -1, indices)
+
+
+def hint_at_identical(run, qrels: Qrels) -> str | None:
+    """What to say where judged queries find a document of their own id first, in a run that keeps such."""
+    found = []
+    for query_id, scores in run.items():
+        if query_id in scores and query_id in qrels and not qrels[query_id].get(query_id, 0) > 0:
+            if max(scores.values()) == scores[query_id]:
+                found.append(query_id)
+    if not found:
+        return None
+    return (
+        f"{len(found):,} of {len(qrels):,} judged queries, such as '{found[0]}', find the document of their own id "
+        "first: if it is the query itself (ArguAna, Quora), set --ignore_identical_ids true"
+    )
 
 
 def match_qrels(qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[str] | None, source: str) -> list[str]:

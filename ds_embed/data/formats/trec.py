@@ -1,4 +1,4 @@
-"""Lines of judgments (TREC qrels, BEIR tsv) and of runs (TREC), one at a time."""
+"""Lines of judgments (TREC qrels, BEIR tsv, JSON) and of runs (TREC), one at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.data.files import BadRecord, read_lines
 from ds_embed.data.formats.tables import tsv_line
@@ -15,10 +17,16 @@ from ds_embed.data.records import id_of
 from ds_embed.settings.errors import UserError
 
 BEIR_HEADER = ("query-id", "corpus-id", "score")
-_BOTH_FORMS = (
-    "'query-id 0 doc-id relevance' (TREC), or tab-separated query, document, score under the header "
-    f"{' '.join(BEIR_HEADER)} (BEIR)"
+_FORMS = (
+    "'query-id 0 doc-id relevance' (TREC), 'query-id doc-id relevance', with BEIR's header "
+    f"{' '.join(BEIR_HEADER)} or without, or JSON lines with query_id, doc_id and score"
 )
+# Our keys, and BEIR's names of the same.
+_JSON_KEYS = {
+    "query_id": ("query_id", "query-id"),
+    "doc_id": ("doc_id", "corpus-id", "corpus_id"),
+    "relevance": ("relevance", "score"),
+}
 
 
 class Judgment(NamedTuple):
@@ -38,23 +46,43 @@ class RunLine(NamedTuple):
 
 
 def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
-    """(place, judgment) of a TREC qrels file, or of a BEIR tsv, which is told by its header.
+    """(place, judgment) of a file of judgments, told by its first line.
 
+    TREC qrels (four columns at blanks or tabs), three columns, the same at tabs under BEIR's header, or JSON lines.
     BadRecord with file and line: other columns, a relevance that is no whole number, not UTF-8.
     """
-    beir = None
+    form = None
     for where, line in read_lines(path):
         if not line.strip():
             continue
-        if beir is None:
-            beir = tuple(line.split("\t")) == BEIR_HEADER
-            if beir:
+        if form is None:
+            form = "json" if line.lstrip().startswith("{") else "columns"
+            if tuple(line.split()) == BEIR_HEADER:
+                form = "beir"
                 continue
-        columns = line.split("\t") if beir else line.split()
-        if len(columns) != (3 if beir else 4):
-            raise BadRecord(where, f"{len(columns)} columns; want {_BOTH_FORMS}")
-        row = {"query_id": columns[0], "doc_id": columns[-2], "relevance": columns[-1]}
-        yield where, judgment(where, row)
+        if form == "json":
+            yield where, judgment(where, _json_row(where, line))
+            continue
+        columns = line.split("\t") if form == "beir" and "\t" in line else line.split()
+        wanted = (3,) if form == "beir" else (3, 4)
+        if len(columns) not in wanted:
+            raise BadRecord(where, f"{len(columns)} columns; want {_FORMS}")
+        if form == "columns":
+            form = f"{len(columns)} columns"
+        elif form != "beir" and len(columns) != int(form[0]):
+            raise BadRecord(where, f"{len(columns)} columns, and the lines before have {form[0]}; want {_FORMS}")
+        yield where, judgment(where, {"query_id": columns[0], "doc_id": columns[-2], "relevance": columns[-1]})
+
+
+def _json_row(where: str, line: str) -> dict[str, Any]:
+    """A line of JSON with our keys."""
+    try:
+        found = orjson.loads(line)
+    except ValueError as error:
+        raise BadRecord(where, f"not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise BadRecord(where, f"want {_FORMS}")
+    return {ours: next((found[name] for name in names if name in found), None) for ours, names in _JSON_KEYS.items()}
 
 
 def unique_judgments(judgments: Iterable[tuple[str, Judgment]]) -> Iterator[tuple[str, Judgment]]:
@@ -87,8 +115,11 @@ def judgment(where: str, row: Mapping[str, Any]) -> Judgment:
     query_id, doc_id = _ids(where, row)
     relevance = row.get("relevance")
     try:
-        return Judgment(query_id, doc_id, int(relevance))
-    except (TypeError, ValueError):
+        grade = float(relevance)
+        if type(relevance) is bool or not grade.is_integer():
+            raise ValueError
+        return Judgment(query_id, doc_id, int(grade))
+    except (TypeError, ValueError, OverflowError):
         raise BadRecord(where, f"relevance '{relevance}', want a whole number") from None
 
 

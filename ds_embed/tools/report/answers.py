@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors.metrics import DEFAULT_MEASURES, Qrels, SearchRun, evaluate, match_qrels
+from ds_embed.vectors.metrics import (
+    DEFAULT_MEASURES,
+    Qrels,
+    SearchRun,
+    evaluate,
+    hint_at_identical,
+    match_qrels,
+    without_identical,
+)
 from ds_embed.vectors.vectors import Vectors
 
 TOP_K = 100
@@ -34,11 +42,16 @@ class Answers:
     indices: np.ndarray  # (N, K) document rows
     means: dict[str, float]  # measures over the N queries
     num_unjudged: int
+    hint: str | None  # where queries find a document of their own id first
     score_name: str  # what a score is: "cosine" of unit vectors, else "inner product"
 
 
-def find_answers(queries: Vectors, documents: Vectors, qrels: Qrels, source: str, seed: int) -> Answers:
+def find_answers(
+    queries: Vectors, documents: Vectors, qrels: Qrels, source: str, seed: int, ignore_identical: bool = False
+) -> Answers:
     """Search all judged queries exactly; `source` names the judgments in errors.
+
+    With `ignore_identical` the document of a query's own id is not found.
 
     UserError: judgments and vectors of different ids (match_qrels), or no relevant document at all.
     """
@@ -51,13 +64,16 @@ def find_answers(queries: Vectors, documents: Vectors, qrels: Qrels, source: str
     unjudged = match_qrels(qrels, queries.ids, documents.ids, source)
     query_rows = [row for row, name in enumerate(queries.ids) if name in qrels]
     query_ids = [queries.ids[row] for row in query_rows]
-    wanted = {name for judged in qrels.values() for name in judged}
+    wanted = {name for judged in qrels.values() for name in judged}.union(query_ids if ignore_identical else ())
     row_of = {name: row for row, name in enumerate(documents.ids) if name in wanted}
     relevant = [[row_of[name] for name, grade in qrels[query].items() if grade > 0] for query in query_ids]
 
     rows = np.asarray(queries.rows[query_rows])
-    top_k = min(TOP_K, len(documents))
-    scores, indices = search(rows, documents.rows, top_k, tie_rank=documents.ids.ranks)
+    top_k = max(1, min(TOP_K, len(documents) - ignore_identical))
+    depth = min(top_k + ignore_identical, len(documents))
+    scores, indices = search(rows, documents.rows, depth, tie_rank=documents.ids.ranks)
+    if ignore_identical:
+        scores, indices = without_identical(query_ids, documents.ids, scores, indices, top_k)
     own = [documents.rows[of_query] @ row for of_query, row in zip(relevant, rows)]
     right = np.array([of_query[values.argmax()] for of_query, values in zip(relevant, own)])
     right_score = np.array([values.max() for values in own])
@@ -65,7 +81,13 @@ def find_answers(queries: Vectors, documents: Vectors, qrels: Qrels, source: str
     hardest = np.where(is_relevant, -np.inf, scores).max(axis=1)
     rank = is_relevant.argmax(axis=1) + 1
     missed = np.flatnonzero(~is_relevant.any(axis=1))
-    rank[missed] = 1 + np.maximum(top_k, _count_better(rows[missed], documents.rows, right_score[missed]))
+    num_better = _count_better(rows[missed], documents.rows, right_score[missed])
+    if ignore_identical:
+        for place, query in enumerate(missed):
+            own = row_of.get(query_ids[query])
+            if own is not None:
+                num_better[place] -= _count_better(rows[[query]], documents.rows[[own]], right_score[[query]])[0]
+    rank[missed] = 1 + np.maximum(top_k, num_better)
 
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(rows))[:_HISTOGRAM_QUERIES]
@@ -74,6 +96,7 @@ def find_answers(queries: Vectors, documents: Vectors, qrels: Qrels, source: str
     is_other = np.stack([~np.isin(of_query, relevant[query]) for query, of_query in zip(chosen, drawn)])
     measures = [name for name in DEFAULT_MEASURES if top_k == TOP_K or int(name.split("@")[1]) <= top_k]
     lengths = [np.linalg.norm(each, axis=1) for each in (rows, documents.rows[: len(rows)])]
+    found = SearchRun(query_ids, documents.ids, scores, indices)
     return Answers(
         query_ids=query_ids,
         document_ids=documents.ids,
@@ -85,7 +108,8 @@ def find_answers(queries: Vectors, documents: Vectors, qrels: Qrels, source: str
         random_score=random_score[is_other],
         scores=scores,
         indices=indices,
-        means=evaluate(SearchRun(query_ids, documents.ids, scores, indices), qrels, measures).means,
+        means=evaluate(found, qrels, measures).means,
+        hint=hint_at_identical(found, qrels),
         num_unjudged=len(unjudged),
         score_name="cosine" if np.allclose(np.concatenate(lengths), 1, atol=0.01) else "inner product",
     )

@@ -102,10 +102,16 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
     queries, documents = read_embeddings(embeddings)
     qrels = read_qrels(arguments.qrels) if arguments.qrels else read_qrels_from_queries(query_files)
     source = arguments.qrels or ", ".join(query_files)
-    answers = find_answers(queries, documents, qrels, source, arguments.seed)
+    ignore = arguments.ignore_identical_ids
+    ignore = bool(config.get("ignore_identical_ids")) if ignore is None else ignore
+    answers = find_answers(queries, documents, qrels, source, arguments.seed, ignore)
     intro = f"{len(answers.query_ids):,} queries searched in {len(documents):,} documents: {embeddings}"
     if answers.num_unjudged:
         intro += f"; {answers.num_unjudged:,} queries without judgments are left out"
+    if ignore:
+        intro += "; documents of a query's own id are left out"
+    if answers.hint:
+        intro += f". {answers.hint}"
     similarities = Section("Similarities", intro, charts_of_similarity(answers), answers.means)
     chosen = sample_documents(answers, arguments.map_documents, arguments.seed)
     if len(chosen) < 3:

@@ -84,16 +84,15 @@ class RunLog:
             "Learning rate": known("{:g}, {}, {} warm-up steps", "learning_rate", "lr_scheduler", "warmup_steps"),
             "Micro-batch": known("{:,} tokens", "micro_batch_tokens"),
             "Gradient caching": known("{}", "grad_cache"),
-            "Training files": "\n".join(self._describe_data()) or None,
+            "Training files": "\n".join(config.get("train_files", [])) or None,
+            "Data": "\n".join(self._describe_data()) or None,
             "Seed": known("{}", "seed"),
         }
         return {name: value for name, value in rows.items() if value is not None}
 
     def _describe_data(self) -> list[str]:
-        """What was read of the training files at the last start; their names, where the run doesn't tell."""
-        facts = next((line["data"] for line in reversed(self.train) if "data" in line), None)
-        if facts is None:
-            return self.config.get("train_files", [])
+        """What was read of the training files at the last start."""
+        facts = next((line["data"] for line in reversed(self.train) if "data" in line), [])
         return [line for file in facts for line in describe_file(file)]
 
     def results(self) -> dict[str, str]:
