@@ -253,3 +253,48 @@ def test_training_with_a_teacher_accepts_the_output(models):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(read_jsonl(models / "run" / "metrics.jsonl")) == 2
+
+
+def two_files(root, mark):
+    """Eight queries on two topics, each file numbered from 0 unless `mark` makes the ids distinct."""
+    paths = []
+    for topic, other in (("rivers", "water"), ("cooking", "soup")):
+        records = [
+            {
+                "query": f"{topic} {n}",
+                "pos_doc": f"{topic} {other} {n}",
+                "query_id": f"{topic * mark}{n}",
+                "doc_id": f"{topic * mark}{n}",
+            }
+            for n in range(4)
+        ]
+        paths.append(str(root / f"{topic}-{mark}.jsonl"))
+        write_jsonl(root / f"{topic}-{mark}.jsonl", records)
+    return paths
+
+
+def test_ids_count_within_their_file(tmp_path):
+    """Both files number from 0: what is mined is what distinct ids give, and no stranger's positive is excluded."""
+    settings = dict(method="bm25", num_negatives=6, relative_margin=0.05)
+    mined = [run(tmp_path, f"{mark}.jsonl", train_files=two_files(tmp_path, mark), **settings)[0] for mark in (0, 1)]
+    assert [record["neg_doc"] for record in mined[0]] == [record["neg_doc"] for record in mined[1]]
+    assert len(mined[0]) == 8 and any(record["neg_doc"] for record in mined[0])
+    everything, _ = run(tmp_path, "all.jsonl", train_files=two_files(tmp_path, 0), method="bm25", num_negatives=6)
+    for record in everything:
+        topic = record["query"].split()[0]
+        assert sum(text.startswith(topic) for text in record["neg_doc"]) == 3  # all of the topic but its own
+    assert "cooking soup 0" in everything[0]["neg_doc"] + everything[1]["neg_doc"]
+
+
+def test_one_vector_for_two_texts_of_two_files_is_refused(tmp_path):
+    write_vectors(tmp_path / "vectors", {str(n): np.ones(2) for n in range(4)}, {str(n): np.ones(2) for n in range(4)})
+    with pytest.raises(
+        ValueError, match="cooking-0.jsonl:1: (query|doc)_id '0' stands in .*rivers-0.jsonl for another"
+    ):
+        run(
+            tmp_path,
+            "out.jsonl",
+            train_files=two_files(tmp_path, 0),
+            embeddings=str(tmp_path / "vectors"),
+            num_negatives=1,
+        )

@@ -114,11 +114,9 @@ def load_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
 def judged_documents(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
     """{doc_id: place of a query that names it} of queries files; queries without a doc_id name none."""
     named: dict[str, str] = {}
-    for path in paths:
-        for where, record in read_json_objects(path):
-            query = parse_query_record(where, record)
-            if query.doc_id is not None:
-                named.setdefault(query.doc_id, where)
+    for where, query in read_queries(paths):
+        for doc_id in query.doc_ids:
+            named.setdefault(doc_id, where)
     return named
 
 

@@ -84,7 +84,7 @@ class Catalog:
     record_queries: np.ndarray  # (R,) query of each record
     record_positives: np.ndarray  # (R,) document of each record
     existing: Ragged  # of records: documents that are their neg_doc and stay
-    groups: np.ndarray  # (Q,) queries of one group have one text, or share a query_id
+    groups: np.ndarray  # (Q,) queries of one group have one text, or share a query_id of one file
     positives: Ragged  # of groups: the positive documents of all its records
     excluded: Ragged  # of groups: those, documents that share a doc_id with one, and the queries' own texts
 
@@ -126,9 +126,17 @@ class _Table:
     rows: dict[int, int] = field(default_factory=dict)
     offsets: array = field(default_factory=lambda: array("q", [0]))
     names: list[str] | None = None  # the users' ids, where they are needed
+    named: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # row and file of each of these
 
-    def row(self, key: int, text: str, name: str | None) -> int:
+    def row(self, key: int, text: str, name: str | None, path: str | None, where: str) -> int:
         row = self.rows.setdefault(key, len(self.rows))
+        if self.names is not None:
+            known, file = self.named.setdefault(name, (row, path))
+            if known != row and file != path and None not in (file, path):
+                raise UserError(
+                    f"{where}: {self.id_key} '{name}' stands in {file} for another text, and --embeddings has one vector "
+                    "for it; give each text its own, or let --model_name_or_path encode them"
+                )
         if row == len(self.offsets) - 1:
             line = orjson.dumps({self.text_key: text, self.id_key: str(row)}) + b"\n"
             self.file.write(line)
@@ -153,7 +161,7 @@ class CatalogBuilder:
         files = {kind: (open(folder / name, "wb"), key, id_key) for kind, (name, key, id_key) in _TABLES.items()}
         self.queries = _Table(*files["queries"], names=names)
         self.documents = _Table(*files["documents"], names=None if names is None else [])
-        self._rows_of_id: dict[int, list[int]] = {}
+        self._rows_of_id: dict[tuple[str | None, str], list[int]] = {}  # by file and id; None is all of doc_files
         self._counts = {"repeated_documents": 0, "blank_documents": 0}
 
     def build(self) -> dict[str, int]:
@@ -183,31 +191,35 @@ class CatalogBuilder:
         (self._folder / "catalog.json").write_text(json.dumps(counts))
         return counts
 
-    def _corpus(self) -> Iterator[tuple[str, str, str | None]]:
-        """(where, text, id) of every document that may become a negative."""
+    def _corpus(self) -> Iterator[tuple[str | None, str, str, str | None]]:
+        """(file, where, text, id) of every document that may become a negative; doc_files count as one file."""
         for where, document in read_documents(self._arguments.doc_files):
             if not document.pos_doc.strip():
                 self._counts["blank_documents"] += 1
                 continue
-            yield where, document.pos_doc, document.doc_id
-        for where, record in self._records():
+            yield None, where, document.pos_doc, document.doc_id
+        for path, where, record in self._records():
             if not self._arguments.doc_files:
-                yield where, record.pos_doc, record.doc_id
+                yield path, where, record.pos_doc, record.doc_id
             if self._arguments.include_neg_docs:
                 for negative in record.neg_docs:
-                    yield where, negative, None
+                    yield path, where, negative, None
 
-    def _records(self) -> Iterator[tuple[str, TrainingRecord]]:
-        return read_training_records(self._arguments.train_files, reading(self._arguments), self._folder)
+    def _records(self) -> Iterator[tuple[str, str, TrainingRecord]]:
+        for path in self._arguments.train_files:
+            for where, record in read_training_records([path], reading(self._arguments), self._folder):
+                yield path, where, record
 
-    def _add_document(self, where: str, text: str, name: str | None, cure: str = "give every record its doc_id") -> int:
+    def _add_document(
+        self, path: str | None, where: str, text: str, name: str | None, cure: str = "give every record its doc_id"
+    ) -> int:
         if self._needs_ids and name is None:
             raise UserError(f"{where}: doc_id is missing, by which --embeddings has its vector; {cure}")
         before = len(self.documents.rows)
-        row = self.documents.row(match_key(text, self._normalized), text, name)
+        row = self.documents.row(match_key(text, self._normalized), text, name, path, where)
         self._counts["repeated_documents"] += row < before
         if name is not None:
-            rows = self._rows_of_id.setdefault(content_key(name), [])
+            rows = self._rows_of_id.setdefault((path, name), [])
             if row not in rows:
                 rows.append(row)
         return row
@@ -218,24 +230,26 @@ class CatalogBuilder:
         positive_rows_of_record: list[tuple[int, ...]] = []
         groups = _Groups()
         repeated = self._counts["repeated_documents"]
-        for number, (where, record) in enumerate(self._records()):
+        for number, (path, where, record) in enumerate(self._records()):
             if self._needs_ids and record.query_id is None:
                 raise UserError(
                     f"{where}: query_id is missing, by which --embeddings has its vector; give every record its query_id"
                 )
-            query = self.queries.row(content_key(record.query), record.query, record.query_id)
+            query = self.queries.row(content_key(record.query), record.query, record.query_id, path, where)
             group_key = match_key(record.query, self._normalized)
-            groups.join(query, ("text", group_key), record.query_id and ("id", content_key(record.query_id)))
+            groups.join(query, ("text", group_key), record.query_id and (path, record.query_id))
             record_queries.append(query)
-            record_positives.append(self._add_document(where, record.pos_doc, record.doc_id))
-            same_id = [] if record.doc_id is None else self._rows_of_id[content_key(record.doc_id)]
+            record_positives.append(self._add_document(path, where, record.pos_doc, record.doc_id))
+            # A record's doc_id is that of its file, and names a document of doc_files.
+            places = [] if record.doc_id is None else [(path, record.doc_id), (None, record.doc_id)]
+            same_id = [row for place in places for row in self._rows_of_id.get(place, [])]
             same_text = self.documents.rows.get(group_key)
             positive_rows_of_record.append((*same_id, *([] if same_text is None else [same_text])))
             if self._arguments.keep_existing:
                 cure = "leave --keep_existing out, or let --model_name_or_path encode it"
                 for negative in record.neg_docs:
                     known = self.documents.rows.get(match_key(negative, self._normalized))
-                    row = self._add_document(where, negative, None, cure) if known is None else known
+                    row = self._add_document(path, where, negative, None, cure) if known is None else known
                     existing_records.append(number)
                     existing_rows.append(row)
         self._counts["repeated_documents"] = repeated  # those of the corpus, not of this second reading
@@ -268,9 +282,9 @@ class _Groups:
 
     def __init__(self):
         self._parents: list[int] = []
-        self._first: dict[tuple[str, int], int] = {}
+        self._first: dict[tuple[str, int | str], int] = {}
 
-    def join(self, query: int, *keys: tuple[str, int] | None) -> None:
+    def join(self, query: int, *keys: tuple[str, int | str] | None) -> None:
         while len(self._parents) <= query:
             self._parents.append(len(self._parents))
         for key in keys:
