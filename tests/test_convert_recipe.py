@@ -232,11 +232,7 @@ def append(name, row):
 @pytest.mark.parametrize(
     ("spoil", "flags", "message"),
     [
-        (
-            qrels("q1\td1\t1\n"),
-            [],
-            "test.tsv:1: 3 columns; want 'query-id 0 doc-id relevance' (TREC), or tab-separated",
-        ),
+        (qrels("q1\td1\n"), [], "test.tsv:1: 2 columns; want 'query-id 0 doc-id relevance' (TREC)"),
         (qrels(HEADER + "q1\td1\n"), [], "test.tsv:2: 2 columns"),
         (qrels(HEADER + "q1\td1\t0.5\n"), [], "test.tsv:2: relevance '0.5', want a whole number"),
         (

@@ -147,7 +147,11 @@ def test_each_query_is_one_row_however_many_judgments_it_has(cranfield, tmp_path
             [("w1", "a", "1"), ("w2", "a", "2")],
             [".jsonl:2", "query_id 'a' names another query text at", ":1"],
         ),
-        ("docs", [("w1", "a"), ("w2", "b"), ("w3", "a")], [".jsonl:3", "doc_id 'a' stands at", ":1 already"]),
+        (
+            "docs",
+            [("w1", "a"), ("w2", "b"), ("w3", "a")],
+            [".jsonl:3", "--doc_files", "doc_id 'a' stands more than once, at", ":1 already"],
+        ),
     ],
 )
 def test_ids_that_measuring_would_refuse_are_found_before_encoding(cranfield, tmp_path, name, records, words):

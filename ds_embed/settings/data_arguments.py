@@ -89,7 +89,10 @@ class DataArguments(TextArguments):
     batching: str = setting(
         "mixed (a global batch holds samples of all files) or homogeneous (of one file)", default="mixed"
     )
-    hard_negatives: int = setting("hard negatives (neg_doc) used per query", default=0)
+    hard_negatives: int = setting(
+        "hard negatives (neg_doc) used per query; those of records that have none are the batch's documents alone",
+        default=0,
+    )
     hard_negatives_sampling: str = setting(
         "which of a record's negatives are used: first (the first ones) or random (others in every pass)",
         default="first",

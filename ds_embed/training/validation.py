@@ -110,7 +110,7 @@ class Validation:
                 micro_batch_tokens=step.micro_batch_tokens,
                 cache_dir=data.cache_dir,
             )
-            self.text_stores = build_stores(world, files, tokenizer, card)
+            self.text_stores = build_stores(world, files, tokenizer, card, "val_")
             world.on_main("held-out judgments", self._read_qrels)
 
     def _read_qrels(self) -> None:

@@ -128,9 +128,12 @@ def _make_jobs(
 
 
 def build_stores(
-    world: World, arguments: EncodeArguments, tokenizer: Any, card: EmbeddingCard
+    world: World, arguments: EncodeArguments, tokenizer: Any, card: EmbeddingCard, prefix: str = ""
 ) -> list[tuple[str, str, TextStore]]:
-    """File name, folder name and token store of what there is to encode: queries, documents."""
+    """File name, folder name and token store of what there is to encode: queries, documents.
+
+    `prefix` is that of the flags that name the files. UserError: texts that are too long, one id on two documents.
+    """
     query_format, document_format = card.text_formats()
     kinds = [
         ("query", "test_queries", arguments.query_files, "query", "query_id", query_format),
@@ -144,12 +147,14 @@ def build_stores(
             build = partial(
                 build_text_store, files, text_key, id_key, tokenizer, text_format, arguments.cache_dir, columns=columns
             )
-            path = world.on_main(f"token store of {kind}", lambda: str(_checked(build(), arguments)))
+            path = world.on_main(
+                f"token store of {kind}", lambda: str(_checked(build(), arguments, f"--{prefix}{kind}_files"))
+            )
             stores.append((kind, folder, TextStore.open(path)))
     return stores
 
 
-def _checked(path: Path, arguments: EncodeArguments) -> Path:
+def _checked(path: Path, arguments: EncodeArguments, flag: str) -> Path:
     """The store, when its texts can be encoded and each has an id of its own, which all readers of vectors want."""
     store = TextStore.open(path)
     logger.info("\n".join(store.describe()))
@@ -160,8 +165,8 @@ def _checked(path: Path, arguments: EncodeArguments) -> Path:
         place = int(np.argmax(same))
         first, row = order[[place - 1, place]].tolist()
         raise UserError(
-            f"{store.location(row)}: the doc_id '{ids[row]}' stands at {store.location(first)} already "
-            f"({int(same.sum()):,} ids stand there more than once); give each document its own"
+            f"{flag}: {store.location(row)}: the doc_id '{ids[row]}' stands more than once, at {store.location(first)} "
+            f"already ({int(same.sum()):,} such lines); give each document its own"
         )
     return path
 
