@@ -135,7 +135,13 @@ class _Form:
     parse: Callable[[str, dict, Lookup], list[TrainingRecord]]
 
     def fits(self, row: dict) -> bool:
-        return all(any(key in row for key in alternatives) for alternatives in self.keys)
+        for alternatives in self.keys:  # plain loops: this runs for every record
+            for key in alternatives:
+                if key in row:
+                    break
+            else:
+                return False
+        return True
 
 
 def _own(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
@@ -297,15 +303,17 @@ def _item(row: dict, key: str) -> tuple[str, Any]:
 
 def _texts(where: str, key: str, value: Any, optional: bool = False, titles: bool = False) -> list[str]:
     """The texts of a string, an object with a "text" (behind its "title", where `titles`), or a list of them."""
+    if value is None and optional:
+        return []
     if type(value) is str:
+        if value and not value.isspace():
+            return [value]
         value = [value]
         name = f"{key}[0]" if optional else key
     elif type(value) is dict:
         value, name = [value], key
     elif type(value) is list:
         name = None
-    elif value is None and optional:
-        return []
     else:
         refuse(where, key, value, "a string or a list of strings" + (" (or leave the key out)" if optional else ""))
     texts = []
@@ -379,6 +387,8 @@ def _for_each(where: str, item: tuple[str, Any], positive: str, number: int) -> 
     key, value = item
     if value is None:
         return [None] * number
+    if number == 1 and type(value) is not list:
+        return [value]
     values = value if type(value) is list else [value]
     if len(values) != number:
         raise BadRecord(where, f"{key} has {len(values)} values and {positive} {number} texts; give one for each")

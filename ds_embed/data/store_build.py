@@ -69,7 +69,7 @@ def build_training_store(
                     writer.encode_with(sides[index])
                     bad = {number: error for (file, number), error in conflicts.items() if file == index}
                     for number, record in source.records(writer, skipped, bad):
-                        _add_training_record(writer, record, number, source.location(number), num_negatives)
+                        _add_training_record(writer, record, number, source.where, num_negatives)
                 start = _manifest_start("training", settings, sources)
                 start |= {"skipped_records": skipped.describe()} if skipped else {}
                 return writer.finish(start, [source.location for source in sources])
@@ -166,6 +166,7 @@ class _Source:
         self._file = file
         # Read before the first record, so that a later change shows.
         self.stamps = file.stamps()
+        self.where = ""  # the place of the record that was read last
         self._parts: list[dict] = []
         self._starts: list[int] = []  # numbers of the records of each part stand above it
 
@@ -207,7 +208,8 @@ class _Source:
                     try:
                         if last in known_bad:
                             raise known_bad[last]
-                        records = file.parse(rows.location(number), row)
+                        self.where = rows.location(number)
+                        records = file.parse(self.where, row)
                     except BadRecord as error:
                         refuse(error)
                         continue
