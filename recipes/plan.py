@@ -31,7 +31,9 @@ from ds_embed.tools.plan.job import job_to_size, table
 def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Those of the recipe that trains the model which was given."""
     trust = given.get("trust_remote_code", False)
-    config = load_config(find_model(given["model_name_or_path"], given.get("adapter_path")), trust)
+    config = load_config(
+        find_model(given["model_name_or_path"], given.get("adapter_path"), revision=given.get("model_revision")), trust
+    )
     return BERT_DEFAULTS if is_bert_style(config) and not kind_of(config, trust).is_causal else {}
 
 

@@ -46,7 +46,7 @@ def main() -> None:
     from ds_embed.vectors.vectors import read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
-    source = find_model(model.model_name_or_path, model.adapter_path)
+    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
     query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries(
         [arguments.query]
     )

@@ -21,9 +21,9 @@ from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
+from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import EncodeArguments, LoraArguments, ModelArguments, TextArguments
 from ds_embed.tools.export.check import odd_tokens, spelled_texts
-from ds_embed.tools.export.tokenizer import save_tokenizer, self_contained
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
 from ds_embed.vectors.generate import generate
@@ -270,7 +270,8 @@ def test_exported_tokenizer_does_by_itself_what_ours_does(tmp_path, tokenizer, a
     texts = ["a", "  the lake is cold \n", "a</s> [SEP] <s>b", "the water of the lake is cold, " * 3]
     if "▁" in tokenizer.get_vocab():
         texts.remove("a</s> [SEP] <s>b")  # in the vocabulary itself, from where ds_embed drops it
-    save_tokenizer(self_contained(tokenizer, append_eos=append_eos, max_length=12), tmp_path)
+    card = EmbeddingCard("last", "a: ", "", 12, 12, append_eos, "x", 0)
+    save_tokenizer(self_contained(tokenizer, card), tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert (loaded.padding_side, loaded.model_max_length) == ("right", 12)
     expected = [ids.tolist() for ids in encode_texts(tokenizer, texts, TextFormat("a: ", 12, append_eos))]
@@ -287,7 +288,7 @@ def test_spelled_tokens_that_differ_are_found():
     card = EmbeddingCard("last", "", "", 12, 12, append_eos=True, base_model="x", consumed_samples=1)
 
     def odd():
-        exported = self_contained(tokenizer, append_eos=True, max_length=12)
+        exported = self_contained(tokenizer, card)
         return set(odd_tokens(tokenizer, exported, card, ["a b", *spelled_texts(tokenizer)]))
 
     assert odd() == set()

@@ -23,10 +23,7 @@ def test_what_stands_behind_the_text_is_never_cut_off(tokenizer):
 
     def tokens_of(text):
         encoding = tokenizer.backend_tokenizer
-        encoding.encode_special_tokens = True
-        found = encoding.encode(text, add_special_tokens=False).ids
-        encoding.encode_special_tokens = False
-        return found
+        return encoding.encode(text, add_special_tokens=False).ids
 
     before = len(tokens_of(front))
     plain = encode_texts(tokenizer, TEXTS, TextFormat(template, 1000, append_eos))

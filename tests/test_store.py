@@ -104,7 +104,13 @@ def test_the_manifest_says_what_was_stored(tmp_path, tokenizer, small_chunks):
     assert (manifest["max_tokens"], manifest["max_negatives"]) == (16, 2)
     assert manifest["records_without_negatives"] == 2
     assert manifest["first_record_without_negatives"] == f"{path}:4"
-    assert manifest["settings"]["query_format"] == {"prefix": "query: ", "max_length": 12, "append_eos": True}
+    assert manifest["settings"]["query_format"] == {
+        "prefix": "query: ",
+        "max_length": 12,
+        "append_eos": True,
+        "include_prompt": True,
+        "strip": True,
+    }
 
 
 def test_records_without_negatives_are_counted_in_the_data_not_in_the_store(tmp_path, tokenizer):
@@ -187,7 +193,7 @@ def test_a_text_without_tokens_names_its_place(tmp_path, tokenizer, small_chunks
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     with pytest.raises(ValueError) as caught:
         build_text_store(path, "pos_doc", "doc_id", tokenizer, TextFormat("", 10, False), tmp_path)
-    assert str(caught.value).startswith(f"{path}:6: pos_doc gives no token with this tokenizer; remove it, set")
+    assert str(caught.value).startswith(f"{path}:6: pos_doc gives no token with this tokenizer; remove it, or set")
 
 
 def test_a_file_that_changes_under_the_build_is_refused(tmp_path, tokenizer, small_chunks):

@@ -74,7 +74,7 @@ def as_lists(arrays):
         (byte_level_tokenizer("<s> $A </s>"), False, (1,), (2,)),
         (byte_level_tokenizer("<s> $A </s>"), True, (1,), (2,)),
         (byte_level_tokenizer("</s> <s> $A </s> <s>"), False, (2, 1), (2, 1)),
-        (byte_level_tokenizer("<s> <s> $A </s> <s>"), True, (1, 1), (2, 1, 2)),
+        (byte_level_tokenizer("<s> <s> $A </s> <s>"), True, (1, 1), (2, 1)),
     ],
 )
 def test_special_tokens_are_found_by_probing(tokenizer, append_eos, head, tail):
@@ -169,8 +169,9 @@ def test_too_small_a_length_names_the_setting(tokenizer, append_eos, shortest):
 
 
 def test_a_tokenizer_that_cannot_do_it_is_an_error():
-    with pytest.raises(ValueError, match="append_eos is true, but .* has no eos_token; set append_eos to false"):
-        TextTokenizer(bert_tokenizer(), TextFormat("", 10, True))
+    tokenizer = byte_level_tokenizer(eos_token=None)
+    with pytest.raises(ValueError, match="puts no token behind a text and has no eos_token .*; name one in its tok"):
+        TextTokenizer(tokenizer, TextFormat("", 10, True))
     with pytest.raises(ValueError, match="object has no fast version"):
         encode_texts(object(), ["a"], TextFormat("", 10, False))
 

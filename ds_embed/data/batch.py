@@ -13,7 +13,7 @@ import numpy as np
 
 from ds_embed.data.identity import positive_pairs
 from ds_embed.data.order import SampleOrder, key_of, mix
-from ds_embed.data.store import TrainingStore
+from ds_embed.data.store import TextStore, TrainingStore
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def _same_tokens(store: TrainingStore, texts: np.ndarray, others: np.ndarray) ->
     pairs, lengths = np.flatnonzero(same), lengths[same]
     differs = flat_tokens(store, texts[same], lengths) != flat_tokens(store, others[same], lengths)
     same[np.repeat(pairs, lengths)[differs]] = False
-    return same
+    prompts = store.prompt_lengths_of(texts)  # the same tokens, pooled in another way, are another text
+    return same if prompts is None else same & (prompts == store.prompt_lengths_of(others))
 
 
 def flat_tokens(store: TrainingStore, texts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -167,6 +168,12 @@ def collate(store: TrainingStore, texts: np.ndarray) -> tuple[np.ndarray, np.nda
         return np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64)
     lengths = store.lengths_of(texts)
     return pad(flat_tokens(store, texts, lengths), lengths), lengths
+
+
+def collate_prompts(store: TrainingStore | TextStore, texts: np.ndarray) -> np.ndarray | None:
+    """Leading tokens of the given texts that the pooling leaves out, (b,); None where it leaves out none."""
+    lengths = store.prompt_lengths_of(texts)
+    return np.zeros(1, np.int64) if lengths is not None and len(texts) == 0 else lengths
 
 
 def pad(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

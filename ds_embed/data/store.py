@@ -103,6 +103,14 @@ class _Store:
         """The token counts of texts, in memory: same shape as `texts`, int64."""
         return np.asarray(self.lengths[texts], np.int64)
 
+    def prompt_lengths_of(self, texts: np.ndarray) -> np.ndarray | None:
+        """Leading tokens of texts (n,) that the pooling leaves out, (n,) int64; None where it leaves out none of any."""
+        by_file = np.array(self.manifest["prompt_lengths"])  # (files, sides)
+        if not by_file.any():
+            return None
+        records, sides = self._places_of(texts)
+        return by_file[np.searchsorted(self._file_ends, records, side="right"), sides]
+
     def location(self, record: int) -> str:
         """Where a record stands in the data: "path:17", or "path:record 17" of a JSON array."""
         if not 0 <= record < self.num_records:
@@ -147,6 +155,10 @@ class TrainingStore(_Store):
         first = np.append(np.flatnonzero(is_first), self.num_records)
         return first, tuple(np.diff(np.searchsorted(first, [0, *self._file_ends])).tolist())
 
+    def _places_of(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        records = np.searchsorted(self.first_text, texts, side="right") - 1
+        return records, (texts != self.first_text[records]).astype(np.int64)
+
     def text_range(self, record: int) -> range:
         """The texts of a record: its query first, its positive second, its negatives after them."""
         start, end = self.first_text[record : record + 2].tolist()
@@ -162,6 +174,9 @@ class TextStore(_Store):
     """Queries or documents to encode: row i is text i and record i."""
 
     kinds = ("queries", "documents")
+
+    def _places_of(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return texts, np.zeros_like(texts)
 
     @property
     def ids_path(self) -> Path:

@@ -70,7 +70,7 @@ def build_training_store(
                     bad = {number: error for (file, number), error in conflicts.items() if file == index}
                     for number, record in source.records(writer, skipped, bad):
                         _add_training_record(writer, record, number, source.where, num_negatives)
-                start = _manifest_start("training", settings, sources)
+                start = _manifest_start("training", settings, sources, sides)
                 start |= {"skipped_records": skipped.describe()} if skipped else {}
                 return writer.finish(start, [source.location for source in sources])
 
@@ -142,7 +142,7 @@ def build_text_store(
                         writer.count_blank()
                     writer.add_text(0, text_key, getattr(record, text_key))
                     writer.end_record(number, row_id=getattr(record, id_key))
-            writer.finish(_manifest_start(kind, settings, sources))
+            writer.finish(_manifest_start(kind, settings, sources, [sides] * len(sources)))
 
     return obtain_store(Path(cache_dir), f"{kind}-{_store_key(kind, settings, sources)}", write)
 
@@ -270,10 +270,14 @@ def _store_key(kind: str, settings: dict, sources: list[_Source]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _manifest_start(kind: str, settings: dict, sources: list[_Source]) -> dict:
+def _manifest_start(
+    kind: str, settings: dict, sources: list[_Source], tokenizers: list[dict[str, TextTokenizer]]
+) -> dict:
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "settings": settings,
         "files": [source.describe() for source in sources],
+        # By file and side: how many leading tokens of a text the pooling leaves out.
+        "prompt_lengths": [[one.prompt_length for one in sides.values()] for sides in tokenizers],
     }

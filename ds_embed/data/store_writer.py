@@ -148,7 +148,7 @@ class StoreWriter:
             text = int(np.argmin(lengths))
             raise UserError(
                 f"{self._where(text)}: {self._text_names[text]} gives no token with this tokenizer; "
-                "remove it, set append_eos to true, or set a prefix"
+                "remove it, or set a prefix"
             )
         ends = np.cumsum(lengths)
         pool_starts = np.cumsum(pool_lengths) - pool_lengths

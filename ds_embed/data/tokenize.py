@@ -28,14 +28,18 @@ class TextFormat:
     """How a text of one kind (query or document) becomes tokens.
 
     prefix: put in front as it is, such as "query: "; the whole is then stripped of blanks. What stands
-        behind a {text} in it comes behind the text, and is never cut off.
+        behind a {text} in it comes behind the text, and is never cut off. Control tokens spelled in it are tokens.
     max_length: most tokens of one text, special tokens and EOS included.
-    append_eos: end every text with the tokenizer's EOS (for decoders pooled at the last token).
+    append_eos: end every text with EOS where the tokenizer itself puts nothing behind it (for decoders).
+    include_prompt: whether the tokens of the prefix are pooled; else TextTokenizer.prompt_length says how many are not.
+    strip: False leaves the blanks around the whole as they are.
     """
 
     prefix: str
     max_length: int
     append_eos: bool
+    include_prompt: bool = True
+    strip: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,21 +51,19 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Any, append_eos: bool) -> SpecialTokens:
-        """See what `tokenizer` puts around a text, by trying; then add EOS if asked and not there.
+        """See what `tokenizer` puts around a text, by trying; then add EOS if asked and nothing stands behind the text.
 
-        BERT gives [CLS] and [SEP], Llama gives BOS in front, SmolLM2 nothing.
-        UserError if EOS is wanted and the tokenizer has none.
+        BERT gives [CLS] and [SEP], Llama gives BOS in front, SmolLM2 nothing, Qwen3-Embedding <|endoftext|> behind,
+        which is not its EOS. UserError if EOS is wanted and the tokenizer has none.
         """
         head, tail = _probe_surroundings(tokenizer)
-        if append_eos:
-            eos = tokenizer.eos_token_id
-            if eos is None:
+        if append_eos and not tail:
+            if tokenizer.eos_token_id is None:
                 raise UserError(
-                    f"append_eos is true, but the tokenizer {_name_of(tokenizer)} has no eos_token; "
-                    "set append_eos to false, or choose a tokenizer that has one"
+                    f"the tokenizer {_name_of(tokenizer)} puts no token behind a text and has no eos_token that could "
+                    "stand there, which a decoder's vector is read from; name one in its tokenizer_config.json"
                 )
-            if not tail or tail[-1] != eos:
-                tail = (*tail, eos)
+            tail = (tokenizer.eos_token_id,)
         return cls(head, tail)
 
 
@@ -69,8 +71,8 @@ class TextTokenizer:
     """Turns texts into token ids by one TextFormat.
 
     The prefix is put in front and the whole stripped; what is too long loses its end; suffix, head and
-    tail come after that, so that EOS or [SEP] is always there. Special tokens spelled out in a text (or in
-    the prefix), such as "</s>", are plain text: data cannot smuggle in control tokens. Where a
+    tail come after that, so that EOS or [SEP] is always there. Special tokens spelled out in the prefix, which is the
+    user's, are tokens; in a text, such as "</s>", they are plain text: data cannot smuggle in control tokens. Where a
     tokenizer's own vocabulary still maps the spelling to the control id (Unigram does), that id is
     dropped. What the tokenizer says about padding and truncation plays no part and is left as it was.
     `setting` is the name of the length setting, for errors (UserError).
@@ -78,13 +80,22 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any, text_format: TextFormat, setting: str = "max_length"):
         self._backend = _backend_of(tokenizer)
-        self._prefix, _, suffix = text_format.prefix.partition(TEXT_PLACE)
+        self._strip = str.strip if text_format.strip else str
+        prefix, _, suffix = text_format.prefix.partition(TEXT_PLACE)
+        self._prefix = prefix = prefix.lstrip() if text_format.strip else prefix
         self._is_control = _control_ids(tokenizer, self._backend)
+        self._spellings = [
+            token.content for token in self._backend.get_added_tokens_decoder().values() if token.special
+        ]
+        # Where the last control token in the prefix ends: what stands before that is the same tokens for every text.
+        ends = [prefix.rindex(one) + len(one) for one in self._spellings if one in prefix]
+        self._fixed = prefix[: max(ends, default=0)]
+        fixed = tuple(self._ids([self._fixed], True)[0]) if self._fixed else ()
         self.special_tokens = SpecialTokens.of(tokenizer, text_format.append_eos)
-        head, tail = self.special_tokens.head, (*self._suffix_ids(suffix), *self.special_tokens.tail)
-        self._head, self._tail = head, tail
+        head, tail = (*self.special_tokens.head, *fixed), (*self._suffix_ids(suffix), *self.special_tokens.tail)
+        self._head, self._tail, self._num_fixed = head, tail, len(fixed)
         num_around = len(head) + len(tail)
-        num_prefix = len(self._ids([self._prefix.strip()])[0])
+        num_prefix = len(self._ids([self._strip(prefix)], True)[0]) - len(fixed) if prefix else 0
         if text_format.max_length < num_around + num_prefix + 1:
             kinds = "special tokens" if text_format.prefix == "" else "tokens of prefix and special tokens"
             raise UserError(
@@ -92,19 +103,44 @@ class TextTokenizer:
                 f"{kinds} that stand around it; set {setting} to {num_around + num_prefix + 1} or more"
             )
         self._max_body_tokens = text_format.max_length - num_around
+        self.prompt_length = 0 if text_format.include_prompt else self._count_prompt(prefix, tokenizer)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str], control: bool = False) -> list[list[int]]:
+        """The ids of texts, in which the spelling of a control token is one only if `control`."""
         with _plain_settings(self._backend) as backend:
+            backend.encode_special_tokens = not control
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _body_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of prefix and text behind the fixed part of the prefix."""
+        if not self._fixed:
+            return self._ids([self._strip(self._prefix + text) for text in texts])
+        # In one piece with the control tokens, since these change how what follows them is cut; but not the texts
+        # that spell some themselves.
+        rest = self._prefix[len(self._fixed) :]
+        spells = [any(one in text for one in self._spellings) for text in texts]
+        whole = self._ids(["" if s else self._strip(self._prefix + text) for text, s in zip(texts, spells)], True)
+        alone = self._ids([self._strip(rest + text) if s else "" for text, s in zip(texts, spells)])
+        return [b if s else a[self._num_fixed :] for a, b, s in zip(whole, alone, spells)]
+
+    def _count_prompt(self, prefix: str, tokenizer: Any) -> int:
+        """Leading tokens that pooling leaves out, as sentence-transformers counts them.
+
+        Those of the prefix alone with all that stands around a text, but for a last one that is special.
+        """
+        if not prefix:
+            return 0
+        ids = [*self.special_tokens.head, *self._ids([prefix], True)[0], *self.special_tokens.tail]
+        return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
     def _suffix_ids(self, suffix: str) -> tuple[int, ...]:
         """The tokens of what stands behind every text, as they follow one."""
         if not suffix:
             return ()
         for text in _PROBE_TEXTS:
-            bare, longer = self._ids([text, text + suffix])
+            bare, longer = self._ids([text, text + suffix], True)
             if longer[: len(bare)] == bare:
-                return tuple(index for index in longer[len(bare) :] if not self._is_control[index])
+                return tuple(longer[len(bare) :])
         raise UserError(
             f"the prefix's '{suffix}' behind {TEXT_PLACE} becomes one token with the end of a text; "
             "let it start with a blank or a new line"
@@ -118,7 +154,7 @@ class TextTokenizer:
         """
         if not texts:
             return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)
-        id_lists = self._ids([(self._prefix + text).strip() for text in texts])
+        id_lists = self._body_ids(texts)
         counts = np.fromiter(map(len, id_lists), np.int64, len(id_lists))
         body = np.fromiter(itertools.chain.from_iterable(id_lists), np.int32, int(counts.sum()))
         is_control = self._is_control[body]
@@ -145,11 +181,15 @@ class TextTokenizer:
         tokens[is_body] = body
         return tokens, lengths, counts + num_around
 
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids (int32) of each text, in order."""
+        tokens, lengths, _ = self.encode_flat(texts)
+        return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], text_format: TextFormat) -> list[np.ndarray]:
     """The token ids (int32) of each text, in order; see TextTokenizer."""
-    tokens, lengths, _ = TextTokenizer(tokenizer, text_format).encode_flat(texts)
-    return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    return TextTokenizer(tokenizer, text_format).encode(texts)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -162,6 +202,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     digest = hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
     digest.update(json.dumps([tokenizer.eos_token_id]).encode())
     return digest.hexdigest()[:32]
+
+
+def put_into_lower_case(tokenizer: Any) -> None:
+    """Let the tokenizer do so first of all, in place, where it does not yet."""
+    from tokenizers import normalizers
+
+    backend = _backend_of(tokenizer)
+    if backend.normalizer is None or "owercase" not in str(backend.normalizer).replace("lowercase=False", ""):
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase(), *([] if backend.normalizer is None else [backend.normalizer])]
+        )
 
 
 def _backend_of(tokenizer: Any) -> Any:

@@ -1,31 +1,44 @@
 """What a model folder says about how to use it: `ds_embed.json` beside the weights."""
 
-import json
-from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
+from __future__ import annotations
 
-from ds_embed.data.tokenize import TextFormat
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ds_embed.data.tokenize import SpecialTokens, TextFormat
+from ds_embed.models.pooling import NORMALIZE
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX, unescape
 from ds_embed.settings.errors import UserError
 
 CARD_NAME = "ds_embed.json"
+OWN_FILES = "its sentence-transformers files"
+_FLAG, _DEFAULT = "flag", "default"
 
 
 @dataclass(frozen=True)
 class EmbeddingCard:
     """Everything that decides a text's vector apart from the weights, so that no flag needs repeating."""
 
-    pooling: str
+    pooling: str  # one of POOLINGS, or several with + in between, one behind the other
     query_prefix: str
     doc_prefix: str
     query_max_length: int  # tokens
     doc_max_length: int  # tokens
-    append_eos: bool
+    append_eos: bool  # end texts with EOS where the tokenizer itself puts nothing behind them
     base_model: str  # folder or hub name that an adapter belongs to
     consumed_samples: int  # samples the model was trained on; 0 for a base model
     temperature: float | None = None  # of the loss at the end of training; None for a base model
     bidirectional: bool = False  # whether a decoder's tokens see the whole text; encoders' always do
+    include_prompt: bool = True  # whether the tokens of the prefix are pooled too
+    head: list[dict[str, Any]] = field(default_factory=lambda: [NORMALIZE])  # Dense and Normalize behind the pooling
+    strip: bool = True  # take the blanks around prefix and text off
+    lower_case: bool = False  # where the tokenizer does not do so by itself
+    similarity: str = "cosine"  # that the model's files name, for other libraries
+    prompts: dict[str, str] = field(default_factory=dict)  # beside those of queries and documents, for other libraries
+    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # by field; not saved
 
     @classmethod
     def choose(
@@ -36,74 +49,148 @@ class EmbeddingCard:
         decoder: bool,
         bidirectional: bool,
         base: str,
-        known: "EmbeddingCard | None",
+        known: EmbeddingCard | None,
         longest: int | None,
-    ) -> "EmbeddingCard":
-        """The card of a model: what the flags say, else what its own card `known` says, else our defaults.
+        own: dict[str, Any] | None = None,
+    ) -> EmbeddingCard:
+        """The card of a model: flags, else its own card `known`, else its `own` files' settings, else our defaults.
 
         bidirectional: whether the model is so by itself. longest: tokens that it has positions for, None
         where nothing limits them. UserError when a length exceeds it, or for a pooling that sees one token.
         """
-
-        def first(*choices):
-            return next(choice for choice in choices if choice is not None)
-
-        def of_known(name):
-            return None if known is None else getattr(known, name)
-
-        def prefix(name, default):
-            flag = getattr(text, name)
-            return first(of_known(name), default) if flag is None else unescape(flag)
-
-        default_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
-        lengths = {
-            name: first(getattr(text, name), text.max_length, of_known(name), default_length)
-            for name in ("query_max_length", "doc_max_length")
+        flags = {
+            "pooling": model.pooling,
+            "bidirectional": model.bidirectional,
+            **{name: getattr(text, name) for name in ("query_prefix", "doc_prefix")},
+            **{name: getattr(text, name) or text.max_length for name in ("query_max_length", "doc_max_length")},
         }
-        for name, length in lengths.items():
-            if longest is not None and length > longest:
+        flags = {name: unescape(value) if name.endswith("prefix") and value else value for name, value in flags.items()}
+        defaults = {
+            "pooling": "last" if decoder else "mean",
+            "query_prefix": DEFAULT_QUERY_PREFIX,
+            "doc_prefix": DEFAULT_DOC_PREFIX,
+            "query_max_length": min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH),
+            "doc_max_length": min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH),
+            "append_eos": decoder,
+            "consumed_samples": 0,
+        }
+        for one in fields(cls):
+            if one.default is not MISSING:
+                defaults.setdefault(one.name, one.default)
+            elif one.default_factory is not MISSING:
+                defaults.setdefault(one.name, one.default_factory())
+        card = {} if known is None else {n: value for n, value in asdict(known).items() if n != "origins"}
+        sources = {_FLAG: flags, CARD_NAME: card, OWN_FILES: own or {}, _DEFAULT: defaults}
+        values: dict[str, Any] = {"base_model": base}
+        origins = {}
+        for name in defaults.keys() - {"origins"}:
+            origins[name] = next(
+                where
+                for where, source in sources.items()
+                if (name in source and source[name] is not None) or where == _DEFAULT
+            )
+            values[name] = sources[origins[name]][name]
+        for name in ("query_max_length", "doc_max_length"):
+            if longest is not None and values[name] > longest:
+                if origins[name] == OWN_FILES:  # as some say that count the padding's position too
+                    values[name] = longest
+                    continue
                 flag = "max_length" if getattr(text, name) is None else name
                 raise UserError(
-                    f"--{flag} {length}: {base} has positions for {longest} tokens; set it to at most {longest}"
+                    f"--{flag} {values[name]}: {base} has positions for {longest} tokens; set it to at most {longest}"
                 )
-        pooling = first(model.pooling, of_known("pooling"), "last" if decoder else "mean")
-        bidirectional = bidirectional or first(model.bidirectional, of_known("bidirectional"), False)
-        if pooling == "cls" and not bidirectional:
+        if bidirectional and not values["bidirectional"]:
+            values["bidirectional"], origins["bidirectional"] = True, "its config.json"
+        if model.normalize is not None:
+            dense = [layer for layer in values["head"] if layer != NORMALIZE]
+            kept = values["head"] if values["head"] and values["head"][-1] != NORMALIZE else values["head"][:-1]
+            values["head"] = [*kept, NORMALIZE] if model.normalize else kept
+            origins["head"] = _FLAG if not dense else f"{origins['head']}, and flag"
+        if "cls" in values["pooling"].split("+") and not values["bidirectional"] and origins["pooling"] == _FLAG:
             raise UserError(
                 f"--pooling cls: the first token of {base}, a causal decoder, sees none of the text behind it; "
                 "choose last, mean or weighted_mean, or set --bidirectional true"
             )
-        return cls(
-            pooling=pooling,
-            query_prefix=prefix("query_prefix", DEFAULT_QUERY_PREFIX),
-            doc_prefix=prefix("doc_prefix", DEFAULT_DOC_PREFIX),
-            **lengths,
-            append_eos=decoder,
-            base_model=base,
-            consumed_samples=first(of_known("consumed_samples"), 0),
-            temperature=of_known("temperature"),
-            bidirectional=bidirectional,
-        )
+        return cls(**values, origins=origins)
+
+    @property
+    def makes_unit_vectors(self) -> bool:
+        """Whether vectors have length 1."""
+        return bool(self.head) and self.head[-1] == NORMALIZE
+
+    def dimensions(self, hidden_size: int) -> int:
+        """Dimensions of a vector of a model with `hidden_size`. UserError when parts of the model don't fit."""
+        width = hidden_size * len(self.pooling.split("+"))
+        for layer in self.head:
+            if layer == NORMALIZE:
+                continue
+            if layer["in_features"] != width:
+                raise UserError(
+                    f"{layer['path']} takes {layer['in_features']} dimensions, and what stands before it gives {width} "
+                    f"(pooling {self.pooling}, hidden size {hidden_size}): they belong to different models"
+                )
+            width = layer["out_features"]
+        return width
 
     def text_formats(self) -> tuple[TextFormat, TextFormat]:
         """How queries and how documents become tokens."""
+        rest = (self.append_eos, self.include_prompt, self.strip)
         return (
-            TextFormat(self.query_prefix, self.query_max_length, self.append_eos),
-            TextFormat(self.doc_prefix, self.doc_max_length, self.append_eos),
+            TextFormat(self.query_prefix, self.query_max_length, *rest),
+            TextFormat(self.doc_prefix, self.doc_max_length, *rest),
         )
 
+    def describe(self, tokenizer: Any) -> list[str]:
+        """Lines that say how texts become vectors, and where each part of that comes from."""
+
+        def of(*names: str) -> str:
+            return ", ".join(dict.fromkeys(self.origins.get(name, CARD_NAME) for name in names))
+
+        def side(name: str) -> str:
+            prefix, length = f"{name}_prefix", f"{name}_max_length"
+            shown = json.dumps(getattr(self, prefix), ensure_ascii=False)
+            return f"prefix {shown} ({of(prefix)}), at most {getattr(self, length):,} tokens ({of(length)})"
+
+        layers = [
+            f"Dense {layer['in_features']} to {layer['out_features']} ({layer['activation']})"
+            if layer != NORMALIZE
+            else "Normalize"
+            for layer in self.head
+        ]
+        tail = [tokenizer.convert_ids_to_tokens(i) for i in SpecialTokens.of(tokenizer, self.append_eos).tail]
+        by_itself = SpecialTokens.of(tokenizer, False).tail or not tail
+        lines = [
+            f"pooling        {self.pooling} ({of('pooling')})"
+            + ("" if self.include_prompt else f", without the tokens of the prefix ({of('include_prompt')})"),
+            f"behind it      {', '.join(layers) or 'nothing'} ({of('head')})",
+            f"queries        {side('query')}",
+            f"documents      {side('doc')}",
+            f"end of a text  {' '.join(tail) or 'no token'} ({'its tokenizer' if by_itself else of('append_eos')})",
+            f"tokens see     {'the whole text' if self.bidirectional else 'what stands before them'} ({of('bidirectional')})",
+        ]
+        if not self.makes_unit_vectors:
+            lines.append(
+                "vectors        are not normalized: training and validation compare them by cosine, search and evaluate "
+                "by inner product; --normalize true makes unit vectors"
+            )
+        return lines
+
     def save(self, folder: Path) -> None:
-        (folder / CARD_NAME).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        content = {name: value for name, value in asdict(self).items() if name != "origins"}
+        (folder / CARD_NAME).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "EmbeddingCard | None":
+    def load(cls, folder: Path) -> EmbeddingCard | None:
         """The card in `folder`, or None where there is none. UserError when it can't be understood."""
         path = folder / CARD_NAME
-        if not path.exists():
-            return None
+        return cls.read(path) if path.exists() else None
+
+    @classmethod
+    def read(cls, path: Path) -> EmbeddingCard:
+        """The card in a file. UserError when it can't be understood."""
         content = json.loads(path.read_text("utf-8"))
-        known = {field.name for field in fields(cls)}
-        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        known = {one.name for one in fields(cls)} - {"origins"}
+        needed = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
         if not needed <= set(content) <= known:
             odd = ", ".join(sorted(set(content) - known | needed - set(content)))
             raise UserError(f"{path}: missing or unknown keys ({odd}): written by another version of ds_embed?")

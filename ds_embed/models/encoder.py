@@ -1,4 +1,4 @@
-"""Texts in, unit vectors out: the module that DeepSpeed trains.
+"""Texts in, vectors out: the module that DeepSpeed trains.
 
 A learned temperature is trained with it: as log(initial temperature / temperature), which starts at zero, where
 bfloat16 is finest. The logarithm makes steps relative (Radford et al. 2021, sec. 2.5).
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ds_embed.models.attention import BidirectionalAttention, CausalAttention, EncoderAttention
 from ds_embed.models.kinds import probe_texts, sees_behind
-from ds_embed.models.pooling import pool
+from ds_embed.models.pooling import NORMALIZE, Normalize, build_head, pool
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder
 
 
 class TextEncoder(nn.Module):
-    """A Hugging Face backbone (bare, or wrapped by PEFT), pooling, and L2 normalisation."""
+    """A Hugging Face backbone (bare, or wrapped by PEFT), pooling, and what comes behind it."""
 
     def __init__(
         self,
@@ -26,10 +26,12 @@ class TextEncoder(nn.Module):
         pooling: str,
         attention: EncoderAttention | CausalAttention | BidirectionalAttention,
         check_attention: bool = True,
+        head: nn.Sequential | None = None,
     ):
-        """check_attention: see _check_attention; tensors without data can't be compared."""
+        """check_attention: see _check_attention; tensors without data can't be compared. head: default L2 normalisation."""
         super().__init__()
         self.backbone = backbone
+        self.head = build_head([NORMALIZE]) if head is None else head
         self.pooling = pooling
         self.attention = attention
         self._attention_is_checked = not check_attention
@@ -39,15 +41,23 @@ class TextEncoder(nn.Module):
         """Add the parameter of a learned temperature; forward then returns its value (1,) beside the vectors."""
         self.log_scale_change = nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True) -> Tensor | tuple[Tensor, Tensor]:
-        """Unit vectors (B, D) in float32 of token ids (B, S), right-padded, of `lengths` (B,).
+    def make_unit_vectors(self) -> None:
+        """For training, which compares by cosine: normalise also what the model itself leaves as long as it is."""
+        if not (len(self.head) and isinstance(self.head[-1], Normalize)):
+            self.head.append(Normalize())
+
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True, prompt_lengths: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Vectors (B, D) in float32 of token ids (B, S), right-padded, of `lengths` (B,).
 
         has_padding: False promises that every text has S tokens, which saves the attention mask.
+        prompt_lengths (B,): leading tokens that the pooling leaves out; None where it takes all.
         """
         if not self._attention_is_checked:  # the first forward pass
             self._check_attention(input_ids)
         states = self._states(input_ids, lengths, has_padding)
-        vectors = nn.functional.normalize(pool(states, lengths, self.pooling), dim=1)
+        vectors = self.head(pool(states, lengths, self.pooling, prompt_lengths))
         if self.log_scale_change is None:
             return vectors
         # A product, since under ZeRO-3 the parameter itself is empty again after the forward pass.

@@ -9,74 +9,145 @@ from typing import Any
 
 import torch
 
+from ds_embed.artifact.identity import identify_large, identify_model
+from ds_embed.data.tokenize import put_into_lower_case
 from ds_embed.models.adapters import put_adapter_on, read_adapter
 from ds_embed.models.attention import choose_attention, choose_direction
-from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.card import CARD_NAME, EmbeddingCard
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.kernels import DEVICE_KERNEL, register_device_kernel
 from ds_embed.models.kinds import auto_class, backbone_class, kind_of, loading_options, plain_config, without_pooler
+from ds_embed.models.pooling import NORMALIZE, build_head
+from ds_embed.models.sentence_transformers import (
+    MODULES_NAME,
+    ModelFiles,
+    OwnFiles,
+    head_weights,
+    load_head,
+    read_own_files,
+)
 from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
+
+_ADAPTER = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's parts are: `base` weights, an optional PEFT `adapter`, the tokenizer, the card."""
+    """Where a model's parts are: `base` weights, an optional PEFT `adapter`, the tokenizer, what it says of itself."""
 
     base: str
     adapter: Path | None
     tokenizer: str
     card: EmbeddingCard | None
+    revision: str | None = None  # of base, where it is a hub name
+    own: OwnFiles | None = None  # what its sentence-transformers files say, where there is no card
+    files: ModelFiles | None = None  # where the card, or they, and the weights behind the pooling are
+
+    def load_head(self, head: list[dict[str, Any]]) -> torch.nn.Sequential:
+        """The modules behind the pooling, as a card has them, with their weights."""
+        return load_head(head, self.files or ModelFiles(self.base, self.revision))
+
+    @property
+    def says(self) -> dict[str, Any]:
+        """Settings of a card by name, as the model's own card or files give them."""
+        return vars(self.card) if self.card is not None else self.own.settings if self.own is not None else {}
+
+    def identify(self, commit: str | None) -> dict[str, str]:
+        """The content of its weights and configs; `commit` is the revision of a base that comes from the hub."""
+        layers = [layer for layer in self.says.get("head", []) if layer["type"] == "Dense"]
+        paths = [path for path in (head_weights(layer, self.files) for layer in layers) if path is not None]
+        known = identify_model(self.base, self.adapter, commit)
+        return known | ({"dense_layers": identify_large(paths)} if paths else {})
 
 
 def find_model(
-    model_name_or_path: str, adapter_path: str | None = None, flag: str = "model_name_or_path"
+    model_name_or_path: str,
+    adapter_path: str | None = None,
+    flag: str = "model_name_or_path",
+    revision: str | None = None,
 ) -> ModelSource:
-    """Resolve a base model, a run folder, a PEFT folder, or a base plus an adapter.
+    """Resolve a base model, a run, a PEFT or sentence-transformers folder, a hub name, or a base plus an adapter.
 
     Raises UserError naming the flag when a folder does not exist or holds no model.
     """
-    folder = _model_folder(flag, model_name_or_path)
+    files = _locate(flag, model_name_or_path, revision)
     if adapter_path is not None:
-        adapter = _model_folder("adapter_path", adapter_path)
-        if adapter is None or not (adapter / "adapter_config.json").exists():
-            raise UserError(f"--adapter_path {adapter_path}: no adapter_config.json there; give a LoRA run or adapter")
-        return ModelSource(str(folder or model_name_or_path), adapter, str(adapter), EmbeddingCard.load(adapter))
-    if folder is None:
-        return ModelSource(model_name_or_path, None, model_name_or_path, None)
-    if not (folder / "adapter_config.json").exists():
-        return ModelSource(str(folder), None, str(folder), EmbeddingCard.load(folder))
-    card = EmbeddingCard.load(folder)
-    return ModelSource(_find_base(folder, card, flag), folder, str(folder), card)
+        adapter = _locate("adapter_path", adapter_path, None)
+        if adapter.find(_ADAPTER) is None:
+            raise UserError(f"--adapter_path {adapter_path}: no {_ADAPTER} there; give a LoRA run or adapter")
+        return _find_adapted(adapter, files)
+    if files.find(_ADAPTER) is None:
+        return _find_whole(files)
+    return _find_adapted(files, _find_base(files, flag))
 
 
-def _find_base(adapter: Path, card: EmbeddingCard | None, flag: str) -> str:
+def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
     """The base model that an adapter names: as it is named, beside the adapter, or where it stood when both were moved."""
-    name = read_adapter(adapter).base_model_name_or_path
+    folder, (card, _) = adapter.find(_ADAPTER).parent, _said_by(adapter)
+    config = read_adapter(folder)
+    name = config.base_model_name_or_path
     if not name:
         raise UserError(
-            f"--{flag} {adapter}: its adapter_config.json names no base model; give that as --model_name_or_path, and this "
+            f"--{flag} {adapter.name}: its {_ADAPTER} names no base model; give that as --model_name_or_path, and this "
             "as --adapter_path"
         )
-    for place in (Path(name).expanduser(), adapter / name, adapter / (card.base_model if card else name)):
-        if (place / "config.json").exists():
-            return str(place.resolve())
-    folder = _model_folder(flag, name, hint=f" (the base model that {adapter} names)")
-    if folder is not None and (folder / "adapter_config.json").exists():
+    for place in (Path(name).expanduser(), folder / name, folder / (card.base_model if card else name)):
+        if any((place / file).exists() for file in ("config.json", MODULES_NAME)):
+            return ModelFiles(str(place.resolve()))
+    base = _locate(flag, name, config.revision, hint=f" (the base model that {adapter.name} names)")
+    if base.find(_ADAPTER) is not None:
         raise UserError(
-            f"--{flag} {adapter}: its base model {name} is an adapter itself; merge that first, by "
+            f"--{flag} {adapter.name}: its base model {name} is an adapter itself; merge that first, by "
             "recipes/export.py --format merged"
         )
-    return str(folder or name)
+    return base
 
 
-def _model_folder(flag: str, name: str, hint: str = "") -> Path | None:
-    """The folder with the model's files, or None when `name` is to be looked up on the hub."""
+def _find_whole(files: ModelFiles) -> ModelSource:
+    card, own = _said_by(files)
+    base, revision = files.name, files.revision
+    if own is not None and own.transformer:  # as versions 0 and 1 wrote them
+        base, revision = files.folder(own.transformer), None
+        if not (Path(base) / "config.json").exists():
+            raise UserError(f"{files.name}: no config.json in {own.transformer}, where {MODULES_NAME} has it")
+    return ModelSource(base, None, base, card, revision, own, files)
+
+
+def _find_adapted(adapter: ModelFiles, base: ModelFiles) -> ModelSource:
+    """An adapter, downloaded where need be, on its base; what the adapter does not say or bring, the base does."""
+    folder = adapter.find(_ADAPTER).parent
+    # All that there are, so that they are fetched; of the weights one kind, which put_adapter_on looks for.
+    adapter.find("adapter_model.safetensors") or adapter.find("adapter_model.bin")
+    tokenizer_files = [adapter.find(name) for name in _TOKENIZER_FILES]
+    whole = _find_whole(base)
+    card, own = _said_by(adapter)
+    speaks = card is not None or own is not None
+    return ModelSource(
+        whole.base,
+        folder,
+        str(folder) if any(tokenizer_files) else whole.tokenizer,
+        card if speaks else whole.card,
+        whole.revision,
+        own if speaks else whole.own,
+        adapter if speaks else whole.files,
+    )
+
+
+def _said_by(files: ModelFiles) -> tuple[EmbeddingCard | None, OwnFiles | None]:
+    """The model's card or, where it has none, what its sentence-transformers files say."""
+    path = files.find(CARD_NAME)
+    return (None, read_own_files(files)) if path is None else (EmbeddingCard.read(path), None)
+
+
+def _locate(flag: str, name: str, revision: str | None, hint: str = "") -> ModelFiles:
+    """The folder with the model's files, or the hub repository of that name."""
     path = Path(name).expanduser()
     for folder in (path, path / "model"):
-        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
-            return folder.resolve()
+        if any((folder / file).exists() for file in (_ADAPTER, "config.json", MODULES_NAME)):
+            return ModelFiles(str(folder.resolve()))
     if path.is_dir():
         unfinished = (path / "config.yaml").exists()
         reason = "a run that has not finished: no model/ in it" if unfinished else "no config.json in this folder"
@@ -86,7 +157,7 @@ def _model_folder(flag: str, name: str, hint: str = "") -> Path | None:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         if name.count("/") or name.startswith((".", "~")):
             raise UserError(f"--{flag} {name}{hint}: no such folder")
-    return None
+    return ModelFiles(name, revision)
 
 
 def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
@@ -95,7 +166,9 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
 
     try:
         with without_foreign_code(source.base):
-            config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                source.base, revision=source.revision, trust_remote_code=trust_remote_code
+            )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
@@ -107,7 +180,7 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
 
 
 def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments) -> EmbeddingCard:
-    """How texts become vectors: flags, else the model's own card, else our defaults for its kind.
+    """How texts become vectors: flags, else the model's own card or files, else our defaults for its kind.
 
     UserError when a length exceeds what the model has positions for, or its attention can't be as asked.
     """
@@ -117,7 +190,12 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
     if asked is None and kind.is_causal and source.card is not None:
         asked = source.card.bidirectional
     choose_direction(config, kind, asked, source.base)
-    return EmbeddingCard.choose(
+    own = {}
+    if source.own is not None and source.own.names_modules:  # sentence-transformers takes these for limits
+        limits = source.own.tokenizer_length, getattr(config, "max_position_embeddings", None)
+        length = min(filter(None, limits), default=None)
+        own = {"query_max_length": length, "doc_max_length": length}
+    card = EmbeddingCard.choose(
         text,
         model,
         decoder=kind.is_causal,
@@ -125,17 +203,25 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
         base=source.base,
         known=source.card,
         longest=kind.longest,
+        own=own | (source.own.settings if source.own else {}),
     )
+    card.dimensions(kind.num_dims)  # or says which parts don't fit, before anything is read or tokenized
+    return card
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     """The fast tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
+    revision = source.revision if source.tokenizer == source.base else None
     with without_foreign_code(source.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.tokenizer, revision=revision, trust_remote_code=trust_remote_code
+        )
     if not tokenizer.is_fast:
         raise UserError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
+    if source.says.get("lower_case"):
+        put_into_lower_case(tokenizer)
     return tokenizer
 
 
@@ -148,10 +234,12 @@ def load_encoder(
     attn_implementation: str | None,
     trust_remote_code: bool,
     trained: LoraArguments | None = None,
+    head: list[dict[str, Any]] | None = None,
 ) -> TextEncoder:
     """The encoder with its base weights, and the adapter where the source has one.
 
     bidirectional: whether a decoder's tokens see the whole text; encoders' always do.
+    head: the modules behind the pooling as a card has them; default L2 normalisation.
     trained: how the adapter is to be trained further; it is frozen if None.
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
@@ -163,14 +251,16 @@ def load_encoder(
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with without_foreign_code(source.base), _named_attention(attn_implementation):
-        backbone = auto_class(config).from_pretrained(source.base, config=config, **options, **loading_options(config))
+        where = {"revision": source.revision, "config": config}
+        backbone = auto_class(config).from_pretrained(source.base, **where, **options, **loading_options(config))
     attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)):
             backbone = put_adapter_on(backbone, source.adapter, trained)
         for parameter in backbone.parameters():  # buffers, such as rotary frequencies, stay as exact as they are
             parameter.data = parameter.data.to(options["dtype"])
-    return TextEncoder(backbone, pooling, attention)
+    layers = source.load_head([NORMALIZE] if head is None else head).to(options["dtype"])
+    return TextEncoder(backbone, pooling, attention, head=layers)
 
 
 def build_encoder(
@@ -181,6 +271,7 @@ def build_encoder(
     bf16: bool,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    head: list[dict[str, Any]] | None = None,
 ) -> TextEncoder:
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
     use_cpu_kernels()
@@ -189,7 +280,8 @@ def build_encoder(
     with _named_attention(attn_implementation):
         backbone = auto_class(config).from_config(config, **options, **without_pooler(config))
     attention = choose_attention(backbone, kind_of(config, trust_remote_code), bidirectional)
-    return TextEncoder(backbone, pooling, attention, check_attention=False)
+    layers = build_head([NORMALIZE] if head is None else head).to(options["dtype"])
+    return TextEncoder(backbone, pooling, attention, check_attention=False, head=layers)
 
 
 def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -20,19 +20,19 @@ class TextArguments:
 
     max_length: int | None = setting(
         "longest text in tokens, special tokens included; the rest is cut off "
-        f"(default: the trained model's, else {DEFAULT_MAX_LENGTH})",
+        f"(default: as the model's own files say, else {DEFAULT_MAX_LENGTH})",
         default=None,
     )
     query_max_length: int | None = setting("longest query in tokens (default: max_length)", default=None)
     doc_max_length: int | None = setting("longest document in tokens (default: max_length)", default=None)
     query_prefix: str | None = setting(
         f"text put in front of every query, such as an instruction; with {TEXT_PLACE} in it, the query stands there; "
-        rf"\n is a new line (default: the trained model's, else '{DEFAULT_QUERY_PREFIX}')",
+        rf"\n is a new line (default: as the model's own files say, else '{DEFAULT_QUERY_PREFIX}')",
         default=None,
     )
     doc_prefix: str | None = setting(
         "text put in front of every document, as query_prefix "
-        f"(default: the trained model's, else '{DEFAULT_DOC_PREFIX}')",
+        f"(default: as the model's own files say, else '{DEFAULT_DOC_PREFIX}')",
         default=None,
     )
 

@@ -6,7 +6,7 @@ from ds_embed.settings.checks import above_zero, at_least, one_of
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
 
-POOLINGS = ("mean", "cls", "last", "weighted_mean")
+POOLINGS = ("mean", "cls", "last", "weighted_mean", "max", "mean_sqrt_len")
 LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
 
 
@@ -14,9 +14,16 @@ LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
 class ModelArguments:
     model_name_or_path: str = setting("model folder or hub name: a base model, a run, a LoRA adapter")
     adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
+    model_revision: str | None = setting(
+        "branch, tag or commit of a hub name's repository, for all of its files (default: main)", default=None
+    )
     pooling: str | None = setting(
-        f"how token states become one vector: {', '.join(POOLINGS)} (default: last for decoders, mean for BERT)",
+        f"how token states become one vector: {', '.join(POOLINGS)}, or several with + in between, concatenated "
+        "(default: as the model's own files say, else last for decoders, mean for BERT)",
         default=None,
+    )
+    normalize: bool | None = setting(
+        "make vectors of length 1 (default: as the model's own files say, else true)", default=None
     )
     bidirectional: bool | None = setting(
         "let every token of a decoder see the whole text and not only what stands before it "
@@ -31,8 +38,11 @@ class ModelArguments:
     trust_remote_code: bool = setting("run Python code that comes with the model", default=False)
 
     def __post_init__(self):
-        if self.pooling is not None:
-            one_of(self, "pooling", POOLINGS)
+        for name in (self.pooling or "").split("+") if self.pooling is not None else []:
+            if name not in POOLINGS:
+                raise UserError(
+                    f"--pooling {self.pooling}: choose one of {', '.join(POOLINGS)}, or several joined by +"
+                )
 
 
 @dataclass

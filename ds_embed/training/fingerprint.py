@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from ds_embed.artifact.identity import identify_files, identify_model, identify_tokenizer
+from ds_embed.artifact.identity import identify_files, identify_tokenizer
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import ModelSource
 from ds_embed.settings import DataArguments, LoraArguments, OptimizerArguments, RunArguments, StepArguments
@@ -33,6 +33,9 @@ _CARD_SETTINGS = (
     "query_max_length",
     "doc_max_length",
     "append_eos",
+    "include_prompt",
+    "head",
+    "strip",
 )
 
 
@@ -53,7 +56,7 @@ def fingerprint(
     `commit` is the revision of a model that comes from the hub.
     """
     known = {"train_files": identify_files(manifest), "tokenizer": identify_tokenizer(manifest)}
-    known |= identify_model(source.base, source.adapter, commit)
+    known |= source.identify(commit)
     for name in _CARD_SETTINGS:
         known[name] = repr(getattr(card, name))
     for group in (lora, data, step, optimizer):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_embed.data.batch import GlobalBatch, collate
+from ds_embed.data.batch import GlobalBatch, collate, collate_prompts
 from ds_embed.data.order import key_of
 from ds_embed.data.plan import Plan, plan_micro_batches
 from ds_embed.data.store import TrainingStore
@@ -26,6 +26,7 @@ class MicroBatch:
     has_padding: bool
     num_texts: int  # 0: a dummy text stands in, so that all ranks make the same passes
     noise_seed: int  # of dropout
+    prompt_lengths: Tensor | None  # (b,) leading tokens that the pooling leaves out; None where it leaves out none
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def prepare_inputs(
         # Dropout is a pure function of (seed, step, rank, micro-batch): the second pass of grad_cache
         # draws what the first drew, and a resumed run what the interrupted one would have drawn.
         noise_seed = int(key_of(seed, batch.first_sample, world.rank, number)) % 2**63
-        return MicroBatch(put(ids), put(lengths), bool(lengths.min() < ids.shape[1]), len(chosen), noise_seed)
+        prompts = collate_prompts(store, batch.texts[chosen])
+        left_out = None if prompts is None else put(prompts)
+        has_padding = bool(lengths.min() < ids.shape[1])
+        return MicroBatch(put(ids), put(lengths), has_padding, len(chosen), noise_seed, left_out)
 
     # A new thread's current device is the first one, whichever this rank's is.
     with torch.cuda.device(world.device) if is_cuda else contextlib.nullcontext():

@@ -73,13 +73,13 @@ class TrainingRun:
             run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
         )
         self.folder = RunFolder(run.output_dir)
-        self.source = find_model(model.model_name_or_path, model.adapter_path)
+        self.source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
         self.config = config = load_config(self.source, model.trust_remote_code)
         self.kind = kind_of(config, model.trust_remote_code, self.source.base)
         self.lora = resolve_lora(lora, self.source, config, model.trust_remote_code)
-        if step.matryoshka_dims:
-            check_prefixes(step, self.kind.num_dims)
         self.card = choose_card(self.source, data, model)
+        if step.matryoshka_dims:
+            check_prefixes(step, self.card.dimensions(self.kind.num_dims))
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         parts = self.source, self.card, self.tokenizer, model.trust_remote_code
         world.on_main("check model", lambda: check_parts(*parts))
@@ -305,7 +305,9 @@ class TrainingRun:
                 attn_implementation=kernel,
                 trust_remote_code=self.model.trust_remote_code,
                 trained=self.lora,
+                head=self.card.head,
             )
+            encoder.make_unit_vectors()
             if self.lora.lora_rank and source.adapter is None:
                 add_lora(encoder, self.lora, seed=self.run.seed, dtype=dtype)
             elif self.lora.lora_rank:
@@ -381,4 +383,5 @@ class TrainingRun:
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
         if self.validation is not None:
             lines.append(f"validation     {self.validation.describe()}")
-        logger.info("\n".join(lines + describe_prefixes(self.data, self.card)))
+        lines += self.card.describe(self.tokenizer) + describe_prefixes(self.data, self.card)
+        logger.info("\n".join(lines))

@@ -12,12 +12,15 @@ from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
 from ds_embed.models.engine import gather_weights
+from ds_embed.models.kinds import without_pooler
+from ds_embed.models.sentence_transformers import write_modules
+from ds_embed.models.tokenizer import save_tokenizer, tokenizer_for_others
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
 from ds_embed.training.checkpoint import checkpoint_path, damage, load_checkpoint, read_state
 from ds_embed.training.run_folder import RunFolder
 
-_PREFIX = "backbone."
+_PREFIX, _HEAD = "backbone.", "head."
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     is_adapter = len(trained) < sum(1 for _ in encoder.parameters())
     weights = gather_weights(encoder, trained if is_adapter else None, world)
+    head = {name.removeprefix(_HEAD): weights.pop(name) for name in list(weights) if name.startswith(_HEAD)}
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     change = weights.pop(LOG_SCALE_CHANGE, None)
     if change is not None:
@@ -47,8 +51,10 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
             encoder.backbone.save_pretrained(target, state_dict=weights, save_embedding_layers=False)
         else:
             encoder.backbone.save_pretrained(target, state_dict=weights)
-        tokenizer.save_pretrained(target)
-        card.save(target)
+        config = encoder.backbone.config
+        dimensions = config.get_text_config().hidden_size
+        save_tokenizer(tokenizer_for_others(tokenizer, card), target)
+        write_modules(target, card, dimensions, head, without_pooler(config))
 
     world.on_main("save model", lambda: folder.publish_model(fill))
 

@@ -107,7 +107,7 @@ class ContrastiveStep:
     def _encode(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Embeddings (b, D) of one micro-batch, and the parameter of a learned temperature."""
         torch.manual_seed(micro_batch.noise_seed)
-        outputs = self.engine(micro_batch.ids, micro_batch.lengths, micro_batch.has_padding)
+        outputs = self.engine(micro_batch.ids, micro_batch.lengths, micro_batch.has_padding, micro_batch.prompt_lengths)
         vectors, change = outputs if self.arguments.learnable_temperature else (outputs, None)
         return vectors[: max(1, micro_batch.num_texts)], change
 

@@ -253,11 +253,11 @@ class _Encode:
     def __init__(self, engine: Any, stop: StopRequest):
         self.engine, self.stop = engine, stop
 
-    def __call__(self, ids: Tensor, lengths: Tensor, has_padding: bool) -> Tensor:
+    def __call__(self, *inputs: Tensor | bool) -> Tensor:
         _leave_if_asked(self.stop)
         # What a model caches in inference mode, such as rotary tables, training's graphs could not use.
         with torch.inference_mode(False), torch.no_grad():
-            outputs = self.engine(ids, lengths, has_padding)
+            outputs = self.engine(*inputs)
         return outputs[0] if isinstance(outputs, tuple) else outputs  # beside a learned temperature
 
 

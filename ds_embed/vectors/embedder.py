@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ds_embed.data.batch import pad
-from ds_embed.data.tokenize import TextFormat, encode_texts
+from ds_embed.data.tokenize import TextFormat, TextTokenizer
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import pack_linear_layers
 from ds_embed.models.encoder import TextEncoder
@@ -70,7 +70,9 @@ class Embedder:
         adapter_path: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "bfloat16",
+        revision: str | None = None,
         pooling: str | None = None,
+        normalize: bool | None = None,
         bidirectional: bool | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
@@ -83,9 +85,9 @@ class Embedder:
 
         device: default cuda where there is one, else cpu. dtype: bfloat16 (generate's default) or float32.
         truncate_dim: keep the first so many dimensions, normalised again. keep_weights: see Embedder.
-        pooling, bidirectional and text_settings (max_length, query_max_length, doc_max_length, query_prefix,
-        doc_prefix) are needed for base models only: a run knows its own.
-        UserError names the setting, as the flag of generate.
+        revision: of a hub name. pooling, normalize, bidirectional and text_settings (max_length, query_max_length,
+        doc_max_length, query_prefix, doc_prefix) are needed for models only that say nothing of themselves.
+        `card.describe(tokenizer)` says what was taken. UserError names the setting, as the flag of generate.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in _DTYPES:
@@ -93,12 +95,14 @@ class Embedder:
         model = ModelArguments(
             str(model_name_or_path),
             adapter_path=None if adapter_path is None else str(adapter_path),
+            model_revision=revision,
             pooling=pooling,
+            normalize=normalize,
             bidirectional=bidirectional,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-        source = find_model(model.model_name_or_path, model.adapter_path)
+        source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
         return cls.from_source(
             source,
             model,
@@ -132,22 +136,24 @@ class Embedder:
             bf16=bf16,
             attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
+            head=card.head,
         )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(encoder.to(device), tokenizer, card, **options)
 
     def encode_queries(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """Unit vectors, float32 (n, D), of queries in their order; `progress` shows a bar."""
+        """Vectors, float32 (n, D), of queries in their order; `progress` shows a bar."""
         return self._encode(texts, self.card.text_formats()[0], "queries", progress)
 
     def encode_documents(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """Unit vectors, float32 (n, D), of documents in their order; `progress` shows a bar."""
+        """Vectors, float32 (n, D), of documents in their order; `progress` shows a bar."""
         return self._encode(texts, self.card.text_formats()[1], "documents", progress)
 
     def _encode(self, texts: Sequence[str], text_format: TextFormat, name: str, progress: bool) -> np.ndarray:
         if isinstance(texts, str):
             raise UserError(f"one string was given; give a list of {name}")
-        tokens = encode_texts(self.tokenizer, texts, text_format)
+        tokenizer = TextTokenizer(self.tokenizer, text_format)
+        tokens = tokenizer.encode(texts)
         lengths = np.array([len(row) for row in tokens], dtype=np.int64)
         if len(tokens) and not lengths.min():
             raise UserError(f"text {int(lengths.argmin())} of the {name} has no tokens: leave blank texts out")
@@ -158,17 +164,19 @@ class Embedder:
             for start in range(0, len(tokens), BLOCK_TEXTS):
                 for batch in cut_block(lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens):
                     texts_of_batch = start + batch
-                    vectors = self._forward([tokens[text] for text in texts_of_batch])[:, : self.dimensions]
-                    if self._truncated:
+                    vectors = self._forward([tokens[text] for text in texts_of_batch], tokenizer.prompt_length)
+                    vectors = vectors[:, : self.dimensions]
+                    if self._truncated and self.card.makes_unit_vectors:
                         vectors = torch.nn.functional.normalize(vectors, dim=1)
                     rows[texts_of_batch] = vectors.cpu().numpy()
                     bar.update(len(batch))
         return rows
 
-    def _forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
+    def _forward(self, tokens: list[np.ndarray], prompt_length: int = 0) -> torch.Tensor:
         lengths = np.array([len(ids) for ids in tokens])
         ids = pad(np.concatenate(tokens), lengths)
         device = next(self.encoder.parameters()).device
         with torch.inference_mode():
             inputs = torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
-            return self.encoder(*inputs, bool(lengths.min() < ids.shape[1]))
+            prompts = torch.full_like(inputs[1], prompt_length) if prompt_length else None
+            return self.encoder(*inputs, bool(lengths.min() < ids.shape[1]), prompts)

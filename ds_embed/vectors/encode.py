@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_embed.data.batch import collate
+from ds_embed.data.batch import collate, collate_prompts
 from ds_embed.data.store import TextStore
 from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
@@ -24,7 +24,7 @@ from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, CorpusPlan
 GROUP_ROUNDS = 8
 _NO_TEXTS = np.empty(0, np.int64)
 
-Encode = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+Encode = Callable[..., torch.Tensor]
 
 
 def encode_store(
@@ -41,7 +41,7 @@ def encode_store(
 ) -> None:
     """Make the corpus: float32 (n, D), and a line per row in file order.
 
-    encode: token ids (b, S), lengths (b,), has_padding -> (b, D). Every rank must call this, and all make the
+    encode: as TextEncoder.forward. Every rank must call this, and all make the
     same number of forward passes. `rows` (default: all) start at a whole block. With `goes_on`, an earlier call that
     was killed is gone on with: corpus.is_finished has compared what both are made from. Without it a corpus that
     stands there is replaced. UserError when rows can't be written or are not finite; what was saved is kept.
@@ -107,10 +107,13 @@ def _next_group(batches: Iterator[np.ndarray], num_ranks: int) -> list[np.ndarra
 def _encode_texts(store: TextStore, texts: np.ndarray, encode: Encode, world: World) -> torch.Tensor:
     """Vectors (b, D) of texts (b,). Without any, a dummy text is encoded: the other ranks may need the pass."""
     ids, token_counts = collate(store, texts)
-    has_padding = bool(token_counts.min() < ids.shape[1])
+    prompts = collate_prompts(store, texts)
     with torch.inference_mode():
-        inputs = torch.from_numpy(ids).to(world.device), torch.from_numpy(token_counts).to(world.device)
-        return encode(*inputs, has_padding)[: len(texts)].float()
+        inputs = [torch.from_numpy(ids).to(world.device), torch.from_numpy(token_counts).to(world.device)]
+        inputs.append(bool(token_counts.min() < ids.shape[1]))
+        if prompts is not None:
+            inputs.append(torch.from_numpy(prompts).to(world.device))
+        return encode(*inputs)[: len(texts)].float()
 
 
 def _progress_bar(num_rows: int, num_done: int, world: World, name: str) -> Any:

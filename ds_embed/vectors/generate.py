@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ds_embed.artifact.durable import check_writable_folder
-from ds_embed.artifact.identity import identify_files, identify_model, identify_tokenizer
+from ds_embed.artifact.identity import identify_files, identify_tokenizer
 from ds_embed.data.store import TextStore, build_text_store, check_texts_fit
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
@@ -30,6 +30,11 @@ from ds_embed.vectors.vectors import Ids
 _NOT_OF_ROWS = {
     "model_name_or_path",
     "adapter_path",
+    "model_revision",
+    "normalize",
+    "similarity",
+    "prompts",
+    "origins",
     "trust_remote_code",
     "base_model",
     "consumed_samples",
@@ -55,9 +60,11 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     from other files, another model or other settings, or when another job is at it.
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
-    source = find_model(model.model_name_or_path, model.adapter_path)
+    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
     card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
+    if world.is_main:
+        logger.info("\n".join(card.describe(tokenizer)))
     world.on_main("check model", lambda: check_parts(source, card, tokenizer, model.trust_remote_code))
     prefix = Path(arguments.output_prefix).expanduser().resolve()
     world.on_main("check output_prefix", lambda: check_writable_folder("--output_prefix", prefix))
@@ -114,7 +121,7 @@ def _make_jobs(
 ) -> list[_Job]:
     """What there is to encode, queries and documents, with their token stores."""
     index, num_shards = arguments.shard_index, arguments.num_shards
-    identity = world.on_main("identify the model", lambda: identify_model(source.base, source.adapter, commit))
+    identity = world.on_main("identify the model", lambda: source.identify(commit))
     jobs = []
     stores = build_stores(world, arguments, tokenizer, card)
     if len(stores) == 2:
@@ -231,6 +238,7 @@ def _load(
             bf16=arguments.bf16,
             attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
+            head=card.head,
         )
     encoder.eval()
     encoder.requires_grad_(False)

@@ -13,6 +13,8 @@ from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.kinds import kind_of, without_pooler
 from ds_embed.models.loading import ModelSource, find_model, load_config
+from ds_embed.models.sentence_transformers import write_modules
+from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
@@ -27,9 +29,7 @@ from ds_embed.tools.export.check import (
     vectors_of_sentence_transformers,
     vectors_of_transformers,
 )
-from ds_embed.tools.export.modules import write_modules
-from ds_embed.tools.export.readme import readme
-from ds_embed.tools.export.tokenizer import save_tokenizer, self_contained
+from ds_embed.tools.export.readme import is_plain, readme
 from ds_embed.vectors.embedder import Embedder
 
 _LOAD = {
@@ -50,7 +50,8 @@ def export(run: str, output_format: str, output_dir: str, *, dtype: str, device:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not empty; choose another")
     source = _find_run(run, output_format)
-    if output_format == "sentence-transformers" and importlib.util.find_spec("sentence_transformers") is None:
+    needs_modules = output_format == "sentence-transformers" or not is_plain(source.card)
+    if needs_modules and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             f"--format {output_format}: the package sentence-transformers is not installed; "
             "pip install sentence-transformers, or ds_embed as pip install -e '.[export]'"
@@ -106,11 +107,7 @@ class _Export:
         self.base_dtype = self.config.dtype or torch.float32
         self.dtype = self.base_dtype if dtype == "auto" else DTYPES[dtype]
         self.run = self._embedder(source)
-        self.tokenizer = self_contained(
-            self.run.tokenizer,
-            append_eos=self.card.append_eos,
-            max_length=max(self.card.query_max_length, self.card.doc_max_length),
-        )
+        self.tokenizer = self_contained(self.run.tokenizer, self.card)
         self.texts = check_texts(self.run.tokenizer, self.card)
         self.vectors = vectors_here(self.run, self.texts)
 
@@ -131,15 +128,15 @@ class _Export:
 
     def fill(self, folder: Path, name: str) -> None:
         save_tokenizer(self.tokenizer, folder)
-        self.card.save(folder)
         notes = self._check_tokens(folder)
         model_options = without_pooler(self.config)
         if self.output_format == "adapter":
             self.run.encoder.backbone.save_pretrained(folder, save_embedding_layers=False)
         else:
             self._write_weights(folder)
+        hidden_size = self.config.get_text_config().hidden_size
+        write_modules(folder, self.card, hidden_size, self.run.encoder.head.state_dict(), model_options)
         if self.output_format == "sentence-transformers":
-            write_modules(folder, self.card, self.run.dimensions, model_options)
             if self.card.query_max_length != self.card.doc_max_length:
                 notes.append(
                     f"encode_query cuts at {self.card.query_max_length} tokens and encode_document at "
@@ -207,8 +204,10 @@ class _Export:
         rest = (self.device, self.trust_remote_code)
         name = "PeftModel" if self.output_format == "adapter" else "AutoModel"
         base = self.source.base if self.output_format == "adapter" else None
-        libraries = {name: lambda dtype: vectors_of_transformers(folder, base, self.card, self.texts, dtype, *rest)}
-        if self.output_format == "sentence-transformers":
+        libraries = {}
+        if is_plain(self.card):
+            libraries[name] = lambda dtype: vectors_of_transformers(folder, base, self.card, self.texts, dtype, *rest)
+        if self.output_format == "sentence-transformers" or not libraries:
             libraries["SentenceTransformer"] = lambda dtype: vectors_of_sentence_transformers(
                 folder, self.texts, dtype, *rest
             )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.pooling import NORMALIZE
 
 # Lines of Python from `states` (B, S, D) and `mask` (B, S) to `vectors` (B, D).
 _POOLING = {
@@ -16,7 +17,8 @@ _POOLING = {
 
 def readme(card: EmbeddingCard, name: str, output_format: str, without_pooler: bool, notes: list[str]) -> str:
     """Markdown with a front matter as model hubs read it. `name` is what the folder is called in the examples."""
-    uses_sentence_transformers = output_format == "sentence-transformers"
+    needs_modules = not is_plain(card)  # which only sentence-transformers and ds_embed read
+    uses_sentence_transformers = output_format == "sentence-transformers" or needs_modules
     library = {"adapter": "peft", "merged": "transformers"}.get(output_format, output_format)
     lines = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity"]
     if not Path(card.base_model).is_absolute():
@@ -26,7 +28,8 @@ def readme(card: EmbeddingCard, name: str, output_format: str, without_pooler: b
     lines += [
         f"{kind}, trained with ds_embed from {card.base_model} on {card.consumed_samples:,} samples.",
         "",
-        f"- pooling: {card.pooling} over the tokens, prefix included, then L2 normalisation; compare by cosine",
+        f"- pooling: {card.pooling} over the tokens, prefix {'included' if card.include_prompt else 'left out'}, then "
+        f"{' and '.join(layer['type'] for layer in card.head) or 'nothing'}; compare by {card.similarity}",
         f"- queries: prefix {card.query_prefix!r}, at most {card.query_max_length} tokens",
         f"- documents: prefix {card.doc_prefix!r}, at most {card.doc_max_length} tokens",
         "- longer texts lose their end; the tokenizer adds the special tokens"
@@ -36,10 +39,16 @@ def readme(card: EmbeddingCard, name: str, output_format: str, without_pooler: b
     ]
     if uses_sentence_transformers:
         lines += ["", "With sentence-transformers:", "", *_fenced(_sentence_transformers_code(name))]
-    code = _transformers_code(card, name, output_format, without_pooler)
-    lines += ["", "With transformers alone:", "", *_fenced(code)]
+    if not needs_modules:
+        code = _transformers_code(card, name, output_format, without_pooler)
+        lines += ["", "With transformers alone:", "", *_fenced(code)]
     lines += ["", "With ds_embed:", "", *_fenced(_ds_embed_code(name))]
     return "\n".join(lines) + "\n"
+
+
+def is_plain(card: EmbeddingCard) -> bool:
+    """Whether a few lines beside the transformers model make its vectors: one pooling of all tokens, then length 1."""
+    return card.pooling in _POOLING and card.include_prompt and card.head == [NORMALIZE]
 
 
 def _fenced(code: str) -> list[str]:

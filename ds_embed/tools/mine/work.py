@@ -15,7 +15,7 @@ import numpy as np
 
 from ds_embed.artifact.artifact import BEGUN, Artifact
 from ds_embed.artifact.durable import folder_when_whole, hold_lock, remove, remove_unfinished
-from ds_embed.artifact.identity import identify_large, identify_model, identify_texts, identify_weights
+from ds_embed.artifact.identity import identify_large, identify_texts, identify_weights
 from ds_embed.data.files import list_parts, stamp_of
 from ds_embed.models.loading import find_model
 from ds_embed.settings import TextArguments
@@ -35,8 +35,8 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
     if arguments.embeddings is not None:
         inputs["embeddings"] = identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))
     if model.model_name_or_path is not None:
-        source = find_model(model.model_name_or_path, model.adapter_path)
-        inputs |= identify_model(source.base, source.adapter, None)
+        source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+        inputs |= source.identify(None)
     if arguments.cross_encoder is not None:
         inputs["cross_encoder"] = identify_weights(arguments.cross_encoder)
     return inputs

@@ -184,7 +184,7 @@ def job_to_size(
     deepspeed_config = resolve_deepspeed_config(
         run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=sizing.num_gpus
     )
-    source = find_model(model.model_name_or_path, model.adapter_path)
+    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
     config = load_config(source, model.trust_remote_code)
     lora = resolve_lora(lora, source, config, model.trust_remote_code)
     card = choose_card(source, data, model)

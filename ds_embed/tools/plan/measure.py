@@ -106,7 +106,9 @@ def measure_model(
             bf16=bf16,
             attn_implementation=training_kernel(config, model.attn_implementation, "cuda" if on_gpu else "cpu"),
             trust_remote_code=model.trust_remote_code,
+            head=card.head,
         )
+        encoder.make_unit_vectors()
         if gradient_checkpointing:
             # There is no random state to keep where there are no numbers.
             settings = {"use_reentrant": False, "preserve_rng_state": False}
@@ -132,7 +134,7 @@ def measure_model(
         tuple(p.numel() for p in parameters if p.requires_grad),
         tuple(p.numel() for p in parameters if not p.requires_grad),
         sum(b.numel() * b.element_size() for b in encoder.buffers()),
-        config.get_text_config().hidden_size,
+        card.dimensions(config.get_text_config().hidden_size),
         num_tokens,
         *passes,
     )

@@ -5,23 +5,38 @@ from pathlib import Path
 from typing import Any
 
 from ds_embed.data.tokenize import SpecialTokens
+from ds_embed.models.card import EmbeddingCard
 
 
-def self_contained(tokenizer: Any, *, append_eos: bool, max_length: int) -> Any:
+def tokenizer_for_others(tokenizer: Any, card: EmbeddingCard) -> Any:
+    """The model's tokenizer, as it is where a plain call does all that the card says, else one that does.
+
+    As it is, it takes control tokens that a text spells for tokens, as the libraries that know nothing of ds_embed do.
+    """
+    around = SpecialTokens.of(tokenizer, False)
+    does_all = around == SpecialTokens.of(tokenizer, card.append_eos) and tokenizer.truncation_side == "right"
+    if card.strip:
+        does_all = does_all and tokenizer(" \n a b \n")["input_ids"] == tokenizer("a b")["input_ids"]
+    return tokenizer if does_all else self_contained(tokenizer, card)
+
+
+def self_contained(tokenizer: Any, card: EmbeddingCard) -> Any:
     """A fast tokenizer whose plain call gives the ids of TextTokenizer.
 
     Blanks around a text go, a text that is too long loses its end, and the special tokens, EOS too where
-    wanted, come after that. Text that spells a special token stays text. Padding is on the right.
+    wanted, come after that. Text that spells a special token stays text, unless a prefix has some: its are tokens.
+    Padding is on the right.
     """
     from tokenizers import Tokenizer, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = SpecialTokens.of(tokenizer, append_eos)
+    special = SpecialTokens.of(tokenizer, card.append_eos)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    strip = normalizers.Strip()
-    backend.normalizer = strip if backend.normalizer is None else normalizers.Sequence([strip, backend.normalizer])
+    if card.strip:
+        own = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Strip(), *own])
     head = [backend.id_to_token(token) for token in special.head]
     tail = [backend.id_to_token(token) for token in special.tail]
     backend.post_processor = processors.TemplateProcessing(
@@ -30,20 +45,24 @@ def self_contained(tokenizer: Any, *, append_eos: bool, max_length: int) -> Any:
     names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     # Which one does not matter: the attention mask hides it.
     names.setdefault("pad_token", names.get("eos_token") or names.get("unk_token") or backend.id_to_token(0))
+    spelled = [token for token in tokenizer.all_special_tokens if token in card.query_prefix + card.doc_prefix]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        split_special_tokens=True,
+        split_special_tokens=not spelled,
+        chat_template=tokenizer.chat_template,
         padding_side="right",
         truncation_side="right",
-        model_max_length=max_length,
+        model_max_length=max(card.query_max_length, card.doc_max_length),
         model_input_names=["input_ids", "attention_mask"],
         **names,
     )
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer under the class name that every version of transformers knows."""
+    """Write the tokenizer; one that was made here under the class name that every version of transformers knows."""
     tokenizer.save_pretrained(folder)
+    if type(tokenizer).__name__ not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")

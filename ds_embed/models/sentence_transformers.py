@@ -1,0 +1,317 @@
+"""Model folders and hub repositories in the form of sentence-transformers, versions 0 to 6: reading and writing them.
+
+What such files say of vectors becomes the settings of a card. modules.json names Python classes: none is imported,
+names that are known here are understood and all others refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_embed.models.pooling import ACTIVATIONS, NORMALIZE, build_head
+from ds_embed.settings.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_embed.models.card import EmbeddingCard
+
+MODULES_NAME = "modules.json"
+_PROMPTS_NAME = "config_sentence_transformers.json"
+# In the order in which several are concatenated; the names of versions 5 and 6, and the flags of those before.
+_POOLINGS = {
+    "cls": ("cls", "pooling_mode_cls_token"),
+    "max": ("max", "pooling_mode_max_tokens"),
+    "mean": ("mean", "pooling_mode_mean_tokens"),
+    "mean_sqrt_len": ("mean_sqrt_len_tokens", "pooling_mode_mean_sqrt_len_tokens"),
+    "weighted_mean": ("weightedmean", "pooling_mode_weightedmean_tokens"),
+    "last": ("lasttoken", "pooling_mode_lasttoken"),
+}
+_BACKBONES = {"Transformer", "BERT", "RoBERTa", "DistilBERT", "ALBERT", "CamemBERT", "XLMRoBERTa", "XLNet", "T5"}
+_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # of early Transformer files
+# Of arguments to transformers: those that change no vector. The kernel and the precision are chosen by flags.
+_HARMLESS = {
+    "model": {"add_pooling_layer", "attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "device_map"},
+    "tokenizer": {"padding_side", "use_fast", "model_max_length"},
+    "config": {"use_cache"},
+}
+_UNLIMITED = 10**9  # tokens; a tokenizer without a limit of its own says 10^30
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a folder, or of a hub repository at a revision (default main): looked up as from_pretrained does."""
+
+    name: str
+    revision: str | None = None
+
+    def find(self, path: str) -> Path | None:
+        """Where a file lies on this machine, fetched if need be; None where there is none, or no hub within reach."""
+        from transformers.utils import cached_file
+
+        quiet = ("gated_repo", "missing_entries", "connection_errors")
+        options = {f"_raise_exceptions_for_{what}": False for what in quiet}
+        try:
+            found = cached_file(self.name, path, revision=self.revision, **options)
+        except OSError:  # no such repository or revision: loading its config says so
+            return None
+        return None if found is None else Path(found)
+
+    def read(self, path: str) -> Any:
+        """The content of a JSON file, None where there is none. UserError when it is no JSON."""
+        found = self.find(path)
+        try:
+            return None if found is None else json.loads(found.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{found}: is not JSON ({error}); bring back the file") from None
+
+    def folder(self, path: str) -> str:
+        """A local folder with everything of a sub-folder."""
+        if Path(self.name).is_dir():
+            return str(Path(self.name) / path)
+        from huggingface_hub import snapshot_download
+
+        return str(Path(snapshot_download(self.name, revision=self.revision, allow_patterns=f"{path}/*")) / path)
+
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """What a model's own files say: settings of its card by name, and where its transformers model is."""
+
+    settings: dict[str, Any]
+    names_modules: bool = False  # and not prompts alone
+    transformer: str = ""  # sub-folder
+    tokenizer_length: int | None = None  # tokens; the length where no setting gives it
+
+
+def read_own_files(files: ModelFiles) -> OwnFiles | None:
+    """What the sentence-transformers files of a model say; None where there are none.
+
+    UserError naming the file and the module, setting or value that can't be applied here.
+    """
+    modules, general = files.read(MODULES_NAME), files.read(_PROMPTS_NAME)
+    if modules is None and general is None:
+        return None
+    general = general or {}
+    where = f"{files.name}: {_PROMPTS_NAME}"
+    if general.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise UserError(f"{where}: is a {general['model_type']}, and only SentenceTransformer models are taken")
+    if general.get("truncate_dim") is not None:
+        raise UserError(f"{where}: truncate_dim {general['truncate_dim']} can't be applied; take it out of the file")
+    settings = _prompts(general) | {"similarity": general.get("similarity_fn_name")}
+    if modules is None:
+        return OwnFiles(settings)
+    kinds = [_kind(files, module) for module in modules]
+    paths = [module.get("path") or "" for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= {"Dense", "Normalize"}:
+        raise UserError(
+            f"{files.name}: {MODULES_NAME} has the modules {', '.join(kinds)}; taken are Transformer, Pooling, and behind "
+            "them any number of Dense and Normalize"
+        )
+    pooling = _Content(files, paths[1])
+    settings |= {"pooling": _pooling(pooling), "include_prompt": pooling.get("include_prompt", True)}
+    settings["head"] = [
+        _dense(_Content(files, path)) if kind == "Dense" else NORMALIZE for kind, path in zip(kinds[2:], paths[2:])
+    ]
+    # As sentence-transformers has it: no blank taken off, nothing put behind a text that the tokenizer does not.
+    settings |= {"append_eos": False, "strip": False}
+    length = _transformer(files, paths[0], settings)
+    return OwnFiles({n: value for n, value in settings.items() if value is not None}, True, paths[0], length)
+
+
+def _kind(files: ModelFiles, module: dict[str, Any]) -> str:
+    """The kind of a module; UserError unless it is a class of sentence-transformers at a place within the folder."""
+    name, path = str(module.get("type")), str(module.get("path") or "")
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise UserError(f"{files.name}: {MODULES_NAME} has the path {path!r}, which leads out of the folder")
+    package, *_, kind = name.split(".")
+    kind = "Transformer" if kind in _BACKBONES else kind
+    if package != "sentence_transformers" or kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
+        raise UserError(f"{files.name}: {MODULES_NAME} has the module {name}, which can't be applied here")
+    return kind
+
+
+class _Content(dict):
+    """The config.json of a module, with its name for errors."""
+
+    def __init__(self, files: ModelFiles, path: str, name: str = "config.json"):
+        super().__init__(files.read(f"{path}/{name}" if path else name) or {})
+        self.path, self.where = path, f"{files.name}: {path}/{name}" if path else f"{files.name}: {name}"
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(f"{self.where}: {name} is missing; bring back the file")
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """UserError when the file gives something else than one of the allowed values, or than nothing."""
+        if self.get(name) not in (None, *allowed):
+            raise UserError(f"{self.where}: {name} {json.dumps(self[name])} can't be applied here")
+
+
+def _prompts(general: dict[str, Any]) -> dict[str, Any]:
+    """The prefixes: prompts under the names of the sides, in any case; else the default prompt; else none."""
+    prompts = general.get("prompts") or {}
+    lowered = {name.lower(): text for name, text in reversed(list(prompts.items()))} | prompts
+    default = prompts.get(general.get("default_prompt_name")) or ""
+    sides = {"query_prefix": ("query",), "doc_prefix": ("document", "passage", "corpus")}
+    found = {side: next((n for n in names if n in lowered), None) for side, names in sides.items()}
+    settings = {side: default if name is None else lowered[name] or "" for side, name in found.items()}
+    taken = {"query", "document", *found.values()}
+    return settings | {"prompts": {name: text or "" for name, text in prompts.items() if name.lower() not in taken}}
+
+
+def _pooling(content: _Content) -> str:
+    modes = content.get("pooling_mode")
+    if modes is None:
+        return "+".join(name for name, (_, flag) in _POOLINGS.items() if content.get(flag)) or "mean"
+    names = {mode: name for name, (mode, _) in _POOLINGS.items()}
+    modes = [modes] if isinstance(modes, str) else modes
+    for mode in modes:
+        if mode not in names:
+            raise UserError(
+                f"{content.where}: pooling_mode {json.dumps(mode)} is unknown; known are {', '.join(names)}"
+            )
+    return "+".join(names[mode] for mode in modes)
+
+
+def _dense(content: _Content) -> dict[str, Any]:
+    name = content.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if not name.startswith("torch.nn.") or name.split(".")[-1] not in ACTIVATIONS:
+        raise UserError(f"{content.where}: activation_function {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+    for key in ("module_input_name", "module_output_name"):
+        content.require(key, "sentence_embedding")
+    return {
+        "type": "Dense",
+        "path": content.path,
+        "in_features": content["in_features"],
+        "out_features": content["out_features"],
+        "bias": content.get("bias", True),
+        "activation": name.split(".")[-1],
+        "use_residual": content.get("use_residual", False),
+    }
+
+
+def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int | None:
+    """Put what the Transformer module says into settings; returns its tokenizer's length where no other is given."""
+    names = [f"sentence_{kind}_config.json" for kind in _KINDS]
+    content = next(filter(None, (_Content(files, path, name) for name in names)), _Content(files, path, names[0]))
+    content.require("transformer_task", "feature-extraction")
+    content.require("module_output_name", "token_embeddings")
+    for name in ("processing_kwargs", "query_expansion"):
+        content.require(name, {})
+    modalities = content.get("modality_config") or {"text": {}}
+    text = modalities.get("text", {"method": None})
+    if "message" in modalities or text.get("method", "forward") != "forward":
+        raise UserError(
+            f"{content.where}: modality_config {', '.join(modalities)}: only plain text can be embedded here"
+        )
+    for what, harmless in _HARMLESS.items():
+        for name in (f"{what}_args", f"{what}_kwargs", "processor_kwargs" if what == "tokenizer" else f"{what}_args"):
+            for argument, value in (content.get(name) or {}).items():
+                if argument not in harmless | {"trust_remote_code"}:
+                    raise UserError(f"{content.where}: {name} {argument}={value!r} can't be applied here")
+    tokenizer = _Content(files, path, "tokenizer_config.json")
+    tokenizer.require("truncation_side", "right")
+    longest = content.get("max_seq_length")
+    settings["query_max_length"] = content.get("query_length") or longest
+    settings["doc_max_length"] = content.get("document_length") or longest
+    settings["lower_case"] = content.get("do_lower_case", False)
+    length = tokenizer.get("model_max_length")
+    return int(length) if length is not None and length < _UNLIMITED else None
+
+
+def load_head(layers: list[dict[str, Any]], files: ModelFiles) -> torch.nn.Sequential:
+    """The modules behind the pooling with the weights of their Dense layers, float32. UserError when those don't fit."""
+    from safetensors.torch import load_file
+
+    head = build_head(layers)
+    for module, layer in zip(head, layers):
+        if layer["type"] != "Dense":
+            continue
+        path = head_weights(layer, files)
+        if path is None:
+            raise UserError(f"{files.name}: {layer['path']} has no weights (model.safetensors or pytorch_model.bin)")
+        is_safe = path.suffix == ".safetensors"
+        weights = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{path}: does not fit the config.json beside it: {reason}") from None
+    return head
+
+
+def head_weights(layer: dict[str, Any], files: ModelFiles) -> Path | None:
+    """The weight file of a Dense layer."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return next(filter(None, (files.find(f"{layer['path']}/{name}") for name in names)), None)
+
+
+def write_modules(
+    folder: Path,
+    card: EmbeddingCard,
+    dimensions: int,
+    head_state: dict[str, torch.Tensor],
+    model_options: dict[str, Any],
+) -> None:
+    """Make a transformers folder, or one of a PEFT adapter, one of sentence-transformers and ours too: card and modules.
+
+    In the spelling that all its versions read, and TEI and vLLM (docs/models.md). `dimensions` are those of a token,
+    head_state the weights behind the pooling, model_options what AutoModel is told. Prefixes become prompts.
+    """
+    from safetensors.torch import save_file
+
+    layers = [
+        layer | {"path": f"{i}_Dense"} if layer["type"] == "Dense" else layer for i, layer in enumerate(card.head, 2)
+    ]
+    replace(card, head=layers).save(folder)
+    kinds = ["Transformer", "Pooling", *(layer["type"] for layer in layers)]
+    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds[1:], 1))]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths))
+    ]
+    _write(folder / MODULES_NAME, modules)
+    for path in paths[1:]:
+        (folder / path).mkdir()
+    transformer: dict[str, Any] = {
+        "max_seq_length": max(card.query_max_length, card.doc_max_length),
+        "do_lower_case": card.lower_case,
+    }
+    if card.query_max_length != card.doc_max_length:  # since version 6
+        transformer |= {"query_length": card.query_max_length, "document_length": card.doc_max_length}
+    if model_options:
+        transformer["model_args"] = model_options
+    _write(folder / "sentence_bert_config.json", transformer)
+    names = card.pooling.split("+")
+    pooling: dict[str, Any] = {"word_embedding_dimension": dimensions}
+    if names == [name for name in _POOLINGS if name in names]:
+        pooling |= {flag: name in names for name, (_, flag) in _POOLINGS.items()}
+    else:  # an order that the flags can't say; since version 6
+        pooling["pooling_mode"] = [_POOLINGS[name][0] for name in names]
+    _write(folder / paths[1] / "config.json", pooling | {"include_prompt": card.include_prompt})
+    for number, layer in enumerate(layers):
+        if layer["type"] != "Dense":
+            continue
+        activation = ACTIVATIONS[layer["activation"]]
+        content = {name: layer[name] for name in ("in_features", "out_features", "bias")}
+        content["activation_function"] = f"{activation.__module__}.{activation.__name__}"
+        if layer["use_residual"]:
+            content["use_residual"] = True
+        _write(folder / layer["path"] / "config.json", content)
+        start = f"{number}."
+        weights = {n.removeprefix(start): w.contiguous() for n, w in head_state.items() if n.startswith(start)}
+        save_file(weights, folder / layer["path"] / "model.safetensors", metadata={"format": "pt"})
+    general = {
+        "__version__": {"sentence_transformers": "5.0.0"},  # whose spelling this is
+        "prompts": {"query": card.query_prefix, "document": card.doc_prefix} | card.prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": card.similarity,
+    }
+    _write(folder / _PROMPTS_NAME, general)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
