@@ -110,3 +110,17 @@ def test_each_file_has_its_own(tmp_path):
         'queries        "{text}\\n" kept by the model, for later ones',
     ]
     assert describe_prefixes(data(tmp_path, query_prefix="x"), card) == []
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level_tokenizer(), llama(add_bos_token=True), bert_tokenizer()])
+def test_control_tokens_spelled_in_a_prefix_are_tokens_and_in_data_text(tokenizer):
+    control = tokenizer.sep_token or "</s>"
+    append_eos = tokenizer.eos_token is not None
+    prefix = f"the {control} lake "
+    text_format = TextFormat(prefix, 100, append_eos)
+    plain, spelled = (ids.tolist() for ids in encode_texts(tokenizer, ["is cold", f"is {control} cold"], text_format))
+    end = tokenizer.sep_token_id if tokenizer.sep_token else tokenizer.eos_token_id
+    assert plain == tokenizer(prefix + "is cold")["input_ids"] + ([end] if append_eos else [])
+    assert plain.count(end) == 2 and spelled.count(end) == 2  # in the prefix and at the end
+    short = encode_texts(tokenizer, ["is cold " * 30], TextFormat(prefix, 20, append_eos))[0].tolist()
+    assert short[:19] == tokenizer(prefix + "is cold " * 30)["input_ids"][:19] and short[19] == end

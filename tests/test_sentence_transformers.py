@@ -2,16 +2,19 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from test_tokenizer_kinds import qwen
-from tiny import make_model, sentence
+from tiny import check, launch, make_model, make_training_file, sentence
 from tokenizers import processors
 
 from ds_embed import Embedder
 from ds_embed.job.ranks import World
+from ds_embed.models.loading import choose_card, find_model
+from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
 
@@ -132,3 +135,144 @@ def test_vectors_are_those_of_sentence_transformers_and_stay_so_when_saved(name,
     again = ours(tmp_path / "run")
     assert_same(vectors_of(again, texts), expected)
     assert again.card.origins["pooling"] == "ds_embed.json" and again.card.pooling == embedder.card.pooling
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | changes if isinstance(content, dict) else changes["modules"]))
+
+
+@pytest.fixture(scope="module")
+def bge(tmp_path_factory):
+    """A folder with cls pooling, prompts and a length; its own vectors."""
+    folder = tmp_path_factory.mktemp("bge") / "bge"
+    return folder, vectors_of(write_folder(folder, *CASES["bert cls"]), texts_to_encode())
+
+
+@pytest.mark.parametrize(
+    "prompts, default, expected",
+    [
+        ({"query": "q ", "document": "d "}, None, ("q ", "d ")),
+        ({"query": "q ", "passage": "p "}, None, ("q ", "p ")),
+        ({"Query": "q ", "PASSAGE": "p "}, None, ("q ", "p ")),
+        ({"query": "q ", "document": "", "passage": "p "}, None, ("q ", "")),  # as encode_document has it
+        ({"find": "f "}, "find", ("f ", "f ")),
+        ({"find": "f "}, None, ("", "")),
+        ({}, None, ("", "")),
+    ],
+)
+def test_prompts_are_prefixes_and_none_is_invented(bge, tmp_path, prompts, default, expected):
+    folder = shutil.copytree(bge[0], tmp_path / "st")
+    edit(folder / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=default)
+    card = choose_card(find_model(str(folder)), TextArguments(), ModelArguments(str(folder)))
+    assert (card.query_prefix, card.doc_prefix) == expected
+    assert card.origins["query_prefix"] == "its sentence-transformers files"
+    settings = TextArguments(query_prefix="x ", max_length=9)
+    card = choose_card(find_model(str(folder)), settings, ModelArguments(str(folder), pooling="max"))
+    assert (card.query_prefix, card.doc_prefix, card.pooling, card.doc_max_length) == ("x ", expected[1], "max", 9)
+    assert {name: card.origins[name] for name in ("query_prefix", "pooling")} == {
+        "query_prefix": "flag",
+        "pooling": "flag",
+    }
+
+
+def test_what_was_taken_is_said(bge):
+    embedder = ours(bge[0])
+    lines = "\n".join(embedder.card.describe(embedder.tokenizer))
+    for part in (
+        "cls (its sentence-transformers",
+        '"w1 query: " (its',
+        "at most 12 tokens (its",
+        "[SEP] (its tokenizer)",
+    ):
+        assert part in lines
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("sentence_transformers.models.CNN", "has the module sentence_transformers.models.CNN, which can't be applied"),
+        ("evil.Pooling", "has the module evil.Pooling"),
+        ("os.system", "has the module os.system"),
+    ],
+)
+def test_modules_that_can_not_be_applied_are_refused_by_name_and_never_imported(bge, tmp_path, kind, message):
+    folder = shutil.copytree(bge[0], tmp_path / "st")
+    (folder / "evil.py").write_text("open(__file__ + '.ran', 'w')")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = kind
+    edit(folder / "modules.json", modules=modules)
+    with pytest.raises(ValueError, match=message):
+        ours(folder)
+    assert not (folder / "evil.py.ran").exists()
+    modules[1] |= {"type": "sentence_transformers.models.Pooling", "path": "../bge/1_Pooling"}
+    edit(folder / "modules.json", modules=modules)
+    with pytest.raises(ValueError, match="which leads out of the folder"):
+        ours(folder)
+
+
+def test_the_layout_of_the_first_versions(bge, tmp_path):
+    folder, expected = bge
+    old = tmp_path / "old"
+    shutil.copytree(
+        folder, old / "0_Transformer", ignore=shutil.ignore_patterns("modules.json", "config_s*", "1_*", "2_*")
+    )
+    for name in ("1_Pooling", "2_Normalize"):
+        shutil.copytree(folder / name, old / name)
+    shutil.copy(folder / "config_sentence_transformers.json", old)
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (old / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (old / "0_Transformer" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
+    names = [("0_Transformer", "BERT"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(names)
+    ]
+    (old / "modules.json").write_text(json.dumps(modules))
+    assert_same(vectors_of(ours(old), texts_to_encode()), expected)
+
+
+def test_hub_names_are_read_as_folders_are(bge, tmp_path):
+    """A local cache stands for the hub: a revision that pools by mean beside main, and an adapter without a card."""
+    folder, expected = bge
+    repository = tmp_path / "hub" / "models--me--model"
+    for name, commit in (("main", "a" * 40), ("old", "b" * 40)):
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    edit(repository / "snapshots" / ("b" * 40) / "1_Pooling" / "config.json", pooling_mode="mean")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, numpy as np\nfrom ds_embed import Embedder\n"
+        "one, old = (Embedder.from_pretrained('me/model', revision=r, dtype='float32', device='cpu') for r in (None, 'old'))\n"
+        f"texts = json.loads({json.dumps(json.dumps(texts_to_encode()))})\n"
+        f"np.save({str(tmp_path / 'v.npy')!r}, np.concatenate([one.encode_queries(texts), one.encode_documents(texts)]))\n"
+        "print(one.card.pooling, old.card.pooling, one.card.query_prefix)\n"
+    )
+    result = check(launch(0, script, environment={"HF_HUB_CACHE": str(tmp_path / "hub")}))
+    assert result.stdout.strip().endswith("cls mean w1 query:")
+    assert_same(np.load(tmp_path / "v.npy"), expected)
+
+
+TRAINED = ("bert two Dense", "modernbert prompt left out", "qwen3 Dense", "qwen2", "llama lora")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_folders_are_opened_again_by_sentence_transformers(name, tmp_path):
+    """Three steps with the recipe; with LoRA, RUN/model is an adapter, and its Dense layer was trained whole."""
+    lora = name == "llama lora"
+    kind, case = ("llama", dict(LEARNED, pooling="lasttoken", prompts=PROMPTS)) if lora else CASES[name]
+    write_folder(tmp_path / "st", kind, case)
+    make_training_file(tmp_path / "a.jsonl", 48, 1)
+    decoder = kind not in ("bert", "modernbert")
+    flags = ["--deepspeed", "ds_configs/zero0.json", "--train_files", str(tmp_path / "a.jsonl")]
+    flags += ["--max_steps", "3", "--global_batch_size", "8", "--micro_batch_tokens", "256", "--bf16", "false"]
+    flags += ["--model_name_or_path", str(tmp_path / "st"), "--output_dir", str(tmp_path / "run")]
+    flags += ["--learning_rate", "1e-2", "--lora_rank", "4" if lora else "0", "--hard_negatives", "1"]
+    flags += ["--cache_dir", str(tmp_path / "cache")]
+    check(launch(1, f"recipes/train_{'gpt' if decoder else 'bert'}.py", *flags))
+    texts = texts_to_encode()
+    trained = vectors_of(ours(tmp_path / "run"), texts)
+    assert_same(vectors_of(theirs(tmp_path / "run" / "model"), texts), trained)
+    assert np.abs(trained - vectors_of(ours(tmp_path / "st"), texts)).max() > 1e-2
+    assert (tmp_path / "run" / "model" / "adapter_config.json").exists() == lora

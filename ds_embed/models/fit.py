@@ -39,6 +39,7 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> nn.Module:
         with without_foreign_code(source.base):
             model, report = auto_class(config).from_pretrained(
                 source.base,
+                revision=source.revision,
                 config=config,
                 trust_remote_code=trust_remote_code,
                 device_map="meta",
