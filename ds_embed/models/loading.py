@@ -253,6 +253,8 @@ def load_encoder(
     with without_foreign_code(source.base), _named_attention(attn_implementation):
         where = {"revision": source.revision, "config": config}
         backbone = auto_class(config).from_pretrained(source.base, **where, **options, **loading_options(config))
+    if config.model_type == "bert":
+        backbone._weight_conversions = []  # names that only reading needs: under ZeRO-3 saving would turn them back
     attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)):
