@@ -60,12 +60,13 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
         return resolved
     for name in ("lora_rank", "lora_alpha", "lora_target_modules", "lora_variant"):
         asked, known = getattr(resolved, name), getattr(own, name)
+        meant = asked
         if name == "lora_target_modules" and asked is not known:
             if asked == ["all-linear"]:
                 with torch.device("meta"):
-                    asked = _linear_modules(backbone_class(config, trust_remote_code, source.base)(config))
-            asked = sorted(_last_parts(asked))
-        if asked != known:
+                    meant = _linear_modules(backbone_class(config, trust_remote_code, source.base)(config))
+            meant = sorted(_last_parts(meant))
+        if meant != known:
             asked, known = (listed(v) if isinstance(v, list) else v for v in (asked, known))
             raise UserError(
                 f"--{name} {asked}: the LoRA run that is trained further, {source.adapter}, has {known}; leave the flag "

@@ -66,7 +66,7 @@ class LoraArguments:
     )
     lora_variant: str | None = setting(
         "lora; rslora: scaled by lora_alpha / sqrt(lora_rank); dora: with a trained length for each row of a weight; "
-        "pissa: starts at the largest singular values of a weight, saved as a LoRA of twice the rank "
+        "pissa: starts at the largest singular values of a weight, which are taken out of it again at each loading "
         "(default: the run's own, else lora)",
         default=None,
     )

@@ -77,6 +77,11 @@ class TrainingRun:
         self.config = config = load_config(self.source, model.trust_remote_code)
         self.kind = kind_of(config, model.trust_remote_code, self.source.base)
         self.lora = resolve_lora(lora, self.source, config, model.trust_remote_code)
+        if self.lora.lora_rank and self.lora.lora_variant == "dora" and self._stage == 3:
+            raise UserError(
+                "--lora_variant dora: reads weights outside of their layer, where ZeRO-3 has let go of them; take a "
+                "--deepspeed of ZeRO 0 to 2, such as zero2"
+            )
         self.card = choose_card(self.source, data, model)
         if step.matryoshka_dims:
             check_prefixes(step, self.card.dimensions(self.kind.num_dims))
@@ -106,6 +111,10 @@ class TrainingRun:
         self.start = world.on_main("find checkpoint", lambda: self._find_start(commit))
         self.best = self.start.best
         self.skipped_steps, self.saved_step = self.start.skipped_steps, self.start.step
+
+    @property
+    def _stage(self) -> int:
+        return self.deepspeed_config["zero_optimization"].get("stage", 0)
 
     def _find_start(self, commit: str | None) -> Start:
         self.fingerprint = fingerprint(
@@ -260,13 +269,12 @@ class TrainingRun:
 
     def _save(self, engine: Any, number: int) -> None:
         self.world.mark("save")
-        zero = self.deepspeed_config["zero_optimization"].get("stage", 0)
         state = {
             "consumed_samples": self._consumed(number),
             "max_steps": self.max_steps,
             "skipped_steps": self.skipped_steps,
             "best": self.best.state(),
-            "written_by": f"{self.world.size} rank(s), ZeRO-{zero}",
+            "written_by": f"{self.world.size} rank(s), ZeRO-{self._stage}",
         }
         save_checkpoint(
             engine,
@@ -352,12 +360,11 @@ class TrainingRun:
         total = sum(whole_size(p) for p in encoder.parameters())
         hard = self.data.hard_negatives
         seen = {"all": batch.num_queries * (1 + hard), "own": batch.num_queries + hard, "pair": 1 + hard}
-        zero = self.deepspeed_config["zero_optimization"].get("stage", 0)
         lines = [
             f"records        {self.store.num_records:,} in {len(self.data.train_files)} file(s)",
             f"steps          {self.max_steps:,} of {batch.num_queries:,} queries",
             f"weights        {trained:,} trained of {total:,}, "
-            f"{'bf16' if self.run.bf16 else 'fp32'}, ZeRO-{zero}, {self.world.size} rank(s)",
+            f"{'bf16' if self.run.bf16 else 'fp32'}, ZeRO-{self._stage}, {self.world.size} rank(s)",
             f"first step     {len(batch.rows):,} texts, {batch.num_tokens_named:,} tokens, at most "
             f"{seen[self.step_arguments.negatives] - 1:,} negatives per query",
             f"each text once {len(batch.texts):,} texts, {plan.num_tokens:,} tokens to encode",
