@@ -53,6 +53,8 @@ setup(
         # Exports for sentence-transformers are loaded with it before they are called done.
         "export": ["sentence-transformers"],
         "mteb": ["mteb"],
+        # --load_in_4bit.
+        "quantized": ["bitsandbytes"],
         # --map tsne of recipes/report.py.
         "report": ["scikit-learn"],
         # What benchmarks/ compares with.
@@ -68,6 +70,7 @@ setup(
             "sentence-transformers",
             "mteb",
             "accelerate",
+            "bitsandbytes",
         ],
     },
 )

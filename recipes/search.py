@@ -40,13 +40,13 @@ def main() -> None:
         ModelArguments, TextArguments, SearchArguments, SearchIndexArguments, argv=argv
     )
     from ds_embed.data.records import read_document_texts
-    from ds_embed.models.loading import find_model
+    from ds_embed.models.loading import find_source
     from ds_embed.vectors.embedder import Embedder
     from ds_embed.vectors.faiss_index import search_by_arguments
     from ds_embed.vectors.vectors import read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
-    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+    source = find_source(model)
     query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries(
         [arguments.query]
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PREFIX = "base_model.model."  # PEFT's, in front of the module's own name
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ def read_adapter(folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the unknown keys that say nothing
         return LoraConfig.from_pretrained(str(folder))
+
+
+def changes_base(config: Any) -> bool:
+    """Whether making the matrices of this LoraConfig changes the base model's weights."""
+    return str(config.init_lora_weights).startswith(_MUTATING)
 
 
 def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArguments | None = None) -> Any:

@@ -1,5 +1,6 @@
 """Whether the parts of one model belong together: config, weights, tokenizer, adapter. Only headers are read of a base."""
 
+import importlib.util
 import re
 import warnings
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ds_embed.data.tokenize import encode_texts
-from ds_embed.models.adapters import put_adapter_on
+from ds_embed.models.adapters import changes_base, put_adapter_on, read_adapter
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.kinds import auto_class, loading_options
 from ds_embed.models.loading import ModelSource, load_config, without_foreign_code
@@ -16,12 +17,25 @@ from ds_embed.settings.errors import UserError
 
 def check_parts(source: ModelSource, card: EmbeddingCard, tokenizer: Any, trust_remote_code: bool) -> None:
     """UserError that names both parts where two don't fit, before any text is tokenized or a weight is read."""
+    if source.load_in_4bit is not None:
+        _check_4bit(source)
     model = _check_weights(source, trust_remote_code)
     _check_tokens(source, card, tokenizer, model)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, that nothing is copied into tensors without data
             put_adapter_on(model, source.adapter)
+
+
+def _check_4bit(source: ModelSource) -> None:
+    flag = f"--load_in_4bit {source.load_in_4bit}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{flag}: needs bitsandbytes; pip install bitsandbytes, or leave it out")
+    if source.adapter is not None and changes_base(read_adapter(source.adapter)):
+        raise UserError(
+            f"{flag}: the adapter {source.adapter} changes the base model's weights, which can't be done in 4 bits; merge "
+            "it first, by recipes/export.py --format merged, or leave the flag out"
+        )
 
 
 def _check_weights(source: ModelSource, trust_remote_code: bool) -> nn.Module:

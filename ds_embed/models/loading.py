@@ -3,7 +3,7 @@
 import contextlib
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class ModelSource:
     revision: str | None = None  # of base, where it is a hub name
     own: OwnFiles | None = None  # what its sentence-transformers files say, where there is no card
     files: ModelFiles | None = None  # where the card, or they, and the weights behind the pooling are
+    load_in_4bit: str | None = None  # how base's linear layers are to be held
 
     def load_head(self, head: list[dict[str, Any]]) -> torch.nn.Sequential:
         """The modules behind the pooling, as a card has them, with their weights."""
@@ -60,6 +61,7 @@ class ModelSource:
         layers = [layer for layer in self.says.get("head", []) if layer["type"] == "Dense"]
         paths = [path for path in (head_weights(layer, self.files) for layer in layers) if path is not None]
         known = identify_model(self.base, self.adapter, commit)
+        known["load_in_4bit"] = str(self.load_in_4bit)
         return known | ({"dense_layers": identify_large(paths)} if paths else {})
 
 
@@ -82,6 +84,21 @@ def find_model(
     if files.find(_ADAPTER) is None:
         return _find_whole(files)
     return _find_adapted(files, _find_base(files, flag))
+
+
+def find_source(model: ModelArguments) -> ModelSource:
+    """What find_model finds for these settings, to be loaded as they say."""
+    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+    return replace(source, load_in_4bit=model.load_in_4bit)
+
+
+def check_stage(model: ModelArguments, stage: int) -> None:
+    """UserError when the model can't be loaded under this ZeRO stage as the settings say."""
+    if model.load_in_4bit is not None and stage == 3:
+        raise UserError(
+            f"--load_in_4bit {model.load_in_4bit}: ZeRO-3 can't cut 4-bit weights into shares; take a --deepspeed of ZeRO 0 "
+            "to 2, such as zero2"
+        )
 
 
 def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
@@ -250,17 +267,29 @@ def load_encoder(
     register_device_kernel()
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
+    if source.load_in_4bit is not None:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=source.load_in_4bit, bnb_4bit_compute_dtype=options["dtype"]
+        )
     with without_foreign_code(source.base), _named_attention(attn_implementation):
         where = {"revision": source.revision, "config": config}
         backbone = auto_class(config).from_pretrained(source.base, **where, **options, **loading_options(config))
     if config.model_type == "bert":
         backbone._weight_conversions = []  # names that only reading needs: under ZeRO-3 saving would turn them back
+    for module in backbone.modules():
+        # On a CPU with such instructions bitsandbytes packs weights in the first pass without gradients, be it one of
+        # validation, and from then on its layers pass no gradient on.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
     attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)):
             backbone = put_adapter_on(backbone, source.adapter, trained)
         for parameter in backbone.parameters():  # buffers, such as rotary frequencies, stay as exact as they are
-            parameter.data = parameter.data.to(options["dtype"])
+            if parameter.is_floating_point():  # and not 4-bit numbers, two to a byte
+                parameter.data = parameter.data.to(options["dtype"])
     layers = source.load_head([NORMALIZE] if head is None else head).to(options["dtype"])
     return TextEncoder(backbone, pooling, attention, head=layers)
 

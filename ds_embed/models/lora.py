@@ -14,7 +14,7 @@ import torch
 
 from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.artifact.identity import check_unchanged, identify_model
-from ds_embed.models.adapters import read_adapter
+from ds_embed.models.adapters import changes_base, read_adapter
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.kinds import backbone_class, is_bert_style, kind_of
@@ -22,9 +22,6 @@ from ds_embed.models.loading import ModelSource, load_config, load_encoder
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import listed
-
-# Initialisations that change the base model's weights when the matrices are made.
-_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +41,7 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
             raise UserError(
                 f"--lora_variant {arguments.lora_variant}: without --lora_rank, such as 16, there is no LoRA"
             )
+        _check_4bit(source, resolved)
         return resolved
     adapter = read_adapter(source.adapter)
     targets = adapter.target_modules or []
@@ -56,6 +54,7 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
     )
     given = {name: value for name, value in asdict(arguments).items() if value is not None}
     resolved = replace(own, **given)
+    _check_4bit(source, resolved)
     if not resolved.lora_rank or resolved.new_lora:
         return resolved
     for name in ("lora_rank", "lora_alpha", "lora_target_modules", "lora_variant"):
@@ -72,12 +71,20 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
                 f"--{name} {asked}: the LoRA run that is trained further, {source.adapter}, has {known}; leave the flag "
                 "out to go on with its matrices, or set --new_lora true to merge them into the base and start new ones"
             )
-    if str(adapter.init_lora_weights).startswith(_MUTATING):
+    if changes_base(adapter):
         raise UserError(
             f"{source.adapter}: init_lora_weights {adapter.init_lora_weights} changes the base model's weights, so its "
             "matrices can't be trained further; set --new_lora true to merge them into the base and start new ones"
         )
     return replace(resolved, lora_target_modules=own.lora_target_modules)
+
+
+def _check_4bit(source: ModelSource, resolved: LoraArguments) -> None:
+    flag = f"--load_in_4bit {source.load_in_4bit}"
+    if source.load_in_4bit is not None and not resolved.lora_rank:
+        raise UserError(f"{flag}: weights in 4 bits can't be trained; set --lora_rank, such as 16, or leave it out")
+    if source.load_in_4bit is not None and resolved.lora_variant == "pissa":
+        raise UserError(f"--lora_variant pissa: changes the base model's weights, which {flag} rounds; choose another")
 
 
 def _last_parts(names: Iterable[str]) -> set[str]:
@@ -100,7 +107,7 @@ def merge_adapter(source: ModelSource, card: EmbeddingCard, folder: Path, trust_
         return
     logger.info("merging %s into %s: %s", source.adapter, source.base, folder)
     encoder = load_encoder(
-        source,
+        replace(source, load_in_4bit=None),
         pooling=card.pooling,
         bidirectional=card.bidirectional,
         bf16=False,

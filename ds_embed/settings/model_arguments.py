@@ -8,6 +8,7 @@ from ds_embed.settings.fields import setting
 
 POOLINGS = ("mean", "cls", "last", "weighted_mean", "max", "mean_sqrt_len")
 LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
+QUANTIZATIONS = ("nf4",)
 
 
 @dataclass
@@ -36,8 +37,16 @@ class ModelArguments:
         default=None,
     )
     trust_remote_code: bool = setting("run Python code that comes with the model", default=False)
+    load_in_4bit: str | None = setting(
+        "nf4: hold the linear layers of the base model in 4 bits (Dettmers et al. 2023), by bitsandbytes: for encoding, "
+        "and frozen under the LoRA matrices that are trained, which fit the whole base model too; not under ZeRO-3 "
+        "(default: in the precision of --bf16)",
+        default=None,
+    )
 
     def __post_init__(self):
+        if self.load_in_4bit is not None:
+            one_of(self, "load_in_4bit", QUANTIZATIONS)
         for name in (self.pooling or "").split("+") if self.pooling is not None else []:
             if name not in POOLINGS:
                 raise UserError(

@@ -15,7 +15,15 @@ from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.engine import partitioned_loading, start_engine, take_step
 from ds_embed.models.fit import check_parts
 from ds_embed.models.kinds import is_bert_style, kind_of
-from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
+from ds_embed.models.loading import (
+    ModelSource,
+    check_stage,
+    choose_card,
+    find_source,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
 from ds_embed.models.lora import add_lora, merge_adapter, resolve_lora, start_training
 from ds_embed.settings import (
     DataArguments,
@@ -73,7 +81,8 @@ class TrainingRun:
             run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
         )
         self.folder = RunFolder(run.output_dir)
-        self.source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+        check_stage(model, self._stage)
+        self.source = find_source(model)
         self.config = config = load_config(self.source, model.trust_remote_code)
         self.kind = kind_of(config, model.trust_remote_code, self.source.base)
         self.lora = resolve_lora(lora, self.source, config, model.trust_remote_code)

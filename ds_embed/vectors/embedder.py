@@ -22,7 +22,7 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import pack_linear_layers
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.fit import check_parts
-from ds_embed.models.loading import ModelSource, choose_card, find_model, load_encoder, load_tokenizer
+from ds_embed.models.loading import ModelSource, choose_card, find_source, load_encoder, load_tokenizer
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, cut_block
@@ -76,6 +76,7 @@ class Embedder:
         bidirectional: bool | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        load_in_4bit: str | None = None,
         micro_batch_tokens: int = 16384,
         truncate_dim: int | None = None,
         keep_weights: bool = False,
@@ -101,8 +102,9 @@ class Embedder:
             bidirectional=bidirectional,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            load_in_4bit=load_in_4bit,
         )
-        source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+        source = find_source(model)
         return cls.from_source(
             source,
             model,

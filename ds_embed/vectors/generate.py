@@ -17,7 +17,15 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import describe_kernels, pack_linear_layers
 from ds_embed.models.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.fit import check_parts
-from ds_embed.models.loading import ModelSource, choose_card, find_model, load_config, load_encoder, load_tokenizer
+from ds_embed.models.loading import (
+    ModelSource,
+    check_stage,
+    choose_card,
+    find_source,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
@@ -36,6 +44,7 @@ _NOT_OF_ROWS = {
     "prompts",
     "origins",
     "trust_remote_code",
+    "load_in_4bit",  # which the source identifies
     "base_model",
     "consumed_samples",
     "temperature",
@@ -60,7 +69,10 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     from other files, another model or other settings, or when another job is at it.
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
-    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+    deepspeed_config = _deepspeed_config(world, arguments)
+    stage = deepspeed_config["zero_optimization"].get("stage", 0)
+    check_stage(model, stage)
+    source = find_source(model)
     card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     if world.is_main:
@@ -70,8 +82,6 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     world.on_main("check output_prefix", lambda: check_writable_folder("--output_prefix", prefix))
     embeddings = prefix / f"consumed_samples{card.consumed_samples}"
     commit = getattr(load_config(source, model.trust_remote_code), "_commit_hash", None)
-    deepspeed_config = _deepspeed_config(world, arguments)
-    stage = deepspeed_config["zero_optimization"].get("stage", 0)
     kernels = describe_kernels(world.device.type, torch.bfloat16 if arguments.bf16 else torch.float32, stage == 3)
     jobs = _make_jobs(world, model, arguments, source, commit, card, tokenizer, embeddings, kernels)
 

@@ -17,7 +17,7 @@ from ds_embed.artifact.artifact import BEGUN, Artifact
 from ds_embed.artifact.durable import folder_when_whole, hold_lock, remove, remove_unfinished
 from ds_embed.artifact.identity import identify_large, identify_texts, identify_weights
 from ds_embed.data.files import list_parts, stamp_of
-from ds_embed.models.loading import find_model
+from ds_embed.models.loading import find_source
 from ds_embed.settings import TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
@@ -35,7 +35,7 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
     if arguments.embeddings is not None:
         inputs["embeddings"] = identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))
     if model.model_name_or_path is not None:
-        source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+        source = find_source(model)
         inputs |= source.identify(None)
     if arguments.cross_encoder is not None:
         inputs["cross_encoder"] = identify_weights(arguments.cross_encoder)

@@ -12,7 +12,7 @@ from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import Plan, check_budget, plan_micro_batches
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.loading import choose_card, find_model, load_config, load_tokenizer
+from ds_embed.models.loading import check_stage, choose_card, find_source, load_config, load_tokenizer
 from ds_embed.models.lora import resolve_lora
 from ds_embed.settings import (
     DataArguments,
@@ -184,7 +184,8 @@ def job_to_size(
     deepspeed_config = resolve_deepspeed_config(
         run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=sizing.num_gpus
     )
-    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+    check_stage(model, deepspeed_config["zero_optimization"].get("stage", 0))
+    source = find_source(model)
     config = load_config(source, model.trust_remote_code)
     lora = resolve_lora(lora, source, config, model.trust_remote_code)
     card = choose_card(source, data, model)
@@ -233,13 +234,13 @@ def _named(batch: GlobalBatch) -> str:
     return f"each text once of {len(batch.rows):,} with {batch.num_tokens_named:,} tokens"
 
 
-def choices(zero: Zero) -> list[Zero]:
-    """The job's own choice, then every other stage with and without offloading."""
+def choices(zero: Zero, highest_stage: int = 3) -> list[Zero]:
+    """The job's own choice, then every other stage up to the highest, with and without offloading."""
     plain = replace(zero, offload_optimizer=False, offload_param=False, group=1)
     others = [replace(plain, stage=stage) for stage in range(4)]
     others += [replace(plain, stage=stage, offload_optimizer=True) for stage in (1, 2, 3)]
     others.append(replace(plain, stage=3, offload_optimizer=True, offload_param=True))
-    return [zero, *(other for other in others if other.name != zero.name)]
+    return [zero, *(other for other in others if other.name != zero.name and other.stage <= highest_stage)]
 
 
 def table(job: Job) -> str:
@@ -264,7 +265,7 @@ def table(job: Job) -> str:
     rows = {name: [parts.get(name, 0) for parts in memory.phases.values()] for name in names} | totals
     lines += [f"{name:18}" + "".join(f"{v / GIB:11.2f}" for v in row) for name, row in rows.items() if any(row)]
     lines += ["", f"{'choice':42}{'GiB':>8}{'CPU GiB':>9}{'fits':>6}{'micro_batch_tokens':>20}{'s/step':>9}", ""]
-    for number, other in enumerate(choices(zero)):
+    for number, other in enumerate(choices(zero, 3 if job.model.load_in_4bit is None else 2)):
         taken, budget = job.memory(other), job.largest_budget(other, job.available)
         lines.append(
             f"{other.name + (' (yours)' if number == 0 else ''):42}{taken.peak / GIB:8.2f}{taken.cpu / GIB:9.2f}"

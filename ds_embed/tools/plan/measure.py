@@ -51,6 +51,7 @@ class ModelCost:
 
     trained: tuple[int, ...]  # elements of each trained parameter
     frozen: tuple[int, ...]  # and of each other
+    in_4bit: tuple[int, ...]  # of frozen, those that are held in 4 bits
     buffer_bytes: int
     num_dims: int
     num_tokens: int  # S
@@ -117,6 +118,8 @@ def measure_model(
             add_lora(encoder, lora, seed=0, dtype=torch.bfloat16 if bf16 else torch.float32)
         if learnable_temperature:
             encoder.learn_temperature()
+    layers = (layer for layer in encoder.backbone.modules() if isinstance(layer, torch.nn.Linear))
+    linear = [layer.weight.numel() for layer in layers if not layer.weight.requires_grad]
     if not on_gpu:
         use_cpu_dropout(encoder)
     # transformers would read from positions, which have no values, whether a row holds several texts; not knowing, it
@@ -133,6 +136,7 @@ def measure_model(
     return ModelCost(
         tuple(p.numel() for p in parameters if p.requires_grad),
         tuple(p.numel() for p in parameters if not p.requires_grad),
+        tuple(n for n in linear if model.load_in_4bit is not None),
         sum(b.numel() * b.element_size() for b in encoder.buffers()),
         card.dimensions(config.get_text_config().hidden_size),
         num_tokens,

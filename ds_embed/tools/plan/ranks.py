@@ -26,6 +26,7 @@ from ds_embed.settings import HardwareArguments
 from ds_embed.tools.plan.measure import ModelCost
 
 GIB = 2**30
+NF4_BYTES = 0.5 + 4 / 64  # of a weight in 4 bits, with the float32 scale of each block of 64
 # Assumptions: the CUDA context with the kernels of cuBLAS and NCCL's buffers; fragments that the allocator can't reuse.
 CONTEXT_BYTES = int(1.5 * GIB)
 FRAGMENTATION = 0.05
@@ -155,10 +156,10 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, on_gpu: bool) 
 
 
 def _weights(cost: ModelCost, zero: Zero, shape: StepShape) -> tuple[float, float]:
-    """Bytes of the weights a rank holds, and of those that ZeRO-3 makes whole for a while."""
-    everything = float(shape.width * cost.num_all)
+    """Bytes of the weights a rank holds, and of those that are made whole for a while, by ZeRO-3 or out of 4 bits."""
+    everything = shape.width * (cost.num_all - sum(cost.in_4bit)) + NF4_BYTES * sum(cost.in_4bit)
     if zero.stage < 3 or shape.num_ranks == 1:
-        return everything, 0.0
+        return everything, float(shape.width * max(cost.in_4bit, default=0))
     small = sum(n for n in cost.trained + cost.frozen if n <= zero.persistence)
     held = everything / shape.num_ranks + shape.width * small + (everything / zero.group if zero.group > 1 else 0)
     if not shape.grad_cache and shape.micro_batches > 1:
