@@ -11,7 +11,7 @@ from tiny import make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ds_embed.models.loading import find_model, load_config, load_encoder
-from ds_embed.models.lora import resolve_lora
+from ds_embed.models.lora import add_lora, resolve_lora, save_adapter
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 
@@ -212,3 +212,27 @@ def test_flags_that_say_nothing_are_refused(base, tmp_path):
         resolve(LoraArguments(new_lora=True), base)
     with pytest.raises(UserError, match="--lora_variant dora: without --lora_rank"):
         resolve(LoraArguments(lora_variant="dora", lora_rank=0), base)
+
+
+def test_pissa_is_saved_beside_the_weights_that_it_began_with(base, tmp_path):
+    encoder = load_encoder(
+        find_model(str(base)),
+        pooling="last",
+        bidirectional=False,
+        bf16=False,
+        attn_implementation="eager",
+        trust_remote_code=False,
+    )
+    with torch.no_grad():
+        before = encoder.eval().backbone(input_ids=IDS).last_hidden_state
+        add_lora(encoder, LoraArguments(lora_rank=4, lora_variant="pissa"), seed=1, dtype=torch.float32)
+        started = encoder.eval().backbone(input_ids=IDS).last_hidden_state
+        torch.testing.assert_close(started, before, atol=1e-5, rtol=1e-4)
+        trained = {n: p for n, p in encoder.backbone.named_parameters() if p.requires_grad}
+        for parameter in trained.values():
+            parameter += 0.05 * torch.randn(parameter.shape)
+        expected = encoder.backbone(input_ids=IDS).last_hidden_state
+    assert not torch.allclose(expected, before, atol=0.1)
+    save_adapter(encoder, trained, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 8
+    torch.testing.assert_close(states(tmp_path), expected, atol=1e-5, rtol=1e-4)

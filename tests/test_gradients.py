@@ -26,6 +26,9 @@ OTHERS = ("T5",)  # of which the encoder alone is loaded
 BASE = dict(
     model="llama",
     lora=0,
+    alpha=32.0,
+    variant="lora",
+    partitioned=False,
     zero=0,
     budget=64,
     grad_cache=False,
@@ -67,6 +70,14 @@ def cases(num_ranks: int) -> dict[str, dict]:
     add(zero=2, grad_cache=False, checkpointing=True)
     add(zero=3, grad_cache=True, lora=4, bidirectional=True)
     add(zero=2, grad_cache=False, checkpointing=True, bidirectional=True)
+    for variant, stages in (("dora", (0, 1, 2)), ("pissa", (0, 1, 2, 3))):
+        for zero in stages:
+            grad_cache = (zero % 2 == 0) == (variant == "dora")
+            add(zero=zero, grad_cache=grad_cache, lora=4, variant=variant, budget=64 + 64 * (zero % 2))
+    add(zero=2, grad_cache=True, lora=4, variant="rslora", alpha=16.0)
+    add(zero=2, grad_cache=False, lora=4, variant="dora", checkpointing=True)
+    for variant in ("lora", "pissa"):
+        add(zero=3, lora=4, variant=variant, partitioned=True, grad_cache=variant == "lora", checkpointing=True)
     # Fewer texts than ranks: some ranks encode dummies only.
     add(zero=3, grad_cache=True, queries=1, hard_negatives=0, model="bert")
     add(zero=2, grad_cache=False, queries=1, hard_negatives=1)
@@ -138,10 +149,11 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         trust_remote_code=False,
     )
     if case["lora"]:
-        add_lora(encoder, LoraArguments(lora_rank=case["lora"]), seed=1, dtype=torch.float32)
+        lora = LoraArguments(lora_rank=case["lora"], lora_alpha=case["alpha"], lora_variant=case["variant"])
+        add_lora(encoder, lora, seed=1, dtype=torch.float32)
         generator = torch.Generator().manual_seed(5)
         for name, parameter in encoder.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and case["variant"] != "pissa":
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
         for module in encoder.modules():  # PEFT's own computation, by autograd
             if isinstance(module, LoraLinear):
@@ -238,7 +250,18 @@ _references: dict[str, tuple] = {}
 def test_gradient_equals_float64_reference(name, results, material):
     num_ranks, found = results
     case = cases(num_ranks)[name]
-    decisive = ("model", "lora", "negatives", "hard_negatives", "queries", "bidirectional", "mixed", "loss")
+    decisive = (
+        "model",
+        "lora",
+        "alpha",
+        "variant",
+        "negatives",
+        "hard_negatives",
+        "queries",
+        "bidirectional",
+        "mixed",
+        "loss",
+    )
     key = json.dumps({name: case[name] for name in decisive})
     if key not in _references:
         _references[key] = reference_gradients(case, material)

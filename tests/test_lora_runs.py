@@ -75,6 +75,10 @@ def runs(request, place):
     for zero in (2, 3):
         cases += [case(root, f"{name}{zero}", "run1", *extra, zero=zero) for name, extra in FURTHER.items()]
     cases.append(case(root, "run3", "new2", zero=3))
+    for variant, zero in (("dora", 2), ("pissa", 3)):
+        flags = ("--lora_rank", 4, "--lora_variant", variant)
+        cases.append(case(root, variant, "base", *flags, zero=zero))
+        cases.append(case(root, f"{variant} on", variant, zero=2))
     if not ranks:  # the job dies: nothing may come after it
         cases.append(case(root, "killed", "run1", *NEW, kill_at=2))
     result = run_all(root, ranks, cases)
@@ -105,6 +109,14 @@ def test_the_stage_changes_nothing(runs, name):
 
 def test_a_run_on_a_run_on_a_run(runs):
     assert lines(runs, "run3")[0][0] == pytest.approx(lines(runs, "new2")[0][STEPS], abs=1e-6)
+
+
+@pytest.mark.parametrize("variant, rank", [("dora", 4), ("pissa", 8)])
+def test_variants_load_as_they_were_trained(runs, variant, rank):
+    first, second = lines(runs, variant)[0], lines(runs, f"{variant} on")[0]
+    assert abs(first[STEPS] - first[0]) > 1e-3
+    assert second[0] == pytest.approx(first[STEPS], abs=1e-6)
+    assert (config(runs, variant)["r"], config(runs, variant)["init_lora_weights"]) == (rank, True)
 
 
 def config(root, name):

@@ -36,6 +36,7 @@ class TextEncoder(nn.Module):
         self.attention = attention
         self._attention_is_checked = not check_attention
         self.register_parameter(LOG_SCALE_CHANGE, None)
+        self.initial_lora: dict[str, Tensor] = {}  # by name, where the base model gave up what these matrices hold
 
     def learn_temperature(self) -> None:
         """Add the parameter of a learned temperature; forward then returns its value (1,) beside the vectors."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.artifact.identity import check_unchanged, identify_model
@@ -147,7 +148,26 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
         raise UserError(
             f"--lora_target_modules {' '.join(modules)}: {error}; linear modules of this model: {', '.join(linear)}"
         ) from None
+    if variant == "pissa":  # what was taken from the base model's weights
+        matrices = {n: p for n, p in encoder.backbone.named_parameters() if p.requires_grad}
+        encoder.initial_lora = {n: p.detach().float().cpu().clone() for n, p in matrices.items()}
     start_training(encoder, dtype)
+
+
+def save_adapter(encoder: TextEncoder, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the matrices, by their names in the backbone, as a PEFT folder on the base model as it was.
+
+    PiSSA took s B0 A0 out of the base, which so has gained s (B A - B0 A0) = s [B, -B0] [A; A0]: a LoRA of rank 2r.
+    """
+    config = encoder.backbone.peft_config["default"]
+    if encoder.initial_lora:
+        initial = {n: m if ".lora_A." in n else -m for n, m in encoder.initial_lora.items()}
+        weights = {n: torch.cat([m.float(), initial[n]], int(".lora_B." in n)) for n, m in weights.items()}
+        doubled = {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha, "init_lora_weights": True}
+        encoder.backbone.peft_config["default"] = replace(config, **doubled)
+    # "auto" would ask the hub whether the base model's embeddings were resized.
+    encoder.backbone.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    encoder.backbone.peft_config["default"] = config
 
 
 def start_training(encoder: TextEncoder, dtype: torch.dtype) -> None:

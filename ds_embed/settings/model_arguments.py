@@ -75,7 +75,7 @@ class LoraArguments:
     )
     lora_variant: str | None = setting(
         "lora; rslora: scaled by lora_alpha / sqrt(lora_rank); dora: with a trained length for each row of a weight; "
-        "pissa: starts at the largest singular values of a weight, which are taken out of it again at each loading "
+        "pissa: starts at the largest singular values of a weight, and is saved as a lora of twice the rank "
         "(default: the run's own, else lora)",
         default=None,
     )

@@ -13,6 +13,7 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
 from ds_embed.models.engine import gather_weights
 from ds_embed.models.kinds import without_pooler
+from ds_embed.models.lora import save_adapter
 from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.models.tokenizer import save_tokenizer, tokenizer_for_others
 from ds_embed.settings.errors import UserError
@@ -47,8 +48,7 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
     def fill(target: Path) -> None:
         if is_adapter:
             _check_adapter(weights)
-            # "auto" would ask the hub whether the base model's embeddings were resized.
-            encoder.backbone.save_pretrained(target, state_dict=weights, save_embedding_layers=False)
+            save_adapter(encoder, weights, target)
         else:
             encoder.backbone.save_pretrained(target, state_dict=weights)
         config = encoder.backbone.config

@@ -23,6 +23,8 @@ from ds_embed.training.step import ContrastiveStep
 
 def run_case(world, case: dict) -> dict[str, np.ndarray]:
     config = resolve_deepspeed_config(f"ds_configs/zero{case['zero']}.json", bf16=case["bf16"], max_grad_norm=0.0)
+    if case["partitioned"]:  # small weights too, which would stay whole on every rank
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     store = TrainingStore.open(case["store"])
     with partitioned_loading(config):
         encoder = load_encoder(
@@ -33,11 +35,17 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
             attn_implementation=None,
             trust_remote_code=False,
         )
+        if case["lora"]:
+            lora = LoraArguments(
+                lora_rank=case["lora"],
+                lora_alpha=case["alpha"],
+                lora_dropout=case["dropout"],
+                lora_variant=case["variant"],
+            )
+            add_lora(encoder, lora, seed=1, dtype=torch.bfloat16 if case["bf16"] else torch.float32)
     if case["checkpointing"]:
         encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if case["lora"]:
-        lora = LoraArguments(lora_rank=case["lora"], lora_dropout=case["dropout"])
-        add_lora(encoder, lora, seed=1, dtype=torch.bfloat16 if case["bf16"] else torch.float32)
+    if case["lora"] and case["variant"] != "pissa":
         # lora_B starts at zero, which would hide the gradient of lora_A.
         generator = torch.Generator().manual_seed(5)
         for name, parameter in encoder.named_parameters():
@@ -65,6 +73,8 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
         surrogate = step._surrogate
         step._surrogate = lambda *parts: surrogate(*parts) * case["scale"]
     result = step.run(step.prepare(batch))
+    if case["partitioned"]:
+        assert not any(parameter.ds_persist for parameter in encoder.parameters())
     from deepspeed.utils import safe_get_full_grad
 
     gradients = {}
