@@ -9,6 +9,7 @@ import pytest
 import torch
 from loss_reference import reference
 from peft.tuners.lora.layer import Linear as PeftLinear
+from safetensors.torch import save_file
 from tiny import check, launch, make_model, make_training_file, write_teacher_scores
 
 from ds_embed.data.batch import assemble_batch, collate
@@ -18,11 +19,15 @@ from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.models.lora_linear import LoraLinear
+from ds_embed.models.pooling import NORMALIZE
 from ds_embed.settings import LoraArguments
 
 TOLERANCE = 1e-5
 FAMILIES = ("roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
 OTHERS = ("T5",)  # of which the encoder alone is loaded
+# Behind a BERT whose pooling leaves the prompt's tokens out.
+DENSE = {"type": "Dense", "path": "2_Dense", "in_features": 32, "out_features": 24, "bias": True}
+DENSE |= {"activation": "Tanh", "use_residual": False}
 BASE = dict(
     model="llama",
     lora=0,
@@ -90,6 +95,8 @@ def cases(num_ranks: int) -> dict[str, dict]:
     # Records with and without hard negatives, siblings of one query, a sibling among the hard negatives.
     add(zero=2, grad_cache=True, mixed=True, loss=dict(symmetric=True))
     add(zero=3, grad_cache=False, mixed=True, negatives="own")
+    for zero, grad_cache in ((2, False), (2, True), (3, False), (3, True)):
+        add(zero=zero, grad_cache=grad_cache, model="dense", lora=4 * (zero == 3 and grad_cache))
     for number, model in enumerate(FAMILIES + OTHERS):
         add(zero=2 + number % 2, grad_cache=number % 2 == 0, negatives="own", model=model)
     return found
@@ -103,10 +110,16 @@ def material(tmp_path_factory):
     path = make_training_file(root / "train.jsonl", 40, num_negatives=2, num_documents=9)
     data = write_teacher_scores(path)
     found = {"root": root}
-    for kind in ("llama", "bert", *FAMILIES, *OTHERS):
-        folder = make_model(root / kind, kind)
+    for kind in ("llama", "bert", *FAMILIES, *OTHERS, "dense"):
+        folder = make_model(root / kind, "bert" if kind == "dense" else kind)
         tokenizer = load_tokenizer(find_model(str(folder)), False)
-        formats = [TextFormat(prefix, 24, kind == "llama") for prefix in ("query: ", "passage: ")]
+        prefixes = ("query: ", "passage: w1 " if kind == "dense" else "passage: ")
+        formats = [TextFormat(prefix, 24, kind == "llama", kind != "dense") for prefix in prefixes]
+        if kind == "dense":
+            torch.manual_seed(7)
+            (folder / "2_Dense").mkdir()
+            weights = {"linear.weight": torch.randn(24, 32) * 0.3, "linear.bias": torch.randn(24) * 0.3}
+            save_file(weights, folder / "2_Dense" / "model.safetensors")
         found[kind] = str(folder), str(build_training_store([data], tokenizer, *formats, 2, root / "cache"))
         if kind == "llama":
             mixed = build_training_store([_mixed(data)], tokenizer, *formats, 2, root / "cache")
@@ -131,7 +144,9 @@ def _mixed(path: Path) -> Path:
 
 def complete(case: dict, material) -> dict:
     model, store = material["mixed" if case["mixed"] else case["model"]]
-    return case | {"model": model, "store": store, "pooling": "last" if case["model"] == "llama" else "mean"}
+    pooling = "last" if case["model"] == "llama" else "mean"
+    head = [DENSE, NORMALIZE] if case["model"] == "dense" else [NORMALIZE]
+    return case | {"model": model, "store": store, "pooling": pooling, "head": head}
 
 
 def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Tensor]]:
@@ -147,6 +162,7 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         bf16=False,
         attn_implementation=kernel,
         trust_remote_code=False,
+        head=case["head"],
     )
     if case["lora"]:
         lora = LoraArguments(lora_rank=case["lora"], lora_alpha=case["alpha"], lora_variant=case["variant"])
@@ -169,10 +185,16 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     # A four-dimensional mask is added to the scores as it is: written out, it hides padding and nothing else.
     shown = (1.0 - mask.double())[:, None, None, :] * torch.finfo(torch.float64).min if case["bidirectional"] else mask
     states = encoder.backbone(input_ids=ids, attention_mask=shown).last_hidden_state
+    if kind == "dense":  # [CLS] and the prefix
+        left_out = torch.from_numpy(store.prompt_lengths_of(batch.texts[batch.rows]))
+        assert set(left_out.tolist()) == {2, 3}
+        mask = mask * (torch.arange(ids.shape[1])[None, :] >= left_out[:, None])
     if case["pooling"] == "last":
         pooled = states[torch.arange(len(ids)), lengths - 1]
     else:
         pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    if kind == "dense":
+        pooled = torch.tanh(encoder.head[0].linear(pooled))
     table = torch.nn.functional.normalize(pooled, dim=1)
     options = {name: value for name, value in case["loss"].items() if name != "learnable_temperature"}
     change = torch.zeros(1, dtype=torch.float64, requires_grad=True)

@@ -34,6 +34,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
             bf16=case["bf16"],
             attn_implementation=None,
             trust_remote_code=False,
+            head=case["head"],
         )
         if case["lora"]:
             lora = LoraArguments(
