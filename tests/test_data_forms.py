@@ -275,6 +275,35 @@ def test_bad_records_of_other_forms(tmp_path, tokenizer, good, bad, message):
     assert [entry["number"] for entry in store.manifest["skipped_records"].values()] == [1]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_scores_of_a_table_are_numbers(tmp_path, tokenizer, suffix):
+    def table(header, *rows):
+        path = tmp_path / f"a.{suffix}"
+        lines = (line.replace(",", "\t") if suffix == "tsv" else line for line in (header, *rows))
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return str(path)
+
+    def scores(path, **settings):
+        return [(record.pos_score, record.neg_scores) for _, record in read_training_records([path], **settings)]
+
+    header = "query,pos_doc,neg_doc,pos_score,neg_scores"
+    assert scores(table(header, "w1,w2,w3,0.75,-1e-2", "w1,w4,w3,2,")) == [(0.75, (-0.01,)), (2.0, None)]
+    columns = ("query=q", "pos_doc=p", "neg_doc=n,m", "pos_score=s", "neg_scores=a,b")
+    path = table("q,p,n,m,s,a,b", "w1,w2,w3,w4,7,1.5,-2", "w1,w4,w3,,7,1.5,")
+    assert scores(path, reading=Reading(columns)) == [(7.0, (1.5, -2.0)), (7.0, (1.5,))]
+    for cells, message in (
+        ("x,1", "pos_score is 'x', want a finite number"),
+        ("nan,1", "pos_score is a number, want a finite number"),
+        ("1,0;5", "neg_scores is '0;5', want a finite number"),
+        ("1,inf", r"neg_scores\[0\] is a number, want a finite number"),
+    ):
+        with pytest.raises(UserError, match=f"a.{suffix}:3: {message}"):
+            scores(table(header, "w1,w2,w3,1,2", f"w1,w2,w3,{cells}"))
+    jsonl(tmp_path / "a.jsonl", [{"query": "w1", "pos_doc": "w2", "pos_score": "1"}])  # says that it is a text
+    with pytest.raises(UserError, match="a.jsonl:1: pos_score is a string, want a finite number"):
+        scores(str(tmp_path / "a.jsonl"))
+
+
 FILES = [
     ("a.parquet", b"PAR1" + b"x" * 50, {}, "a.parquet: not a whole Parquet file"),
     ("a.jsonl.gz", b"\x1f\x8b\x08\x00garbage", {}, "a.jsonl.gz: its gzip data is cut short or damaged"),

@@ -31,7 +31,7 @@ class BagOfTokens:
     def zero_optimization_stage(self):
         return 0
 
-    def __call__(self, ids, lengths, has_padding):
+    def __call__(self, ids, lengths, has_padding, prompt_lengths=None):
         is_token = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
         return torch.nn.functional.normalize((self.vectors[ids] * is_token[:, :, None]).sum(1), dim=1)
 

@@ -160,6 +160,11 @@ class Records:
         """Whether the order of the keys is that of a table's columns; JSON objects have none."""
         return self._kind in ("csv", "tsv", "parquet", "dataset")
 
+    @property
+    def has_text_cells(self) -> bool:
+        """Whether every value is a string, numbers too."""
+        return self._kind in ("csv", "tsv")
+
     def location(self, number: int) -> str:
         return format_location(self.path, self.unit, number)
 

@@ -32,6 +32,7 @@ from ds_embed.data.records import (
 )
 from ds_embed.settings.errors import UserError
 
+_LISTS = ("neg_doc", "neg_scores")  # may be spread over several columns
 COLUMN_KEYS = {
     "training": ("query", "pos_doc", "neg_doc", "query_id", "doc_id", "pos_score", "neg_scores"),
     "queries": ("query", "query_id", "doc_id"),
@@ -60,7 +61,7 @@ AS_IT_IS = Reading()
 
 
 class Columns:
-    """The mapping that --columns asks for: KEY=COLUMN words (neg_doc=COLUMN,COLUMN), or in_order."""
+    """The mapping that --columns asks for: KEY=COLUMN words (neg_doc=COLUMN,COLUMN neg_scores=COLUMN,COLUMN), or in_order."""
 
     def __init__(self, words: Sequence[str], kind: str):
         """UserError for keys that records of this kind (see COLUMN_KEYS) lack."""
@@ -73,7 +74,7 @@ class Columns:
                 raise UserError(f"--columns {word}: want KEY=COLUMN, where KEY is one of {', '.join(self._keys)}")
             if key in self._columns:
                 raise UserError(f"--columns {word}: {key} is given twice")
-            self._columns[key] = column.split(",") if key == "neg_doc" else [column]
+            self._columns[key] = column.split(",") if key in _LISTS else [column]
         self._unseen = {column for columns in self._columns.values() for column in columns}
         self._shown: list[str] = []
 
@@ -94,7 +95,7 @@ class Columns:
         self._shown = self._shown or list(row)
         record = {key: row[key] for key in self._keys if key in row and key not in self._columns}
         for key, names in self._columns.items():
-            if key == "neg_doc":
+            if key == "neg_doc" or len(names) > 1:
                 record[key] = _cells(row, names)
             elif names[0] in row:
                 record[key] = row[names[0]]
@@ -301,6 +302,22 @@ def _item(row: dict, key: str) -> tuple[str, Any]:
     return key, row.get(key)
 
 
+def _with_numbers(where: str, row: dict) -> dict:
+    """The row of a table of texts, with the numbers that its scores stand for; BadRecord for one that is no number."""
+    for key in ("pos_score", "pos_scores", "neg_scores"):
+        cells = row.get(key)
+        if cells is None:
+            continue
+        numbers = []
+        for cell in cells if type(cells) is list else [cells]:
+            try:
+                numbers.append(float(cell))
+            except ValueError:
+                raise BadRecord(where, f"{key} is '{cell}', want a finite number (or leave the cell empty)") from None
+        row = row | {key: numbers if key in _LISTS else numbers[0]}
+    return row
+
+
 def _texts(where: str, key: str, value: Any, optional: bool = False, titles: bool = False) -> list[str]:
     """The texts of a string, an object with a "text" (behind its "title", where `titles`), or a list of them."""
     if value is None and optional:
@@ -482,6 +499,7 @@ class TrainingFile(RecordFile):
         self._named: dict[str, list[dict]] = {}
         self._corpora: dict[str | None, TextTable] = {}
         self._lookup: Lookup = _no_lookup
+        self._has_text_cells = False
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -509,6 +527,7 @@ class TrainingFile(RecordFile):
 
     def open_part(self, records: Records) -> None:
         super().open_part(records)
+        self._has_text_cells = records.has_text_cells
         for corpus in self._corpora_of(records.path):
             self._add_corpus(records.path, corpus)
             self.form = _AUTOMODEL_IDS
@@ -527,6 +546,8 @@ class TrainingFile(RecordFile):
             self.form = form or self.form
             if form is None:
                 _refuse_lack(where, self.form or _OWN, row)
+        if self._has_text_cells:
+            row = _with_numbers(where, row)
         form = self.form or _OWN
         if form.parse is _tevatron_ids and not self._corpora:
             self._read_corpus_files(where)
