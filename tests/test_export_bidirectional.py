@@ -71,6 +71,37 @@ def test_config_says_it_and_sentence_transformers_gives_the_same_vectors(tmp_pat
     assert (ours[:1] * alone).sum(1).min() > 0.99999
 
 
+@pytest.mark.parametrize(
+    "kind, lora, reason",
+    [
+        ("llama", 0, None),
+        ("gemma3_text", 0, None),
+        ("gemma3_text", 4, None),
+        ("llama", 4, "only its base could say so; recipes/export.py --format sentence-transformers makes"),
+        ("mistral", 0, "its sliding window would be wider by one token"),
+    ],
+)
+def test_run_folder_says_it_too_where_it_can_be_said(tmp_path, caplog, kind, lora, reason):
+    """RUN/model in sentence-transformers gives the run's vectors, or the end of training said that it does not."""
+    from sentence_transformers import SentenceTransformer
+
+    run = make_run(tmp_path, kind, lora)
+    texts = [*TEXTS, " ".join(f"w{i}" for i in range(40))]
+    embedder = Embedder.from_pretrained(run, dtype="float32", device="cpu")
+    ours = embedder.encode_queries(texts)
+    model = SentenceTransformer(str(run / "model"), device="cpu", model_kwargs={"dtype": torch.float32})
+    cosines = (ours * model.encode_query(texts)).sum(1)
+    said = [record.message for record in caplog.records if "only ds_embed reads" in record.message]
+    if reason is None:
+        assert cosines.min() > 0.99999 and not said
+        # Its sentence-transformers files alone say as much.
+        (run / "model" / "ds_embed.json").unlink()
+        again = Embedder.from_pretrained(run / "model", dtype="float32", device="cpu")
+        assert again.card.bidirectional and (again.encode_queries(texts) * ours).sum(1).min() > 0.99999
+    else:
+        assert cosines.min() < 0.99 and reason in said[0]
+
+
 def test_what_can_not_be_said_is_refused(tmp_path):
     run = make_run(tmp_path, "llama", lora=4)
     with pytest.raises(UserError, match="--format adapter: this run attends in both .*; choose merged or sentence-"):

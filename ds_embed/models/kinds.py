@@ -44,6 +44,15 @@ def kind_of(config: Any, trust_remote_code: bool, name: str = "the model") -> Ki
     return _KINDS[key]
 
 
+def direction_in_config(config: Any, trust_remote_code: bool) -> dict[str, bool] | None:
+    """The key of config.json by which transformers' own code makes a causal decoder bidirectional; None if none does."""
+    by_flag = hasattr(config, "use_bidirectional_attention")
+    direction = {"use_bidirectional_attention": True} if by_flag else {"is_causal": False}
+    changed = copy.deepcopy(config)
+    changed.update(direction)
+    return None if kind_of(changed, trust_remote_code).is_causal else direction
+
+
 def is_bert_style(config: Any) -> bool:
     """Whether a model that is not causal is one of those trained as encoders from the start: BERT and its kin, T5."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -204,8 +204,8 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
     config = load_config(source, model.trust_remote_code)
     kind = kind_of(config, model.trust_remote_code, source.base)
     asked = model.bidirectional
-    if asked is None and kind.is_causal and source.card is not None:
-        asked = source.card.bidirectional
+    if asked is None and kind.is_causal:
+        asked = source.says.get("bidirectional")
     choose_direction(config, kind, asked, source.base)
     own = {}
     if source.own is not None and source.own.names_modules:  # sentence-transformers takes these for limits

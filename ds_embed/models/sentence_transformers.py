@@ -210,6 +210,9 @@ def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int 
     for what, harmless in _HARMLESS.items():
         for name in (f"{what}_args", f"{what}_kwargs", "processor_kwargs" if what == "tokenizer" else f"{what}_args"):
             for argument, value in (content.get(name) or {}).items():
+                if (what, argument, value) == ("config", "use_bidirectional_attention", True):
+                    settings["bidirectional"] = True
+                    continue
                 if argument not in harmless | {"trust_remote_code"}:
                     raise UserError(f"{content.where}: {name} {argument}={value!r} can't be applied here")
     tokenizer = _Content(files, path, "tokenizer_config.json")
@@ -255,11 +258,13 @@ def write_modules(
     dimensions: int,
     head_state: dict[str, torch.Tensor],
     model_options: dict[str, Any],
+    config_options: dict[str, Any] | None = None,
 ) -> None:
     """Make a transformers folder, or one of a PEFT adapter, one of sentence-transformers and ours too: card and modules.
 
     In the spelling that all its versions read, and TEI and vLLM (docs/models.md). `dimensions` are those of a token,
-    head_state the weights behind the pooling, model_options what AutoModel is told. Prefixes become prompts.
+    head_state the weights behind the pooling, model_options and config_options what AutoModel and AutoConfig are told.
+    Prefixes become prompts.
     """
     from safetensors.torch import save_file
 
@@ -284,6 +289,8 @@ def write_modules(
         transformer |= {"query_length": card.query_max_length, "document_length": card.doc_max_length}
     if model_options:
         transformer["model_args"] = model_options
+    if config_options:
+        transformer["config_args"] = config_options
     _write(folder / "sentence_bert_config.json", transformer)
     names = card.pooling.split("+")
     pooling: dict[str, Any] = {"word_embedding_dimension": dimensions}

@@ -1,5 +1,6 @@
 """A trained model as users load it: a PEFT adapter or a whole Hugging Face model, with the card beside it."""
 
+import copy
 import logging
 import os
 from dataclasses import replace
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 
 from ds_embed.job.ranks import World
+from ds_embed.models.attention import BidirectionalAttention
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
 from ds_embed.models.engine import gather_weights
-from ds_embed.models.kinds import without_pooler
+from ds_embed.models.kinds import direction_in_config, without_pooler
 from ds_embed.models.lora import save_adapter
 from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.models.tokenizer import save_tokenizer, tokenizer_for_others
@@ -46,15 +48,20 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
         card = replace(card, base_model=os.path.relpath(base, folder.model_dir) if Path(base).is_dir() else base)
 
     def fill(target: Path) -> None:
+        direction = _direction(encoder, card, is_adapter)
         if is_adapter:
             _check_adapter(weights)
             save_adapter(encoder, weights, target)
         else:
             encoder.backbone.save_pretrained(target, state_dict=weights)
+            if direction:
+                config = copy.deepcopy(encoder.backbone.config)
+                config.update(direction)
+                config.save_pretrained(target)
         config = encoder.backbone.config
         dimensions = config.get_text_config().hidden_size
         save_tokenizer(tokenizer_for_others(tokenizer, card), target)
-        write_modules(target, card, dimensions, head, without_pooler(config))
+        write_modules(target, card, dimensions, head, without_pooler(config), direction if is_adapter else None)
 
     world.on_main("save model", lambda: folder.publish_model(fill))
 
@@ -82,6 +89,30 @@ def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFol
     if world.is_main:
         logger.info("the best model is that of step %d, with %s %.4f", chosen.step, best.metric, chosen.value)
     return chosen.consumed_samples
+
+
+def _direction(encoder: TextEncoder, card: EmbeddingCard, is_adapter: bool) -> dict[str, bool]:
+    """What tells transformers that a decoder was made bidirectional; what it can't be told so is said to the user."""
+    if not isinstance(encoder.attention, BidirectionalAttention):
+        return {}
+    config = encoder.backbone.config
+    direction = None if getattr(config, "auto_map", None) else direction_in_config(config, False)
+    if direction is None:
+        reason = "transformers can't make its family bidirectional"
+    elif "is_causal" not in direction:
+        return direction
+    elif any(w and w < max(card.query_max_length, card.doc_max_length) for w in encoder.attention.windows.values()):
+        reason = "in transformers its sliding window would be wider by one token"
+    elif is_adapter:
+        reason = "only its base could say so; recipes/export.py --format sentence-transformers makes a folder that does"
+    else:
+        return direction
+    logger.warning(
+        "only ds_embed reads the trained model as bidirectional: other libraries take RUN/model for causal and give other "
+        "vectors (%s)",
+        reason,
+    )
+    return {}
 
 
 def _check_adapter(weights: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,5 @@
 """A run as a folder for other libraries: written under a hidden name, loaded there, compared, then named."""
 
-import copy
 import importlib.util
 import os
 from dataclasses import replace
@@ -11,7 +10,7 @@ import torch
 
 from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.kinds import kind_of, without_pooler
+from ds_embed.models.kinds import direction_in_config, kind_of, without_pooler
 from ds_embed.models.loading import ModelSource, find_model, load_config
 from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.models.tokenizer import save_tokenizer, self_contained
@@ -112,12 +111,9 @@ class _Export:
         self.vectors = vectors_here(self.run, self.texts)
 
     def _find_direction(self) -> dict[str, bool]:
-        """The key of config.json by which transformers' own code makes this model bidirectional; UserError if none."""
-        by_flag = hasattr(self.config, "use_bidirectional_attention")
-        direction = {"use_bidirectional_attention": True} if by_flag else {"is_causal": False}
-        changed = copy.deepcopy(self.config)
-        changed.update(direction)
-        if self.output_format == "adapter" or kind_of(changed, self.trust_remote_code).is_causal:
+        """What direction_in_config gives for this model; UserError if nothing, or for an adapter."""
+        direction = direction_in_config(self.config, self.trust_remote_code)
+        if self.output_format == "adapter" or direction is None:
             raise UserError(
                 f"--format {self.output_format}: this run attends in both directions (--bidirectional true), and the "
                 "libraries that would load the export know its model as causal; "
