@@ -17,6 +17,7 @@ from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, s
 from ds_embed.artifact import shared
 from ds_embed.data import store_writer
 from ds_embed.data.store import TrainingStore, build_text_store
+from ds_embed.data.tokenize import TextFormat
 from ds_embed.settings.errors import UserError
 
 CHILD = """
@@ -30,7 +31,13 @@ logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 store_writer._CHUNK_TEXTS = 4
 backend = tokenizers.Tokenizer.from_file(sys.argv[1])
 tokenizer = types.SimpleNamespace(backend_tokenizer=backend, eos_token_id=0)
-deeds = {"kill": lambda _: os.kill(os.getpid(), signal.SIGKILL), "linger": lambda _: time.sleep(0.3)}
+if sys.argv[4] == "orphan":
+    store_writer._WORKERS_FROM_TEXTS, os.environ["RAYON_NUM_THREADS"] = 0, "2"
+def orphan(_):
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        print("children", file.read(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+deeds = {"orphan": orphan, "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL), "linger": lambda _: time.sleep(0.3)}
 formats = TextFormat("query: ", 12, True), TextFormat("passage: ", 16, True)
 print("store", build_training_store([sys.argv[2]], tokenizer, *formats, 2, sys.argv[3], deeds[sys.argv[4]]))
 """
@@ -163,6 +170,8 @@ def test_no_room_is_a_clear_error_and_leaves_nothing(tmp_path, tokenizer):
 
 def test_memory_does_not_grow_with_the_number_of_records(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(store_writer, "_CHUNK_TEXTS", 500)
+    monkeypatch.setattr(store_writer, "_WORKERS_FROM_TEXTS", 1000)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "2")
     peaks = []
     for num_records in (1500, 9000):
         records = [
@@ -204,3 +213,90 @@ def test_a_tilde_is_the_home_folder_also_where_no_shell_has_seen_it(tmp_path, to
     texts = build_text_store(documents, "pos_doc", "doc_id", tokenizer, DOCUMENT, "~/cache")
     assert store.parent == texts.parent == tmp_path / "home" / "cache"
     assert not (tmp_path / "~").exists()
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    monkeypatch.setattr(store_writer, "_WORKERS_FROM_TEXTS", 0)
+    monkeypatch.setattr(store_writer, "_CHUNK_TEXTS", 16)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "2")
+
+
+def children():
+    return [int(pid) for task in os.listdir("/proc/self/task") for pid in children_of(f"/proc/self/task/{task}")]
+
+
+def children_of(task):
+    with open(f"{task}/children") as file:
+        return file.read().split()
+
+
+def test_a_store_is_the_same_whatever_number_of_processes_builds_it(tmp_path, tokenizer, workers, monkeypatch):
+    blank = {"query": " ", "pos_doc": "a"}
+    files = [
+        write_jsonl(tmp_path / "a.jsonl", RECORDS * 4 + [blank] + RECORDS),
+        write_jsonl(
+            tmp_path / "b.jsonl", [blank] + [{"query": f"how {i % 7}", "pos_doc": "c " * i} for i in range(1, 60)]
+        ),
+    ]
+    documents = write_jsonl(tmp_path / "c.jsonl", [{"pos_doc": "x" * (i % 5), "doc_id": i} for i in range(70)])
+    other = TextFormat("other: ", 12, True)
+    formats = {"query": [other, DOCUMENT], "document": [DOCUMENT, other], "skip_bad_records": True}
+    stores = {}
+    for number in ("1", "2"):
+        seen = []
+        monkeypatch.setenv("RAYON_NUM_THREADS", number)
+        progress = lambda added: seen.append((added, len(children())))  # noqa: E731
+        training = build(files, tokenizer, tmp_path / number, progress=progress, **formats)
+        texts = build_text_store(documents, "pos_doc", "doc_id", tokenizer, DOCUMENT, tmp_path / number)
+        stores[number] = contents(training), contents(texts)
+        assert sum(added for added, _ in seen) == 84
+        assert {processes for _, processes in seen} == {0 if number == "1" else 2}
+    assert stores["1"] == stores["2"]
+    assert children() == []
+
+
+def test_the_first_error_of_the_data_is_told_whichever_process_meets_it(tmp_path, tokenizer, workers):
+    documents = [{"pos_doc": f"x{i}", "doc_id": i} for i in range(40)]
+    documents[20]["pos_doc"] = ""
+    documents[30]["pos_doc"] = 7
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    nothing = TextFormat("", 12, False)
+    with pytest.raises(UserError, match="a.jsonl:21: pos_doc gives no token"):
+        build_text_store(path, "pos_doc", "doc_id", tokenizer, nothing, tmp_path / "cache")
+    assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []
+    assert children() == []
+
+
+def test_a_worker_that_is_killed_is_one_clear_error(tmp_path, tokenizer, workers):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS * 40)
+
+    def kill(_):
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(UserError, match="a process that tokenizes was killed by SIGKILL"):
+        build(path, tokenizer, tmp_path / "cache", progress=kill)
+    assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []
+    assert children() == []
+
+
+def test_workers_end_when_the_build_is_killed(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS * 40)
+    child = start_child(tmp_path, tokenizer, path, tmp_path / "cache", "orphan")
+    output = child.communicate()[0]
+    assert child.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in output.split("children")[1].split()]
+    assert len(pids) == 2
+    give_up = time.monotonic() + 30
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

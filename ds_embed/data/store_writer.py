@@ -1,25 +1,26 @@
 """The arrays of a token store, written chunk by chunk.
 
-Letters: R records, T texts, S tokens. Memory holds one chunk, whatever R is.
-Repeated texts are common (a paragraph with many questions, a negative used again), so each distinct
-text of a chunk is tokenized and hashed once.
+Memory holds one chunk, or a few for each process that encodes them, however many records there are. Which process
+encodes a chunk, and where chunks end, shows nowhere in a store.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 
 from ds_embed.artifact.durable import sync_and_close
 from ds_embed.data.files import BadRecord
-from ds_embed.data.identity import content_keys, token_keys, write_positives
+from ds_embed.data.identity import write_positives
+from ds_embed.data.store_chunk import Chunk, ChunkTexts, File
 from ds_embed.data.store_conflicts import ID_ARRAYS, find_conflicts
 from ds_embed.data.store_files import NpyWriter, write_manifest
+from ds_embed.data.store_workers import Workers, count_processes
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.settings.errors import UserError
 
@@ -29,6 +30,9 @@ IDS_NAME = "ids.txt"
 _CHUNK_TEXTS = 16_384
 _CHUNK_DISTINCT_CHARACTERS = 4_000_000
 _CHUNK_CHARACTERS = 16_000_000
+# Workers have one thread each, so smaller chunks do; and starting them takes the time of about so many texts.
+_SHARE_OF_WORKERS = 4
+_WORKERS_FROM_TEXTS = 16_384
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
 _TRAINING_ARRAYS = {"first_text": "i8", "text_keys": "i8", "scores": "f4", **dict.fromkeys(ID_ARRAYS, "i8")}
 
@@ -53,76 +57,73 @@ class StoreWriter:
             self._arrays["first_text"].append([0])
         self._num_records = self._num_texts = self._num_tokens = self._max_tokens = self._max_texts = 0
         self._longest: dict = {"num_tokens_before_truncation": -1}
-        self._files: list[dict] = []  # what is told of each file
+        self._files: list[File] = []
+        self._workers: Workers | None = None  # of large stores
+        self._pending: deque[tuple[Chunk, Future]] = deque()
         self._lacking: dict[str, tuple[int, str | None]] = {"negatives": (0, None), "scores": (0, None)}
-        self._start_chunk()
+        self._chunk: Chunk | None = None
 
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            if isinstance(error, UserError):
+                self._append_pending()  # an error in what was read before comes first, as in one process
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
         for array in self._arrays.values():
             array.close()
         if self._ids is not None:
             with contextlib.suppress(OSError):  # after an error; finish() has closed it otherwise
                 self._ids.close()
 
-    def _start_chunk(self) -> None:
-        # Per side (queries, documents): the distinct texts, each with its place among them.
-        self._distinct: list[dict[str, int]] = [{} for _ in self._sides]
-        self._text_sides: list[int] = []  # per text
-        self._places: list[int] = []  # per text: its place among the distinct texts of its side
-        self._text_names: list[str] = []  # per text: the key that it stood under
-        self._scores: list[float] = []  # per text: the teacher's, NaN where there is none
-        self._ends: list[int] = []  # per record: texts up to its end
-        self._numbers: list[int] = []  # per record
-        self._record_ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "row_id": []}
-        self._num_characters = self._num_distinct_characters = 0
-
     def encode_with(self, sides: dict[str, TextTokenizer]) -> None:
         """Encode the files that follow with these, of the same names."""
-        assert not self._numbers and sides.keys() == self._sides.keys()
+        assert sides.keys() == self._sides.keys()
         self._sides = sides
 
     def start_source(self, location: Callable[[int], str]) -> None:
         """The records that follow are of a file whose record numbers `location` turns into places."""
-        assert not self._numbers, "a chunk holds records of one file"
-        self._location = location
-        self._files.append({side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides})
+        assert self._chunk is None or not self._chunk.numbers, "a chunk holds records of one file"
+        first_sides = self._first_sides if self._ids is None else None
+        facts = {side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides}
+        self._files.append(File((self._sides, first_sides), location, facts))
+        self._start_chunk()
+
+    def _start_chunk(self) -> None:
+        self._chunk = Chunk(self._files[-1], ChunkTexts(len(self._sides)))
 
     def add_text(self, side: int, name: str, text: str, score: float | None = None) -> None:
         """Add the next text of the record that is being written; `name` is its key in the data."""
-        distinct = self._distinct[side]
-        place = distinct.get(text)
-        if place is None:
-            place = distinct[text] = len(distinct)
-            self._num_distinct_characters += len(text)
-        self._num_characters += len(text)
-        self._text_sides.append(side)
-        self._places.append(place)
-        self._text_names.append(name)
-        self._scores.append(math.nan if score is None else score)
+        self._chunk.add_text(side, name, text, score)
 
     def end_record(self, number: int, **ids: str | None) -> None:
-        self._numbers.append(number)
-        self._ends.append(len(self._places))
-        for name, value in ids.items():
-            self._record_ids[name].append(value)
+        chunk = self._chunk
+        chunk.end_record(number, ids)
+        share = _SHARE_OF_WORKERS if self._workers else 1
         if (
-            len(self._places) >= _CHUNK_TEXTS
-            or self._num_characters >= _CHUNK_CHARACTERS
-            or self._num_distinct_characters >= _CHUNK_DISTINCT_CHARACTERS
+            len(chunk.names) * share >= _CHUNK_TEXTS
+            or chunk.num_characters * share >= _CHUNK_CHARACTERS
+            or chunk.num_distinct_characters * share >= _CHUNK_DISTINCT_CHARACTERS
         ):
             self.flush()
 
     def count_blank(self) -> None:
         """Note that the text that is added next is blank."""
-        self._files[-1]["num_blank"] = self._files[-1].get("num_blank", 0) + 1
+        facts = self._files[-1].facts
+        facts["num_blank"] = facts.get("num_blank", 0) + 1
 
     def count_negatives(self, number: int, where: str) -> None:
         """Note how many negatives the record at `where` has in the data, kept or not."""
-        least, most = self._files[-1].get("negatives", (number, number))
-        self._files[-1]["negatives"] = min(least, number), max(most, number)
+        facts = self._files[-1].facts
+        least, most = facts.get("negatives", (number, number))
+        if not least < number < most:
+            facts["negatives"] = min(least, number), max(most, number)
         if not number:
             self.count_record_without("negatives", where)
 
@@ -132,43 +133,45 @@ class StoreWriter:
         self._lacking[what] = number + 1, first or where
 
     def flush(self) -> None:
-        """Encode the chunk and append it to the arrays. All of its records are of one file."""
-        if not self._numbers:
+        """Have the chunk encoded, here or by the workers, and append what is ready to the arrays, in order."""
+        chunk = self._chunk
+        if not chunk.numbers:
             return
-        encoded = [
-            encoder.encode_flat(list(distinct)) for encoder, distinct in zip(self._sides.values(), self._distinct)
-        ]
-        pool, pool_lengths, pool_full_lengths = (np.concatenate(parts) for parts in zip(*encoded))
-        side_starts = np.cumsum([0] + [len(distinct) for distinct in self._distinct])
-        sides = np.array(self._text_sides)
-        chosen = side_starts[sides] + np.array(self._places)  # per text: its place in the pool
-        lengths = pool_lengths[chosen]
-        full_lengths = pool_full_lengths[chosen]
+        self._start_chunk()
+        if self._workers is None and self._num_texts >= _WORKERS_FROM_TEXTS and count_processes() > 1:
+            self._workers = Workers(count_processes())
+        if self._workers is None:
+            self._append(chunk, chunk.texts.encode(*chunk.file.encoders))
+            return
+        self._pending.append((chunk, self._workers.submit(ChunkTexts.encode, chunk.file.encoders, chunk.texts)))
+        self._append_pending(leave=2 * self._workers.number)
+
+    def _append_pending(self, leave: int = 0) -> None:
+        while len(self._pending) > leave:
+            chunk, encoded = self._pending.popleft()
+            self._append(chunk, encoded.result())
+
+    def _append(self, chunk: Chunk, encoded: dict[str, np.ndarray]) -> None:
+        lengths, full_lengths = encoded["lengths"], encoded.pop("full_lengths")
         if lengths.min() == 0:
             text = int(np.argmin(lengths))
             raise UserError(
-                f"{self._where(text)}: {self._text_names[text]} gives no token with this tokenizer; "
+                f"{chunk.where(text)}: {chunk.names[text]} gives no token with this tokenizer; "
                 "remove it, or set a prefix"
             )
-        ends = np.cumsum(lengths)
-        pool_starts = np.cumsum(pool_lengths) - pool_lengths
-        tokens = pool[np.arange(ends[-1]) + np.repeat(pool_starts[chosen] - (ends - lengths), lengths)]
+        encoded |= {"offsets": self._num_tokens + np.cumsum(lengths, dtype=np.int64), "lines": chunk.numbers}
+        ends = chunk.texts.ends
+        if self._ids is None:
+            encoded |= {"first_text": self._num_texts + np.array(ends), "scores": chunk.scores}
+            self._max_texts = max(self._max_texts, int(np.diff(ends, prepend=0).max()))
+        else:
+            self._ids.writelines(f"{row_id}\n" for row_id in chunk.texts.ids["row_id"])
+        for name, values in encoded.items():
+            self._arrays[name].append(values)
 
-        self._arrays["tokens"].append(tokens)
-        self._arrays["offsets"].append(self._num_tokens + ends)
-        self._arrays["lengths"].append(lengths)
-        self._arrays["lines"].append(self._numbers)
-        if "first_text" in self._arrays:
-            self._arrays["first_text"].append(self._num_texts + np.array(self._ends))
-            self._arrays["text_keys"].append(self._text_keys(encoded)[chosen])
-            self._arrays["scores"].append(self._scores)
-            self._append_ids(chosen)
-            self._max_texts = max(self._max_texts, int(np.diff(self._ends, prepend=0).max()))
-        if self._ids is not None:
-            self._ids.writelines(f"{row_id}\n" for row_id in self._record_ids["row_id"])
-
+        sides = np.array(chunk.texts.sides)
         for index, side in enumerate(self._sides):
-            facts, of_side = self._files[-1][side], sides == index
+            facts, of_side = chunk.file.facts[side], sides == index
             facts["num_texts"] += int(of_side.sum())
             facts["num_cut"] += int((full_lengths > lengths)[of_side].sum())
             facts["longest"] = max(facts["longest"], int(full_lengths[of_side].max(initial=0)))
@@ -177,46 +180,15 @@ class StoreWriter:
             self._longest = {
                 "num_tokens_before_truncation": int(full_lengths[longest]),
                 "num_tokens": int(lengths[longest]),
-                "location": self._where(longest),
-                "key": self._text_names[longest],
+                "location": chunk.where(longest),
+                "key": chunk.names[longest],
             }
         self._max_tokens = max(self._max_tokens, int(lengths.max()))
-        self._num_tokens += int(ends[-1])
+        self._num_tokens += int(lengths.sum())
         self._num_texts += len(lengths)
-        num_new_records = len(self._numbers)
-        self._num_records += num_new_records
-        self._start_chunk()
+        self._num_records += len(chunk.numbers)
         if self._progress is not None:
-            self._progress(num_new_records)
-
-    def _text_keys(self, encoded: list) -> np.ndarray:
-        """Keys of the distinct texts of all sides, by the tokens that `encoded` gives them.
-
-        Documents go by those of the first file's prefix: the same one behind another prefix is still the same.
-        """
-        keys = []
-        for side, encoder, distinct, (tokens, lengths, _) in zip(
-            self._sides, self._sides.values(), self._distinct, encoded
-        ):
-            if side == "documents" and encoder is not self._first_sides[side]:
-                tokens, lengths, _ = self._first_sides[side].encode_flat(list(distinct))
-            keys.append(token_keys(tokens, lengths))
-        return np.concatenate(keys)
-
-    def _append_ids(self, chosen: np.ndarray) -> None:
-        """Keys of ids and, for those, of the texts as they stand in the data: whether they fit hangs on no setting."""
-        first_texts = np.array([0, *self._ends[:-1]])
-        texts = list(itertools.chain(*self._distinct))
-        for place, id_name, (ids, named) in ((0, "query_id", ID_ARRAYS[:2]), (1, "doc_id", ID_ARRAYS[2:])):
-            keys, text_keys = np.zeros((2, len(first_texts)), np.int64)  # 0 where there is no id
-            rows = [row for row, value in enumerate(self._record_ids[id_name]) if value is not None]
-            keys[rows] = content_keys([self._record_ids[id_name][row] for row in rows])
-            text_keys[rows] = content_keys([texts[text] for text in chosen[first_texts[rows] + place].tolist()])
-            self._arrays[ids].append(keys)
-            self._arrays[named].append(text_keys)
-
-    def _where(self, text: int) -> str:
-        return self._location(self._numbers[int(np.searchsorted(self._ends, text, side="right"))])
+            self._progress(len(chunk.numbers))
 
     def finish(
         self, manifest: dict, locations: Sequence[Callable[[int], str]] = ()
@@ -226,6 +198,7 @@ class StoreWriter:
         Of training records: unless ids conflict, which is returned, as find_conflicts has it. `locations` of each file
         turn record numbers into places.
         """
+        self._append_pending()
         for array in self._arrays.values():
             array.finish()
         sizes = [file["num_records"] for file in manifest["files"]]
@@ -244,10 +217,11 @@ class StoreWriter:
         else:
             counts["max_negatives"] = self._max_texts - 2
             more = write_positives(self._folder, sizes)
-            self._files = [file | facts for file, facts in zip(self._files, more)]
+            for file, facts in zip(self._files, more):
+                file.facts |= facts
             for what, (number, first) in self._lacking.items():
                 counts[f"records_without_{what}"] = number
                 counts[f"first_record_without_{what}"] = first
-        files = [file | facts for file, facts in zip(manifest["files"], self._files, strict=True)]
+        files = [entry | file.facts for entry, file in zip(manifest["files"], self._files, strict=True)]
         write_manifest(self._folder, {**manifest, "files": files, **counts})
         return {}

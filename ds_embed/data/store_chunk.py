@@ -1,0 +1,122 @@
+"""A chunk of a token store: records that are gathered, encoded at once, and appended to its arrays.
+
+Repeated texts are common (a paragraph with many questions, a negative used again), so each distinct
+text of a chunk is tokenized and hashed once. Letters: T texts, S tokens, R records, all of one chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ds_embed.data.identity import content_keys, token_keys
+from ds_embed.data.store_conflicts import ID_ARRAYS
+from ds_embed.data.tokenize import TextTokenizer
+
+
+@dataclass
+class File:
+    """What all chunks of one data file share."""
+
+    encoders: tuple[dict[str, TextTokenizer], dict[str, TextTokenizer] | None]  # the arguments of ChunkTexts.encode
+    location: Callable[[int], str]  # the place of a record by its number
+    facts: dict[str, Any]  # what the manifest tells of it
+
+
+class ChunkTexts:
+    """The texts of R records, as they are encoded."""
+
+    def __init__(self, num_sides: int):
+        # Per side (queries, documents): the distinct texts, each with its place among them.
+        self.distinct: list[dict[str, int]] = [{} for _ in range(num_sides)]
+        self.sides: list[int] = []  # per text
+        self.places: list[int] = []  # per text: its place among the distinct texts of its side
+        self.ends: list[int] = []  # per record: texts up to its end
+        self.ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "row_id": []}
+
+    def encode(
+        self, sides: dict[str, TextTokenizer], first_sides: dict[str, TextTokenizer] | None
+    ) -> dict[str, np.ndarray]:
+        """Arrays of a store by name, and full_lengths (T,), which texts would have had without truncation.
+
+        `sides` encode the kinds of texts, `first_sides` those of the first file. Without keys (None for the latter) for
+        text stores.
+        """
+        encoded = [encoder.encode_flat(list(distinct)) for encoder, distinct in zip(sides.values(), self.distinct)]
+        pool, pool_lengths, pool_full_lengths = (np.concatenate(parts) for parts in zip(*encoded))
+        side_starts = np.cumsum([0] + [len(distinct) for distinct in self.distinct])
+        chosen = side_starts[np.array(self.sides)] + np.array(self.places)  # per text: its place in the pool
+        lengths = pool_lengths[chosen]
+        ends = np.cumsum(lengths)
+        pool_starts = np.cumsum(pool_lengths) - pool_lengths
+        tokens = pool[np.arange(ends[-1]) + np.repeat(pool_starts[chosen] - (ends - lengths), lengths)]
+        arrays = {"tokens": tokens, "lengths": lengths.astype(np.int32), "full_lengths": pool_full_lengths[chosen]}
+        if first_sides is not None:
+            arrays["text_keys"] = self._text_keys(sides, first_sides, encoded)[chosen]
+            arrays |= self._id_keys(chosen)
+        return arrays
+
+    def _text_keys(self, sides: dict[str, TextTokenizer], first_sides: dict, encoded: list) -> np.ndarray:
+        """Keys of the distinct texts of all sides, by the tokens that `encoded` gives them.
+
+        Documents go by those of the first file's prefix: the same one behind another prefix is still the same.
+        """
+        keys = []
+        for side, distinct, (tokens, lengths, _) in zip(sides, self.distinct, encoded):
+            if side == "documents" and sides[side] is not first_sides[side]:
+                tokens, lengths, _ = first_sides[side].encode_flat(list(distinct))
+            keys.append(token_keys(tokens, lengths))
+        return np.concatenate(keys)
+
+    def _id_keys(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """Keys of ids and, for those, of the texts as they stand in the data: whether they fit hangs on no setting."""
+        first_texts = np.array([0, *self.ends[:-1]])
+        texts = list(itertools.chain(*self.distinct))
+        arrays = {}
+        for place, id_name, (ids, named) in ((0, "query_id", ID_ARRAYS[:2]), (1, "doc_id", ID_ARRAYS[2:])):
+            keys, text_keys = np.zeros((2, len(first_texts)), np.int64)  # 0 where there is no id
+            rows = [row for row, value in enumerate(self.ids[id_name]) if value is not None]
+            keys[rows] = content_keys([self.ids[id_name][row] for row in rows])
+            text_keys[rows] = content_keys([texts[text] for text in chosen[first_texts[rows] + place].tolist()])
+            arrays |= {ids: keys, named: text_keys}
+        return arrays
+
+
+@dataclass
+class Chunk:
+    """R records of one file: their texts, and what is appended beside these."""
+
+    file: File
+    texts: ChunkTexts
+    names: list[str] = field(default_factory=list)  # per text: the key that it stood under
+    scores: list[float] = field(default_factory=list)  # per text: the teacher's, NaN where there is none
+    numbers: list[int] = field(default_factory=list)  # per record
+    num_characters: int = 0
+    num_distinct_characters: int = 0
+
+    def add_text(self, side: int, name: str, text: str, score: float | None) -> None:
+        texts = self.texts
+        distinct = texts.distinct[side]
+        place = distinct.get(text)
+        if place is None:
+            place = distinct[text] = len(distinct)
+            self.num_distinct_characters += len(text)
+        self.num_characters += len(text)
+        texts.sides.append(side)
+        texts.places.append(place)
+        self.names.append(name)
+        self.scores.append(math.nan if score is None else score)
+
+    def end_record(self, number: int, ids: dict[str, str | None]) -> None:
+        self.numbers.append(number)
+        self.texts.ends.append(len(self.texts.places))
+        for name, value in ids.items():
+            self.texts.ids[name].append(value)
+
+    def where(self, text: int) -> str:
+        return self.file.location(self.numbers[int(np.searchsorted(self.texts.ends, text, side="right"))])
