@@ -1,4 +1,4 @@
-"""Write a finished run as a folder for other libraries, loaded there and compared before it is called done.
+"""Write a run as a folder for other libraries, loaded there and compared before it is called done.
 
     python recipes/export.py --run RUN --format sentence-transformers --output_dir DIR
 
@@ -17,8 +17,9 @@ from ds_embed.settings.fields import setting
 
 @dataclass
 class ExportArguments:
-    run: str = setting("folder of a finished run, or its model/")
+    run: str = setting("folder of a run, its model/, or a checkpoint of it")
     output_dir: str = setting("folder to write; must not exist, or be empty")
+    step: int | None = setting("export the checkpoint of that step of the run instead of its model/", default=None)
     format: str = setting("adapter, merged or sentence-transformers", default="sentence-transformers")
     dtype: str = setting(
         "of the weights of a whole model on disk: auto (the base model's), float32, bfloat16 or float16", default="auto"
@@ -41,6 +42,7 @@ def main(argv=None):
         arguments.run,
         arguments.format,
         arguments.output_dir,
+        step=arguments.step,
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,

@@ -11,7 +11,8 @@ from tiny import make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ds_embed.models.loading import find_model, load_config, load_encoder
-from ds_embed.models.lora import add_lora, resolve_lora, save_adapter
+from ds_embed.models.lora import add_lora, save_adapter
+from ds_embed.models.lora_runs import resolve_lora
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ds_embed.artifact.durable import set_aside
+from ds_embed.models.checkpoint import damage, list_checkpoints
 from ds_embed.settings.errors import UserError
 from ds_embed.training import checkpoint
-from ds_embed.training.checkpoint import CheckpointWriter, damage, list_checkpoints, prune
+from ds_embed.training.checkpoint import CheckpointWriter, prune
 from ds_embed.training.resume import clear_way, find_start
 from ds_embed.training.run_folder import RunFolder, lines_up_to
 

@@ -12,10 +12,10 @@ import torch
 from test_damage import OneRank
 from tiny import launch, make_model, make_training_file
 
+from ds_embed.models.checkpoint import damage, list_checkpoints
 from ds_embed.settings import RunArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.training import checkpoint, run_folder
-from ds_embed.training.checkpoint import damage, list_checkpoints
 from ds_embed.training.run_folder import RunFolder
 
 

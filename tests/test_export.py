@@ -308,7 +308,8 @@ def test_what_can_not_be_exported_leaves_nothing(place, tmp_path, monkeypatch):
     target = tmp_path / "out"
     for run, flags, message in [
         (runs["bert", "mean"], ["--format", "adapter"], "--format adapter: .* was trained with all weights"),
-        (checkpoint, [], "--run .*: is a checkpoint; start its training command again"),
+        (checkpoint, [], "step_00000002: manifest.json can't be read as JSON; take another step"),
+        (tmp_path / "run", ["--step", 3], "--step 3: --run .* has no checkpoint of that step; --step can be 2"),
         (tmp_path / "run", [], "--run .*: a run that has not finished"),
         (behind, [], "--format sentence-transformers: this run's prefix 'find: {text} .' goes on behind the text"),
         (root / "bert", [], "--run .*: has no ds_embed.json"),

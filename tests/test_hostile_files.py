@@ -18,6 +18,7 @@ from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.checkpoint import KIND, CheckpointReader, damage
 from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import EncodeArguments, LoraArguments, ModelArguments, TextArguments
@@ -229,18 +230,18 @@ def test_checkpoint(tmp_path, sentinel):
     shard = path / "weights-00001.safetensors"
     torch.save({"a": Payload(sentinel)}, path / "weights-00001.pt")
     torch.save({"a": Payload(sentinel)}, path / "zzz.safetensors")  # last in the order of names
-    assert checkpoint.damage(path) is None
-    assert torch.equal(checkpoint.CheckpointReader(path).read("a", "weight"), load_file(shard)["a"])
+    assert damage(path) is None
+    assert torch.equal(CheckpointReader(path).read("a", "weight"), load_file(shard)["a"])
     torch.save({"a": Payload(sentinel)}, shard)
-    assert "weights-00001.safetensors has" in checkpoint.damage(path)
+    assert "weights-00001.safetensors has" in damage(path)
     # By somebody who makes the hashes fit.
-    forged = Artifact(tmp_path / "step_00000002", checkpoint.KIND, "--output_dir")
+    forged = Artifact(tmp_path / "step_00000002", KIND, "--output_dir")
     forged.begin(anew=True)
     forged.write(shard.name, shard.read_bytes())
     forged.publish()
-    assert checkpoint.damage(forged.path) is None
+    assert damage(forged.path) is None
     with pytest.raises(ValueError, match=f"{forged.path / shard.name}: not a file of tensors"):
-        checkpoint.CheckpointReader(forged.path)
+        CheckpointReader(forged.path)
     assert not sentinel.exists()
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import REPOSITORY, check, launch, launch_command, launch_environment, make_model, make_training_file
 
 from ds_embed.job.ranks import EXIT_REQUEUE
-from ds_embed.training.checkpoint import list_checkpoints
+from ds_embed.models.checkpoint import list_checkpoints
 
 KILLS = int(os.environ.get("KILLS", 2))
 STEPS = 20 if KILLS <= 2 else 4 * KILLS

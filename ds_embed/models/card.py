@@ -79,7 +79,7 @@ class EmbeddingCard:
                 defaults.setdefault(one.name, one.default)
             elif one.default_factory is not MISSING:
                 defaults.setdefault(one.name, one.default_factory())
-        card = {} if known is None else {n: value for n, value in asdict(known).items() if n != "origins"}
+        card = {} if known is None else known.content
         sources = {_FLAG: flags, CARD_NAME: card, OWN_FILES: own or {}, _DEFAULT: defaults}
         values: dict[str, Any] = {"base_model": base}
         origins = {}
@@ -175,9 +175,13 @@ class EmbeddingCard:
             )
         return lines
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What is saved of it."""
+        return {name: value for name, value in asdict(self).items() if name != "origins"}
+
     def save(self, folder: Path) -> None:
-        content = {name: value for name, value in asdict(self).items() if name != "origins"}
-        (folder / CARD_NAME).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / CARD_NAME).write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> EmbeddingCard | None:
@@ -188,7 +192,11 @@ class EmbeddingCard:
     @classmethod
     def read(cls, path: Path) -> EmbeddingCard:
         """The card in a file. UserError when it can't be understood."""
-        content = json.loads(path.read_text("utf-8"))
+        return cls.of(json.loads(path.read_text("utf-8")), path)
+
+    @classmethod
+    def of(cls, content: dict[str, Any], path: Path) -> EmbeddingCard:
+        """The card that `content`, of the file `path`, describes. UserError when it can't be understood."""
         known = {one.name for one in fields(cls)} - {"origins"}
         needed = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
         if not needed <= set(content) <= known:

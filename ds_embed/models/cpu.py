@@ -285,7 +285,8 @@ def pack_linear_layers(model: nn.Module) -> None:
         for layer, activation in _ACTIVATED:
             if type(getattr(module, layer, None)) is nn.Linear and hasattr(module, activation):
                 _pack_with_activation(module, layer, activation)
-        if isinstance(module, nn.ModuleDict):  # PEFT's, which looks into the matrices that it holds
+        # PEFT looks into the matrices that it holds, and with DoRA into the layer's own weights.
+        if isinstance(module, nn.ModuleDict) or getattr(module, "lora_variant", None):
             continue
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:

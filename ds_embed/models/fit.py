@@ -11,7 +11,7 @@ from ds_embed.data.tokenize import encode_texts
 from ds_embed.models.adapters import changes_base, put_adapter_on, read_adapter
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.kinds import auto_class, loading_options
-from ds_embed.models.loading import ModelSource, load_config, without_foreign_code
+from ds_embed.models.loading import ModelSource, check_checkpoint, load_config, without_foreign_code
 from ds_embed.settings.errors import UserError
 
 
@@ -19,6 +19,8 @@ def check_parts(source: ModelSource, card: EmbeddingCard, tokenizer: Any, trust_
     """UserError that names both parts where two don't fit, before any text is tokenized or a weight is read."""
     if source.load_in_4bit is not None:
         _check_4bit(source)
+    if source.checkpoint is not None:
+        check_checkpoint(source, getattr(load_config(source, trust_remote_code), "_commit_hash", None))
     model = _check_weights(source, trust_remote_code)
     _check_tokens(source, card, tokenizer, model)
     if source.adapter is not None:

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 
-from ds_embed.artifact.identity import identify_large, identify_model
+from ds_embed.artifact.artifact import MANIFEST
+from ds_embed.artifact.identity import identify_large, identify_model, identify_texts, identify_weights
 from ds_embed.data.tokenize import put_into_lower_case
 from ds_embed.models.adapters import put_adapter_on, read_adapter
 from ds_embed.models.attention import choose_attention, choose_direction
 from ds_embed.models.card import CARD_NAME, EmbeddingCard
+from ds_embed.models.checkpoint import STATE, CheckpointReader, checkpoint_in, found_again, read_state, steps_of, verify
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
-from ds_embed.models.encoder import TextEncoder
+from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
 from ds_embed.models.kernels import DEVICE_KERNEL, register_device_kernel
 from ds_embed.models.kinds import auto_class, backbone_class, kind_of, loading_options, plain_config, without_pooler
+from ds_embed.models.lora import add_lora
 from ds_embed.models.pooling import NORMALIZE, build_head
 from ds_embed.models.sentence_transformers import (
     MODULES_NAME,
@@ -46,9 +49,19 @@ class ModelSource:
     own: OwnFiles | None = None  # what its sentence-transformers files say, where there is no card
     files: ModelFiles | None = None  # where the card, or they, and the weights behind the pooling are
     load_in_4bit: str | None = None  # how base's linear layers are to be held
+    checkpoint: Path | None = None  # the trained weights, where they are a run's in its middle
+    lora: LoraArguments | None = None  # what that run trains
+    base_content: str | None = None  # what `base` held when that run was started
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether LoRA matrices lie on the base."""
+        return self.adapter is not None or (self.lora is not None and bool(self.lora.lora_rank))
 
     def load_head(self, head: list[dict[str, Any]]) -> torch.nn.Sequential:
-        """The modules behind the pooling, as a card has them, with their weights."""
+        """The modules behind the pooling, as a card has them, with their weights, which a checkpoint brings later."""
+        if self.checkpoint is not None:
+            return build_head(head)
         return load_head(head, self.files or ModelFiles(self.base, self.revision))
 
     @property
@@ -58,6 +71,10 @@ class ModelSource:
 
     def identify(self, commit: str | None) -> dict[str, str]:
         """The content of its weights and configs; `commit` is the revision of a base that comes from the hub."""
+        if self.checkpoint is not None:
+            known = identify_model(self.base, self.adapter, commit)
+            changed = "adapter" if self.is_adapted else "base_model"
+            return known | {changed: f"checkpoint {identify_texts([self.checkpoint / MANIFEST])}, {known[changed]}"}
         layers = [layer for layer in self.says.get("head", []) if layer["type"] == "Dense"]
         paths = [path for path in (head_weights(layer, self.files) for layer in layers) if path is not None]
         known = identify_model(self.base, self.adapter, commit)
@@ -70,11 +87,20 @@ def find_model(
     adapter_path: str | None = None,
     flag: str = "model_name_or_path",
     revision: str | None = None,
+    step: int | None = None,
 ) -> ModelSource:
     """Resolve a base model, a run, a PEFT or sentence-transformers folder, a hub name, or a base plus an adapter.
 
-    Raises UserError naming the flag when a folder does not exist or holds no model.
+    Of a run, `step` takes a checkpoint, which may be given itself too. UserError naming the flag when a folder does
+    not exist or holds no model.
     """
+    checkpoint = checkpoint_in(flag, model_name_or_path, step)
+    if checkpoint is not None:
+        if adapter_path is not None:
+            raise UserError(
+                f"--adapter_path {adapter_path}: goes on no checkpoint; export that first, by recipes/export.py"
+            )
+        return _find_checkpoint(checkpoint, flag)
     files = _locate(flag, model_name_or_path, revision)
     if adapter_path is not None:
         adapter = _locate("adapter_path", adapter_path, None)
@@ -88,7 +114,12 @@ def find_model(
 
 def find_source(model: ModelArguments) -> ModelSource:
     """What find_model finds for these settings, to be loaded as they say."""
-    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision)
+    source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision, step=model.step)
+    if model.load_in_4bit is not None and source.checkpoint is not None:
+        raise UserError(
+            f"--load_in_4bit {model.load_in_4bit}: not of a checkpoint; export that first, by recipes/export.py --run "
+            f"{source.checkpoint}"
+        )
     return replace(source, load_in_4bit=model.load_in_4bit)
 
 
@@ -99,6 +130,32 @@ def check_stage(model: ModelArguments, stage: int) -> None:
             f"--load_in_4bit {model.load_in_4bit}: ZeRO-3 can't cut 4-bit weights into shares; take a --deepspeed of ZeRO 0 "
             "to 2, such as zero2"
         )
+
+
+def _find_checkpoint(path: Path, flag: str) -> ModelSource:
+    """What a run trains, from what it wrote about that beside the weights of a step."""
+    verify(path, STATE)
+    model = read_state(path).get("model")
+    if model is None:
+        raise UserError(
+            f"--{flag} {path}: an earlier version of ds_embed wrote this checkpoint and not what it was trained from; start "
+            "its training command again, which goes on from it"
+        )
+    places = {name: model[name] and found_again(model[name], path) for name in ("base", "adapter", "tokenizer")}
+    card, reader = EmbeddingCard.of(model["card"], path / STATE), CheckpointReader(path)
+    if LOG_SCALE_CHANGE in reader.tensors:
+        temperature = learned_temperature(card.temperature, reader.read(LOG_SCALE_CHANGE).squeeze())
+        card = replace(card, temperature=temperature.item())
+    return ModelSource(
+        places["base"],
+        Path(places["adapter"]) if places["adapter"] else None,
+        places["tokenizer"],
+        card,
+        model["revision"],
+        checkpoint=path,
+        lora=LoraArguments(**model["lora"]),
+        base_content=model["base_content"],
+    )
 
 
 def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
@@ -167,7 +224,8 @@ def _locate(flag: str, name: str, revision: str | None, hint: str = "") -> Model
             return ModelFiles(str(folder.resolve()))
     if path.is_dir():
         unfinished = (path / "config.yaml").exists()
-        reason = "a run that has not finished: no model/ in it" if unfinished else "no config.json in this folder"
+        reason = f"a run that has not finished: no model/ in it; {steps_of(path)}"
+        reason = reason if unfinished else "no config.json in this folder"
         raise UserError(f"--{flag} {name}{hint}: {reason}")
     if path.exists():
         raise UserError(f"--{flag} {name}{hint}: is a file; give the folder that holds config.json")
@@ -230,7 +288,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     """The fast tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    revision = source.revision if source.tokenizer == source.base else None
+    revision = None if Path(source.tokenizer).is_dir() else source.revision
     with without_foreign_code(source.tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(
             source.tokenizer, revision=revision, trust_remote_code=trust_remote_code
@@ -286,12 +344,41 @@ def load_encoder(
     attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)):
-            backbone = put_adapter_on(backbone, source.adapter, trained)
+            backbone = put_adapter_on(backbone, source.adapter, source.lora or trained)
         for parameter in backbone.parameters():  # buffers, such as rotary frequencies, stay as exact as they are
             if parameter.is_floating_point():  # and not 4-bit numbers, two to a byte
                 parameter.data = parameter.data.to(options["dtype"])
     layers = source.load_head([NORMALIZE] if head is None else head).to(options["dtype"])
-    return TextEncoder(backbone, pooling, attention, head=layers)
+    encoder = TextEncoder(backbone, pooling, attention, head=layers)
+    if source.checkpoint is not None:
+        _put_checkpoint_in(encoder, source, options["dtype"])
+    return encoder
+
+
+def _put_checkpoint_in(encoder: TextEncoder, source: ModelSource, dtype: torch.dtype) -> None:
+    """The weights that the run trains as they were, all of them, each with the shape that the model has."""
+    if source.lora.lora_rank and source.adapter is None:
+        add_lora(encoder, source.lora, seed=0, dtype=dtype)
+    reader = CheckpointReader(source.checkpoint)
+    weights = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if LOG_SCALE_CHANGE in reader.tensors:  # no vector depends on it
+        shapes[LOG_SCALE_CHANGE] = (1,)
+    reader.check(shapes, f"bring back the base model that it was trained from, {source.base}")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(reader.read(name))
+
+
+def check_checkpoint(source: ModelSource, commit: str | None) -> None:
+    """UserError when the weights of a checkpoint, or the base that they belong to, are not as they were."""
+    verify(source.checkpoint, "weights-")
+    now = identify_weights(source.base, commit)
+    if now != source.base_content:
+        raise UserError(
+            f"{source.checkpoint}: belongs to {source.base} as it was when the run began: {source.base_content}; now it is "
+            f"{now}; bring that back"
+        )
 
 
 def build_encoder(

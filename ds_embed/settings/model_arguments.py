@@ -18,6 +18,11 @@ class ModelArguments:
     model_revision: str | None = setting(
         "branch, tag or commit of a hub name's repository, for all of its files (default: main)", default=None
     )
+    step: int | None = setting(
+        "step of a run whose checkpoint is encoded instead of RUN/model; such as RUN/checkpoints/step_00000100 itself "
+        "(training starts from one that was exported)",
+        default=None,
+    )
     pooling: str | None = setting(
         f"how token states become one vector: {', '.join(POOLINGS)}, or several with + in between, concatenated "
         "(default: as the model's own files say, else last for decoders, mean for BERT)",

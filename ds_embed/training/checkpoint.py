@@ -1,43 +1,19 @@
-"""Checkpoints on disk: complete or absent, checked before use, free of topology.
-
-RUN/checkpoints/step_00000100/
-    weights-00001.safetensors ...   trained weights, float32, "NAME"
-    moments-00001.safetensors ...   AdamW's moments, float32, "NAME/exp_avg" and "NAME/exp_avg_sq"
-    state.json                      step, consumed_samples, AdamW's step, the best validations, ...
-    manifest.json                   what the run is made from, size and SHA-256 of every file above
-
-An artifact whose parts are files. The learning rate and every random draw are pure functions of the settings and the
-position, so neither needs a file.
-"""
+"""Checkpoints out of an engine and into one; models/checkpoint.py says what they hold."""
 
 import json
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ds_embed.artifact.artifact import Artifact, inspect, read_whole
+from ds_embed.artifact.artifact import Artifact, read_whole
 from ds_embed.artifact.durable import remove
 from ds_embed.job.ranks import World
-from ds_embed.settings.errors import UserError
-from ds_embed.training.engine_state import WEIGHT, adam_step, gather_state, restore_state, trained_shapes
+from ds_embed.models.checkpoint import KIND, STATE, WEIGHT, CheckpointReader, checkpoint_path, list_checkpoints
+from ds_embed.training.engine_state import adam_step, gather_state, restore_state, trained_shapes
 
-KIND = "a checkpoint, form 2"
-STATE = "state.json"
 MAX_SHARD_BYTES = 2**30  # rank 0 holds about two shards of each kind in memory while it writes
-_NAME = re.compile(r"step_(\d{8,})")
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in `folder`, newest first, whole or not."""
-    found = [(m, path) for path in folder.glob("step_*") if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return sorted(((int(m[1]), path) for m, path in found), reverse=True)
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}"
 
 
 def save_checkpoint(
@@ -97,23 +73,10 @@ def load_checkpoint(engine: Any, world: World, path: Path, state: dict[str, Any]
     def open_and_check() -> None:
         nonlocal reader
         reader = CheckpointReader(path)
-        reader.check(shapes)
+        reader.check(shapes, "use the model and LoRA settings of that run, or another --output_dir")
 
     world.on_main(f"open {path}", open_and_check)
     restore_state(engine, world, state["adam_step"], reader.read if reader else None)
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, naming the file; None when every byte is as written.
-
-    UserError when another version of ds_embed wrote it.
-    """
-    return inspect(path, KIND)[0]
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def made_from(path: Path) -> dict[str, str]:
@@ -171,36 +134,3 @@ class CheckpointWriter:
         """Give the checkpoint its name."""
         self._artifact.publish()
         return self._artifact.path
-
-
-class CheckpointReader:
-    """The tensors of a checkpoint by name, from however many shards."""
-
-    def __init__(self, path: Path):
-        from safetensors import SafetensorError, safe_open
-
-        self.path = path
-        self.tensors: dict[str, Any] = {}  # name in the file: the open shard that holds it
-        # Those that the manifest vouches for, whatever else lies there.
-        names = {part.file for part in read_whole(path, KIND, f"remove {path}")["parts"]}
-        for shard in sorted(name for name in names if name.endswith(".safetensors")):
-            try:
-                file = safe_open(str(path / shard), framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{path / shard}: not a file of tensors ({error}); remove {path}") from None
-            self.tensors |= dict.fromkeys(file.keys(), file)
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        stored = {n: tuple(f.get_slice(n).get_shape()) for n, f in self.tensors.items() if "/" not in n}
-        odd = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
-        if odd:
-            name = odd[0]
-            raise UserError(
-                f"{self.path}: {len(odd)} weight(s) don't fit the model, such as {name}: the checkpoint has "
-                f"{stored.get(name, 'none')}, the model trains {shapes.get(name, 'none')}; "
-                "use the model and LoRA settings of that run, or another --output_dir"
-            )
-
-    def read(self, name: str, kind: str) -> Tensor:
-        stored = name if kind == WEIGHT else f"{name}/{kind}"
-        return self.tensors[stored].get_tensor(stored)

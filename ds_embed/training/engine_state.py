@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ds_embed.job.ranks import World
+from ds_embed.models.checkpoint import WEIGHT
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+MOMENTS = "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, *MOMENTS)
 
 

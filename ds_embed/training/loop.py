@@ -4,13 +4,15 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from ds_embed.artifact.identity import identify_weights
 from ds_embed.data.ahead import made_ahead
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.job.ranks import EXIT_REQUEUE, World
+from ds_embed.models.checkpoint import checkpoint_path, way_to
 from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.engine import partitioned_loading, start_engine, take_step
 from ds_embed.models.fit import check_parts
@@ -24,7 +26,8 @@ from ds_embed.models.loading import (
     load_encoder,
     load_tokenizer,
 )
-from ds_embed.models.lora import add_lora, merge_adapter, resolve_lora, start_training
+from ds_embed.models.lora import add_lora, start_training
+from ds_embed.models.lora_runs import merge_adapter, resolve_lora
 from ds_embed.settings import (
     DataArguments,
     LoraArguments,
@@ -117,6 +120,7 @@ class TrainingRun:
             )
         self.fingerprint: dict[str, str] = {}  # on rank 0, which reads and writes checkpoints
         commit = getattr(self.config, "_commit_hash", None)
+        self.trained_from = self.source  # or RUN/base, once that is there
         self.start = world.on_main("find checkpoint", lambda: self._find_start(commit))
         self.best = self.start.best
         self.skipped_steps, self.saved_step = self.start.skipped_steps, self.start.step
@@ -284,6 +288,7 @@ class TrainingRun:
             "skipped_steps": self.skipped_steps,
             "best": self.best.state(),
             "written_by": f"{self.world.size} rank(s), ZeRO-{self._stage}",
+            "model": self.world.on_main("describe the model", lambda: self._describe_model(number)),
         }
         save_checkpoint(
             engine,
@@ -297,6 +302,21 @@ class TrainingRun:
         if self.world.is_main:
             prune(self.folder.checkpoints_dir, self.run.save_total_limit, self.best.steps)
         self.saved_step = number
+
+    def _describe_model(self, number: int) -> dict[str, Any]:
+        """What a step's weights are encoded with, without the run being finished or its command known."""
+        source, folder = self.trained_from, checkpoint_path(self.folder.checkpoints_dir, number)
+        commit = getattr(self.config, "_commit_hash", None)
+        card = replace(self.card, consumed_samples=self._consumed(number), temperature=self.step_arguments.temperature)
+        return {
+            "base": way_to(source.base, folder),
+            "base_content": identify_weights(source.base, commit),
+            "revision": commit or source.revision,
+            "adapter": way_to(str(source.adapter), folder) if source.adapter else None,
+            "tokenizer": way_to(source.tokenizer, folder),
+            "card": card.content,
+            "lora": asdict(self.lora),
+        }
 
     def _report_skip(self, number: int, result: StepResult, batch: GlobalBatch) -> None:
         """Warn of a step whose loss or gradient is not finite, or raise UserError when there were too many."""
@@ -312,7 +332,7 @@ class TrainingRun:
 
         kernel = training_kernel(self.config, self.model.attn_implementation, self.world.device.type)
         dtype = torch.bfloat16 if self.run.bf16 else torch.float32
-        source = self._source_to_train()
+        source = self.trained_from = self._source_to_train()
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
                 source,

@@ -8,9 +8,10 @@ from typing import Any
 from ds_embed.artifact.durable import remove_all_unfinished, set_aside
 from ds_embed.artifact.identity import check_unchanged
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.checkpoint import damage, list_checkpoints, read_state
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
-from ds_embed.training.checkpoint import damage, list_checkpoints, made_from, read_state
+from ds_embed.training.checkpoint import made_from
 from ds_embed.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

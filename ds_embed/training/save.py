@@ -12,6 +12,7 @@ import torch
 from ds_embed.job.ranks import World
 from ds_embed.models.attention import BidirectionalAttention
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.checkpoint import checkpoint_path, damage, read_state
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
 from ds_embed.models.engine import gather_weights
 from ds_embed.models.kinds import direction_in_config, without_pooler
@@ -20,7 +21,7 @@ from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.models.tokenizer import save_tokenizer, tokenizer_for_others
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
-from ds_embed.training.checkpoint import checkpoint_path, damage, load_checkpoint, read_state
+from ds_embed.training.checkpoint import load_checkpoint
 from ds_embed.training.run_folder import RunFolder
 
 _PREFIX, _HEAD = "backbone.", "head."

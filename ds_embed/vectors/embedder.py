@@ -71,6 +71,7 @@ class Embedder:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "bfloat16",
         revision: str | None = None,
+        step: int | None = None,
         pooling: str | None = None,
         normalize: bool | None = None,
         bidirectional: bool | None = None,
@@ -86,7 +87,7 @@ class Embedder:
 
         device: default cuda where there is one, else cpu. dtype: bfloat16 (generate's default) or float32.
         truncate_dim: keep the first so many dimensions, normalised again. keep_weights: see Embedder.
-        revision: of a hub name. pooling, normalize, bidirectional and text_settings (max_length, query_max_length,
+        revision: of a hub name. step: of a run, whose checkpoint is taken. pooling, normalize, bidirectional and text_settings (max_length, query_max_length,
         doc_max_length, query_prefix, doc_prefix) are needed for models only that say nothing of themselves.
         `card.describe(tokenizer)` says what was taken. UserError names the setting, as the flag of generate.
         """
@@ -97,6 +98,7 @@ class Embedder:
             str(model_name_or_path),
             adapter_path=None if adapter_path is None else str(adapter_path),
             model_revision=revision,
+            step=step,
             pooling=pooling,
             normalize=normalize,
             bidirectional=bidirectional,

@@ -39,6 +39,7 @@ _NOT_OF_ROWS = {
     "model_name_or_path",
     "adapter_path",
     "model_revision",
+    "step",
     "normalize",
     "similarity",
     "prompts",
@@ -82,6 +83,11 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     world.on_main("check output_prefix", lambda: check_writable_folder("--output_prefix", prefix))
     embeddings = prefix / f"consumed_samples{card.consumed_samples}"
     commit = getattr(load_config(source, model.trust_remote_code), "_commit_hash", None)
+    if stage == 3 and source.checkpoint is not None:
+        raise UserError(
+            f"--deepspeed {arguments.deepspeed}: under ZeRO-3 no rank holds the whole model that a checkpoint is read into; "
+            "leave it out, or export the checkpoint first, by recipes/export.py"
+        )
     kernels = describe_kernels(world.device.type, torch.bfloat16 if arguments.bf16 else torch.float32, stage == 3)
     jobs = _make_jobs(world, model, arguments, source, commit, card, tokenizer, embeddings, kernels)
 

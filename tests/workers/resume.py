@@ -19,11 +19,12 @@ from ds_embed.data.batch import assemble_batch
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.models.checkpoint import read_state
 from ds_embed.models.engine import gather_weights, partitioned_loading, start_engine, take_step
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
-from ds_embed.training.checkpoint import load_checkpoint, read_state, save_checkpoint
+from ds_embed.training.checkpoint import load_checkpoint, save_checkpoint
 from ds_embed.training.engine_state import adam_step, gather_state
 from ds_embed.training.step import ContrastiveStep
 

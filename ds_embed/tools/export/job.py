@@ -12,6 +12,7 @@ from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.kinds import direction_in_config, kind_of, without_pooler
 from ds_embed.models.loading import ModelSource, find_model, load_config
+from ds_embed.models.lora import save_adapter
 from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import ModelArguments, TextArguments
@@ -39,7 +40,16 @@ _LOAD = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(run: str, output_format: str, output_dir: str, *, dtype: str, device: str, trust_remote_code: bool) -> None:
+def export(
+    run: str,
+    output_format: str,
+    output_dir: str,
+    *,
+    step: int | None = None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
     """Write output_dir, which must be free, and print a line per check.
 
     dtype: of the weights on disk, or auto for that of the base model. UserError when the run can't be
@@ -48,7 +58,7 @@ def export(run: str, output_format: str, output_dir: str, *, dtype: str, device:
     target = Path(output_dir).expanduser().resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not empty; choose another")
-    source = _find_run(run, output_format)
+    source = _find_run(run, step, output_format)
     needs_modules = output_format == "sentence-transformers" or not is_plain(source.card)
     if needs_modules and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
@@ -64,14 +74,8 @@ def export(run: str, output_format: str, output_dir: str, *, dtype: str, device:
     print("load it with " + _LOAD[output_format].format(target) + "; README.md has more")
 
 
-def _find_run(run: str, output_format: str) -> ModelSource:
-    path = Path(run).expanduser()
-    if (path / "manifest.json").exists() and (path / "state.json").exists():
-        raise UserError(
-            f"--run {run}: is a checkpoint; start its training command again, which goes on from it and writes "
-            "RUN/model/ at the end, and export the run"
-        )
-    source = find_model(run, flag="run")
+def _find_run(run: str, step: int | None, output_format: str) -> ModelSource:
+    source = find_model(run, flag="run", step=step)
     if source.card is None:
         raise UserError(f"--run {run}: has no ds_embed.json, so it is no model that ds_embed has trained")
     for prefix in (source.card.query_prefix, source.card.doc_prefix):
@@ -80,7 +84,7 @@ def _find_run(run: str, output_format: str) -> ModelSource:
                 f"--format {output_format}: this run's prefix {prefix!r} goes on behind the text, and other libraries only "
                 "put something in front of it; use ds_embed.Embedder or recipes/generate.py"
             )
-    if output_format == "adapter" and source.adapter is None:
+    if output_format == "adapter" and not source.is_adapted:
         raise UserError(
             f"--format adapter: {run} was trained with all weights (--lora_rank 0) and has no adapter; "
             "choose --format merged or sentence-transformers"
@@ -94,7 +98,7 @@ class _Export:
     def __init__(self, source: ModelSource, output_format: str, dtype: str, device: str, trust_remote_code: bool):
         self.source = source
         self.card: EmbeddingCard = source.card
-        if source.adapter is not None:
+        if source.is_adapted:
             self.card = replace(source.card, base_model=source.base)
         self.output_format = output_format
         self.device = device
@@ -127,7 +131,7 @@ class _Export:
         notes = self._check_tokens(folder)
         model_options = without_pooler(self.config)
         if self.output_format == "adapter":
-            self.run.encoder.backbone.save_pretrained(folder, save_embedding_layers=False)
+            save_adapter(self.run.encoder, self.run.encoder.backbone.state_dict(), folder)
         else:
             self._write_weights(folder)
         hidden_size = self.config.get_text_config().hidden_size
@@ -169,7 +173,7 @@ class _Export:
 
     def _write_weights(self, folder: Path) -> None:
         backbone = self.run.encoder.backbone
-        if self.source.adapter is not None:
+        if self.source.is_adapted:
             backbone = self.run.encoder.backbone = backbone.merge_and_unload(safe_merge=True)
             agreement = Agreement.of(self.vectors, vectors_here(self.run, self.texts))
             agreement.require(MIN_COSINE, "the adapter merged into the base in float32")
@@ -179,7 +183,7 @@ class _Export:
 
     def _check_vectors(self, folder: Path) -> None:
         exact = self.output_format == "adapter" or self.dtype in (
-            (torch.float32,) if self.source.adapter else (torch.float32, self.base_dtype)
+            (torch.float32,) if self.source.is_adapted else (torch.float32, self.base_dtype)
         )
         expected = self.vectors
         if not exact:

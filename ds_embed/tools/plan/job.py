@@ -13,7 +13,7 @@ from ds_embed.data.plan import Plan, check_budget, plan_micro_batches
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import check_stage, choose_card, find_source, load_config, load_tokenizer
-from ds_embed.models.lora import resolve_lora
+from ds_embed.models.lora_runs import resolve_lora
 from ds_embed.settings import (
     DataArguments,
     DryRunArguments,

@@ -125,7 +125,7 @@ def read_run(path: str) -> RunLog:
 
     UserError with the file: no such run, a damaged or empty log, settings that can't be read.
     """
-    from ds_embed.training.checkpoint import STATE, list_checkpoints
+    from ds_embed.models.checkpoint import STATE, list_checkpoints
 
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():

@@ -1,0 +1,136 @@
+"""Checkpoints on disk: complete or absent, checked before use, free of topology; a step of a run that can be encoded.
+
+RUN/checkpoints/step_00000100/
+    weights-00001.safetensors ...   trained weights, float32, "NAME"
+    moments-00001.safetensors ...   AdamW's moments, float32, "NAME/exp_avg" and "NAME/exp_avg_sq"
+    state.json                      step, consumed_samples, AdamW's step, the best validations, ...
+    manifest.json                   what the run is made from, size and SHA-256 of every file above
+
+An artifact whose parts are files. The learning rate and every random draw are pure functions of the settings and the
+position, so neither needs a file.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_embed.artifact.artifact import MANIFEST, Part, inspect, read_whole
+from ds_embed.settings.errors import UserError
+
+KIND = "a checkpoint, form 2"
+STATE = "state.json"
+WEIGHT = "weight"  # the kind of tensor beside AdamW's moments
+_OTHER = "take another step, or start the run's command again, which writes it anew"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in `folder`, newest first, whole or not."""
+    found = [(m, path) for path in folder.glob("step_*") if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted(((int(m[1]), path) for m, path in found), reverse=True)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`, naming the file; None when every byte is as written.
+
+    UserError when another version of ds_embed wrote it.
+    """
+    return inspect(path, KIND)[0]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a verified checkpoint."""
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def verify(path: Path, names: str) -> None:
+    """UserError naming the first of the checkpoint's files, of those whose names begin with `names`, that was changed."""
+    for part in _parts(path):
+        if part.file.startswith(names) and not part.is_in(path):
+            raise UserError(
+                f"{path / part.file}: was changed: its SHA-256 is not the one it was written with; {_OTHER}"
+            )
+
+
+def checkpoint_in(flag: str, name: str, step: int | None) -> Path | None:
+    """The checkpoint that is meant: of `step` of the run `name`, or `name` itself; None where neither is.
+
+    UserError with the steps that the run has.
+    """
+    path = Path(name).expanduser()
+    if step is None:
+        is_one = _NAME.fullmatch(path.name) or ((path / STATE).exists() and (path / MANIFEST).exists())
+        return path.resolve() if path.is_dir() and is_one else None
+    folder = path / "checkpoints"
+    if not checkpoint_path(folder, step).is_dir():
+        raise UserError(f"--step {step}: --{flag} {name} has no checkpoint of that step; {steps_of(path)}")
+    return checkpoint_path(folder, step).resolve()
+
+
+def steps_of(run: Path) -> str:
+    """Which steps of a run can be taken, in words."""
+    steps = sorted(step for step, _ in list_checkpoints(run / "checkpoints"))
+    return f"--step can be {', '.join(map(str, steps))}" if steps else f"there is none in {run / 'checkpoints'}"
+
+
+def way_to(place: str, folder: Path) -> list[str]:
+    """What finds a folder again, also when it was moved together with `folder`; a hub name as it is."""
+    if not Path(place).is_dir():
+        return [place]
+    return [str(Path(place).resolve()), os.path.relpath(Path(place).resolve(), folder.resolve())]
+
+
+def found_again(ways: list[str], folder: Path) -> str:
+    """The place that `way_to` told of. UserError where it is gone."""
+    if len(ways) == 1:
+        return ways[0]
+    for way in ways:
+        if (folder / way).is_dir():
+            return str((folder / way).resolve())
+    raise UserError(f"{folder}: {ways[0]}, which it was trained from, is gone; bring it back, or move both together")
+
+
+def _parts(path: Path) -> list[Part]:
+    return read_whole(path, KIND, _OTHER)["parts"]
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint by name, from however many shards."""
+
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        self.tensors: dict[str, Any] = {}  # name in the file: the open shard that holds it
+        # Those that the manifest vouches for, whatever else lies there.
+        names = {part.file for part in _parts(path)}
+        for shard in sorted(name for name in names if name.endswith(".safetensors")):
+            try:
+                file = safe_open(str(path / shard), framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{path / shard}: not a file of tensors ({error}); remove {path}") from None
+            self.tensors |= dict.fromkeys(file.keys(), file)
+
+    def check(self, shapes: dict[str, tuple[int, ...]], cure: str) -> None:
+        """UserError with the cure unless these are the weights, each with its shape."""
+        stored = {n: tuple(f.get_slice(n).get_shape()) for n, f in self.tensors.items() if "/" not in n}
+        odd = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
+        if odd:
+            name = odd[0]
+            raise UserError(
+                f"{self.path}: {len(odd)} weight(s) don't fit the model, such as {name}: the checkpoint has "
+                f"{stored.get(name, 'none')}, the model trains {shapes.get(name, 'none')}; "
+                f"{cure}"
+            )
+
+    def read(self, name: str, kind: str = WEIGHT) -> Tensor:
+        stored = name if kind == WEIGHT else f"{name}/{kind}"
+        return self.tensors[stored].get_tensor(stored)

@@ -1,0 +1,112 @@
+"""LoRA runs that are trained further: with their own matrices, or with new ones on the base they were merged into."""
+
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_embed.artifact.durable import folder_when_whole
+from ds_embed.artifact.identity import check_unchanged, identify_model
+from ds_embed.models.adapters import changes_base, read_adapter
+from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.kinds import backbone_class, is_bert_style, kind_of
+from ds_embed.models.loading import ModelSource, load_config, load_encoder
+from ds_embed.models.lora import last_parts, linear_modules
+from ds_embed.settings import LoraArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, trust_remote_code: bool) -> LoraArguments:
+    """The settings with nothing left open: those of the LoRA run that is trained further, else the defaults.
+
+    config: the base model's transformers config. UserError when they ask for other matrices than the run has,
+    and not for new ones.
+    """
+    if source.checkpoint is not None:
+        raise UserError(
+            f"--model_name_or_path {source.checkpoint}: is a checkpoint, and training starts from a model; start the run's "
+            f"own command again to go on with it, or write a model by recipes/export.py --run {source.checkpoint}"
+        )
+    if source.adapter is None:
+        if arguments.new_lora:
+            raise UserError("--new_lora true: the model is no LoRA run, so its matrices are new anyway; leave it out")
+        is_decoder = not is_bert_style(config) or kind_of(config, trust_remote_code, source.base).is_causal
+        resolved = arguments.with_defaults(16 if is_decoder else 0)
+        if not resolved.lora_rank and arguments.lora_variant is not None:
+            raise UserError(
+                f"--lora_variant {arguments.lora_variant}: without --lora_rank, such as 16, there is no LoRA"
+            )
+        _check_4bit(source, resolved)
+        return resolved
+    adapter = read_adapter(source.adapter)
+    targets = adapter.target_modules or []
+    own = LoraArguments(
+        lora_rank=adapter.r,
+        lora_alpha=float(adapter.lora_alpha),
+        lora_dropout=adapter.lora_dropout,
+        lora_target_modules=[targets] if isinstance(targets, str) else sorted(last_parts(targets)),
+        lora_variant="dora" if adapter.use_dora else "rslora" if adapter.use_rslora else "lora",
+    )
+    given = {name: value for name, value in asdict(arguments).items() if value is not None}
+    resolved = replace(own, **given)
+    _check_4bit(source, resolved)
+    if not resolved.lora_rank or resolved.new_lora:
+        return resolved
+    for name in ("lora_rank", "lora_alpha", "lora_target_modules", "lora_variant"):
+        asked, known = getattr(resolved, name), getattr(own, name)
+        meant = asked
+        if name == "lora_target_modules" and asked is not known:
+            if asked == ["all-linear"]:
+                with torch.device("meta"):
+                    meant = linear_modules(backbone_class(config, trust_remote_code, source.base)(config))
+            meant = sorted(last_parts(meant))
+        if meant != known:
+            asked, known = (listed(v) if isinstance(v, list) else v for v in (asked, known))
+            raise UserError(
+                f"--{name} {asked}: the LoRA run that is trained further, {source.adapter}, has {known}; leave the flag "
+                "out to go on with its matrices, or set --new_lora true to merge them into the base and start new ones"
+            )
+    if changes_base(adapter):
+        raise UserError(
+            f"{source.adapter}: init_lora_weights {adapter.init_lora_weights} changes the base model's weights, so its "
+            "matrices can't be trained further; set --new_lora true to merge them into the base and start new ones"
+        )
+    return replace(resolved, lora_target_modules=own.lora_target_modules)
+
+
+def _check_4bit(source: ModelSource, resolved: LoraArguments) -> None:
+    flag = f"--load_in_4bit {source.load_in_4bit}"
+    if source.load_in_4bit is not None and not resolved.lora_rank:
+        raise UserError(f"{flag}: weights in 4 bits can't be trained; set --lora_rank, such as 16, or leave it out")
+    if source.load_in_4bit is not None and resolved.lora_variant == "pissa":
+        raise UserError(f"--lora_variant pissa: changes the base model's weights, which {flag} rounds; choose another")
+
+
+def merge_adapter(source: ModelSource, card: EmbeddingCard, folder: Path, trust_remote_code: bool) -> None:
+    """Write `folder`, whole or not at all: the base model with the adapter merged in, in float32.
+
+    What stands there already is kept when it was made from the same weights. UserError when it was not.
+    """
+    commit = getattr(load_config(source, trust_remote_code), "_commit_hash", None)
+    made_from, record = identify_model(source.base, source.adapter, commit), folder / "merged_from.json"
+    if folder.exists():
+        check_unchanged(folder, json.loads(record.read_text("utf-8")), made_from, (), "--output_dir")
+        return
+    logger.info("merging %s into %s: %s", source.adapter, source.base, folder)
+    encoder = load_encoder(
+        replace(source, load_in_4bit=None),
+        pooling=card.pooling,
+        bidirectional=card.bidirectional,
+        bf16=False,
+        attn_implementation=None,
+        trust_remote_code=trust_remote_code,
+    )
+    with folder_when_whole(folder) as part:
+        encoder.backbone.merge_and_unload(safe_merge=True).save_pretrained(part)
+        (part / record.name).write_text(json.dumps(made_from, indent=2) + "\n", "utf-8")
