@@ -149,7 +149,7 @@ def load_recipe(name: str):
 
 
 def launch(
-    num_ranks: int, script: Path | str, *flags, timeout: float = 300, environment: dict[str, str] | None = None
+    num_ranks: int, script: Path | str, *flags, timeout: float = 900, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0."""
     return subprocess.run(
