@@ -3,7 +3,8 @@
     python recipes/export.py --run RUN --format sentence-transformers --output_dir DIR
 
 adapter: the LoRA matrices, for PEFT. merged: a whole model, for AutoModel. sentence-transformers: a whole
-model with pooling, normalisation and the prefixes as prompts. Each has a README.md that shows how to load it.
+model with pooling, normalisation and the prefixes as prompts. --average RUN1 RUN2 ..., instead of --run, writes the
+mean of runs of one base. Each has a README.md that shows how to load it.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,13 @@ from ds_embed.settings.fields import setting
 
 @dataclass
 class ExportArguments:
-    run: str = setting("folder of a run, its model/, or a checkpoint of it")
     output_dir: str = setting("folder to write; must not exist, or be empty")
+    run: str | None = setting("folder of a run, its model/, or a checkpoint of it", default=None)
+    average: list[str] = setting(
+        "runs, or checkpoints, of one base and one way to make vectors, whose mean is written as a whole model instead",
+        default_factory=list,
+    )
+    weights: list[float] = setting("what each run of average counts (default: all alike)", default_factory=list)
     step: int | None = setting("export the checkpoint of that step of the run instead of its model/", default=None)
     format: str = setting("adapter, merged or sentence-transformers", default="sentence-transformers")
     dtype: str = setting(
@@ -30,6 +36,14 @@ class ExportArguments:
     def __post_init__(self):
         one_of(self, "format", ("adapter", "merged", "sentence-transformers"))
         one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        if (self.run is None) == (not self.average):
+            raise UserError("give --run RUN, or --average RUN1 RUN2 ... for the mean of several runs")
+        if len(self.average) == 1:
+            raise UserError(f"--average {self.average[0]}: give two runs or more, or --run for one")
+        if self.average and self.step is not None:
+            raise UserError(f"--step {self.step}: with --average give the folders of the checkpoints themselves")
+        if self.weights and not self.average:
+            raise UserError("--weights: belongs to --average, which is not given")
         if self.format == "adapter" and self.dtype != "auto":
             raise UserError(f"--dtype {self.dtype}: an adapter is copied as it is; leave the flag out")
 
@@ -39,10 +53,11 @@ def main(argv=None):
     from ds_embed.tools.export.job import export  # torch takes seconds to import; mistakes in flags are found before
 
     export(
-        arguments.run,
+        arguments.average or [arguments.run],
         arguments.format,
         arguments.output_dir,
         step=arguments.step,
+        weights=arguments.weights,
         dtype=arguments.dtype,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,

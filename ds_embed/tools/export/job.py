@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
+from ds_embed.tools.export.average import average, check_alike, shares_of
 from ds_embed.tools.export.check import (
     MIN_COSINE,
     MIN_COSINE_ROUNDED,
@@ -41,24 +43,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export(
-    run: str,
+    runs: Sequence[str],
     output_format: str,
     output_dir: str,
     *,
     step: int | None = None,
+    weights: Sequence[float] = (),
     dtype: str,
     device: str,
     trust_remote_code: bool,
 ) -> None:
     """Write output_dir, which must be free, and print a line per check.
 
-    dtype: of the weights on disk, or auto for that of the base model. UserError when the run can't be
+    runs: one, or several whose mean is written, each counting as `weights` say; default alike. dtype: of the weights on disk, or auto for that of the base model. UserError when the run can't be
     exported so, or when the library that the format is for gives other vectors; nothing is left then.
     """
     target = Path(output_dir).expanduser().resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not empty; choose another")
-    source = _find_run(run, step, output_format)
+    flag = "run" if len(runs) == 1 else "average"
+    if flag == "average" and output_format == "adapter":
+        raise UserError("--format adapter: the mean of runs is a whole model; choose merged or sentence-transformers")
+    shares = shares_of(weights, len(runs))
+    sources = [_find_run(run, flag, step, output_format) for run in runs]
+    check_alike(runs, sources)
+    source = sources[0]
     needs_modules = output_format == "sentence-transformers" or not is_plain(source.card)
     if needs_modules and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
@@ -67,17 +76,17 @@ def export(
         )
     # transformers imports DeepSpeed, where there is one, while it saves: it would warn that it had to find out.
     os.environ.setdefault("DS_ACCELERATOR", torch.device(device).type)
-    job = _Export(source, output_format, dtype, device, trust_remote_code)
+    job = _Export(runs, sources, shares, output_format, dtype, device, trust_remote_code)
     with folder_when_whole(target) as folder:
         job.fill(folder, target.name)
     print(f"written to {target}")
     print("load it with " + _LOAD[output_format].format(target) + "; README.md has more")
 
 
-def _find_run(run: str, step: int | None, output_format: str) -> ModelSource:
-    source = find_model(run, flag="run", step=step)
+def _find_run(run: str, flag: str, step: int | None, output_format: str) -> ModelSource:
+    source = find_model(run, flag=flag, step=step)
     if source.card is None:
-        raise UserError(f"--run {run}: has no ds_embed.json, so it is no model that ds_embed has trained")
+        raise UserError(f"--{flag} {run}: has no ds_embed.json, so it is no model that ds_embed has trained")
     for prefix in (source.card.query_prefix, source.card.doc_prefix):
         if TEXT_PLACE in prefix:
             raise UserError(
@@ -95,11 +104,23 @@ def _find_run(run: str, step: int | None, output_format: str) -> ModelSource:
 class _Export:
     """One export: the run in float32, what it gives for the check texts, and where the parts go."""
 
-    def __init__(self, source: ModelSource, output_format: str, dtype: str, device: str, trust_remote_code: bool):
-        self.source = source
+    def __init__(
+        self,
+        names: Sequence[str],
+        sources: Sequence[ModelSource],
+        shares: Sequence[float],
+        output_format: str,
+        dtype: str,
+        device: str,
+        trust_remote_code: bool,
+    ):
+        self.source = source = sources[0]
         self.card: EmbeddingCard = source.card
         if source.is_adapted:
             self.card = replace(source.card, base_model=source.base)
+        if len(sources) > 1:
+            most = max(one.card.consumed_samples for one in sources)
+            self.card = replace(self.card, consumed_samples=most, temperature=None)
         self.output_format = output_format
         self.device = device
         self.trust_remote_code = trust_remote_code
@@ -109,7 +130,13 @@ class _Export:
             self.direction = self._find_direction()
         self.base_dtype = self.config.dtype or torch.float32
         self.dtype = self.base_dtype if dtype == "auto" else DTYPES[dtype]
-        self.run = self._embedder(source)
+        if len(sources) > 1:
+            self.run = average(names, shares, lambda number: self._merged(sources[number]))
+        else:
+            self.run = self._embedder(source)
+        # Whether the weights that are written are computed here, in float32.
+        self.is_computed = source.is_adapted or len(sources) > 1
+        self.needs_merging = source.is_adapted and len(sources) == 1
         self.tokenizer = self_contained(self.run.tokenizer, self.card)
         self.texts = check_texts(self.run.tokenizer, self.card)
         self.vectors = vectors_here(self.run, self.texts)
@@ -154,6 +181,13 @@ class _Export:
         text = TextArguments()
         return Embedder.from_source(source, model, text, device=self.device, bf16=False, keep_weights=True)
 
+    def _merged(self, source: ModelSource) -> Embedder:
+        """The run as a whole model."""
+        run = self._embedder(source)
+        if source.is_adapted:
+            run.encoder.backbone = run.encoder.backbone.merge_and_unload(safe_merge=True)
+        return run
+
     def _check_tokens(self, folder: Path) -> list[str]:
         """Compare token ids; returns what a user must know about texts that spell control tokens."""
         from transformers import AutoTokenizer
@@ -173,7 +207,7 @@ class _Export:
 
     def _write_weights(self, folder: Path) -> None:
         backbone = self.run.encoder.backbone
-        if self.source.is_adapted:
+        if self.needs_merging:
             backbone = self.run.encoder.backbone = backbone.merge_and_unload(safe_merge=True)
             agreement = Agreement.of(self.vectors, vectors_here(self.run, self.texts))
             agreement.require(MIN_COSINE, "the adapter merged into the base in float32")
@@ -183,7 +217,7 @@ class _Export:
 
     def _check_vectors(self, folder: Path) -> None:
         exact = self.output_format == "adapter" or self.dtype in (
-            (torch.float32,) if self.source.is_adapted else (torch.float32, self.base_dtype)
+            (torch.float32,) if self.is_computed else (torch.float32, self.base_dtype)
         )
         expected = self.vectors
         if not exact:
