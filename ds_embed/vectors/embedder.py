@@ -11,6 +11,7 @@ Shapes: n texts, D dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,17 +146,23 @@ class Embedder:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(encoder.to(device), tokenizer, card, **options)
 
-    def encode_queries(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """Vectors, float32 (n, D), of queries in their order; `progress` shows a bar."""
-        return self._encode(texts, self.card.text_formats()[0], "queries", progress)
+    def encode_queries(self, texts: Sequence[str], *, prefix: str | None = None, progress: bool = False) -> np.ndarray:
+        """Vectors, float32 (n, D), of queries in their order. prefix: for these alone; `progress` shows a bar."""
+        return self._encode(texts, self.card.text_formats()[0], prefix, "queries", progress)
 
-    def encode_documents(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """Vectors, float32 (n, D), of documents in their order; `progress` shows a bar."""
-        return self._encode(texts, self.card.text_formats()[1], "documents", progress)
+    def encode_documents(
+        self, texts: Sequence[str], *, prefix: str | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """Vectors, float32 (n, D), of documents in their order. prefix: for these alone; `progress` shows a bar."""
+        return self._encode(texts, self.card.text_formats()[1], prefix, "documents", progress)
 
-    def _encode(self, texts: Sequence[str], text_format: TextFormat, name: str, progress: bool) -> np.ndarray:
+    def _encode(
+        self, texts: Sequence[str], text_format: TextFormat, prefix: str | None, name: str, progress: bool
+    ) -> np.ndarray:
         if isinstance(texts, str):
             raise UserError(f"one string was given; give a list of {name}")
+        if prefix is not None:
+            text_format = replace(text_format, prefix=prefix)
         tokenizer = TextTokenizer(self.tokenizer, text_format)
         tokens = tokenizer.encode(texts)
         lengths = np.array([len(row) for row in tokens], dtype=np.int64)
