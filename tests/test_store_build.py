@@ -179,7 +179,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path, tokenizer, mo
         ]
         path = write_jsonl(tmp_path / f"{num_records}.jsonl", records)
         del records
-        build(write_jsonl(tmp_path / "warm.jsonl", RECORDS), tokenizer, tmp_path / str(num_records))
+        TrainingStore.open(build(write_jsonl(tmp_path / "warm.jsonl", RECORDS), tokenizer, tmp_path / str(num_records)))
         tracemalloc.start()
         store = build(path, tokenizer, tmp_path)
         peaks.append(tracemalloc.get_traced_memory()[1])
