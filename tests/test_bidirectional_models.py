@@ -152,9 +152,7 @@ def test_dpr_is_the_bert_within(tmp_path):
         model = maker(DPRConfig(**_BERT, initializer_range=0.3)).eval()
         model.save_pretrained(tmp_path / maker.__name__)
         make_tokenizer(tmp_path / maker.__name__, bert=True)
-        embedder = Embedder.from_pretrained(
-            tmp_path / maker.__name__, pooling="cls", query_prefix="", dtype="float32", device="cpu"
-        )
+        embedder = Embedder.from_pretrained(tmp_path / maker.__name__, query_prefix="", dtype="float32", device="cpu")
         ids = torch.tensor(embedder.tokenizer(["w1 w2 w3"])["input_ids"])
         with torch.no_grad():
             expected = torch.nn.functional.normalize(model(ids).pooler_output, dim=1).numpy()

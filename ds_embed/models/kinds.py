@@ -21,6 +21,7 @@ from ds_embed.settings.errors import UserError
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 # Encoder-decoder models whose encoder transformers has as a model of its own.
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+_DPR = ["DPREncoder"]  # the architectures of its BERT's config until that is saved
 SAME_STATE = 1e-4  # relative difference up to which two states of a token count as the same
 
 
@@ -185,17 +186,27 @@ def count_positions(model: nn.Module) -> int | None:
 
 
 def plain_config(config: Any, name: str) -> Any:
-    """The config itself; of DPR's two encoders, which wrap a BERT, that BERT's."""
+    """The config itself; of DPR's two encoders, which wrap a BERT, that BERT's. UserError for images and the like."""
     from transformers import BertConfig
 
+    if config.get_text_config() is not config and not getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"--model_name_or_path {name}: a {config.model_type} has a text model among others; save that alone, as "
+            "transformers.AutoModel.from_pretrained(NAME).language_model.save_pretrained(FOLDER), and its tokenizer"
+        )
     if config.model_type != "dpr":
         return config
     if config.projection_dim:
         raise UserError(f"--model_name_or_path {name}: is a DPR encoder with a projection, which is not supported")
     fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "projection_dim")}
-    plain = BertConfig(**fields | {"architectures": ["BertModel"]})
+    plain = BertConfig(**fields | {"architectures": _DPR})
     plain._commit_hash = getattr(config, "_commit_hash", None)
     return plain
+
+
+def own_settings(config: Any) -> dict[str, Any]:
+    """What a kind of model is always used with, by the name of the setting."""
+    return {"pooling": "cls"} if config.architectures == _DPR else {}
 
 
 def loading_options(config: Any) -> dict[str, Any]:

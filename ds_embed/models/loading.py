@@ -19,7 +19,15 @@ from ds_embed.models.checkpoint import STATE, CheckpointReader, checkpoint_in, f
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
 from ds_embed.models.kernels import DEVICE_KERNEL, register_device_kernel
-from ds_embed.models.kinds import auto_class, backbone_class, kind_of, loading_options, plain_config, without_pooler
+from ds_embed.models.kinds import (
+    auto_class,
+    backbone_class,
+    kind_of,
+    loading_options,
+    own_settings,
+    plain_config,
+    without_pooler,
+)
 from ds_embed.models.lora import add_lora
 from ds_embed.models.pooling import NORMALIZE, build_head
 from ds_embed.models.sentence_transformers import (
@@ -265,11 +273,11 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
     if asked is None and kind.is_causal:
         asked = source.says.get("bidirectional")
     choose_direction(config, kind, asked, source.base)
-    own = {}
+    own = own_settings(config)
     if source.own is not None and source.own.names_modules:  # sentence-transformers takes these for limits
         limits = source.own.tokenizer_length, getattr(config, "max_position_embeddings", None)
         length = min(filter(None, limits), default=None)
-        own = {"query_max_length": length, "doc_max_length": length}
+        own |= {"query_max_length": length, "doc_max_length": length}
     card = EmbeddingCard.choose(
         text,
         model,

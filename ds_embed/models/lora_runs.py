@@ -12,7 +12,7 @@ from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.artifact.identity import check_unchanged, identify_model
 from ds_embed.models.adapters import changes_base, read_adapter
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.kinds import backbone_class, is_bert_style, kind_of
+from ds_embed.models.kinds import backbone_class, is_bert_style, kind_of, without_pooler
 from ds_embed.models.loading import ModelSource, load_config, load_encoder
 from ds_embed.models.lora import last_parts, linear_modules
 from ds_embed.settings import LoraArguments
@@ -43,6 +43,7 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
                 f"--lora_variant {arguments.lora_variant}: without --lora_rank, such as 16, there is no LoRA"
             )
         _check_4bit(source, resolved)
+        _check_targets(resolved, source, config, trust_remote_code)
         return resolved
     adapter = read_adapter(source.adapter)
     targets = adapter.target_modules or []
@@ -57,14 +58,14 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
     resolved = replace(own, **given)
     _check_4bit(source, resolved)
     if not resolved.lora_rank or resolved.new_lora:
+        _check_targets(resolved, source, config, trust_remote_code)
         return resolved
     for name in ("lora_rank", "lora_alpha", "lora_target_modules", "lora_variant"):
         asked, known = getattr(resolved, name), getattr(own, name)
         meant = asked
         if name == "lora_target_modules" and asked is not known:
             if asked == ["all-linear"]:
-                with torch.device("meta"):
-                    meant = linear_modules(backbone_class(config, trust_remote_code, source.base)(config))
+                meant = linear_modules(_without_weights(source, config, trust_remote_code))
             meant = sorted(last_parts(meant))
         if meant != known:
             asked, known = (listed(v) if isinstance(v, list) else v for v in (asked, known))
@@ -86,6 +87,25 @@ def _check_4bit(source: ModelSource, resolved: LoraArguments) -> None:
         raise UserError(f"{flag}: weights in 4 bits can't be trained; set --lora_rank, such as 16, or leave it out")
     if source.load_in_4bit is not None and resolved.lora_variant == "pissa":
         raise UserError(f"--lora_variant pissa: changes the base model's weights, which {flag} rounds; choose another")
+
+
+def _check_targets(resolved: LoraArguments, source: ModelSource, config: Any, trust_remote_code: bool) -> None:
+    """UserError for a name of which no module is; PEFT minds only if all are such."""
+    if not resolved.lora_rank or resolved.lora_target_modules == ["all-linear"]:
+        return
+    model = _without_weights(source, config, trust_remote_code)
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for target in resolved.lora_target_modules:
+        if not target or not any(name.endswith(f".{target}") for name in names):
+            raise UserError(
+                f"--lora_target_modules {target}: no module of {source.base} has this name; linear modules of this model: "
+                f"{', '.join(sorted(linear_modules(model)))}"
+            )
+
+
+def _without_weights(source: ModelSource, config: Any, trust_remote_code: bool) -> torch.nn.Module:
+    with torch.device("meta"):
+        return backbone_class(config, trust_remote_code, source.base)(config, **without_pooler(config))
 
 
 def merge_adapter(source: ModelSource, card: EmbeddingCard, folder: Path, trust_remote_code: bool) -> None:
