@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_tokenizer_kinds import qwen
-from tiny import check, launch, make_model, make_training_file, sentence
+from tiny import DECODERS, ENCODING_DECODERS, check, launch, make_model, make_training_file, sentence
 from tokenizers import processors
 
 from ds_embed import Embedder
@@ -261,25 +261,38 @@ def test_hub_names_are_read_as_folders_are(bge, tmp_path):
     assert_same(np.load(tmp_path / "v.npy"), expected)
 
 
-TRAINED = ("bert two Dense", "modernbert prompt left out", "qwen3 Dense", "qwen2", "llama lora")
+TRAINED = ("bert cls", "bert two Dense", "roberta", "mpnet prompt left out", "modernbert prompt left out")
+TRAINED += ("distilbert", "T5 as sentence-t5", "llama weighted", "qwen2", "qwen3 Dense", "gemma3_text bidirectional")
+TRAINED += ("llama lora",)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three steps with the recipe on each folder, all by one process."""
+    root = tmp_path_factory.mktemp("trained")
+    make_training_file(root / "a.jsonl", 48, 1)
+    jobs = []
+    for number, name in enumerate(TRAINED):
+        lora = name == "llama lora"
+        kind, case = ("llama", dict(LEARNED, pooling="lasttoken", prompts=PROMPTS)) if lora else CASES[name]
+        write_folder(root / name / "st", kind, case)
+        flags = ["--deepspeed", f"ds_configs/zero{2 * (number % 2)}.json", "--train_files", root / "a.jsonl"]
+        flags += ["--max_steps", "3", "--global_batch_size", "8", "--micro_batch_tokens", "256", "--bf16", "false"]
+        flags += ["--model_name_or_path", root / name / "st", "--output_dir", root / name / "run"]
+        flags += ["--learning_rate", "1e-2", "--lora_rank", "4" if lora else "0", "--hard_negatives", "1"]
+        flags += ["--cache_dir", root / "cache"]
+        is_decoder = kind in DECODERS | ENCODING_DECODERS
+        jobs.append((f"train_{'gpt' if is_decoder else 'bert'}", [str(flag) for flag in flags]))
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    check(launch(1, "tests/workers/train_many.py", root / "jobs.json"))
+    return root
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_trained_folders_are_opened_again_by_sentence_transformers(name, tmp_path):
-    """Three steps with the recipe; with LoRA, RUN/model is an adapter, and its Dense layer was trained whole."""
-    lora = name == "llama lora"
-    kind, case = ("llama", dict(LEARNED, pooling="lasttoken", prompts=PROMPTS)) if lora else CASES[name]
-    write_folder(tmp_path / "st", kind, case)
-    make_training_file(tmp_path / "a.jsonl", 48, 1)
-    decoder = kind not in ("bert", "modernbert")
-    flags = ["--deepspeed", "ds_configs/zero0.json", "--train_files", str(tmp_path / "a.jsonl")]
-    flags += ["--max_steps", "3", "--global_batch_size", "8", "--micro_batch_tokens", "256", "--bf16", "false"]
-    flags += ["--model_name_or_path", str(tmp_path / "st"), "--output_dir", str(tmp_path / "run")]
-    flags += ["--learning_rate", "1e-2", "--lora_rank", "4" if lora else "0", "--hard_negatives", "1"]
-    flags += ["--cache_dir", str(tmp_path / "cache")]
-    check(launch(1, f"recipes/train_{'gpt' if decoder else 'bert'}.py", *flags))
-    texts = texts_to_encode()
-    trained = vectors_of(ours(tmp_path / "run"), texts)
-    assert_same(vectors_of(theirs(tmp_path / "run" / "model"), texts), trained)
-    assert np.abs(trained - vectors_of(ours(tmp_path / "st"), texts)).max() > 1e-2
-    assert (tmp_path / "run" / "model" / "adapter_config.json").exists() == lora
+def test_trained_folders_are_opened_again_by_sentence_transformers(name, trained):
+    """With LoRA, RUN/model is an adapter, and its Dense layer was trained whole."""
+    run, texts = trained / name / "run", texts_to_encode()
+    vectors = vectors_of(ours(run), texts)
+    assert_same(vectors_of(theirs(run / "model"), texts), vectors)
+    assert np.abs(vectors - vectors_of(ours(trained / name / "st"), texts)).max() > 1e-2
+    assert (run / "model" / "adapter_config.json").exists() == (name == "llama lora")
