@@ -123,7 +123,7 @@ def test_rows_equal_a_plain_loop_over_the_files(place, plain):
     jobs = [(queries, records["queries"], "query", "find: "), (documents, records["docs"], "pos_doc", "passage: ")]
     for rows, texts, key, prefix in jobs:
         for row, record in zip(rows, texts):
-            ids = tokenizer(prefix + record[key])["input_ids"][:19] + [tokenizer.eos_token_id]
+            ids = tokenizer(prefix + record[key], add_special_tokens=False)["input_ids"][:19] + [tokenizer.eos_token_id]
             with torch.no_grad():
                 state = model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1].float()
             expected = torch.nn.functional.normalize(state, dim=0).numpy()
