@@ -33,7 +33,7 @@ def installed(tmp_path_factory):
 def ds_embed(installed, folder, *arguments):
     words = [sys.executable, "-c", "from ds_embed.cli import main; main()", *map(str, arguments)]
     environment = launch_environment() | {"PYTHONPATH": str(installed)}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_the_wheel_trains_encodes_and_evaluates_from_an_empty_folder(installed, tmp_path):

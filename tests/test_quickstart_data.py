@@ -87,7 +87,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
     write_tree(tmp_path / "deeper" / "two", dict(reversed(files.items())))
     for root, out, workers in (("one", "a", "1"), ("deeper/two", "b", "2")):
         command = [sys.executable, "-c", script, str(tmp_path / root), str(tmp_path / out), workers]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": workers}, timeout=60)
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": workers}, timeout=600)
     for name in DATA_FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "deeper", "one"]  # no leftovers
@@ -305,7 +305,7 @@ def test_packages_are_found_but_not_imported():
         "assert all(source.root.is_dir() for source in sources) and len(sources) == 5\n"
         "assert not {'torch', 'numpy', 'transformers', 'peft'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
     with pytest.raises(ValueError, match="--packages no_such_package: no package of that name"):
         pairs_recipe.find_sources(["stdlib", "no_such_package"])
 

@@ -109,7 +109,7 @@ addEventListener("load", () => setTimeout(() => {
 def browse(path, folder, *flags):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *flags]
     command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000", f"file://{path}"]
-    return check(subprocess.run(command, capture_output=True, text=True, timeout=120))
+    return check(subprocess.run(command, capture_output=True, text=True, timeout=600))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not seen in a browser")

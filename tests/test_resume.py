@@ -120,7 +120,7 @@ class Job:
 
     def end(self):
         try:
-            return self.process.wait(timeout=240)
+            return self.process.wait(timeout=600)
         finally:
             self.kill()
 

@@ -31,7 +31,7 @@ def test_three_ranks_find_what_one_process_finds(tmp_path):
         )
         for rank in range(3)
     ]
-    outputs = [rank.communicate(timeout=240)[1] for rank in ranks]
+    outputs = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], outputs
     for path in sorted(tmp_path.glob("case*.npz")):
         case = np.load(path)

@@ -49,7 +49,7 @@ class Job:
 
     def end(self):
         """Exit codes and the error lines of all ranks; every process that they started has ended as well."""
-        codes = [rank.wait(timeout=60) for rank in self.ranks]
+        codes = [rank.wait(timeout=600) for rank in self.ranks]
         lines = [line for rank in self.ranks for line in rank.stderr.read().splitlines() if line]
         return codes, lines
 
@@ -138,7 +138,7 @@ def test_lost_rank_ends_the_job_with_its_name(jobs, name, rank, what, codes):
 def test_silent_host_ends_the_job(jobs):
     """Its own watcher can't end it; here the test does, on a cluster its scheduler."""
     job, watchers = jobs[0]["silent"], jobs[1]["silent"]
-    assert job.ranks[0].wait(timeout=60) == EXIT_RANK_LOST
+    assert job.ranks[0].wait(timeout=600) == EXIT_RANK_LOST
     os.kill(watchers[1], signal.SIGCONT)  # it finds the verdict
     codes, lines = job.end()
     assert codes == [EXIT_RANK_LOST] * 2
@@ -177,7 +177,7 @@ def test_signal_before_the_first_step_is_not_swallowed():
     )
     assert process.stdout.readline() == "\n"
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=60) == ("", f"SIGUSR1: stopped (exit code {EXIT_REQUEUE})\n")
+    assert process.communicate(timeout=600) == ("", f"SIGUSR1: stopped (exit code {EXIT_REQUEUE})\n")
     assert process.returncode == EXIT_REQUEUE
 
 

@@ -104,7 +104,7 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """Output of a Slurm command."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=600)
         return done.stdout
 
     def stop_daemon(self, name: str) -> None:

@@ -65,7 +65,7 @@ def test_hostfile_without_ssh(tmp_path):
                 stderr=subprocess.STDOUT,
             )
         )
-    outputs = [process.communicate(timeout=240)[0] for process in running]
+    outputs = [process.communicate(timeout=600)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
     assert "2 rank(s)" in outputs[0] + outputs[1]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -33,7 +33,7 @@ class Job:
             env=variables,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         self.id = done.stdout.strip()

@@ -70,7 +70,8 @@ def run_case(world, name: str, case: dict, out: Path) -> dict:
     order = SampleOrder(3, store.file_sizes)
     if checkpoint is not None:
         if case.get("check"):  # into an engine that has trained already, as --load_best_at_end does
-            step.run(assemble_batch(store, order, first_sample=0, num_queries=QUERIES, hard_negatives=1))
+            batch = assemble_batch(store, order, first_sample=0, num_queries=QUERIES, hard_negatives=1)
+            step.run(step.prepare(batch))
             take_step(engine, 1e-2)
         state = world.on_main(f"state of {name}", lambda: read_state(checkpoint))
         load_checkpoint(engine, world, checkpoint, state)
