@@ -118,6 +118,7 @@ def test_qrels_file_measures_output_dir_and_small_corpus(files, tmp_path):
         "num_documents": 3,
         "num_queries_without_qrels": 2,
         "top_k": 3,
+        "ignore_identical_ids": False,
     }
     assert "top_k      3 (all documents)" in result.stdout
     assert "2 without judgments, such as 'q1'" in result.stdout
