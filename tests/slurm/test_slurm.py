@@ -181,7 +181,7 @@ def test_interrupted_job_gives_the_losses_of_an_uninterrupted_one(cluster, place
     steps, samples, losses = zip(*trace(run))
     whole_steps, whole_samples, whole_losses = zip(*trace(place / "whole"))
     assert (steps, samples) == (whole_steps, whole_samples)
-    assert losses == pytest.approx(whole_losses, abs=1e-4)
+    assert losses == pytest.approx(whole_losses, rel=1e-4)  # 4 ranks and 2: sums in another order, 40 times over
     starts = re.findall(r", start (\d)", torn.output())
     assert starts == ["1", "2", "3", "4", "5"]
     assert torn.output().count("resuming from") == 3
