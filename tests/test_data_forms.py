@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from data_forms import OWN, jsonl, write_containers, write_forms
 from mining_material import run
@@ -63,8 +64,8 @@ def test_every_form_gives_the_store_of_our_own(tmp_path, tokenizer, own):
                 "tevatron": "Tevatron",
                 "ms_swift": "ms-swift",
                 "f2llm": "F2LLM",
-                "columns": "mapped",
-                "in_order": "mapped",
+                "columns": "mapped (query=ask pos_doc=good neg_doc=bad,worse)",
+                "in_order": "mapped (by the order of a, b, c, d)",
                 "": "sentence-transformers",
             }.items()
             if name.startswith(start)
@@ -370,8 +371,18 @@ def test_a_changed_corpus_gives_another_store(tmp_path, tokenizer):
         before = build(entry, tokenizer, tmp_path / "cache", **settings)
         assert build(entry, tokenizer, tmp_path / "cache", **settings).path == before.path
         os.utime(tmp_path / corpus, ns=(1, 1))
+        touched = build(entry, tokenizer, tmp_path / "cache", **settings)
+        # A run goes on with a corpus that was touched, and not with one that was changed: it compares the hashes.
+        assert touched.path != before.path
+        assert touched.manifest["files"][0]["sha256"] == before.manifest["files"][0]["sha256"]
+        more = {"docid": "999", "id": "999", "title": "", "text": "w1"}
+        if corpus.endswith("jsonl"):
+            (tmp_path / corpus).write_text((tmp_path / corpus).read_text() + json.dumps(more))
+        else:
+            table = pyarrow.parquet.read_table(tmp_path / corpus)
+            rows = [*table.to_pylist(), {name: more[name] for name in table.column_names}]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / corpus)
         after = build(entry, tokenizer, tmp_path / "cache", **settings)
-        assert after.path != before.path  # and a run that goes on with it is refused, by the hash
         assert after.manifest["files"][0]["sha256"] != before.manifest["files"][0]["sha256"]
 
 

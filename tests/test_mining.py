@@ -8,6 +8,7 @@ import pytest
 from mining_material import make_files, read_jsonl, reference, run, same, unit, write_jsonl, write_vectors
 from tiny import launch, make_model, make_tokenizer, make_training_file
 
+from ds_embed.settings import TextArguments
 from ds_embed.settings.mining_arguments import MiningArguments
 from ds_embed.tools.mine import job
 
@@ -298,3 +299,23 @@ def test_one_vector_for_two_texts_of_two_files_is_refused(tmp_path):
             embeddings=str(tmp_path / "vectors"),
             num_negatives=1,
         )
+
+
+def test_documents_of_the_same_tokens_are_one(tmp_path):
+    """What differs only behind the cut, in case or in a letter that no token has, is one to the model, as in training."""
+    make_model(tmp_path / "bert", "bert")
+    long = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
+    texts = [f"{long} ending", f"{long} otherwise", "w11 w12", "w13 w14", "w15 w16", "w17 w18"]
+    records = [{"query": f"w{i}", "pos_doc": text} for i, text in enumerate(texts)]
+    records += [{"query": "w20 w21 w22 w23 w24 w25 w26 w27 a", "pos_doc": "w30"}]
+    records += [{"query": "w20 w21 w22 w23 w24 w25 w26 w27 b", "pos_doc": "w31"}]
+    write_jsonl(tmp_path / "train.jsonl", records)
+    text = TextArguments(max_length=8)
+    mined, summary = run(tmp_path, "m.jsonl", model=tmp_path / "bert", text=text, num_negatives=4, bf16=False)
+    assert (summary["candidates"], summary["repeated_documents"]) == (7, 1)
+    for record in mined[:2]:
+        assert not any(negative.startswith(long) for negative in record["neg_doc"])
+    for record in mined[-2:]:  # their queries are one, so that both documents are positives of each
+        assert {"w30", "w31"}.isdisjoint(record["neg_doc"])
+    by_text, summary = run(tmp_path, "t.jsonl", method="bm25", num_negatives=4)
+    assert summary["candidates"] == 8

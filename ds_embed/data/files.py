@@ -43,9 +43,14 @@ _EMPTY_TEXTS = ("pos_doc", "text")
 # Data about data, beside it in folders.
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "merlin_metadata.json")
 # The first bytes of packed files.
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x50\x2a\x4d\x18": "zstd",
+}
 _PARQUET = b"PAR1"
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # {"corpus": ..., "data": [...]} in either order, as NeMo Automodel writes it: one object that holds the records.
 _WRAPPED = re.compile(rb'\{\s*"(?:corpus"\s*:\s*[\[{]|data"\s*:\s*\[)')
 # NAME:SPLIT, NAME:CONFIG:SPLIT; a NAME has at most one slash.
@@ -136,7 +141,7 @@ def stamp_of(path: str) -> dict[str, Any]:
 class Records:
     """The objects of one part (see list_parts), iterated as (number, object) with numbers from 1.
 
-    The first bytes tell what a file is, save that CSV and TSV go by their ending. `unit` says what the numbers
+    The first bytes tell what a file is, save that tables of text go by their ending, .csv or .tsv. `unit` says what the numbers
     count: "line" (of CSV: where a row starts; blank ones are counted and skipped), "record" of a JSON array, whose
     parser knows no lines, "row" of Parquet and data sets. CSV is quoted as RFC 4180 has it; TSV has no quotes.
     `on_bytes` is shown what identifies the contents: every byte of a file, in order. `on_bad` is given each line
@@ -201,8 +206,8 @@ class Records:
             dataset = _load_dataset(self.path)
             if self._on_bytes is not None:
                 self._on_bytes(dataset._fingerprint.encode())
-            batches = (batch.to_pylist() for batch in dataset.with_format("arrow").iter(_ROWS_AT_ONCE))
-            yield from enumerate((_without_nan(row) for rows in batches for row in rows), 1)
+            batches = dataset.with_format("arrow").iter(_ROWS_AT_ONCE)
+            yield from enumerate((_without_nan(row) for batch in batches for row in batch.to_pylist()), 1)
         elif self._kind == "parquet":
             if self._on_bytes is not None:
                 with _open_raw(self.path) as file:
@@ -275,17 +280,20 @@ class Records:
         else:
             rows = self._csv_cells(lines)
         _, columns = next(rows, (0, []))
-        if not columns:
-            raise UserError(f"{self.path}: has no columns; want a header of their names, then rows")
-        repeated = [name for name in columns if columns.count(name) > 1]
-        if repeated:
-            raise UserError(f"{self.path}: has two columns named '{repeated[0]}'; give each its own name")
+        self._check_columns(columns)
         for number, cells in rows:
             value = {name: cell if cell or name in _EMPTY_TEXTS else None for name, cell in zip(columns, cells)}
             if len(cells) != len(columns):
                 problem = f"{len(cells)} columns, and the header has {len(columns)} ({', '.join(columns)})"
                 value = BadRecord(self.location(number), problem)
             yield number, value
+
+    def _check_columns(self, columns: list[str]) -> None:
+        if not columns:
+            raise UserError(f"{self.path}: has no columns; want a header of their names, then rows")
+        repeated = [name for name in columns if columns.count(name) > 1]
+        if repeated:
+            raise UserError(f"{self.path}: has two columns named '{repeated[0]}'; give each its own name")
 
     def _csv_cells(self, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
         numbers: list[int] = []
@@ -304,7 +312,8 @@ class Records:
                 numbers.clear()
         except csv.Error as error:
             start = self.location(numbers[0]) if numbers else self.path
-            raise UserError(f"{start}: not CSV ({error}); a quote that is opened here must be closed") from None
+            cure = "end lines in LF or CRLF" if "new-line" in str(error) else "close the quote that is opened here"
+            raise UserError(f"{start}: not CSV ({str(error).split(' - ')[0]}); {cure}") from None
 
     def _parquet_rows(self) -> Iterator[dict]:
         import pyarrow
@@ -313,6 +322,7 @@ class Records:
         with _open_raw(self.path) as raw:
             try:
                 with pyarrow.parquet.ParquetFile(raw) as file:
+                    self._check_columns(file.schema_arrow.names)
                     for batch in file.iter_batches(_ROWS_AT_ONCE):
                         yield from batch.to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
@@ -369,8 +379,8 @@ def _kind_of(path: str) -> str:
             if type(file.raw) is _Unpacked:
                 raise UserError(f"{path}: is a packed Parquet file, which can't be read in parts; unpack it")
             return "parquet"
-        if block.startswith(_UTF16):
-            raise UserError(f"{path}: is UTF-16 text, want UTF-8; save it as UTF-8")
+        if b"\0" in block:
+            raise UserError(f"{path}: is no UTF-8 text (UTF-16, or no text at all); save it as UTF-8")
         while block:
             rest = block.lstrip(_JSON_BLANKS)
             if rest:
@@ -378,7 +388,7 @@ def _kind_of(path: str) -> str:
             block = file.read(_LOOK_BYTES)
         else:
             raise UserError(f"{path}: is empty; remove it from the list of files or fill it")
-    if suffix in (".csv", ".tsv"):
+    if suffix in (".csv", ".tsv") and rest[:1] != b"{":
         return suffix[1:]
     return "array" if rest[:1] == b"[" else "wrapped" if _WRAPPED.match(rest) else "lines"
 
@@ -402,7 +412,7 @@ def _load_dataset(path: str) -> Any:
         if type(name) is not str:
             return datasets.load_dataset(name["name"], name["config"] or None, split=name["split"])
         loaded = datasets.load_from_disk(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:  # IndexError: of a data set without rows
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: no such file, and it can't be loaded as a data set ({reason})") from None
     split = path[len(name) + 1 :]
@@ -410,8 +420,10 @@ def _load_dataset(path: str) -> Any:
         if split and split != str(loaded.split):
             raise UserError(f"{path}: the folder holds one data set, without splits; leave :{split} out")
         return loaded
-    if split not in loaded and (split or len(loaded) > 1):
-        raise UserError(f"{path}: want one of its splits: {', '.join(f'{name}:{split}' for split in loaded)}")
+    if split not in loaded and (split or len(loaded) != 1):
+        raise UserError(
+            f"{path}: want one of its splits: {', '.join(f'{name}:{split}' for split in loaded) or 'it has none'}"
+        )
     return loaded[split or next(iter(loaded))]
 
 
@@ -500,15 +512,18 @@ def _open_raw(path: str) -> Any:
 
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """UserError for a file that isn't there or can't be read."""
+    """UserError for a file that isn't there or can't be read, or a URL for whatever its file system raises."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path (seen from {os.getcwd()})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: cannot be opened ({error})") from None
+    except Exception as error:
+        if "://" not in path and not isinstance(error, ValueError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: cannot be opened ({reason})") from None
 
 
 def _decoded(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
@@ -523,8 +538,8 @@ def _decoded(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
 
 
 def _orjson_reason(error: BaseException | None) -> str:
-    # Its own line and column count within the one line that it was given, and would mislead.
-    return str(error).split(": line ")[0]
+    # Its own line counts within the one line that it was given, and would mislead.
+    return f"{error.msg}, character {error.pos + 1} of it" if isinstance(error, orjson.JSONDecodeError) else str(error)
 
 
 def _ijson_reason(error: BaseException) -> str:

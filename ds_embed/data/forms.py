@@ -6,6 +6,7 @@ and builds for all forms. A record with several positives gives a sample for eac
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import orjson
+
 from ds_embed.data.files import BadRecord, Records, list_parts, stamp_of
 from ds_embed.data.formats.text_table import TextTable
 from ds_embed.data.records import (
@@ -25,7 +28,6 @@ from ds_embed.data.records import (
     join_title,
     parse_document_record,
     present,
-    read_documents,
     refuse,
     refuse_missing,
     text_of,
@@ -44,6 +46,9 @@ IN_ORDER = "in_order"
 _REQUIRED = ("query", "pos_doc", "relevance", "score")
 _POSITIVE_COLUMNS = ("positive", "answer", "context", "passage", "document", "response")
 _NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?|rejected_response")
+# Keys whose values may be lists, and how Python and JSON write a list of texts into a cell of text.
+_LIST_KEYS = {"pos", "neg", "neg_doc", "pos_scores", "neg_scores", "negative", "rejected_response"}
+_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'].*["'])?\s*\]\s*""", re.DOTALL)
 _GRADES = ("label", "labels", "score", "scores")
 _METADATA = "merlin_metadata.json"
 
@@ -89,7 +94,10 @@ class Columns:
     def mapped(self, where: str, row: dict) -> dict:
         """The row with our keys; those that no column was named for come from the column of their own name."""
         if self._by_order:
-            query, positive, *negatives = [*row, None, None][: max(2, len(row))]
+            if len(row) < 2:
+                raise BadRecord(where, f"--columns {IN_ORDER}: want two columns or more, found '{next(iter(row))}'")
+            self._shown = self._shown or list(row)
+            query, positive, *negatives = row
             return {"query": row.get(query), "pos_doc": row.get(positive), "neg_doc": _cells(row, negatives)}
         self._unseen.difference_update(row)
         self._shown = self._shown or list(row)
@@ -107,6 +115,12 @@ class Columns:
         if record.get("title"):
             record["text"] = record.pop("pos_doc", None)  # the key whose title is joined
         return record
+
+    def describe(self) -> str:
+        """What was taken for what."""
+        if self._by_order:
+            return f"by the order of {', '.join(self._shown)}"
+        return " ".join(f"{key}={','.join(names)}" for key, names in self._columns.items())
 
     def check_seen(self, path: str) -> None:
         """UserError when no row had a column that was named."""
@@ -134,6 +148,7 @@ class _Form:
     name: str
     keys: tuple[tuple[str, ...], ...]
     parse: Callable[[str, dict, Lookup], list[TrainingRecord]]
+    more: tuple[str, ...] = ()  # keys that a record may have
 
     def fits(self, row: dict) -> bool:
         for alternatives in self.keys:  # plain loops: this runs for every record
@@ -143,6 +158,11 @@ class _Form:
             else:
                 return False
         return True
+
+    def unread(self, row: dict) -> set[str]:
+        """Keys that nobody reads."""
+        unread = row.keys() - set(self.more).union(*self.keys)
+        return {key for key in unread if self.parse is not _columns or not _NEGATIVE_COLUMN.fullmatch(key)}
 
 
 def _plain(row: dict) -> TrainingRecord | None:
@@ -302,19 +322,32 @@ def _refuse_grades(where: str, row: dict) -> None:
             )
 
 
-_OWN = _Form("our own", (("query",), ("pos_doc",)), _own)
-_AUTOMODEL_IDS = _Form("Automodel", (("question", "query"), ("pos_doc",)), _automodel_ids)
+_MORE = ("neg_doc", "query_id", "doc_id", "pos_score", "neg_scores")
+_OWN = _Form("our own", (("query",), ("pos_doc",)), _own, _MORE)
+_ID_KEYS = ("neg_doc", "question_id", "corpus_id")
+_AUTOMODEL_IDS = _Form("Automodel", (("question", "query"), ("pos_doc",)), _automodel_ids, _ID_KEYS)
 _QUERIES = ("anchor", "query", "question")
+_IDS = ("query_id", "doc_id")
 _FORMS = (
     _OWN,
-    _Form("Automodel", (("question",), ("pos_doc",)), _own),
-    _Form("FlagEmbedding", (("query",), ("pos",)), _flag_embedding),
-    _Form("Tevatron", (("query",), ("positive_passages",)), _tevatron),
-    _Form("Tevatron", (("query_text", "query"), ("positive_document_ids",)), _tevatron_ids),
-    _Form("ms-swift", (("messages",), ("positive_messages",)), _messages),
-    _Form("ms-swift", (("query",), ("response",)), _columns),
-    _Form("F2LLM", (("query",), ("passage",), ("negative_1",)), _columns),
-    _Form("sentence-transformers", (_QUERIES, _POSITIVE_COLUMNS), _columns),
+    _Form("Automodel", (("question",), ("pos_doc",)), _own, (*_MORE, *_ID_KEYS)),
+    _Form(
+        "FlagEmbedding",
+        (("query",), ("pos",)),
+        _flag_embedding,
+        ("neg", "query_id", "pos_scores", "neg_scores", "prompt"),
+    ),
+    _Form("Tevatron", (("query",), ("positive_passages",)), _tevatron, ("negative_passages", "query_id")),
+    _Form(
+        "Tevatron",
+        (("query_text", "query"), ("positive_document_ids",)),
+        _tevatron_ids,
+        ("negative_document_ids", "query_id"),
+    ),
+    _Form("ms-swift", (("messages",), ("positive_messages",)), _messages, ("negative_messages", *_GRADES)),
+    _Form("ms-swift", (("query",), ("response",)), _columns, (*_IDS, *_GRADES)),
+    _Form("F2LLM", (("query",), ("passage",), ("negative_1",)), _columns, (*_IDS, *_GRADES)),
+    _Form("sentence-transformers", (_QUERIES, _POSITIVE_COLUMNS), _columns, (*_IDS, *_GRADES)),
 )
 
 
@@ -322,8 +355,20 @@ def _item(row: dict, key: str) -> tuple[str, Any]:
     return key, row.get(key)
 
 
-def _with_numbers(where: str, row: dict) -> dict:
-    """The row of a table of texts, with the numbers that its scores stand for; BadRecord for one that is no number."""
+def _typed(where: str, row: dict) -> dict:
+    """The row of a table of texts, with the lists and the numbers that its cells stand for; BadRecord for what is neither."""
+    for key in row.keys() & _LIST_KEYS:
+        cells: list[Any] = []
+        for cell in row[key] if type(row[key]) is list else [row[key]]:
+            if type(cell) is str and (_LIST_OF_TEXTS.fullmatch(cell) or (key.endswith("scores") and cell[:1] == "[")):
+                try:
+                    cells += orjson.loads(cell)
+                except ValueError:
+                    problem = "looks like a list and is no JSON; write a column for each text, or JSON or Parquet"
+                    raise BadRecord(where, f"{key} {problem}") from None
+            elif cell is not None:
+                cells.append(cell)
+        row = row | {key: cells or None}
     for key in ("pos_score", "pos_scores", "neg_scores"):
         cells = row.get(key)
         if cells is None:
@@ -332,9 +377,9 @@ def _with_numbers(where: str, row: dict) -> dict:
         for cell in cells if type(cells) is list else [cells]:
             try:
                 numbers.append(float(cell))
-            except ValueError:
+            except (TypeError, ValueError):
                 raise BadRecord(where, f"{key} is '{cell}', want a finite number (or leave the cell empty)") from None
-        row = row | {key: numbers if key in _LISTS else numbers[0]}
+        row = row | {key: numbers[0] if key == "pos_score" else numbers}
     return row
 
 
@@ -514,6 +559,11 @@ class TrainingFile(RecordFile):
         super().__init__(entry, lambda *_: None, Columns.asked(reading.columns, "training"))
         self.form: _Form | None = _OWN if reading.columns else None
         self.num_rows, self.fewest, self.most = 0, 0, 0
+        self._num_prompts = 0
+        self._keys: tuple[str, ...] = ()  # of the last row
+        self._unread: dict[str, None] = {}  # keys that nobody reads, in the order in which they came
+        self._notes: list[str] = []
+        self.corpora_sha256 = ""  # of the corpora that were read for the records
         self._reading, self._work_dir = reading, work_dir or Path(tempfile.gettempdir())
         self._stack = ExitStack()
         self._named: dict[str, list[dict]] = {}
@@ -567,52 +617,67 @@ class TrainingFile(RecordFile):
             if form is None:
                 _refuse_lack(where, self.form or _OWN, row)
         if self._has_text_cells:
-            row = _with_numbers(where, row)
+            row = _typed(where, row)
         form = self.form or _OWN
+        if self._columns is None and (keys := tuple(row)) != self._keys:
+            self._keys = keys
+            self._unread |= dict.fromkeys(sorted(form.unread(row)))
         if form.parse is _tevatron_ids and not self._corpora:
             self._read_corpus_files(where)
         elif form is _AUTOMODEL_IDS:
             self._lookup = self._lookup_in(row.get("corpus_id"))
         samples = form.parse(where, row, self._lookup)
         self.num_rows += 1
+        self._num_prompts += form.parse is _flag_embedding and bool(row.get("prompt"))
         if not self.fewest <= len(samples) <= self.most:
             self.fewest = min(self.fewest or len(samples), len(samples))
             self.most = max(self.most, len(samples))
         return samples
 
     def facts(self) -> dict[str, Any]:
-        """What was met in the rows so far: "FlagEmbedding records, 12,345 with 1 to 7 positives" and their number."""
-        form = "mapped" if self._columns is not None else (self.form or _OWN).name
+        """What was met in the rows so far: "FlagEmbedding records, 12,345 with 1 to 7 positives", their number, and more."""
+        form = (self.form or _OWN).name if self._columns is None else f"mapped ({self._columns.describe()})"
         several = f" with {self.fewest} to {self.most} positives" if self.most > 1 else ""
-        return {"read": f"{form} records, {self.num_rows:,}{several}", "num_rows": self.num_rows}
+        several = several.replace(f"{self.most} to {self.most}", str(self.most))
+        facts = {"read": f"{form} records, {self.num_rows:,}{several}", "num_rows": self.num_rows}
+        more = {"unread": list(self._unread), "num_prompts": self._num_prompts, "notes": self._notes}
+        return facts | {name: value for name, value in more.items() if value}
 
     def _read_corpus_files(self, where: str) -> None:
         if not self._reading.corpus_files:
             raise UserError(f"{where}: names its documents by id; give their texts with --corpus_files")
-        table = self._corpora[None] = self._stack.enter_context(TextTable(self._work_dir, "document id"))
-        for place, document in read_documents(self._reading.corpus_files):
-            table.add(document.doc_id, document.pos_doc, place)
+        self._read_corpus(None, self._reading.corpus_files)
         self._lookup = self._lookup_in(None)
+
+    def _read_corpus(self, corpus_id: str | None, entries: Iterable[str]) -> None:
+        digest = hashlib.sha256(self.corpora_sha256.encode())
+        table = self._corpora[corpus_id] = self._stack.enter_context(TextTable(self._work_dir, "document id"))
+        for part in (part for entry in entries for part in list_parts(entry)):
+            records = Records(part, digest.update)
+            for number, row in records:
+                where = records.location(number)
+                # Automodel takes the text alone.
+                document = parse_document_record(where, row, join_titles=corpus_id is None)
+                table.add(document.doc_id, document.pos_doc, where)
+        self.corpora_sha256 = digest.hexdigest()
 
     def _add_corpus(self, path: str, corpus: dict) -> None:
         folder = _corpus_folder(path, corpus)
         try:
-            corpus_id = json.loads((folder / _METADATA).read_text(encoding="utf-8"))["corpus_id"]
+            metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+            corpus_id = str(metadata["corpus_id"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path}: its corpus {folder} has no {_METADATA} with a corpus_id") from None
         if corpus_id in self._corpora:
             return
-        table = self._corpora[corpus_id] = self._stack.enter_context(TextTable(self._work_dir, "document id"))
-        for part in list_parts(_corpus_entry(path, corpus)):
-            records = Records(part)
-            for number, row in records:
-                where = records.location(number)
-                # Automodel takes the text alone.
-                document = parse_document_record(where, {"pos_doc": row.get("text"), "id": row.get("id")})
-                table.add(document.doc_id, document.pos_doc, where)
+        for key, flag in (("query_instruction", "query_prefixes"), ("passage_instruction", "doc_prefixes")):
+            if metadata.get(key):
+                note = f"is used only when given as a prefix, with a blank behind it: --{flag}"
+                self._notes.append(f"corpus '{corpus_id}': its {key} {metadata[key]!r} {note}")
+        self._read_corpus(corpus_id, [_corpus_entry(path, corpus)])
 
     def _lookup_in(self, corpus_id: Any) -> Lookup:
-        table = self._corpora.get(corpus_id if type(corpus_id) is str else None)
+        table = self._corpora.get(None if corpus_id is None else str(corpus_id))
 
         def lookup(where: str, name: str, doc_id: Any) -> str:
             if table is None:

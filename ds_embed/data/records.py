@@ -48,6 +48,9 @@ class DocumentRecord(NamedTuple):
     doc_id: str
 
 
+_FIRST_INEXACT = (
+    2**53
+)  # from here on floats, and numbers that JSON parsers turn into floats, stand for several integers
 # The keys of queries and documents: ours first, then those of BEIR, Tevatron, Automodel and others.
 _QUERY_KEYS = ("query", "text", "query_text", "question")
 _QUERY_ID_KEYS = ("query_id", "_id", "qid", "question_id", "id")
@@ -130,6 +133,8 @@ def id_of(where: str, key: str, value: Any) -> str | None:
     if value is None:
         return None
     if type(value) is float and value.is_integer():
+        if abs(value) >= _FIRST_INEXACT:
+            raise BadRecord(where, f"{key} is {value}, which is too large to be exact; write it as a string")
         value = int(value)
     if type(value) is int:
         return str(value)

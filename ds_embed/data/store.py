@@ -85,14 +85,18 @@ class _Store:
             "negatives",
             "queries",
             "documents",
+            "unread",
+            "num_prompts",
+            "notes",
         )
         facts = [{name: file[name] for name in names if name in file} for file in self.manifest["files"]]
         formats = self.manifest["settings"]
-        for file in facts:
+        for number, file in enumerate(facts):
             for side, form in (("queries", "query_format"), ("documents", "document_format")):
                 if side in file:
                     form = formats.get(form) or formats["text_format"]
-                    file[side] |= {"max_length": (form if isinstance(form, dict) else form[0])["max_length"]}
+                    form = form if isinstance(form, dict) else form[number]
+                    file[side] |= {"max_length": form["max_length"], "prefix": form["prefix"]}
         return facts
 
     def describe(self) -> list[str]:
@@ -212,7 +216,15 @@ def describe_file(facts: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{side}: {cut:,} of {texts:,}{share} cut at {facts[side]['max_length']:,} tokens, longest {longest:,}"
             )
-    return lines
+    if "unread" in facts:
+        lines.append(f"not read: {', '.join(facts['unread'])}")
+    if "num_prompts" in facts:
+        prefix = facts["queries"]["prefix"]
+        place = f"behind the query prefix '{prefix}'; FlagEmbedding puts them in its place (--query_prefix '')"
+        lines.append(
+            f"{facts['num_prompts']:,} records bring a prompt for their query" + (f", {place}" if prefix else "")
+        )
+    return lines + facts.get("notes", [])
 
 
 def check_texts_fit(store: TextStore | TrainingStore, micro_batch_tokens: int) -> None:

@@ -222,8 +222,8 @@ class _Source:
             file.end()
             if file.stamps() != self.stamps:
                 raise UserError(f"{file.path}: changed while it was read; run again once it is whole")
-        for stamp in self.stamps[len(self._parts) :]:  # of corpora
-            digest.update(repr(stamp).encode())
+        if type(file) is TrainingFile:
+            digest.update(file.corpora_sha256.encode())
         self._sha256 = digest.hexdigest()
 
     def describe(self) -> dict:

@@ -8,24 +8,27 @@ negatives that are no candidates).
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import orjson
 
 from ds_embed.data.forms import Reading, read_training_records
-from ds_embed.data.identity import content_key
+from ds_embed.data.identity import content_key, token_keys
 from ds_embed.data.records import TrainingRecord, read_documents
+from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
 
+_TEXTS_AT_ONCE = 1024
 NAMES = ("query.names", "doc.names")  # the users' ids of the tables' rows, one a line
 # kind: (file, key of the text, key of the id), as recipes/generate.py reads them
 _TABLES = {"queries": ("queries.jsonl", "query", "query_id"), "documents": ("documents.jsonl", "pos_doc", "doc_id")}
@@ -84,7 +87,7 @@ class Catalog:
     record_queries: np.ndarray  # (R,) query of each record
     record_positives: np.ndarray  # (R,) document of each record
     existing: Ragged  # of records: documents that are their neg_doc and stay
-    groups: np.ndarray  # (Q,) queries of one group have one text, or share a query_id of one file
+    groups: np.ndarray  # (Q,) queries of one group are one, by text, tokens, or query_id of one file
     positives: Ragged  # of groups: the positive documents of all its records
     excluded: Ragged  # of groups: those, documents that share a doc_id with one, and the queries' own texts
 
@@ -118,7 +121,7 @@ def match_key(text: str, normalized: bool) -> int:
 
 @dataclass
 class _Table:
-    """Distinct texts by key, written as they come; row i is the i-th distinct one."""
+    """Distinct texts by their keys, written as they come; row i is the i-th distinct one."""
 
     file: IO[bytes]
     text_key: str
@@ -128,8 +131,17 @@ class _Table:
     names: list[str] | None = None  # the users' ids, where they are needed
     named: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # row and file of each of these
 
-    def row(self, key: int, text: str, name: str | None, path: str | None, where: str) -> int:
-        row = self.rows.setdefault(key, len(self.rows))
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def found(self, keys: Iterable[int]) -> list[int]:
+        """The rows that have one of these keys."""
+        return [self.rows[key] for key in keys if key in self.rows]
+
+    def row(self, keys: tuple[int, ...], text: str, name: str | None, path: str | None, where: str) -> int:
+        row = next(iter(self.found(keys)), len(self))
+        for key in keys:
+            self.rows.setdefault(key, row)
         if self.names is not None:
             known, file = self.named.setdefault(name, (row, path))
             if known != row and file != path and None not in (file, path):
@@ -137,7 +149,7 @@ class _Table:
                     f"{where}: {self.id_key} '{name}' stands in {file} for another text, and --embeddings has one vector "
                     "for it; give each text its own, or let --model_name_or_path encode them"
                 )
-        if row == len(self.offsets) - 1:
+        if row == len(self):
             line = orjson.dumps({self.text_key: text, self.id_key: str(row)}) + b"\n"
             self.file.write(line)
             self.offsets.append(self.offsets[-1] + len(line))
@@ -151,10 +163,15 @@ def reading(arguments: MiningArguments) -> Reading:
 
 
 class CatalogBuilder:
-    """Reads the files into a folder. `names` of the tables are filled when vectors are to be found by id."""
+    """Reads the files into a folder. `names` of the tables are filled when vectors are to be found by id.
 
-    def __init__(self, folder: Path, arguments: MiningArguments):
-        self._folder, self._arguments = folder, arguments
+    `tokenizers` of queries and documents, where there are some: texts of the same tokens are one, as in training.
+    """
+
+    def __init__(
+        self, folder: Path, arguments: MiningArguments, tokenizers: tuple[TextTokenizer, TextTokenizer] | None = None
+    ):
+        self._folder, self._arguments, self._tokenizers = folder, arguments, tokenizers
         self._needs_ids = arguments.embeddings is not None
         self._normalized = arguments.match_positives == "normalized"
         names = [] if self._needs_ids else None
@@ -166,9 +183,9 @@ class CatalogBuilder:
 
     def build(self) -> dict[str, int]:
         """Write all files of the catalog; returns counts. UserError for bad records, with file and line."""
-        for place in self._corpus():
-            self._add_document(*place)
-        num_candidates = len(self.documents.rows)
+        for (path, where, text, name), (keys,) in self._keyed(self._corpus(), 1, lambda place: [place[2]]):
+            self._add_document(path, where, text, keys, name)
+        num_candidates = len(self.documents)
         if not num_candidates:
             raise UserError("--doc_files: hold no document with a text, so there is nothing to choose from")
         relations = self._relations()
@@ -183,13 +200,26 @@ class CatalogBuilder:
                 (self._folder / name).write_text("".join(f"{id_}\n" for id_ in table.names), encoding="utf-8")
         counts = {
             "records": len(relations["record_queries"]),
-            "queries": len(self.queries.rows),
+            "queries": len(self.queries),
             "candidates": num_candidates,
-            "other_documents": len(self.documents.rows) - num_candidates,
+            "other_documents": len(self.documents) - num_candidates,
             **self._counts,
         }
         (self._folder / "catalog.json").write_text(json.dumps(counts))
         return counts
+
+    def _keyed(self, items: Iterable[Any], side: int, texts_of: Callable[[Any], list[str]]) -> Iterator[tuple]:
+        """(item, keys of each of its texts): equal where texts are one query (side 0) or one document (1)."""
+        items = iter(items)
+        while block := list(itertools.islice(items, _TEXTS_AT_ONCE)):
+            texts = [texts_of(item) for item in block]
+            flat = [text for of_item in texts for text in of_item]
+            keys = [(match_key(text, self._normalized),) for text in flat]
+            if self._tokenizers is not None:
+                tokens, lengths, _ = self._tokenizers[side].encode_flat(flat)
+                keys = [(*key, token_key) for key, token_key in zip(keys, token_keys(tokens, lengths).tolist())]
+            left = iter(keys)
+            yield from ((item, list(itertools.islice(left, len(of_item)))) for item, of_item in zip(block, texts))
 
     def _corpus(self) -> Iterator[tuple[str | None, str, str, str | None]]:
         """(file, where, text, id) of every document that may become a negative; doc_files count as one file."""
@@ -211,12 +241,18 @@ class CatalogBuilder:
                 yield path, where, record
 
     def _add_document(
-        self, path: str | None, where: str, text: str, name: str | None, cure: str = "give every record its doc_id"
+        self,
+        path: str | None,
+        where: str,
+        text: str,
+        keys: tuple[int, ...],
+        name: str | None,
+        cure: str = "give every record its doc_id",
     ) -> int:
         if self._needs_ids and name is None:
             raise UserError(f"{where}: doc_id is missing, by which --embeddings has its vector; {cure}")
-        before = len(self.documents.rows)
-        row = self.documents.row(match_key(text, self._normalized), text, name, path, where)
+        before = len(self.documents)
+        row = self.documents.row(keys, text, name, path, where)
         self._counts["repeated_documents"] += row < before
         if name is not None:
             rows = self._rows_of_id.setdefault((path, name), [])
@@ -230,28 +266,36 @@ class CatalogBuilder:
         positive_rows_of_record: list[tuple[int, ...]] = []
         groups = _Groups()
         repeated = self._counts["repeated_documents"]
-        for number, (path, where, record) in enumerate(self._records()):
+        keep = self._arguments.keep_existing
+
+        def texts_of(place: tuple[str, str, TrainingRecord]) -> list[str]:
+            record = place[2]
+            return [record.pos_doc, *(record.neg_docs if keep else ())]
+
+        documents = self._keyed(self._records(), 1, texts_of)
+        records = self._keyed(documents, 0, lambda item: [item[0][2].query])
+        for number, (((path, where, record), (keys, *negatives_keys)), (query_keys,)) in enumerate(records):
             if self._needs_ids and record.query_id is None:
                 raise UserError(
                     f"{where}: query_id is missing, by which --embeddings has its vector; give every record its query_id"
                 )
-            query = self.queries.row(content_key(record.query), record.query, record.query_id, path, where)
-            group_key = match_key(record.query, self._normalized)
-            groups.join(query, ("text", group_key), record.query_id and (path, record.query_id))
+            query = self.queries.row((content_key(record.query),), record.query, record.query_id, path, where)
+            groups.join(query, *(("text", key) for key in query_keys), record.query_id and (path, record.query_id))
             record_queries.append(query)
-            record_positives.append(self._add_document(path, where, record.pos_doc, record.doc_id))
+            record_positives.append(self._add_document(path, where, record.pos_doc, keys, record.doc_id))
             # A record's doc_id is that of its file, and names a document of doc_files.
             places = [] if record.doc_id is None else [(path, record.doc_id), (None, record.doc_id)]
             same_id = [row for place in places for row in self._rows_of_id.get(place, [])]
-            same_text = self.documents.rows.get(group_key)
-            positive_rows_of_record.append((*same_id, *([] if same_text is None else [same_text])))
-            if self._arguments.keep_existing:
-                cure = "leave --keep_existing out, or let --model_name_or_path encode it"
-                for negative in record.neg_docs:
-                    known = self.documents.rows.get(match_key(negative, self._normalized))
-                    row = self._add_document(path, where, negative, None, cure) if known is None else known
-                    existing_records.append(number)
-                    existing_rows.append(row)
+            # A text may be one with two others, by its words and by its tokens; and a query is no negative of itself.
+            same = self.documents.found((*keys, query_keys[0]))
+            positive_rows_of_record.append((*same_id, *same))
+            cure = "leave --keep_existing out, or let --model_name_or_path encode it"
+            for negative, negative_keys in zip(record.neg_docs, negatives_keys):
+                known = self.documents.found(negative_keys)
+                existing_records.append(number)
+                existing_rows.append(
+                    known[0] if known else self._add_document(path, where, negative, negative_keys, None, cure)
+                )
         self._counts["repeated_documents"] = repeated  # those of the corpus, not of this second reading
         return self._as_arrays(
             groups, record_queries, record_positives, positive_rows_of_record, existing_records, existing_rows
@@ -259,7 +303,7 @@ class CatalogBuilder:
 
     def _as_arrays(self, groups, record_queries, record_positives, positive_rows, existing_records, existing_rows):
         record_queries, record_positives = (np.array(a, dtype=np.int64) for a in (record_queries, record_positives))
-        of_query = groups.of_queries(len(self.queries.rows))
+        of_query = groups.of_queries(len(self.queries))
         num_groups = int(of_query.max()) + 1
         of_record = of_query[record_queries]
         positives = Ragged.of_pairs(of_record, record_positives, num_groups)

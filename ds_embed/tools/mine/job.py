@@ -19,7 +19,9 @@ import numpy as np
 
 from ds_embed.artifact.durable import remove_unfinished
 from ds_embed.artifact.identity import check_unchanged
+from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.job.ranks import World
+from ds_embed.models.loading import choose_card, find_source, load_tokenizer
 from ds_embed.settings import TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
@@ -57,7 +59,8 @@ def mine(world: World, model: MiningModelArguments, text: TextArguments, argumen
     if not world.on_main("mining: begin", lambda: _begin(work, output_file)):
         return
     folder = world.on_main(
-        "mining: catalog", lambda: work.obtain("catalog", lambda path: CatalogBuilder(path, arguments).build())
+        "mining: catalog",
+        lambda: work.obtain("catalog", lambda path: CatalogBuilder(path, arguments, _tokenizers(model, text)).build()),
     )
     catalog = Catalog.open(folder)
     _check_sizes(catalog, arguments)
@@ -82,6 +85,17 @@ def mine(world: World, model: MiningModelArguments, text: TextArguments, argumen
         print(f"written to {output_file}")
 
     world.on_main("mining: output", finish)
+
+
+def _tokenizers(model: MiningModelArguments, text: TextArguments) -> tuple[TextTokenizer, TextTokenizer] | None:
+    """Those of queries and documents; None without a model."""
+    if model.model_name_or_path is None:
+        return None
+    source = find_source(model)
+    formats = choose_card(source, text, model).text_formats()
+    tokenizer = load_tokenizer(source, model.trust_remote_code)
+    settings = ("query_max_length", "doc_max_length")
+    return tuple(TextTokenizer(tokenizer, one, setting) for one, setting in zip(formats, settings))
 
 
 def _begin(work: WorkFolder, output_file: Path) -> bool:

@@ -22,7 +22,7 @@ from ds_embed.settings import TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
 
-KIND = "the work of mining, form 2"
+KIND = "the work of mining, form 3"
 _PLACES = ("output_file", "work_dir")  # decide no byte of the output
 
 
@@ -43,8 +43,9 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
 
 
 def _identify(entry: str) -> str:
-    """A file by what it holds; a folder, pattern, URL or data set by the stamps of its parts."""
-    return identify_texts([entry]) if Path(entry).is_file() else str([stamp_of(part) for part in list_parts(entry)])
+    """Files by what they hold, URLs and data sets by their stamps."""
+    parts = list_parts(entry)
+    return ", ".join(identify_texts([part]) if Path(part).is_file() else str(stamp_of(part)) for part in parts)
 
 
 class WorkFolder(Artifact):
