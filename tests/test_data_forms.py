@@ -1,9 +1,11 @@
 """What another framework trains on, trains here: every form and container gives the store of our own form."""
 
+import functools
 import json
 import os
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 from data_forms import OWN, jsonl, write_containers, write_forms
@@ -12,7 +14,7 @@ from store_material import make_tokenizer
 
 from ds_embed.data.forms import Reading, TrainingFile, read_training_records
 from ds_embed.data.store import TrainingStore, build_text_store, build_training_store
-from ds_embed.data.tokenize import TextFormat
+from ds_embed.data.tokenize import TextFormat, encode_texts
 from ds_embed.settings import DataArguments, StepArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.training.prepare import sample_order
@@ -314,6 +316,38 @@ FILES = [
     ("a.csv", b'anchor,positive\nx,"y\n', {}, "a.csv:2: not CSV"),
     ("a.tsv", b"anchor\tpositive\n\xff\ty\n", {}, "a.tsv:2: not UTF-8 text"),
     ("a.csv", b"a,a\n1,2\n", {}, "a.csv: has two columns named 'a'"),
+    ("a.csv", "anchor,positive\nx,y\n".encode("utf-16-le"), {}, "a.csv: is no UTF-8 text"),
+    ("a.zip", b"PK\x03\x04\x14\0\0\0", {}, "a.zip: is no UTF-8 text"),
+    (
+        "a.csv",
+        b"anchor,positive\rx,y\r",
+        {},
+        "a.csv:1: not CSV (new-line character seen in unquoted field); end lines in",
+    ),
+    (
+        "a.csv",
+        b"query,pos,neg\nq,p,\"['n', 'm']\"\n",
+        {},
+        "a.csv:2: neg looks like a list and is no JSON; write a column",
+    ),
+    (
+        "a.csv",
+        b"a;b\nx;y\n",
+        {"columns": ["in_order"]},
+        "a.csv:2: --columns in_order: want two columns or more, found 'a;b'",
+    ),
+    (
+        "a.jsonl",
+        b'{"query": "q", "pos_doc": "p", "doc_id": 9007199254740993.0}',
+        {},
+        "a.jsonl:1: doc_id is 9007199254740992.0, which is too large to be exact; write it as a string",
+    ),
+    (
+        "a.jsonl",
+        b'{"query": "q", "pos_doc": "p", "x": NaN}',
+        {},
+        "a.jsonl:1: not JSON (unexpected character, expected a JSON value, character 37",
+    ),
     ("a.csv", b"a,b\n1,2\n", {}, "a.csv:2: query is missing, want a string; the keys here are 'a', 'b'"),
     ("a.csv", b"a,b\n", {"columns": ["in_order"]}, "a.csv: holds no record"),
     ("a.jsonl", b'{"a": "b"}\n', {"columns": ["in_order"]}, "a.jsonl: --columns in_order: JSON keys have no order"),
@@ -346,10 +380,21 @@ def test_bad_files(tmp_path, tokenizer, name, content, settings, message):
 
 
 def test_bad_entries(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_containers(tmp_path)
+    datasets.DatasetDict({}).save_to_disk(tmp_path / "no_split")
+    datasets.Dataset.from_dict({"query": [], "pos_doc": []}).save_to_disk(tmp_path / "no_row")
+    columns = [pyarrow.array([text]) for text in "qps"]
+    twice = pyarrow.Table.from_arrays(columns, names=["query", "pos_doc", "pos_doc"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
     (tmp_path / "empty").mkdir()
     for entry, message in (
+        (tmp_path / "no_split", "want one of its splits: it has none"),
+        (tmp_path / "no_row", "can't be loaded as a data set ("),
+        (tmp_path / "twice.parquet", "has two columns named 'pos_doc'"),
+        ("hf://datasets/nobody/nothing/a.jsonl", "cannot be "),
         (tmp_path / "empty", "no data file there; want files that end in .jsonl"),
         (tmp_path / "none-*.jsonl", "no data file there"),
         (tmp_path / "none.jsonl", "no such file"),
@@ -362,6 +407,45 @@ def test_bad_entries(tmp_path, tokenizer, monkeypatch):
         with pytest.raises(UserError) as caught:
             build(str(entry), tokenizer, tmp_path / "cache")
         assert str(caught.value).startswith(f"{entry}: ") and message in str(caught.value)
+
+
+def test_what_looks_odd_and_is_read(tmp_path, tokenizer):
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0pzst"  # a frame that parallel zstd writes first
+    rows = [{"query": "w1", "pos": ["w2", "w3"], "neg": ["w4", "w5"], "neg_scores": [0.5, 1]}]
+    expected = build(str(jsonl(tmp_path / "a.jsonl", rows)), tokenizer, tmp_path / "cache")
+    for name, content in (
+        ("lists.csv", b'query,pos,neg,neg_scores\nw1,"[""w2"", ""w3""]","[""w4"", ""w5""]","[0.5, 1]"\n'),
+        ("lines.csv", json.dumps(rows[0]).encode()),
+        ("a.jsonl.zst", skippable + pyarrow.compress(json.dumps(rows[0]).encode(), codec="zstd", asbytes=True)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        store = build(str(tmp_path / name), tokenizer, tmp_path / "cache")
+        assert_same(store, expected)
+        np.testing.assert_array_equal(store.scores, expected.scores)
+
+
+def test_what_is_not_taken_as_it_might_be_is_said(tmp_path, tokenizer):
+    rows = [{"query": "w1", "pos": ["w2"], "prompt": "w9 ", "type": "x"}, {"query": "w3", "pos": ["w4"], "source": 1}]
+    path = str(jsonl(tmp_path / "a.jsonl", rows))
+    build_store = functools.partial(build_training_store, [path], tokenizer, num_negatives=None, cache_dir=tmp_path)
+    for prefix, place in (("", ""), ("query: ", ", behind the query prefix 'query: '; FlagEmbedding puts them in its")):
+        store = TrainingStore.open(
+            build_store(query_format=TextFormat(prefix, 32, True), document_format=TextFormat("", 32, True))
+        )
+        said = store.describe()
+        assert "not read: type, source" in said
+        assert any(line.startswith(f"1 records bring a prompt for their query{place}") for line in said)
+        np.testing.assert_array_equal(
+            store.tokens_of(0), encode_texts(tokenizer, ["w9 w1"], TextFormat(prefix, 32, True))[0]
+        )
+    forms = write_forms(tmp_path)
+    metadata = {"corpus_id": "c", "query_instruction": "Find:\n", "passage_instruction": ""}
+    (tmp_path / "corpus" / "merlin_metadata.json").write_text(json.dumps(metadata))
+    said = build(forms["automodel_corpus"][0], tokenizer, tmp_path / "cache").describe()
+    assert [line for line in said if "instruction" in line] == [
+        "corpus 'c': its query_instruction 'Find:\\n' is used only when given as a prefix, with a blank behind it: "
+        "--query_prefixes"
+    ]
 
 
 def test_a_changed_corpus_gives_another_store(tmp_path, tokenizer):

@@ -108,7 +108,7 @@ def test_records_before_the_bad_one_are_given(tmp_path):
         (b"\n \t\r\n", "is empty; remove it"),
         (b"\xef\xbb\xbf", "is empty; remove it"),
         (b" [ ]\n", "holds no record; remove it"),
-        ('{"a": 1}\n'.encode("utf-16"), "is no UTF-8 text; save it as UTF-8"),
+        ('{"a": 1}\n'.encode("utf-16"), "is no UTF-8 text (UTF-16, or no text at all); save it as UTF-8"),
         (b"\x1f\x8b\x08\x00", "its gzip data is cut short or damaged"),
         (b"PAR1....", "not a whole Parquet file"),
     ],

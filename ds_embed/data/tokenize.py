@@ -267,7 +267,7 @@ def _control_ids(tokenizer: Any, backend: Any) -> np.ndarray:
     is_control = np.zeros(max(backend.get_vocab(with_added_tokens=True).values()) + 1, bool)
     added = backend.get_added_tokens_decoder()
     is_control[[index for index, token in added.items() if token.special]] = True
-    model = json.loads(backend.model.__getstate__())
+    model = orjson.loads(backend.model.__getstate__())
     unknown_ids = [getattr(tokenizer, "unk_token_id", None), model.get("unk_id")]
     if model.get("unk_token") is not None:
         unknown_ids.append(backend.token_to_id(model["unk_token"]))
