@@ -222,7 +222,12 @@ def test_saves_follow_the_clock(store, tmp_path):
     assert not (begun(target) / "parts.jsonl").exists()
     killed_at(store, target, 40)
     names = [part["name"] for part in told(target)]
-    assert names[0].startswith("header") and names.count("0") == 1 and "1" not in names and "0+0@60" in names
+    assert (
+        names[0].startswith("header")
+        and names.count("0") == 1
+        and "1" not in names
+        and "0+0@60, each text once" in names
+    )
 
 
 def test_other_inputs_are_refused(store, straight, tmp_path):
@@ -350,4 +355,39 @@ def test_blocks_that_end_with_the_corpus(store, tmp_path, num_rows, block):
         encode_store(store, Encoder(), WORLD, corpus, **options)
     assert np.load(target / "doc.npy").shape == (num_rows, DIMS)
     plan = CorpusPlan(store, range(num_rows), 60, block)
-    assert sorted(text for batch in plan.batches(0) for text in batch) == list(range(num_rows))
+    assert sorted(text for batch in plan.batches(0) for text in batch.rows) == list(range(num_rows))
+
+
+def test_each_text_of_a_block_is_encoded_once(store, tmp_path):
+    """Rows with the same tokens share a forward pass, are right wherever they stand, and survive a kill."""
+    lines = []
+    for row in range(TEXTS):
+        text = store.tokens_of(row % 9 if row % 3 else row)
+        lines.append(json.dumps({"pos_doc": " ".join(f"w{i}" for i in text.tolist()), "doc_id": f"d{row}"}) + "\n")
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    from transformers import AutoTokenizer
+
+    make_tokenizer(tmp_path, bert=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text_format = TextFormat("", 30, False)
+    path = build_text_store([tmp_path / "d.jsonl"], "pos_doc", "doc_id", tokenizer, text_format, tmp_path / "cache")
+    repeated = TextStore.open(path)
+    encoded = []
+
+    class Counting(Encoder):
+        def __call__(self, ids, lengths, has_padding):
+            encoded.append(ids.shape[0])
+            return super().__call__(ids, lengths, has_padding)
+
+    num_passes = run(repeated, tmp_path / "once" / "test_docs", Counting(), save_seconds=1e9)
+    tokens = [repeated.tokens_of(row).tobytes() for row in range(TEXTS)]
+    distinct = sum(len(set(tokens[start : start + BLOCK])) for start in range(0, TEXTS, BLOCK))
+    assert distinct < TEXTS * 2 / 3 and sum(encoded) == distinct + 1  # and a dummy that tells the dimensions
+    whole = contents(tmp_path / "once" / "test_docs")
+    rows = read_vectors(tmp_path / "once", "doc").rows
+    expected = [[repeated.tokens_of(i).sum(), len(repeated.tokens_of(i))] for i in range(TEXTS)]
+    assert np.array_equal(rows[:, :2], np.array(expected, np.float32))
+    for number in range(3, num_passes, 7):
+        killed_at(repeated, tmp_path / str(number) / "test_docs", number)
+        run(repeated, tmp_path / str(number) / "test_docs")
+        assert contents(tmp_path / str(number) / "test_docs") == whole

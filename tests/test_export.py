@@ -23,6 +23,7 @@ from ds_embed.models.loading import find_model, load_encoder, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import EncodeArguments, LoraArguments, ModelArguments, TextArguments
+from ds_embed.settings.errors import UserError
 from ds_embed.tools.export.check import odd_tokens, spelled_texts
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
@@ -84,10 +85,11 @@ def place(tmp_path_factory):
     return root, texts, runs, vectors
 
 
-def generated(root, model, out):
-    """Queries and documents as generate writes them, with no flag but the model's."""
+def generated(root, model, out, bf16=False, **flags):
+    """Queries and documents as generate writes them, by default with no flag but the model's."""
     arguments = EncodeArguments(
-        bf16=False,
+        bf16=bf16,
+        **flags,
         query_files=[str(root / "query.jsonl")],
         doc_files=[str(root / "pos_doc.jsonl")],
         output_prefix=str(out),
@@ -345,3 +347,37 @@ def test_a_mistake_is_one_line(tmp_path):
     result = launch(0, "recipes/export.py", "--run", tmp_path, "--output_dir", tmp_path / "out")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith(f"error: --run {tmp_path}: no config.json in this folder")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_generate_and_embedder_merge_the_adapter(place, tmp_path, caplog, bf16):
+    """--merge_adapter gives the vectors of the exported merged model, bit for bit, and says what merging costs."""
+    root, texts, runs, vectors = place
+    caplog.set_level("INFO")
+    run = runs["llama", "last"]
+    dtype = "bfloat16" if bf16 else "float32"
+    recipe("export", "--run", run, "--format", "merged", "--dtype", dtype, "--output_dir", tmp_path / "merged")
+    plain, merged = (
+        generated(root, model, tmp_path / name, bf16, **options)
+        for name, model, options in (("of_export", tmp_path / "merged", {}), ("of_run", run, {"merge_adapter": True}))
+    )
+    for one, other in zip(plain, merged, strict=True):
+        assert np.array_equal(one, other)
+    found = re.search(rf"computed in {dtype}: the smallest cosine .* is (\d\.\d+)", caplog.text)
+    cosine = float(found[1])
+    assert 0.99 < cosine < 0.99999 if bf16 else cosine > 0.99999
+    if not bf16:
+        assert_same(merged, vectors["llama", "last"])
+    embedder = Embedder.from_pretrained(run, dtype=dtype, merge_adapter=True, device="cpu")
+    assert np.array_equal(embedder.encode_queries(texts["query"]), merged[0])
+    assert embedder.merging_cosine == pytest.approx(cosine, abs=1e-6)
+    with pytest.raises(UserError, match="merge_adapter was True and is False"):
+        generated(root, run, tmp_path / "of_run", bf16)
+
+
+def test_what_has_no_adapter_is_not_merged(place):
+    _, _, runs, _ = place
+    with pytest.raises(UserError, match="--merge_adapter true: .* has no LoRA adapter; leave the flag out"):
+        Embedder.from_pretrained(runs["bert", "cls"], merge_adapter=True)
+    with pytest.raises(UserError, match="would round the adapter to 4 bits.*leave out --load_in_4bit nf4"):
+        Embedder.from_pretrained(runs["llama", "last"], merge_adapter=True, load_in_4bit="nf4")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 RECIPE_PATH = Path(__file__).parents[1] / "recipes" / "quickstart" / "make_pairs.py"
-DATA_FILES = ("train.jsonl", "test_queries.jsonl", "test_docs.jsonl", "manifest.json")
+DATA_FILES = ("train.jsonl", "test_queries.jsonl", "test_docs.jsonl", "counts.json")
 
 
 # For scripts that tests run in a process of their own.
@@ -21,6 +21,8 @@ import sys
 sys.path.insert(0, {str(RECIPE_PATH.parent)!r})
 import make_pairs as recipe
 """
+
+from ds_embed.settings.errors import UserError  # noqa: E402
 
 sys.path.insert(0, str(RECIPE_PATH.parent))
 import function_pairs  # noqa: E402
@@ -90,7 +92,8 @@ def test_two_runs_write_the_same_bytes(tmp_path):
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": workers}, timeout=600)
     for name in DATA_FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "deeper", "one"]  # no leftovers
+    names = {path.name for path in tmp_path.iterdir()} - {".a.lock", ".b.lock"}
+    assert names == {"a", "b", "deeper", "one"}  # no leftovers
 
 
 def test_file_order_is_not_the_disks(tmp_path, monkeypatch):
@@ -134,7 +137,7 @@ def test_repeated_documents_and_queries(tmp_path):
     queries = [record["query"] for name in DATA_FILES[:2] for record in read_jsonl(out / name)]
     assert queries.count("Copied from one file to the next.") == 1
     assert not [query for query in queries if query.startswith("A query of two functions")]
-    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    counts = json.loads((out / "counts.json").read_text())
     assert counts["dropped: document seen before"] == 1
     assert counts["dropped: query of several functions"] == 2
 
@@ -150,7 +153,7 @@ def test_no_file_dominates_the_test(tmp_path):
 
 def test_unparsable_files_are_counted(tmp_path, capsys):
     out = make(tmp_path, package_files())
-    assert json.loads((out / "manifest.json").read_text())["counts"]["files that do not parse"] == 2
+    assert json.loads((out / "counts.json").read_text())["files that do not parse"] == 2
     assert "2  files that do not parse" in capsys.readouterr().out
 
 
@@ -168,16 +171,19 @@ def test_manifest_reuse(tmp_path, capsys):
     assert pairs_recipe.make_pairs(out, [source], num_test=5) is False
     assert "is complete" in capsys.readouterr().out
     assert {name: (out / name).stat().st_mtime_ns for name in DATA_FILES} == before
-    with pytest.raises(ValueError, match="made with num_test 5, not 6.*Remove"):
+    with pytest.raises(UserError, match="num_test was 5 and is 6.*remove"):
         pairs_recipe.make_pairs(out, [source], num_test=6)
-    with pytest.raises(ValueError, match=r"versions .*'1\.0'.* not .*'2\.0'"):
+    with pytest.raises(UserError, match=r"packages was pkg 1\.0 and is pkg 2\.0"):
         pairs_recipe.make_pairs(out, [source._replace(version="2.0")], num_test=5)
-    with open(out / "train.jsonl", "a") as file:
-        file.write("{}\n")
-    with pytest.raises(ValueError, match="train.jsonl is missing or not as it was written"):
+    content = (out / "train.jsonl").read_bytes()
+    (out / "train.jsonl").write_bytes(content.replace(b"q", b"p", 1))
+    with pytest.raises(UserError, match="train.jsonl was changed"):
+        pairs_recipe.make_pairs(out, [source], num_test=5)
+    (out / "train.jsonl").write_bytes(content + b"{}\n")
+    with pytest.raises(UserError, match="train.jsonl has .* bytes and was written with"):
         pairs_recipe.make_pairs(out, [source], num_test=5)
     (out / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="in use and not a data set"):
+    with pytest.raises(UserError, match="manifest.json is missing"):
         pairs_recipe.make_pairs(out, [source], num_test=5)
 
 

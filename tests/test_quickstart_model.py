@@ -5,12 +5,15 @@ The download and the conversion themselves need the network and half a minute, a
 
 import hashlib
 import importlib.util
-import json
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from ds_embed.artifact.artifact import Artifact
+from ds_embed.settings.errors import UserError
 
 RECIPE_PATH = Path(__file__).parents[1] / "recipes" / "quickstart" / "make_model.py"
 
@@ -61,26 +64,20 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
 
 def test_model_folder_reuse(tmp_path, capsys):
     folder = tmp_path / "model"
-    assert not model_recipe.is_complete(folder)
     folder.mkdir()
-    assert not model_recipe.is_complete(folder)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no make_model.json"):
+    with pytest.raises(UserError, match="manifest.json is missing; remove"):
         model_recipe.make_model(folder)
-    marker = {
-        "gguf_sha256": model_recipe.GGUF_SHA256,
-        "format_version": model_recipe.FORMAT_VERSION,
-        "files": {"config.json": hashlib.sha256(b"{}").hexdigest()},
-    }
-    (folder / "make_model.json").write_text(json.dumps(marker))
+    shutil.rmtree(folder)
+    artifact = Artifact(folder, model_recipe.KIND, "--output_dir", {"gguf": model_recipe.GGUF_SHA256})
+    artifact.begin(anew=True)
+    (artifact.begun / "config.json").write_text("{}")
+    artifact.publish()
     assert model_recipe.make_model(folder) is False
     assert "is complete" in capsys.readouterr().out
-    (folder / "config.json").write_text("{ }")
-    with pytest.raises(ValueError, match="config.json: sha256 is .* expected .* Remove"):
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json was changed.*remove"):
         model_recipe.make_model(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="has lost config.json"):
-        model_recipe.make_model(folder)
-    (folder / "make_model.json").write_text(json.dumps({**marker, "gguf_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match="was made from GGUF 000"):
+    with pytest.raises(UserError, match="config.json is missing"):
         model_recipe.make_model(folder)

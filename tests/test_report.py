@@ -16,7 +16,6 @@ from ds_embed.vectors.vectors import read_embeddings
 
 def test_report_of_a_real_run(tmp_path):
     from safetensors.torch import load_file
-    from torch.utils.tensorboard import SummaryWriter
 
     model = make_model(tmp_path / "bert", "bert")
     data = make_training_file(tmp_path / "train.jsonl", 40)
@@ -43,9 +42,10 @@ def test_report_of_a_real_run(tmp_path):
             32,
         )
     )
-    with SummaryWriter(str(run / "tensorboard"), filename_suffix=".second") as second_start:
-        second_start.add_scalar("val/loss", 1.0, 4)
-        second_start.add_scalar("train/loss", 1.0, 5)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "data" in line] == [1]
+    lines[4]["data"] = lines[0]["data"]  # as a second start writes it
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = check(launch(0, "recipes/report.py", run))
     assert f"written to {run}/report/report.html" in result.stdout and "8 charts" in result.stdout
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def test_compare_lays_another_run_over(tmp_path):
     other = write_run(tmp_path / "second", 50)
     page = report(run, compare=str(other), output_dir=str(tmp_path / "page"))
     assert "<td>0.3333</td><td>–</td>" in page  # validation, which the other has not
-    curves = {chart.name: chart.figure.axes[0] for chart in draw_curves("training", read_run(run), read_run(other))}
+    curves = {chart.name: chart.axes for chart in draw_curves("training", read_run(run), read_run(other))}
     drawn = {line.get_label(): (line.get_xdata()[-1], line.get_linestyle()) for line in curves["grad_norm"].lines}
     assert drawn["first"] == (40, "-") and drawn["second"] == (50, "--")
     assert [line.get_label() for line in curves["loss"].lines if line.get_marker() == "o"] == ["validation, first"]

@@ -7,7 +7,7 @@
 Until it is whole, doc.computed holds rows of the block that is being computed, in the order of its micro-batches.
 A shard has a range of blocks, so joining shards is putting their blocks one behind the other.
 
-Shapes: n rows, t rows that come together, D dimensions.
+Shapes: n rows, u texts of a micro-batch, D dimensions.
 """
 
 import io
@@ -25,7 +25,7 @@ from ds_embed.artifact.identity import check_unchanged
 from ds_embed.data.store import TextStore
 from ds_embed.settings.encode_arguments import ROUNDING_SETTINGS
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors.corpus_plan import CorpusPlan
+from ds_embed.vectors.corpus_plan import CorpusPlan, MicroBatch
 
 KIND = "vectors, form 2"
 COMPUTED = ("kernels",)  # of made_from: in which way, which is that of the machine
@@ -94,24 +94,23 @@ class CorpusWriter:
         self._last_save = time.monotonic()
         return self._num_done
 
-    def add(self, texts: np.ndarray, rows: np.ndarray) -> None:
-        """Take the vectors (t, D) of texts (t,), the next ones in the plan.
+    def add(self, group: list[MicroBatch], vectors: list[np.ndarray]) -> None:
+        """Take the vectors (u, D) of the texts of each micro-batch, the next ones in the plan.
 
         UserError when they can't be written, naming what is kept, and when a vector is not finite.
         """
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            where = self._plan.store.location(int(texts[np.argmin(finite)]))
-            self._save()
-            raise UserError(
-                f"{where}: its vector holds NaN or infinity; try --bf16 false, or look at the loss of the model's training"
-            )
         with self._named():
-            while len(texts):
-                taken = min(len(texts), len(self._rows) - self._block_done)
-                self._rows[texts[:taken] - self._first] = rows[:taken]
-                self._num_done += taken
-                texts, rows = texts[taken:], rows[taken:]
+            for batch, of_texts in zip(group, vectors):
+                finite = np.isfinite(of_texts).all(axis=1)
+                if not finite.all():
+                    where = self._plan.store.location(int(batch.texts[np.argmin(finite)]))
+                    self._save()
+                    raise UserError(
+                        f"{where}: its vector holds NaN or infinity; try --bf16 false, or look at the loss of the "
+                        "model's training"
+                    )
+                self._rows[batch.rows - self._first] = of_texts[batch.uses]
+                self._num_done += len(batch.rows)
                 if self._block_done == len(self._rows):
                     self._end_block()
             if time.monotonic() - self._last_save >= self._save_seconds:
@@ -172,11 +171,11 @@ class CorpusWriter:
 
     def _order(self) -> np.ndarray:
         """The rows of the block in the order in which they are computed, as numbers within it."""
-        return np.concatenate(self._plan.cut(self._block)) - self._first
+        return np.concatenate([batch.rows for batch in self._plan.cut(self._block)]) - self._first
 
     def _computed_name(self, block: int, num_rows: int) -> str:
         """Of rows of a block behind the first `num_rows`; others follow in other micro-batches."""
-        return f"{block}+{num_rows}@{self._plan.micro_batch_tokens}"
+        return f"{block}+{num_rows}@{self._plan.micro_batch_tokens}, each text once"
 
     def _end_block(self) -> None:
         start = self._header_bytes + (self._first - self._plan.rows.start) * self._row_bytes

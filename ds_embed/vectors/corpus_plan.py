@@ -2,11 +2,13 @@
 
 In float arithmetic a row's last bits depend on the batch that it was computed in. So the micro-batches
 depend neither on the number of ranks nor on where a job was interrupted or sharded: rows are taken in blocks
-of BLOCK_TEXTS, and each block is sorted by length and cut for itself.
+of BLOCK_TEXTS, and each block is sorted by length and cut for itself. Rows of a block with the same tokens are one
+text, which is encoded once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,14 @@ from ds_embed.data.store import TextStore
 
 BLOCK_TEXTS = 16384
 MIN_MICRO_BATCHES = 16  # of a block
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass encodes: different texts, by the first row that has each; and all rows that have them."""
+
+    texts: np.ndarray  # (u,)
+    rows: np.ndarray  # (b,), at least as many
+    uses: np.ndarray  # (b,) which of the texts each row has
 
 
 @dataclass(frozen=True)
@@ -34,28 +44,50 @@ class CorpusPlan:
     def rows_of(self, block: int) -> range:
         return range(block * self.block_texts, min((block + 1) * self.block_texts, self.rows.stop))
 
-    def cut(self, block: int) -> list[np.ndarray]:
-        """The micro-batches of a block, as text numbers (b,), in the order in which they are computed."""
+    def cut(self, block: int) -> list[MicroBatch]:
+        """The micro-batches of a block, in the order in which they are computed."""
         texts = np.arange(self.rows_of(block).start, self.rows_of(block).stop)
-        return [texts[chosen] for chosen in cut_block(self.store.lengths_of(texts), self.micro_batch_tokens)]
+        keys: Iterable[bytes] = (self.store.tokens_of(text).tobytes() for text in texts.tolist())
+        prompts = self.store.prompt_lengths_of(texts)
+        if prompts is not None:  # the same tokens, pooled in another way, are another text
+            keys = (prompt.tobytes() + key for prompt, key in zip(prompts, keys))
+        batches = cut_block(keys, self.store.lengths_of(texts), self.micro_batch_tokens)
+        return [MicroBatch(texts[batch.texts], texts[batch.rows], batch.uses) for batch in batches]
 
-    def batches(self, num_done: int) -> Iterator[np.ndarray]:
+    def batches(self, num_done: int) -> Iterator[MicroBatch]:
         """The micro-batches that follow when `num_done` rows are computed, which end one."""
         first = self.rows.start + num_done
         for block in self.blocks[num_done // self.block_texts :]:
             skipped = max(0, first - self.rows_of(block).start)
-            for texts in self.cut(block):
+            for batch in self.cut(block):
                 if skipped == 0:
-                    yield texts
-                skipped -= min(skipped, len(texts))
+                    yield batch
+                skipped -= min(skipped, len(batch.rows))
 
 
-def cut_block(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Micro-batches of a block of at most BLOCK_TEXTS texts, longest texts first."""
+def cut_block(keys: Iterable[bytes], lengths: np.ndarray, micro_batch_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of a block of at most BLOCK_TEXTS rows, longest texts first; rows with one key are one text.
+
+    lengths: tokens (n,) of the rows.
+    """
+    numbers: dict[bytes, int] = {}
+    text_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys])  # (n,)
+    first = np.unique(text_of, return_index=True)[1]
+    lengths = lengths[first]
     # A small block is cut finer than it must be, so that several ranks share it; by how much must not
     # depend on their number, or the rows' last bits would.
     budget = max(int(lengths.max()), min(micro_batch_tokens, int(lengths.sum()) // MIN_MICRO_BATCHES))
-    return cut_by_length(lengths, budget)
+    batches = cut_by_length(lengths, budget)
+    place = np.empty(len(first), np.int64)  # of each text in the order in which they are encoded
+    place[np.concatenate(batches)] = np.arange(len(first))
+    rows = np.argsort(place[text_of], kind="stable")
+    uses = place[text_of[rows]]
+    starts = np.cumsum([0, *map(len, batches)])
+    bounds = np.searchsorted(uses, starts)
+    return [
+        MicroBatch(first[texts], rows[low:high], uses[low:high] - start)
+        for texts, start, low, high in zip(batches, starts, bounds, bounds[1:])
+    ]
 
 
 def rows_of_shard(num_rows: int, shard_index: int, num_shards: int, block_texts: int = BLOCK_TEXTS) -> range:

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_embed.data.batch import pad
 from ds_embed.data.tokenize import TextFormat, TextTokenizer
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import pack_linear_layers
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.fit import check_parts
-from ds_embed.models.loading import ModelSource, choose_card, find_source, load_encoder, load_tokenizer
+from ds_embed.models.loading import ModelSource, choose_card, find_source, load_tokenizer
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, cut_block
+from ds_embed.vectors.encode import encode_tokens
+from ds_embed.vectors.load import check_merging, load_frozen, load_merged
 
 _DTYPES = ("bfloat16", "float32")
 
@@ -36,8 +37,11 @@ class Embedder:
 
     Micro-batches are those of generate, so on the same device, with the same threads and settings, the
     vectors are the same bits; in other micro-batches float32 vectors differ by some 1e-7.
-    `dimensions` is D, `card` says how texts become vectors.
+    `dimensions` is D, `card` says how texts become vectors. `merging_cosine` is, with merge_adapter, the smallest
+    cosine of a few texts' vectors to those of base and adapter side by side in float32; else None.
     """
+
+    merging_cosine: float | None = None
 
     def __init__(
         self,
@@ -50,13 +54,13 @@ class Embedder:
         keep_weights: bool = False,
     ):
         """keep_weights: on a CPU too, where linear layers are packed otherwise: faster, and not to be read or saved."""
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder = encoder
         if not keep_weights:
             pack_linear_layers(self.encoder)
         self.tokenizer = tokenizer
         self.card = card
         self.micro_batch_tokens = micro_batch_tokens
-        self.dimensions = self._forward([np.zeros(1, np.int32)]).shape[1]
+        self.dimensions = encode_tokens(self.encoder, [np.zeros(1, np.int32)], 0).shape[1]
         if truncate_dim is not None:
             if not 1 <= truncate_dim <= self.dimensions:
                 raise UserError(f"truncate_dim {truncate_dim}: the model has vectors of {self.dimensions} dimensions")
@@ -79,6 +83,7 @@ class Embedder:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         load_in_4bit: str | None = None,
+        merge_adapter: bool = False,
         micro_batch_tokens: int = 16384,
         truncate_dim: int | None = None,
         keep_weights: bool = False,
@@ -88,8 +93,9 @@ class Embedder:
 
         device: default cuda where there is one, else cpu. dtype: bfloat16 (generate's default) or float32.
         truncate_dim: keep the first so many dimensions, normalised again. keep_weights: see Embedder.
-        revision: of a hub name. step: of a run, whose checkpoint is taken. pooling, normalize, bidirectional and text_settings (max_length, query_max_length,
-        doc_max_length, query_prefix, doc_prefix) are needed for models only that say nothing of themselves.
+        merge_adapter: see generate's flag. revision: of a hub name. step: of a run, whose checkpoint is taken.
+        pooling, normalize, bidirectional and text_settings (max_length, query_max_length, doc_max_length,
+        query_prefix, doc_prefix) are needed for models only that say nothing of themselves.
         `card.describe(tokenizer)` says what was taken. UserError names the setting, as the flag of generate.
         """
         name = str(dtype).removeprefix("torch.")
@@ -114,6 +120,7 @@ class Embedder:
             TextArguments(**text_settings),
             device=device,
             bf16=name == "bfloat16",
+            merge_adapter=merge_adapter,
             micro_batch_tokens=micro_batch_tokens,
             truncate_dim=truncate_dim,
             keep_weights=keep_weights,
@@ -128,23 +135,22 @@ class Embedder:
         *,
         device: str | torch.device | None,
         bf16: bool,
+        merge_adapter: bool = False,
         **options: Any,
     ) -> Embedder:
         """What `from_pretrained` does for a model that find_model has found."""
         card = choose_card(source, text, model)
         tokenizer = load_tokenizer(source, model.trust_remote_code)
         check_parts(source, card, tokenizer, model.trust_remote_code)
-        encoder = load_encoder(
-            source,
-            pooling=card.pooling,
-            bidirectional=card.bidirectional,
-            bf16=bf16,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-            head=card.head,
-        )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(encoder.to(device), tokenizer, card, **options)
+        if merge_adapter:
+            check_merging(source, model)
+            encoder, cosine = load_merged(source, card, tokenizer, model, bf16=bf16, device=device)
+        else:
+            encoder, cosine = load_frozen(source, card, model, bf16=bf16), None
+        embedder = cls(encoder.to(device), tokenizer, card, **options)
+        embedder.merging_cosine = cosine
+        return embedder
 
     def encode_queries(self, texts: Sequence[str], *, prefix: str | None = None, progress: bool = False) -> np.ndarray:
         """Vectors, float32 (n, D), of queries in their order. prefix: for these alone; `progress` shows a bar."""
@@ -173,21 +179,12 @@ class Embedder:
         rows = np.empty((len(tokens), self.dimensions), dtype=np.float32)
         with tqdm(total=len(tokens), unit="text", desc=f"encoding {name}", disable=not progress) as bar:
             for start in range(0, len(tokens), BLOCK_TEXTS):
-                for batch in cut_block(lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens):
-                    texts_of_batch = start + batch
-                    vectors = self._forward([tokens[text] for text in texts_of_batch], tokenizer.prompt_length)
-                    vectors = vectors[:, : self.dimensions]
+                keys = (row.tobytes() for row in tokens[start : start + BLOCK_TEXTS])
+                for batch in cut_block(keys, lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens):
+                    of_batch = [tokens[start + text] for text in batch.texts]
+                    vectors = encode_tokens(self.encoder, of_batch, tokenizer.prompt_length)[:, : self.dimensions]
                     if self._truncated and self.card.makes_unit_vectors:
                         vectors = torch.nn.functional.normalize(vectors, dim=1)
-                    rows[texts_of_batch] = vectors.cpu().numpy()
-                    bar.update(len(batch))
+                    rows[start + batch.rows] = vectors.cpu().numpy()[batch.uses]
+                    bar.update(len(batch.rows))
         return rows
-
-    def _forward(self, tokens: list[np.ndarray], prompt_length: int = 0) -> torch.Tensor:
-        lengths = np.array([len(ids) for ids in tokens])
-        ids = pad(np.concatenate(tokens), lengths)
-        device = next(self.encoder.parameters()).device
-        with torch.inference_mode():
-            inputs = torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
-            prompts = torch.full_like(inputs[1], prompt_length) if prompt_length else None
-            return self.encoder(*inputs, bool(lengths.min() < ids.shape[1]), prompts)

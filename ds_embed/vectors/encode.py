@@ -3,7 +3,7 @@
 The ranks take the micro-batches of a CorpusPlan in turn; rank 0 makes the rows a corpus, so that a job that was
 killed goes on from what it saved.
 
-Shapes: n texts of the corpus, t texts of a group, D dimensions.
+Shapes: n rows of the corpus, u texts of a micro-batch, D dimensions.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_embed.data.batch import collate, collate_prompts
+from ds_embed.data.batch import collate, collate_prompts, pad
 from ds_embed.data.store import TextStore
 from ds_embed.job.ranks import World
+from ds_embed.models.encoder import TextEncoder
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus import Corpus, CorpusWriter
-from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, CorpusPlan
+from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, CorpusPlan, MicroBatch
 
 # Rows are gathered when every rank has this many micro-batches, or all together BLOCK_TEXTS rows.
 GROUP_ROUNDS = 8
@@ -52,16 +53,16 @@ def encode_store(
     num_done = world.on_main(f"start {corpus.path}", writer.open)
     problem: UserError | None = None
     progress = _progress_bar(len(plan.rows), num_done, world, corpus.name)
-    for texts, block in _encode_groups(plan.batches(num_done), store, encode, world):
+    for group, vectors in _encode_groups(plan.batches(num_done), store, encode, world):
         # Of the group before, so that no rank waits for the disk.
         if world.max([float(problem is not None)])[0]:
             break
         if world.is_main:
             try:
-                writer.add(texts, block)
+                writer.add(group, vectors)
             except UserError as error:
                 problem = error
-            progress.update(len(block))
+            progress.update(_num_rows(group))
     if progress is not None:
         progress.close()
 
@@ -74,46 +75,62 @@ def encode_store(
 
 
 def _encode_groups(
-    batches: Iterator[np.ndarray], store: TextStore, encode: Encode, world: World
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Texts (t,) of groups of micro-batches in order, each with its vectors (t, D) on rank 0."""
+    batches: Iterator[MicroBatch], store: TextStore, encode: Encode, world: World
+) -> Iterator[tuple[list[MicroBatch], list[np.ndarray]]]:
+    """Groups of micro-batches in order, on rank 0 with the vectors (u, D) of each one's texts."""
     while group := _next_group(batches, world.size):
-        own = group[world.rank :: world.size]
-        own += [_NO_TEXTS] * (-(-len(group) // world.size) - len(own))
+        by_rank = [range(rank, len(group), world.size) for rank in range(world.size)]
+        own = [group[number].texts for number in by_rank[world.rank]]
+        own += [_NO_TEXTS] * (len(by_rank[0]) - len(own))
         pieces = [_encode_texts(store, texts, encode, world) for texts in own]
-        counts = [sum(map(len, group[rank :: world.size])) for rank in range(world.size)]
+        counts = [sum(len(group[number].texts) for number in numbers) for numbers in by_rank]
         gathered = world.all_gather_rows(torch.cat(pieces), counts)
-        texts = np.concatenate(group)
         if not world.is_main:
-            yield texts, None
+            yield group, []
             continue
-        slots = np.split(np.arange(len(texts)), np.cumsum([len(batch) for batch in group])[:-1])
-        rows = np.empty(gathered.shape, np.float32)
-        by_rank = [slot for rank in range(world.size) for slot in slots[rank :: world.size]]
-        rows[np.concatenate(by_rank)] = gathered.cpu().numpy()
-        yield texts, rows
+        order = [number for numbers in by_rank for number in numbers]
+        ends = np.cumsum([len(group[number].texts) for number in order])
+        vectors = dict(zip(order, np.split(gathered.cpu().numpy(), ends)))
+        yield group, [vectors[number] for number in range(len(group))]
 
 
-def _next_group(batches: Iterator[np.ndarray], num_ranks: int) -> list[np.ndarray]:
+def _next_group(batches: Iterator[MicroBatch], num_ranks: int) -> list[MicroBatch]:
     """Whole rounds of a micro-batch a rank, but for the last round of all."""
-    group: list[np.ndarray] = []
-    while len(group) < GROUP_ROUNDS * num_ranks and sum(map(len, group)) < BLOCK_TEXTS:
+    group: list[MicroBatch] = []
+    while len(group) < GROUP_ROUNDS * num_ranks and _num_rows(group) < BLOCK_TEXTS:
         group += (taken := list(islice(batches, num_ranks)))
         if len(taken) < num_ranks:
             break
     return group
 
 
+def _num_rows(group: list[MicroBatch]) -> int:
+    return sum(len(batch.rows) for batch in group)
+
+
 def _encode_texts(store: TextStore, texts: np.ndarray, encode: Encode, world: World) -> torch.Tensor:
-    """Vectors (b, D) of texts (b,). Without any, a dummy text is encoded: the other ranks may need the pass."""
-    ids, token_counts = collate(store, texts)
-    prompts = collate_prompts(store, texts)
+    """Vectors (u, D) of texts (u,). Without any, a dummy text is encoded: the other ranks may need the pass."""
+    ids, lengths = collate(store, texts)
+    return _forward(encode, ids, lengths, collate_prompts(store, texts), world.device)[: len(texts)]
+
+
+def encode_tokens(encoder: TextEncoder, tokens: list[np.ndarray], prompt_length: int) -> torch.Tensor:
+    """Vectors (u, D) float32 of u texts, at least one, by their token ids; prompt_length: see TextEncoder.forward."""
+    lengths = np.array([len(ids) for ids in tokens])
+    prompts = np.full(len(tokens), prompt_length) if prompt_length else None
+    return _forward(encoder, pad(np.concatenate(tokens), lengths), lengths, prompts, next(encoder.parameters()).device)
+
+
+def _forward(
+    encode: Encode, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None, device: torch.device
+) -> torch.Tensor:
+    """Vectors (u, D) float32 of token ids (u, S); lengths and prompts (u,)."""
     with torch.inference_mode():
-        inputs = [torch.from_numpy(ids).to(world.device), torch.from_numpy(token_counts).to(world.device)]
-        inputs.append(bool(token_counts.min() < ids.shape[1]))
+        inputs = [torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)]
+        inputs.append(bool(lengths.min() < ids.shape[1]))
         if prompts is not None:
-            inputs.append(torch.from_numpy(prompts).to(world.device))
-        return encode(*inputs)[: len(texts)].float()
+            inputs.append(torch.from_numpy(prompts).to(device))
+        return encode(*inputs).float()
 
 
 def _progress_bar(num_rows: int, num_done: int, world: World, name: str) -> Any:

@@ -17,20 +17,13 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import describe_kernels, pack_linear_layers
 from ds_embed.models.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.fit import check_parts
-from ds_embed.models.loading import (
-    ModelSource,
-    check_stage,
-    choose_card,
-    find_source,
-    load_config,
-    load_encoder,
-    load_tokenizer,
-)
+from ds_embed.models.loading import ModelSource, check_stage, choose_card, find_source, load_config, load_tokenizer
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
 from ds_embed.vectors.corpus_plan import rows_of_shard
 from ds_embed.vectors.encode import encode_store
+from ds_embed.vectors.load import check_merging, load_frozen, load_merged
 from ds_embed.vectors.metrics import judged_documents
 from ds_embed.vectors.vectors import Ids
 
@@ -74,6 +67,8 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     stage = deepspeed_config["zero_optimization"].get("stage", 0)
     check_stage(model, stage)
     source = find_source(model)
+    if arguments.merge_adapter:
+        check_merging(source, model, stage)
     card = choose_card(source, text, model)
     tokenizer = load_tokenizer(source, model.trust_remote_code)
     if world.is_main:
@@ -101,7 +96,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
         world.on_main("merge", lambda: [_merge(job, arguments) for job in unfinished])
     elif unfinished:
         world.mark("load model")
-        encoder = _load(world, source, card, model, arguments, deepspeed_config)
+        encoder = _load(world, source, card, tokenizer, model, arguments, deepspeed_config)
         for job in unfinished:
             world.mark(f"encode {job.corpus.name}")
             encode_store(
@@ -222,6 +217,7 @@ def _made_from(
         "bidirectional": card.bidirectional,
         "bf16": arguments.bf16,
         "micro_batch_tokens": arguments.micro_batch_tokens,
+        "merge_adapter": arguments.merge_adapter,
     }
     known = {f"{kind}_files": identify_files(store.manifest), "tokenizer": identify_tokenizer(store.manifest)}
     return known | {name: repr(value) for name, value in settings.items()}
@@ -241,23 +237,21 @@ def _load(
     world: World,
     source: ModelSource,
     card: EmbeddingCard,
+    tokenizer: Any,
     model: ModelArguments,
     arguments: EncodeArguments,
     deepspeed_config: dict[str, Any],
 ) -> Any:
     """The encoder, or the engine around it under ZeRO-3, ready for forward passes."""
-    with partitioned_loading(deepspeed_config):
-        encoder = load_encoder(
-            source,
-            pooling=card.pooling,
-            bidirectional=card.bidirectional,
-            bf16=arguments.bf16,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-            head=card.head,
-        )
-    encoder.eval()
-    encoder.requires_grad_(False)
+    if arguments.merge_adapter:
+        encoder, cosine = load_merged(source, card, tokenizer, model, bf16=arguments.bf16, device=world.device)
+        if world.is_main:
+            dtype = "bfloat16" if arguments.bf16 else "float32"
+            told = "adapter merged into the base in float32, computed in %s: the smallest cosine of a few texts to base and "
+            logger.info(told + "adapter side by side in float32 is %.6f", dtype, cosine)
+    else:
+        with partitioned_loading(deepspeed_config):
+            encoder = load_frozen(source, card, model, bf16=arguments.bf16)
     if deepspeed_config["zero_optimization"].get("stage", 0) < 3:
         # Only ZeRO-3 changes a forward pass; the other stages would just cost a wrapper.
         encoder.to(world.device)

@@ -9,8 +9,7 @@ import warnings
 from typing import NamedTuple
 
 # What makes a usable pair.
-LIMITS = {"min_query_words": 3, "max_query_words": 40, "max_doc_characters": 8000}
-LIMITS |= {"max_test_per_file": 10}
+LIMITS = {"min_query_words": 3, "max_query_words": 40, "max_doc_characters": 8000, "max_test_per_file": 10}
 
 # A full stop after one of these does not end a sentence, even in front of a capital letter.
 ABBREVIATIONS = {"e.g.", "i.e.", "cf.", "vs.", "al.", "approx.", "resp.", "incl.", "a.k.a.", "w.r.t."}

