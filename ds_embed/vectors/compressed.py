@@ -6,7 +6,7 @@ Shapes: n rows (N queries, M documents), D dimensions, d of them kept, k documen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ QUANTIZED = ("int8", "binary")
 _BLOCK_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """One way to store the documents, and the k best of them for each query, best first: both (N, k)."""
 
     kind: str
@@ -71,13 +70,12 @@ def measure_compressed(
 ) -> list[dict]:
     """{kind, dims, bytes_per_vector, measure: mean ...} of each way to store the documents; see search_compressed."""
     entries, depth = [], min(k + ignore_identical_ids, len(documents))
-    for found in search_compressed(queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, **settings):
-        result = found.scores, found.indices
+    found = search_compressed(queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, **settings)
+    for kind, dims, size, *result in found:
         if ignore_identical_ids:
             result = without_identical(queries.ids, documents.ids, *result, k)
         means = evaluate(SearchRun(queries.ids, documents.ids, *result), qrels, measures).means
-        size = {"kind": found.kind, "dims": found.dims, "bytes_per_vector": found.bytes_per_vector}
-        entries.append(size | means)
+        entries.append({"kind": kind, "dims": dims, "bytes_per_vector": size} | means)
     return entries
 
 

@@ -63,7 +63,11 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     from other files, another model or other settings, or when another job is at it.
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
-    deepspeed_config = _deepspeed_config(world, arguments)
+    deepspeed_config: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+    if arguments.deepspeed is not None:
+        deepspeed_config = resolve_deepspeed_config(
+            arguments.deepspeed, bf16=arguments.bf16, max_grad_norm=0.0, num_ranks=world.size
+        )
     stage = deepspeed_config["zero_optimization"].get("stage", 0)
     check_stage(model, stage)
     source = find_source(model)
@@ -77,14 +81,25 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     prefix = Path(arguments.output_prefix).expanduser().resolve()
     world.on_main("check output_prefix", lambda: check_writable_folder("--output_prefix", prefix))
     embeddings = prefix / f"consumed_samples{card.consumed_samples}"
-    commit = getattr(load_config(source, model.trust_remote_code), "_commit_hash", None)
     if stage == 3 and source.checkpoint is not None:
         raise UserError(
             f"--deepspeed {arguments.deepspeed}: under ZeRO-3 no rank holds the whole model that a checkpoint is read into; "
             "leave it out, or export the checkpoint first, by recipes/export.py"
         )
-    kernels = describe_kernels(world.device.type, torch.bfloat16 if arguments.bf16 else torch.float32, stage == 3)
-    jobs = _make_jobs(world, model, arguments, source, commit, card, tokenizer, embeddings, kernels)
+    commit = getattr(load_config(source, model.trust_remote_code), "_commit_hash", None)
+    made_from = dict(world.on_main("identify the model", lambda: source.identify(commit)))
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    made_from["kernels"] = describe_kernels(world.device.type, dtype, stage == 3)
+    stores = build_stores(world, arguments, tokenizer, card)
+    if len(stores) == 2:
+        world.on_main("check judgments", lambda: _check_judgments(arguments, stores[1][2]))
+    index, num_shards = arguments.shard_index, arguments.num_shards
+    jobs: list[_Job] = []
+    for kind, folder, store in stores:
+        rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
+        path = embeddings / folder if index is None else shard_path(embeddings / folder, index, num_shards)
+        of_rows = made_from | _made_from(kind, store, card, model, arguments)
+        jobs.append(_Job(Corpus(path, kind, of_rows), store, rows))
 
     def find_unfinished() -> list[int]:
         for job in jobs:
@@ -93,7 +108,12 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
 
     unfinished = [jobs[i] for i in world.on_main("find what is unfinished", find_unfinished)]
     if arguments.merge_shards:
-        world.on_main("merge", lambda: [_merge(job, arguments) for job in unfinished])
+
+        def merge() -> None:
+            for job in unfinished:
+                merge_shards(job.corpus, job.store, num_shards, arguments.accept_changes)
+
+        world.on_main("merge", merge)
     elif unfinished:
         world.mark("load model")
         encoder = _load(world, source, card, tokenizer, model, arguments, deepspeed_config)
@@ -109,7 +129,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
                 goes_on=True,
                 save_seconds=arguments.save_seconds,
             )
-    if arguments.doc_files and arguments.shard_index is None:
+    if arguments.doc_files and index is None:
         world.on_main("link test_doc", lambda: link_test_doc(embeddings))
     if world.is_main:
         for job in jobs:
@@ -117,32 +137,6 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
             logger.info("%s vectors %s %s", f"{len(job.rows):,} {job.corpus.name}", state, job.corpus.path)
             job.corpus.release()
     return embeddings
-
-
-def _make_jobs(
-    world: World,
-    model: ModelArguments,
-    arguments: EncodeArguments,
-    source: ModelSource,
-    commit: str | None,
-    card: EmbeddingCard,
-    tokenizer: Any,
-    embeddings: Path,
-    kernels: str,
-) -> list[_Job]:
-    """What there is to encode, queries and documents, with their token stores."""
-    index, num_shards = arguments.shard_index, arguments.num_shards
-    identity = world.on_main("identify the model", lambda: source.identify(commit))
-    jobs = []
-    stores = build_stores(world, arguments, tokenizer, card)
-    if len(stores) == 2:
-        world.on_main("check judgments", lambda: _check_judgments(arguments, stores[1][2]))
-    for kind, folder, store in stores:
-        rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
-        made_from = identity | _made_from(kind, store, card, model, arguments) | {"kernels": kernels}
-        path = embeddings / folder if index is None else shard_path(embeddings / folder, index, num_shards)
-        jobs.append(_Job(Corpus(path, kind, made_from), store, rows))
-    return jobs
 
 
 def build_stores(
@@ -221,16 +215,6 @@ def _made_from(
     }
     known = {f"{kind}_files": identify_files(store.manifest), "tokenizer": identify_tokenizer(store.manifest)}
     return known | {name: repr(value) for name, value in settings.items()}
-
-
-def _merge(job: _Job, arguments: EncodeArguments) -> None:
-    merge_shards(job.corpus, job.store, arguments.num_shards, arguments.accept_changes)
-
-
-def _deepspeed_config(world: World, arguments: EncodeArguments) -> dict[str, Any]:
-    if arguments.deepspeed is None:
-        return {"zero_optimization": {"stage": 0}}
-    return resolve_deepspeed_config(arguments.deepspeed, bf16=arguments.bf16, max_grad_norm=0.0, num_ranks=world.size)
 
 
 def _load(

@@ -113,16 +113,14 @@ def describe_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _check_same_queries(this: PerQuery, other: PerQuery, source: str) -> None:
-    if this.keys() == other.keys():
-        return
     parts = []
     for what, names in (("lacks", this.keys() - other.keys()), ("has in addition", other.keys() - this.keys())):
         if names:
             shown = ", ".join(f"'{name}'" for name in sorted(names)[:_NAMES_SHOWN])
             parts.append(f"{what} {len(names)} ({shown}{', ...' if len(names) > _NAMES_SHOWN else ''})")
-    raise UserError(
-        f"--compare {source}: measured other queries: it {' and '.join(parts)}; evaluate both runs on the same judgments"
-    )
+    if parts:
+        odd = f"it {' and '.join(parts)}; evaluate both runs on the same judgments"
+        raise UserError(f"--compare {source}: measured other queries: {odd}")
 
 
 def _paired_t_test(differences: np.ndarray) -> float:

@@ -51,7 +51,7 @@ class Stages:
                 last = re.split(r"[\r\n]", tail(running[-1][0]).strip())[-1]
                 print(f"\r{head}{last[:60]:<60}", end="", flush=True)
         seconds = time.perf_counter() - start
-        print(f"\r{head}{f'{seconds:.0f} s':<60}".rstrip(), flush=True)
+        print(f"\r{head}{f'{seconds:.0f} s':<60}".rstrip() if sys.stdout.isatty() else f"{seconds:.0f} s", flush=True)
         for path, process in running:
             if process.returncode:
                 print(f"\n{tail(path)}\nfailed with exit code {process.returncode}; all of it: {path}", file=sys.stderr)
