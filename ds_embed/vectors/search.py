@@ -215,7 +215,7 @@ def _device(name: str) -> torch.device:
 def check_search(queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray | None) -> None:
     """UserError when queries and documents are of different models; the rest is for callers to see to."""
     for rows in (queries, documents):
-        assert rows.ndim == 2 and rows.dtype == np.float32 and rows.size, (
+        assert rows.ndim == 2 and rows.dtype == np.float32 and 0 not in rows.shape, (
             f"not float32 (n, D): {rows.dtype} {rows.shape}"
         )
     if queries.shape[1] != documents.shape[1]:

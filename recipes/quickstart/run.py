@@ -32,8 +32,11 @@ class Stages:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.script.write_text("# What the quickstart ran.\n")
 
-    def run(self, title: str, *commands: list[object], shows_output: bool = False) -> float:
-        """Run commands at the same time; returns the seconds, or ends here with the end of the log of one that failed."""
+    def run(self, title: str, *commands: list[object], shown_from: str | None = None) -> float:
+        """Run commands at the same time; returns the seconds, or ends here with the end of the log of one that failed.
+
+        What the last one printed is shown, from the words `shown_from` on.
+        """
         self.number += 1
         head, start, running = f"[{self.number}/{STAGES}] {title:<52}", time.perf_counter(), []
         print(head, end="", flush=True)
@@ -56,8 +59,9 @@ class Stages:
             if process.returncode:
                 print(f"\n{tail(path)}\nfailed with exit code {process.returncode}; all of it: {path}", file=sys.stderr)
                 raise SystemExit(process.returncode)
-        if shows_output:
-            print("\n" + path.read_text().strip())
+        if shown_from is not None:
+            text = path.read_text()
+            print("\n" + text[text.index(shown_from) :].strip())
         return seconds
 
 
@@ -128,7 +132,7 @@ def main() -> None:
         "write the report, search for an example",
         [*python, RECIPES / "report.py", trained, *on_encoded, "--query_files", data / "test_queries.jsonl"],
         [*python, RECIPES / "search.py", EXAMPLE_QUERY, "--model_name_or_path", trained, *on_encoded, "--top_k", 2],
-        shows_output=True,
+        shown_from="query: ",
     )
     total_seconds = time.perf_counter() - started
     print("\n| model  | " + " | ".join(f"{name:>7}" for name in MEASURES) + " |")
