@@ -381,3 +381,5 @@ def test_what_has_no_adapter_is_not_merged(place):
         Embedder.from_pretrained(runs["bert", "cls"], merge_adapter=True)
     with pytest.raises(UserError, match="would round the adapter to 4 bits.*leave out --load_in_4bit nf4"):
         Embedder.from_pretrained(runs["llama", "last"], merge_adapter=True, load_in_4bit="nf4")
+    with pytest.raises(UserError, match="under ZeRO-3 no rank holds a whole weight; leave out --deepspeed"):
+        generated(place[0], runs["llama", "last"], place[0] / "no", deepspeed="zero3", merge_adapter=True)
