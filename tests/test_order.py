@@ -70,6 +70,48 @@ def test_without_probabilities_all_files_are_one_stream():
     assert (SampleOrder(5, SIZES).records(40, 700) == sample_records(5, sum(SIZES), 40, 700)).all()
 
 
+def clustered(seed=3, sizes=(40, 200), shares=None, num_documents=24):
+    """Records of a query, a positive that about ten share, and two negatives out of the positive's family of four."""
+    rng = np.random.default_rng(0)
+    positives = rng.integers(0, num_documents, sum(sizes))
+    negatives = positives[:, None] // 4 * 4 + rng.integers(0, 4, (sum(sizes), 2))
+    queries = 1000 + np.arange(sum(sizes))
+    keys = np.column_stack([queries, positives, negatives]).ravel()
+    first_text = np.arange(0, len(keys) + 1, 4)
+    return SampleOrder(seed, sizes, shares, documents=(first_text, keys)), keys.reshape(-1, 4)[:, 1:]
+
+
+@pytest.mark.parametrize("shares", [None, (0.3, 0.7)])
+def test_a_clustered_stream_has_each_record_once_a_pass_and_depends_on_the_position_alone(shares):
+    whole = clustered(shares=shares)[0].records(0, 720)
+    pieces = [clustered(shares=shares)[0].records(start, 24) for start in range(0, 720, 24)]
+    assert (whole == np.concatenate(pieces)).all()
+    going = clustered(shares=shares)[0]  # what it keeps of passes changes nothing, in whatever order they are asked for
+    assert all((going.records(start, 24) == whole[start : start + 24]).all() for start in (696, 0, 240, 228, 696))
+    assert (whole != clustered(seed=4, shares=shares)[0].records(0, 720)).any()
+    sources = (whole >= 40).astype(int) if shares else np.zeros(720, int)
+    sizes = (40, 200) if shares else (240,)
+    for source, size in enumerate(sizes):
+        stream = whole[sources == source]
+        passes = stream[: len(stream) // size * size].reshape(-1, size) - (40 if source else 0)
+        assert len(passes) > 1 and all(sorted(one) == list(range(size)) for one in passes)
+        assert (passes[0] != passes[1]).any()
+
+
+def test_a_clustered_batch_shares_documents_and_comes_in_another_order_each_pass():
+    order, documents = clustered()
+    batches = order.records(0, 3 * 240).reshape(-1, 24)
+    mixed = SampleOrder(3, (40, 200)).records(0, 3 * 240).reshape(-1, 24)
+
+    def mean_distinct(batches, columns=slice(None)):
+        return np.mean([len(np.unique(documents[batch, columns])) for batch in batches])
+
+    assert mean_distinct(batches, 0) < 0.4 * mean_distinct(mixed, 0)  # the records of one positive
+    assert mean_distinct(batches) < 0.55 * mean_distinct(mixed)  # and groups that have negatives in common
+    first = [documents[batch[0], 0] for batch in batches[::10]]
+    assert len(set(first)) > 1
+
+
 class Store:
     def __init__(self, sizes):
         self.file_sizes, self.num_records = sizes, sum(sizes)
@@ -101,6 +143,7 @@ def test_order_of_a_run(tmp_path):
         (dict(sampling_probabilities=[0.5]), "--sampling_probabilities 0.5: there are 1, and --train_files has 2"),
         (dict(sampling_probabilities=[0.5, 0.0]), "--sampling_probabilities 0.5 0.0: each must be greater than 0"),
         (dict(batching="sorted"), "--batching sorted: choose one of"),
+        (dict(batching="clustered", positives="random"), "--batching clustered: goes by each record's positive"),
         (dict(hard_negatives_sampling="last"), "--hard_negatives_sampling last: choose one of"),
     ],
 )

@@ -11,6 +11,11 @@ gets floor(g p + u), the multiples of 1/p shifted by a phase u of the seed; what
 and shared out among the other sources in the same way. So every stretch of samples holds each source in its
 proportion to within one sample per source, and nothing needs replaying.
 
+A clustered stream has another permutation: records that share documents stand together, so that a batch has fewer distinct
+texts. The records of one positive document are a group; its place in a pass is the least of the scrambled keys of all
+its documents, hard negatives too. Two groups get the same place as often as they share documents (MinHash, Broder 1997),
+and each pass scrambles anew. It is sorted once a pass: 8 bytes a text while it is made, 8 a record to keep.
+
 Shapes: F sources, R records of one, n samples.
 """
 
@@ -31,6 +36,7 @@ class SampleOrder:
     batch_size: queries of a global batch where each batch has one source (homogeneous), else None.
     rows (G + 1,): where one record of each row is drawn in every pass: row g has records rows[g] to rows[g + 1] - 1,
         and source_sizes count rows. None where every record is a sample.
+    documents: first_text (R + 1,) and text_keys of a training store, where the streams are clustered, else None.
     """
 
     seed: int
@@ -38,6 +44,8 @@ class SampleOrder:
     probabilities: tuple[float, ...] | None = None
     batch_size: int | None = None
     rows: np.ndarray | None = field(default=None, compare=False)
+    documents: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False)
+    _passes: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def samples_per_pass(self) -> int:
@@ -54,14 +62,31 @@ class SampleOrder:
 
     def _chosen(self, first_sample: int, num_samples: int) -> np.ndarray:
         if self.probabilities is None:
-            return sample_records(self.seed, sum(self.source_sizes), first_sample, num_samples)
+            samples = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
+            return self._stream(self.seed, 0, sum(self.source_sizes), samples)
         sources, places = self.places(first_sample, num_samples)
         records = np.empty_like(places)
         starts = np.cumsum([0, *self.source_sizes])
         for source, size in enumerate(self.source_sizes):
             chosen = sources == source
             seed = int(key_of(self.seed, 2, source))
-            records[chosen] = starts[source] + stream_records(seed, size, places[chosen])
+            records[chosen] = self._stream(seed, int(starts[source]), size, places[chosen])
+        return records
+
+    def _stream(self, seed: int, first_record: int, num_records: int, samples: np.ndarray) -> np.ndarray:
+        """Record numbers (n,) of these samples (n,) of the stream over num_records records from first_record on."""
+        if self.documents is None:
+            return first_record + stream_records(seed, num_records, samples)
+        passes, positions = np.divmod(samples, num_records)
+        records = np.empty_like(positions)
+        for number in np.unique(passes).tolist():
+            name = first_record, number
+            if name not in self._passes:
+                for old in [old for old in self._passes if old[0] == first_record][:-1]:
+                    del self._passes[old]  # a batch stands in two passes at most
+                self._passes[name] = _clustered(*self.documents, first_record, num_records, key_of(seed, number, 6))
+            chosen = passes == number
+            records[chosen] = first_record + self._passes[name][positions[chosen]]
         return records
 
     def places(self, first_sample: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +130,21 @@ def stream_records(seed: int, num_records: int, samples: np.ndarray) -> np.ndarr
         chosen = epochs == epoch
         records[chosen] = _permute(positions[chosen].astype(np.uint64), num_records, seed, int(epoch))
     return records
+
+
+def _clustered(
+    first_text: np.ndarray, text_keys: np.ndarray, first_record: int, num_records: int, key: np.uint64
+) -> np.ndarray:
+    """The records (R,), counted from the first one, in the order of a pass: those that share documents together."""
+    first = np.asarray(first_text[first_record : first_record + num_records + 1])
+    keys, queries = np.asarray(text_keys[first[0] : first[-1]]), first[:-1] - first[0]
+    last = np.iinfo(np.uint64).max
+    scrambled = mix(keys.view(np.uint64) ^ key)
+    scrambled[queries] = last
+    positives, group = np.unique(keys[queries + 1], return_inverse=True)
+    place = np.full(len(positives), last)
+    np.minimum.at(place, group, np.minimum.reduceat(scrambled, queries))
+    return np.lexsort((mix(np.arange(num_records, dtype=np.uint64) ^ key), group, place[group]))
 
 
 def mix(values: np.ndarray) -> np.ndarray:

@@ -175,6 +175,9 @@ def initialize() -> World:
     rank, size, local_rank, local_size = read_environment()
     # DeepSpeed reports every default it takes at INFO level; what a user has to know, we print.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # Micro-batches differ in shape: without this the allocator cuts its blocks and can't put them together again.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
     import torch.distributed as dist
 

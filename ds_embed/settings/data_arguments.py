@@ -87,7 +87,9 @@ class DataArguments(TextArguments):
     )
     doc_prefixes: list[str] = setting("the same for documents, with doc_prefix", default_factory=list)
     batching: str = setting(
-        "mixed (a global batch holds samples of all files) or homogeneous (of one file)", default="mixed"
+        "mixed (a global batch holds samples of all files), homogeneous (of one file) or clustered (mixed, and records that "
+        "share documents stand together, so that there are fewer texts to encode)",
+        default="mixed",
     )
     hard_negatives: int = setting(
         "hard negatives (neg_doc) used per query; those of records that have none are the batch's documents alone",
@@ -112,7 +114,12 @@ class DataArguments(TextArguments):
             existing_files("corpus_files", self.corpus_files)
         at_least(self, 0, "hard_negatives")
         one_of(self, "positives", ("all", "random"))
-        one_of(self, "batching", ("mixed", "homogeneous"))
+        one_of(self, "batching", ("mixed", "homogeneous", "clustered"))
+        if self.batching == "clustered" and self.positives == "random":
+            raise UserError(
+                "--batching clustered: goes by each record's positive document, and --positives random draws one; set "
+                "--positives all or --batching mixed"
+            )
         one_of(self, "hard_negatives_sampling", ("first", "random"))
         shares, shown = self.sampling_probabilities, listed(self.sampling_probabilities)
         if shares and len(shares) != len(self.train_files):

@@ -157,9 +157,10 @@ def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments,
     """The order of the run's samples. UserError when a file can't fill a batch of its own."""
     shares = data.sampling_probabilities
     homogeneous = data.batching == "homogeneous"
+    documents = (store.first_text, store.text_keys) if data.batching == "clustered" else None
     rows, sizes = store.rows() if data.positives == "random" else (None, store.file_sizes)
     if not shares and not homogeneous:
-        return SampleOrder(seed, sizes, rows=rows)
+        return SampleOrder(seed, sizes, rows=rows, documents=documents)
     for path, size in zip(data.train_files, sizes):
         if homogeneous and size < step.global_batch_size:
             raise UserError(
@@ -168,7 +169,7 @@ def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments,
             )
     shares = shares or sizes
     probabilities = tuple(share / sum(shares) for share in shares)
-    return SampleOrder(seed, sizes, probabilities, step.global_batch_size if homogeneous else None, rows)
+    return SampleOrder(seed, sizes, probabilities, step.global_batch_size if homogeneous else None, rows, documents)
 
 
 def check_prefixes(step: StepArguments, num_dims: int) -> None:
