@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from ds_embed.artifact.durable import check_writable_folder, remove
 from ds_embed.data.formats import conversions, trec
 from ds_embed.data.formats.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.data.formats.tables import table_writer
@@ -20,6 +21,7 @@ from ds_embed.data.formats.tally import Tally
 from ds_embed.data.formats.text_table import TextTable
 from ds_embed.data.forms import Reading, read_training_records
 from ds_embed.data.records import parse_document_record, parse_query_record
+from ds_embed.data.skipping import describe_skipped
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.checks import above_zero, existing_files, one_of
@@ -110,10 +112,17 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(ConvertArguments, argv=argv)
     tally = Tally(skip_bad_records=arguments.skip_bad_records, skip_unknown=arguments.skip_unknown)
     output = Path(arguments.output).absolute()
+    check_writable_folder("--output", output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, where there is room for texts, if anywhere.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".convert-") as work:
         convert(arguments, output, Path(work), tally)
+    if not tally.counts:
+        remove(output)
+        why = "; ".join(describe_skipped(tally.skipped.describe())) or "no record or judgment in it can become that"
+        raise UserError(
+            f"--input {listed(arguments.input)}: nothing is left to write as {arguments.output_format}: {why}"
+        )
     print("\n".join(tally.lines()) + f"\nwritten to {arguments.output}")
 
 
@@ -144,7 +153,7 @@ def convert(arguments: ConvertArguments, output: Path, work: Path, tally: Tally)
         trec.write_trec_run(output, tally.counted("lines written", lines), "converted")
     else:
         assert target == "table"
-        with table_writer(output, trec.RunLine.__annotations__) as write:
+        with table_writer(output, get_type_hints(trec.RunLine)) as write:
             for path in arguments.input:
                 for _, line in tally.counted("rows written", trec.read_run(path)):
                     write(line._asdict())

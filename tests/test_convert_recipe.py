@@ -11,6 +11,8 @@ import pyarrow.parquet
 import pytest
 from tiny import REPOSITORY, launch_environment, load_recipe
 
+from ds_embed.settings.errors import UserError
+
 RECIPE = REPOSITORY / "recipes" / "convert.py"
 TRAINING = [
     {
@@ -378,3 +380,27 @@ def test_as_a_user_runs_it(tmp_path):
     with pytest.raises(ValueError, match="holds a tab or a line break, which a TSV can't hold; write .csv"):
         convert("training", "pairs", tmp_path / "x.tsv", "--input", source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv", "train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "content", "flags"),
+    [
+        ("run", "table", b"", []),
+        ("qrels", "trec_qrels", b"query-id\tcorpus-id\tscore\n", []),
+        ("msmarco", "training", b"\n", ["--skip_bad_records", "true"]),
+        ("training", "triplets", b'{"query": "q", "pos_doc": "p"}', ["--skip_bad_records", "true"]),
+    ],
+)
+def test_an_output_without_anything_in_it_is_refused(tmp_path, source, target, content, flags):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError, match=f"--input {tmp_path}/a: nothing is left to write as {target}: "):
+        convert(source, target, tmp_path / "out.csv", "--input", tmp_path / "a", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_run_becomes_a_typed_table(tmp_path):
+    (tmp_path / "run.trec").write_text("q1 Q0 7 1 0.5 x\n")
+    table = convert("run", "table", tmp_path / "run.parquet", "--input", tmp_path / "run.trec")
+    assert pyarrow.parquet.read_table(table).to_pylist() == [{"query_id": "q1", "doc_id": "7", "score": 0.5}]
+    with pytest.raises(UserError, match="run.trec: is a file; give a folder"):
+        convert("run", "table", tmp_path / "run.trec" / "a.csv", "--input", tmp_path / "run.trec")

@@ -11,6 +11,7 @@ import pytest
 from mining_material import make_files, read_jsonl, run, write_jsonl
 from tiny import make_model
 
+from ds_embed.settings.errors import UserError
 from ds_embed.tools.mine import job
 
 
@@ -178,3 +179,25 @@ def test_records_without_ids_need_a_model(tmp_path):
         run(tmp_path, "out.jsonl", embeddings=str(tmp_path / "vectors"))
     (tmp_path / "train.jsonl").write_text("[" + ",\n".join(map(json.dumps, records)) + "]")
     run(tmp_path, "words.jsonl", method="bm25")  # needs none, and reads arrays
+
+
+def test_a_job_that_met_a_bad_record_starts_afresh_when_it_is_mended(tmp_path):
+    records = [{"query": f"w{i}", "pos_doc": f"w{i} x"} for i in range(6)]
+    write_jsonl(tmp_path / "train.jsonl", [*records, {"query": "w9", "pos_doc": ""}])
+    with pytest.raises(UserError, match="train.jsonl:7: pos_doc is blank"):
+        run(tmp_path, "mined.jsonl", method="bm25", num_negatives=2)
+    write_jsonl(tmp_path / "train.jsonl", records)
+    mined, _ = run(tmp_path, "mined.jsonl", method="bm25", num_negatives=1)
+    assert len(mined) == 6
+
+
+def test_a_folder_of_files_that_were_touched_goes_on(tmp_path):
+    (tmp_path / "data").mkdir()
+    path = write_jsonl(tmp_path / "data" / "a.jsonl", [{"query": f"w{i}", "pos_doc": f"w{i} x"} for i in range(6)])
+    settings = {"method": "bm25", "num_negatives": 2, "train_files": [str(tmp_path / "data")]}
+    run(tmp_path, "mined.jsonl", **settings)
+    os.utime(path, ns=(1, 1))
+    run(tmp_path, "mined.jsonl", **settings)  # is there already
+    write_jsonl(path, [{"query": "w1", "pos_doc": "w2"}])
+    with pytest.raises(UserError, match="train_files was"):
+        run(tmp_path, "mined.jsonl", **settings)
