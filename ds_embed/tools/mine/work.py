@@ -61,11 +61,9 @@ class WorkFolder(Artifact):
         if BEGUN not in names and any(not name.startswith(".") for name in names):
             raise UserError(f"--work_dir {self.path}: is no work folder of this recipe; choose another or an empty one")
         self._lock = hold_lock(self.path, self.flag, inside=True)
-        if not any(entry.is_dir() or entry.suffix == ".npz" for entry in self.path.glob("[!.]*")):
-            (self.path / BEGUN).unlink(
-                missing_ok=True
-            )  # it ended before its first part, as on a bad record: nothing to keep
-        was_there = self.look_begun() == "begun"
+        # One that ended before its first part, as on a bad record, holds nothing that other inputs would spoil.
+        has_parts = any(entry.is_dir() or entry.suffix == ".npz" for entry in self.path.glob("[!.]*"))
+        was_there = has_parts and self.look_begun() == "begun"
         kept = [part for part in self.begin() if self.holds(part)]
         self.keep(kept)
         self._done = {part.file for part in kept}
