@@ -47,6 +47,9 @@ def main() -> None:
         print(f"error: ds-embed {name}: no such command; {hint}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR)
     launcher, flags = _split(arguments)
+    if name in _WITH_RANKS and (late := [flag for flag in flags if flag.split("=")[0] in _LAUNCHER]):
+        print(f"error: {late[0]}: a flag of the launcher stands first: ds-embed {name} {late[0]} ...", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR)
     asks_for_help = "--help" in flags or "-h" in flags
     if name in _WITH_RANKS and not asks_for_help and "RANK" not in os.environ:
         if not launcher and (num_gpus := _num_gpus()) > 1:

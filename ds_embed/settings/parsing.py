@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.help_page import help_page
 
 _NOT_GIVEN = object()
 # What flags of Hugging Face's trainer, sentence-transformers, Tevatron, FlagEmbedding, Automodel and ms-swift are here.
@@ -98,14 +99,15 @@ def parse_arguments(
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
     if config_path is not None:
         argv = _yaml_as_flags(config_path, known) + argv
-    namespace, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(known, _NOT_GIVEN)))
-    for arg in unknown:
+    for arg in argv:  # a flag that nobody knows is told before those that are missing
         name = arg.split("=")[0]
-        if name.startswith("-"):
+        if name.startswith("--") and " " not in name and name not in parser._option_string_actions:
             name = name.lstrip("-").replace("-", "_")
             if name in ELSEWHERE:
                 raise UserError(f"--{name}: here it is {ELSEWHERE[name]}")
             raise UserError(f"unknown flag --{name}{_nearest(name, known, '--')}; --help lists all")
+    namespace, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(known, _NOT_GIVEN)))
+    for arg in unknown:
         raise UserError(f"unexpected argument '{arg}': flags start with --")
     given = {name: value for name, value in vars(namespace).items() if value is not _NOT_GIVEN}
     # A boolean that is true by default has a second flag, --no_NAME; the first one holds the default.
@@ -118,13 +120,15 @@ def _make_parser(types):
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
+        def format_help(self):
+            return help_page(list(types), self, self.prog)
+
         def error(self, message):
             # Every flag is known with dashes too; naming both would only make the message longer.
             message = re.sub(r"/--[a-z0-9-]+", "", message)
             raise UserError(message.replace("the following arguments are required:", "missing required flag(s)"))
 
-    description = "Settings come as flags or as keys of one YAML file (--config FILE.yaml); flags win."
-    return Parser(list(types), allow_abbrev=False, description=description, prog=Path(sys.argv[0]).name)
+    return Parser(list(types), allow_abbrev=False, prog=Path(sys.argv[0]).name)
 
 
 def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:

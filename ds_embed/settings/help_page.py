@@ -1,0 +1,65 @@
+"""What --help prints: the flags to know first, then all others by subject."""
+
+import dataclasses
+import re
+import shutil
+import textwrap
+from argparse import ArgumentParser
+
+# Of the trainers some hundred flags; these are the ones that nobody gets round.
+KNOW_FIRST = (
+    *("model_name_or_path", "train_files", "output_dir", "deepspeed", "global_batch_size", "hard_negatives"),
+    *("max_length", "num_train_epochs", "learning_rate", "micro_batch_tokens", "grad_cache", "val_files"),
+)
+# A dataclass of settings is a subject; those without a title here are named by their own name.
+_TITLES = {
+    "LoraArguments": "LoRA",
+    "TextArguments": "texts",
+    "DataArguments": "data and texts",
+    "SizingDataArguments": "data and texts",
+    "StepArguments": "batch and loss",
+    "OptimizerArguments": "optimizer",
+    "RunArguments": "run: folder, checkpoints, logs",
+    "SizingRunArguments": "run",
+    "DryRunArguments": "dry run",
+}
+
+
+def help_page(types: list[type], parser: ArgumentParser, usage: str) -> str:
+    """The page for a recipe that takes these dataclasses; parser.get_default knows the recipe's own defaults."""
+    fields = {field.name: field for one in types for field in dataclasses.fields(one)}
+    first = (
+        [name for name in KNOW_FIRST if name in fields] if "train_files" in fields and "learning_rate" in fields else []
+    )
+    lines = [f"usage: {usage} FLAGS", ""]
+    lines += ["Settings are flags, or keys of one YAML file (--config FILE.yaml); flags win."]
+    shown = set(first)
+    groups = [("to know first", first)] if first else []
+    for one in types:
+        title = (
+            _TITLES.get(one.__name__) or re.sub(r"(?<!^)(?=[A-Z])", " ", one.__name__.removesuffix("Arguments")).lower()
+        )
+        names = [field.name for field in dataclasses.fields(one) if field.name not in shown]
+        shown.update(names)
+        groups.append((title, names))
+    width = min(shutil.get_terminal_size().columns, 120)
+    for title, names in groups:
+        lines += ["", f"{title}:"]
+        for name in names:
+            lines += _lines_of(fields[name], parser.get_default(name), width)
+    return "\n".join(lines) + "\n"
+
+
+def _lines_of(field: dataclasses.Field, default: object, width: int) -> list[str]:
+    text = field.metadata["help"]
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    if (field.default, field.default_factory) == missing and default is None:
+        text += " (required)"
+    elif isinstance(default, bool):
+        text += f" (default: {str(default).lower()})"
+    elif default not in (None, [], "") and "(default" not in text:
+        text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    flag, indent = f"  --{field.name}", " " * 27
+    if len(flag) < len(indent) - 1:
+        return textwrap.wrap(f"{flag:<{len(indent)}}{text}", width, subsequent_indent=indent, drop_whitespace=True)
+    return [flag, *textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)]
