@@ -54,7 +54,7 @@ class Embedder:
         keep_weights: bool = False,
     ):
         """keep_weights: on a CPU too, where linear layers are packed otherwise: faster, and not to be read or saved."""
-        self.encoder = encoder
+        self.encoder = encoder.eval().requires_grad_(False)
         if not keep_weights:
             pack_linear_layers(self.encoder)
         self.tokenizer = tokenizer
