@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -48,7 +49,7 @@ _POSITIVE_COLUMNS = ("positive", "answer", "context", "passage", "document", "re
 _NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?|rejected_response")
 # Keys whose values may be lists, and how Python and JSON write a list of texts into a cell of text.
 _LIST_KEYS = {"pos", "neg", "neg_doc", "pos_scores", "neg_scores", "negative", "rejected_response"}
-_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'].*["'])?\s*\]\s*""", re.DOTALL)
+_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'{\[].*)?\]\s*""", re.DOTALL)
 _GRADES = ("label", "labels", "score", "scores")
 _METADATA = "merlin_metadata.json"
 
@@ -243,18 +244,8 @@ def _tevatron(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
     return _build(where, text_of(where, "query", row), *sides, query_id=query_id, doc_ids=("docid", doc_ids))
 
 
-def _tevatron_ids(where: str, row: dict, lookup: Lookup) -> list[TrainingRecord]:
-    key = present(row, ("query_text", "query"))
-    return _of_ids(where, row, key, "query_id", ("positive_document_ids", "negative_document_ids"), lookup)
-
-
-def _automodel_ids(where: str, row: dict, lookup: Lookup) -> list[TrainingRecord]:
-    key = present(row, ("question", "query"))
-    return _of_ids(where, row, key, "question_id", ("pos_doc", "neg_doc"), lookup)
-
-
 def _of_ids(
-    where: str, row: dict, query: str, query_id: str, keys: tuple[str, str], lookup: Lookup
+    where: str, row: dict, lookup: Lookup, *, queries: tuple[str, ...], query_id: str, keys: tuple[str, str]
 ) -> list[TrainingRecord]:
     sides, ids = [], []
     for key in keys:
@@ -265,11 +256,20 @@ def _of_ids(
         sides.append((key, [lookup(where, f"{key}[{index}]", name) for index, name in enumerate(names)]))
     return _build(
         where,
-        text_of(where, query, row),
+        text_of(where, present(row, queries), row),
         *sides,
         query_id=id_of(where, *_item(row, query_id)),
         doc_ids=(keys[0], ids[0]),
     )
+
+
+_tevatron_ids = partial(
+    _of_ids,
+    queries=("query_text", "query"),
+    query_id="query_id",
+    keys=("positive_document_ids", "negative_document_ids"),
+)
+_automodel_ids = partial(_of_ids, queries=("question", "query"), query_id="question_id", keys=("pos_doc", "neg_doc"))
 
 
 def _messages(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:

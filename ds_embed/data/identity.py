@@ -119,10 +119,10 @@ def positive_pairs(
     is_few = counts <= len(document_keys)
     owners, keys = (
         np.repeat(distinct[is_few], counts[is_few]),
-        several_positives[_ranges(first[is_few], counts[is_few])],
+        several_positives[ranges(first[is_few], counts[is_few])],
     )
     low, high = (np.searchsorted(document_keys, keys, side=side, sorter=order) for side in ("left", "right"))
-    owners, documents = [np.repeat(owners, high - low)], [order[_ranges(low, high - low)]]
+    owners, documents = [np.repeat(owners, high - low)], [order[ranges(low, high - low)]]
     for number in np.flatnonzero(~is_few):
         positives = several_positives[first[number] : first[number] + counts[number]]
         documents.append(np.flatnonzero(np.isin(document_keys, positives)))
@@ -134,11 +134,11 @@ def positive_pairs(
     # From distinct queries to all that stand in the batch.
     by_place, counts = np.argsort(place, kind="stable"), np.bincount(place)
     first = np.cumsum(counts) - counts
-    queries = by_place[_ranges(first[owners], counts[owners])]
+    queries = by_place[ranges(first[owners], counts[owners])]
     return np.stack([queries, np.repeat(documents, counts[owners])], axis=1)
 
 
-def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """first[0], first[0] + 1, ... counts[0] numbers, then those of first[1], and so on."""
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(first, counts) + within

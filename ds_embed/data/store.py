@@ -74,22 +74,8 @@ class _Store:
 
     def facts(self) -> list[dict[str, Any]]:
         """What was read of each file: its path, records, negatives and positives, and texts that were cut."""
-        names = (
-            "path",
-            "read",
-            "num_rows",
-            "num_records",
-            "num_blank",
-            "num_repeated",
-            "max_positives",
-            "negatives",
-            "queries",
-            "documents",
-            "unread",
-            "num_prompts",
-            "notes",
-        )
-        facts = [{name: file[name] for name in names if name in file} for file in self.manifest["files"]]
+        left_out = ("parts", "stamps", "sha256")
+        facts = [{k: v for k, v in file.items() if k not in left_out} for file in self.manifest["files"]]
         formats = self.manifest["settings"]
         for number, file in enumerate(facts):
             for side, form in (("queries", "query_format"), ("documents", "document_format")):

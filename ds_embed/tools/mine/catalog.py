@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 
 from ds_embed.data.forms import Reading, read_training_records
-from ds_embed.data.identity import content_key, token_keys
+from ds_embed.data.identity import content_key, ranges, token_keys
 from ds_embed.data.records import TrainingRecord, read_documents
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.settings.errors import UserError
@@ -53,9 +53,7 @@ class Ragged:
     def of(self, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place in `owners`, value) of all values of these lists."""
         counts = self.counts(owners)
-        places = np.repeat(np.arange(len(owners)), counts)
-        within = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return places, self.values[self.first[owners][places] + within]
+        return np.repeat(np.arange(len(owners)), counts), self.values[ranges(self.first[owners], counts)]
 
 
 class Texts:

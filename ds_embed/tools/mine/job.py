@@ -19,6 +19,7 @@ import numpy as np
 
 from ds_embed.artifact.durable import remove_unfinished
 from ds_embed.artifact.identity import check_unchanged
+from ds_embed.data.identity import ranges
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import choose_card, find_source, load_tokenizer
@@ -237,10 +238,8 @@ def _collect(work: WorkFolder, catalog: Catalog, arguments: MiningArguments) -> 
             records = part["records"]
             rows[records], scores[records] = part["rows"], part["scores"]
             positive_scores[records] = part["positive_scores"]
-            counts = catalog.existing.counts(records)
-            first = np.repeat(catalog.existing.first[records], counts)
-            within = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
-            existing_scores[first + within] = part["existing_scores"]
+            existing = ranges(catalog.existing.first[records], catalog.existing.counts(records))
+            existing_scores[existing] = part["existing_scores"]
             num_dropped += part["num_dropped"]
             num_candidates += int(part["num_candidates"])
     return Mined(rows, scores, positive_scores, existing_scores, num_dropped, num_candidates)
