@@ -169,10 +169,16 @@ def leave_out_when_fast() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing listens on, below those that the system gives to whoever asks for any: between this answer
+    and the first rank's start, connections of other ranks would take one of those now and then."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
 def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
