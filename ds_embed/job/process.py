@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import socket
 import warnings
 
 from ds_embed.settings.errors import UserError
@@ -12,10 +11,8 @@ def read_environment() -> tuple[int, int, int, int]:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in names if name in os.environ]
     if not present:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        # Port 0 is any free one, taken when the store of the one rank opens: chosen before, another could take it.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     elif len(present) < len(names):
         missing = [name for name in names if name not in os.environ]
         raise UserError(
