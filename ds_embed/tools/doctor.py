@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -41,8 +41,7 @@ def examine(cache_dir: str, output_dir: str) -> str:
 
 
 def _processor(found: dict[str, str], notes: list[str]) -> None:
-    cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found["machine"] = f"{platform.node()}, {platform.system()} {platform.release()} on {platform.machine()}"
     found["processor"] = f"{cores} cores for this process, of {os.cpu_count()}; {memory / GIB:.0f} GiB of memory"
     quota = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in a period of microseconds, or max
@@ -76,8 +75,7 @@ def _gpus(found: dict[str, str], notes: list[str]) -> None:
 
 def _versions(found: dict[str, str], notes: list[str]) -> None:
     versions = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    folder = Path(ds_embed.__file__).parent
-    found["ds_embed"] = f"{ds_embed.__version__} in {folder}, Python {platform.python_version()}"
+    found["ds_embed"] = f"{ds_embed.__version__} in {ds_embed.__path__[0]}, Python {platform.python_version()}"
     found["packages"] = ", ".join(f"{name} {versions.get(name, 'MISSING')}" for name in _REQUIRED)
     for name, (purpose, extra) in _OPTIONAL.items():
         if name not in versions:
@@ -117,9 +115,5 @@ def _disks(found: dict[str, str], notes: list[str], folders: dict[str, str]) -> 
 def _rate(device: str, dtype: torch.dtype, size: int) -> float:
     """GFLOP/s of a product of two (size, size) matrices: the best of four, of which the first starts the kernel."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds) / 1e9
+    # Asking for a number waits for the device.
+    return 2 * size**3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)) / 1e9
