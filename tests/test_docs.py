@@ -105,7 +105,7 @@ def test_figures_of_the_readme_stand_in_the_results():
     table = readme.split("## What was measured")[1].split("\n## ")[0]
     figures = re.findall(r"^\| [^|]+\| ([^|]+)\|", table, re.MULTILINE)[2:]
     for figure in (number for cell in figures for number in re.findall(r"\d[\d.,]*\d", cell)):
-        assert figure in results, figure
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", results), figure
 
 
 def test_pictures_are_those_of_the_script():
