@@ -160,7 +160,8 @@ def test_torchrun_starts_the_ranks(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--nnodes", 1, "--node_rank", 0]
     torchrun += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     done = check(run([*torchrun, REPOSITORY / "recipes" / "train_gpt.py", *train_flags(tmp_path)], tmp_path))
-    assert "2 rank(s)" in done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert "2 rank(s)" in output and f"ds-embed report {tmp_path / 'run'}\n" in output
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").exists()
 
 

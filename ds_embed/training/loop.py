@@ -186,6 +186,11 @@ class TrainingRun:
         self.folder.close()
         if self.world.is_main:
             logger.info("model written to %s", self.folder.model_dir)
+            run = self.run.output_dir
+            logger.info("look at the run with: ds-embed report %s", run)
+            logger.info(
+                "encode with: ds-embed generate --model_name_or_path %s --doc_files ... --output_prefix OUT", run
+            )
 
     def _open_folder(self) -> None:
         settings = [self.model, self.lora, self.data, self.step_arguments, self.optimizer, self.run]
