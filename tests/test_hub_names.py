@@ -32,7 +32,7 @@ def task(name, kind, **more):
 tasks = dict(said=task("Said", "Retrieval", prompt=dict(query="w1 w2")), unsaid=task("Unsaid", "Retrieval"),
              sts=task("Same", "STS", prompt="w3"))
 plain = MTEBModel("me/adapter", "first", **rest)
-asked = MTEBModel("me/adapter", "first", use_task_prompts=True, instruction_template="w7 {{instruction}} ", **rest)
+asked = MTEBModel("me/adapter", "first", instruction_template="w7 {{instruction}} ", **rest)
 revisions = [model.mteb_model_meta.revision for model in (plain, asked, MTEBModel("me/adapter", "first", pooling="last", **rest))]
 assert all(name.startswith("first-") for name in revisions) and len(set(revisions)) == 3, revisions
 for name, kind in (("said", PromptType.query), ("said", PromptType.document), ("unsaid", PromptType.query), ("sts", None)):
@@ -75,7 +75,7 @@ def test_adapters_and_mteb_at_a_revision(tmp_path):
         "plain-said-query": queries,
         "plain-said-document": documents,
         "plain-unsaid-query": queries,
-        "plain-sts-None": queries,
+        "plain-sts-None": local.encode_queries(TEXTS, prefix="w5 w6 "),
         "asked-said-query": local.encode_queries(TEXTS, prefix="w7 w1 w2 "),
         "asked-unsaid-query": queries,  # no instruction anywhere
         "asked-said-document": documents,  # an instruction is the query's

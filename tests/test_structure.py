@@ -19,7 +19,7 @@ ROOMS = {
     "models": {"settings", "artifact", "job", "data"},
     "vectors": {"settings", "artifact", "job", "data", "models"},
     "training": {"settings", "artifact", "job", "losses", "data", "models", "vectors"},
-    "tools": {"settings", "artifact", "job", "losses", "data", "models", "vectors", "training"},
+    "tools": {"settings", "artifact", "job", "losses", "data", "models", "vectors", "training", "mteb_model"},
     "mteb_model": {"vectors"},
     "cli": {"settings"},
 }

@@ -25,7 +25,7 @@ def make_tokenizer(folder: Path, *, bert: bool) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bert:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
         names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     else:

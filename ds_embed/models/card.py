@@ -197,6 +197,10 @@ class EmbeddingCard:
     @classmethod
     def of(cls, content: dict[str, Any], path: Path) -> EmbeddingCard:
         """The card that `content`, of the file `path`, describes. UserError when it can't be understood."""
+        if "pair_format" in content:
+            raise UserError(
+                f"{path}: is a reranker's, which scores pairs and makes no vectors; recipes/rerank.py takes it"
+            )
         known = {one.name for one in fields(cls)} - {"origins"}
         needed = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
         if not needed <= set(content) <= known:

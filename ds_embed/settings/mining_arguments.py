@@ -69,11 +69,13 @@ class MiningArguments:
     )
     drop_without_negatives: bool = setting("leave out records that have no negative in the end", default=False)
     cross_encoder: str | None = setting(
-        "folder or hub name of a sequence classifier with 1 or 2 labels that scores positives and candidates anew",
+        "run of recipes/train_reranker.py, or folder or hub name of a sequence classifier with 1 or 2 labels, that scores "
+        "positives and candidates anew",
         default=None,
     )
     cross_encoder_max_length: int | None = setting(
-        "longest pair for the cross-encoder in tokens (default: what it has positions for, at most 512)", default=None
+        "longest pair for the cross-encoder in tokens (default: as its run was trained, else what it allows, at most 512)",
+        default=None,
     )
     cross_encoder_bf16: bool = setting(
         "compute the cross-encoder in bfloat16, whose scores have 3 digits", default=False

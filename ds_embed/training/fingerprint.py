@@ -6,6 +6,7 @@ from typing import Any
 from ds_embed.artifact.identity import identify_files, identify_tokenizer
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import ModelSource
+from ds_embed.models.reranker import RerankerCard
 from ds_embed.settings import DataArguments, LoraArguments, OptimizerArguments, RunArguments, StepArguments
 
 # These change how the work is done, or how much of it; every other setting decides the numbers. The text
@@ -36,6 +37,7 @@ _CARD_SETTINGS = (
     "include_prompt",
     "head",
     "strip",
+    "pair_format",  # of a reranker
 )
 
 
@@ -43,7 +45,7 @@ def fingerprint(
     manifest: dict[str, Any],
     source: ModelSource,
     commit: str | None,
-    card: EmbeddingCard,
+    card: EmbeddingCard | RerankerCard,
     lora: LoraArguments,
     data: DataArguments,
     step: StepArguments,
@@ -57,8 +59,7 @@ def fingerprint(
     """
     known = {"train_files": identify_files(manifest), "tokenizer": identify_tokenizer(manifest)}
     known |= source.identify(commit)
-    for name in _CARD_SETTINGS:
-        known[name] = repr(getattr(card, name))
+    known |= {name: repr(getattr(card, name)) for name in _CARD_SETTINGS if hasattr(card, name)}
     for group in (lora, data, step, optimizer):
         settings = {name: value for name, value in asdict(group).items() if not name.startswith("val_")}
         known |= {name: repr(value) for name, value in settings.items() if name not in _LOGISTICS}

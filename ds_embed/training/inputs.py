@@ -4,16 +4,16 @@ Shapes: U distinct texts of the global batch, T uses of them, b texts of a micro
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ds_embed.data.batch import GlobalBatch, collate, collate_prompts
+from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.order import key_of
 from ds_embed.data.plan import Plan, plan_micro_batches
-from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import World
 
 
@@ -45,9 +45,16 @@ class StepInputs:
 
 
 def prepare_inputs(
-    batch: GlobalBatch, store: TrainingStore, world: World, micro_batch_tokens: int, seed: int
+    batch: GlobalBatch,
+    collate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    world: World,
+    micro_batch_tokens: int,
+    seed: int,
 ) -> StepInputs:
-    """Plan the batch, and put what this rank needs of it on its device. Enters no collective: it runs in a thread."""
+    """Plan the batch, and put what this rank needs of it on its device. Enters no collective: it runs in a thread.
+
+    collate: token ids (b, S), lengths (b,) and prompt lengths (b,) of some of batch.texts.
+    """
     is_cuda = world.device.type == "cuda"
 
     def put(array: np.ndarray) -> Tensor:
@@ -55,11 +62,10 @@ def prepare_inputs(
         return tensor.pin_memory().to(world.device, non_blocking=True) if is_cuda else tensor.to(world.device)
 
     def micro_batch(number: int, chosen: np.ndarray) -> MicroBatch:
-        ids, lengths = collate(store, batch.texts[chosen])
+        ids, lengths, prompts = collate(batch.texts[chosen])
         # Dropout is a pure function of (seed, step, rank, micro-batch): the second pass of grad_cache
         # draws what the first drew, and a resumed run what the interrupted one would have drawn.
         noise_seed = int(key_of(seed, batch.first_sample, world.rank, number)) % 2**63
-        prompts = collate_prompts(store, batch.texts[chosen])
         left_out = None if prompts is None else put(prompts)
         has_padding = bool(lengths.min() < ids.shape[1])
         return MicroBatch(put(ids), put(lengths), has_padding, len(chosen), noise_seed, left_out)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -65,6 +66,8 @@ _LONG_STEP_SECONDS = 1.0
 class TrainingRun:
     """One run on this rank. Building it checks the settings and the model; nothing is read, made or locked yet."""
 
+    validation_class = Validation
+
     def __init__(
         self,
         world: World,
@@ -108,14 +111,11 @@ class TrainingRun:
         self.store = prepare_store(world, data.train_files, data, step, self.tokenizer, file_formats(data, self.card))
         self.order = sample_order(self.store, data, step, run.seed)
         first = [step.global_batch_size * number for number in range(max(4, 256 // step.global_batch_size))]
-        world.on_main(
-            "check negatives",
-            lambda: check_contrast(map(self.batch, first), self.store, step.negatives, "--train_files"),
-        )
+        world.on_main("check negatives", lambda: self._check_batches(map(self.batch, first)))
         self.max_steps = count_steps(self.order.samples_per_pass, step.global_batch_size, self.optimizer)
         self.validation = None
         if self.validation_arguments.is_on:
-            self.validation = Validation(
+            self.validation = self.validation_class(
                 world, self.validation_arguments, data, step, run.seed, self.tokenizer, self.card, self.folder
             )
         self.fingerprint: dict[str, str] = {}  # on rank 0, which reads and writes checkpoints
@@ -124,6 +124,9 @@ class TrainingRun:
         self.start = world.on_main("find checkpoint", lambda: self._find_start(commit))
         self.best = self.start.best
         self.skipped_steps, self.saved_step = self.start.skipped_steps, self.start.step
+
+    def _check_batches(self, batches: Iterable[GlobalBatch]) -> None:
+        check_contrast(batches, self.store, self.step_arguments.negatives, "--train_files")
 
     @property
     def _stage(self) -> int:
@@ -181,8 +184,7 @@ class TrainingRun:
         with StopRequest(self.world) as stop:
             last_step = self._run_steps(engine, stop)
             consumed = load_best(engine, self.best, last_step, self.folder, self.world) or self._consumed(last_step)
-            card = replace(self.card, consumed_samples=consumed, temperature=self.step_arguments.temperature)
-            save_model(encoder, self.tokenizer, card, self.folder, self.world)
+            self._save_model(encoder, consumed)
         self.folder.close()
         if self.world.is_main:
             logger.info("model written to %s", self.folder.model_dir)
@@ -191,6 +193,13 @@ class TrainingRun:
             logger.info(
                 "encode with: ds-embed generate --model_name_or_path %s --doc_files ... --output_prefix OUT", run
             )
+
+    def _save_model(self, encoder: Any, consumed: int) -> None:
+        save_model(encoder, self.tokenizer, self._card_after(consumed), self.folder, self.world)
+
+    def _card_after(self, consumed: int) -> Any:
+        """The card of the model that has trained on so many samples."""
+        return replace(self.card, consumed_samples=consumed, temperature=self.step_arguments.temperature)
 
     def _open_folder(self) -> None:
         settings = [self.model, self.lora, self.data, self.step_arguments, self.optimizer, self.run]
@@ -204,7 +213,7 @@ class TrainingRun:
 
     def _run_steps(self, engine: Any, stop: StopRequest) -> int:
         """Train until max_steps or until nothing gets better; returns the last step."""
-        contrastive = ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
+        contrastive = self._step(engine)
         number, seconds, told = self.start.step, 0.0, None
         engine.train()
         # The next step's inputs are made while this one is computed.
@@ -253,6 +262,9 @@ class TrainingRun:
                 self.best.metric,
             )
         return number
+
+    def _step(self, engine: Any) -> ContrastiveStep:
+        return ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
 
     def _validate(self, engine: Any, stop: StopRequest, number: int, log: StepLog) -> bool:
         """Measure the model if that is due after step `number`; True when it is one of the best, to be saved."""
@@ -312,14 +324,13 @@ class TrainingRun:
         """What a step's weights are encoded with, without the run being finished or its command known."""
         source, folder = self.trained_from, checkpoint_path(self.folder.checkpoints_dir, number)
         commit = getattr(self.config, "_commit_hash", None)
-        card = replace(self.card, consumed_samples=self._consumed(number), temperature=self.step_arguments.temperature)
         return {
             "base": way_to(source.base, folder),
             "base_content": identify_weights(source.base, commit),
             "revision": commit or source.revision,
             "adapter": way_to(str(source.adapter), folder) if source.adapter else None,
             "tokenizer": way_to(source.tokenizer, folder),
-            "card": card.content,
+            "card": self._card_after(self._consumed(number)).content,
             "lora": asdict(self.lora),
         }
 

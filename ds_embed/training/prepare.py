@@ -92,8 +92,9 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
         )
     if data.hard_negatives and number and step.negatives == "pair":
         raise UserError(
-            f"{first}: has no neg_doc, and --negatives pair scores a query against its own hard negatives alone "
-            f"({number:,} of {store.num_records:,} records have none); set --negatives own, or leave these records out"
+            f"{first}: has no neg_doc, and a query is scored against its own hard negatives alone ({number:,} of "
+            f"{store.num_records:,} records have none); leave these records out, or give them some (an embedder's "
+            "--negatives own needs none)"
         )
     if data.hard_negatives and number:
         share = number / store.num_records

@@ -1,5 +1,6 @@
 """Where a run starts: at its newest whole checkpoint, at the beginning, or not at all because it is done."""
 
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from ds_embed.artifact.durable import remove_all_unfinished, set_aside
 from ds_embed.artifact.identity import check_unchanged
-from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.card import CARD_NAME
 from ds_embed.models.checkpoint import damage, list_checkpoints, read_state
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
@@ -120,5 +121,5 @@ def _without_checkpoint(folder: RunFolder, best: BestValidations) -> Start:
 
 def _model_samples(folder: RunFolder) -> int | None:
     """How many samples the model in RUN/model/ was trained on, None when there is none."""
-    card = EmbeddingCard.load(folder.model_dir)
-    return None if card is None else card.consumed_samples
+    path = folder.model_dir / CARD_NAME
+    return json.loads(path.read_text("utf-8"))["consumed_samples"] if path.exists() else None

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ds_embed.data.batch import GlobalBatch
+from ds_embed.data.batch import GlobalBatch, collate, collate_prompts
 from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import World
 from ds_embed.losses import LossOptions, LossResult, Sums, contrastive_loss
@@ -61,7 +62,10 @@ class ContrastiveStep:
 
     def prepare(self, batch: GlobalBatch) -> StepInputs:
         """Move 1, the plan, and the texts on this rank's device. It may run in a thread."""
-        return prepare_inputs(batch, self.store, self.world, self.arguments.micro_batch_tokens, self.seed)
+        return prepare_inputs(batch, self._collate, self.world, self.arguments.micro_batch_tokens, self.seed)
+
+    def _collate(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        return *collate(self.store, texts), collate_prompts(self.store, texts)
 
     def run(self, inputs: StepInputs, tell: Sequence[float] = ()) -> StepResult:
         """Encode the batch, compute its loss and, when that is finite, its gradient.

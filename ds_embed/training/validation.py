@@ -73,6 +73,8 @@ class _HeldOutOrder:
 class Validation:
     """What is measured and on what. Building it checks every setting and file; every rank must build it."""
 
+    of_batches = ["val_loss", "val_accuracy"]
+
     def __init__(
         self,
         world: World,
@@ -87,7 +89,7 @@ class Validation:
         self.world, self.arguments, self.data, self.step, self.seed = world, arguments, data, step, seed
         self.folder = folder
         self.measures = _measures(arguments) if arguments.val_query_files else []
-        self.names = self.measures + (["val_loss", "val_accuracy"] if arguments.val_files else [])
+        self.names = self.measures + (self.of_batches if arguments.val_files else [])
         if arguments.best_metric not in (None, *self.names):
             raise UserError(
                 f"--best_metric {arguments.best_metric}: is not measured; choose one of {', '.join(self.names)}"
@@ -122,7 +124,7 @@ class Validation:
     def best(self) -> BestValidations:
         """The search for the best checkpoint that the settings ask for, before any validation."""
         metric = self.arguments.best_metric or self.names[0]
-        stores = [self.store] if metric.startswith("val_") else [store for _, _, store in self.text_stores]
+        stores = [self.store] if metric in self.of_batches else [store for _, _, store in self.text_stores]
         hashes = [file["sha256"] for store in stores for file in store.manifest["files"]]
         return BestValidations(
             metric=metric,
@@ -187,7 +189,7 @@ class Validation:
         inputs = made_ahead(lambda item: (contrastive.prepare(item[0]), item[1]), self._batches())
         with contextlib.closing(inputs):
             for step_inputs, first_query in inputs:
-                _leave_if_asked(stop)
+                leave_if_asked(stop)
                 batch_loss, batch_correct = contrastive.evaluate(step_inputs, first_query)
                 total, correct = total + batch_loss, correct + batch_correct
         return {"val_loss": total / self.store.num_records, "val_accuracy": correct / self.store.num_records}
@@ -254,14 +256,15 @@ class _Encode:
         self.engine, self.stop = engine, stop
 
     def __call__(self, *inputs: Tensor | bool) -> Tensor:
-        _leave_if_asked(self.stop)
+        leave_if_asked(self.stop)
         # What a model caches in inference mode, such as rotary tables, training's graphs could not use.
         with torch.inference_mode(False), torch.no_grad():
             outputs = self.engine(*inputs)
         return outputs[0] if isinstance(outputs, tuple) else outputs  # beside a learned temperature
 
 
-def _leave_if_asked(stop: StopRequest) -> None:
+def leave_if_asked(stop: StopRequest) -> None:
+    """Raise StoppedMeanwhile on all ranks when a signal asks for it."""
     if stop.agreed() is not None:
         raise StoppedMeanwhile
 

@@ -10,6 +10,7 @@ Shapes: n texts, D dimensions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from ds_embed.data.tokenize import TextFormat, TextTokenizer
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import pack_linear_layers
 from ds_embed.models.encoder import TextEncoder
@@ -52,8 +54,12 @@ class Embedder:
         micro_batch_tokens: int = 16384,
         truncate_dim: int | None = None,
         keep_weights: bool = False,
+        world: World | None = None,
     ):
-        """keep_weights: on a CPU too, where linear layers are packed otherwise: faster, and not to be read or saved."""
+        """keep_weights: on a CPU too, where linear layers are packed otherwise: faster, and not to be read or saved.
+
+        world: ranks that share the forward passes. All of them must encode the same texts, and all get the vectors.
+        """
         self.encoder = encoder.eval().requires_grad_(False)
         if not keep_weights:
             pack_linear_layers(self.encoder)
@@ -66,6 +72,8 @@ class Embedder:
                 raise UserError(f"truncate_dim {truncate_dim}: the model has vectors of {self.dimensions} dimensions")
             self.dimensions = truncate_dim
         self._truncated = truncate_dim is not None
+        self._world = world or World.alone()
+        self.name, self.source = card.base_model, None  # what from_source was asked for, and what that is
 
     @classmethod
     def from_pretrained(
@@ -150,6 +158,7 @@ class Embedder:
             encoder, cosine = load_frozen(source, card, model, bf16=bf16), None
         embedder = cls(encoder.to(device), tokenizer, card, **options)
         embedder.merging_cosine = cosine
+        embedder.name, embedder.source = model.model_name_or_path, source
         return embedder
 
     def encode_queries(self, texts: Sequence[str], *, prefix: str | None = None, progress: bool = False) -> np.ndarray:
@@ -180,11 +189,19 @@ class Embedder:
         with tqdm(total=len(tokens), unit="text", desc=f"encoding {name}", disable=not progress) as bar:
             for start in range(0, len(tokens), BLOCK_TEXTS):
                 keys = (row.tobytes() for row in tokens[start : start + BLOCK_TEXTS])
-                for batch in cut_block(keys, lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens):
+                batches = list(cut_block(keys, lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens))
+                shares = [batches[rank :: self._world.size] for rank in range(self._world.size)]
+                own = [torch.empty(0, self.dimensions, device=next(self.encoder.parameters()).device)]
+                for batch in shares[self._world.rank]:
                     of_batch = [tokens[start + text] for text in batch.texts]
                     vectors = encode_tokens(self.encoder, of_batch, tokenizer.prompt_length)[:, : self.dimensions]
                     if self._truncated and self.card.makes_unit_vectors:
                         vectors = torch.nn.functional.normalize(vectors, dim=1)
-                    rows[start + batch.rows] = vectors.cpu().numpy()[batch.uses]
+                    own.append(vectors)
                     bar.update(len(batch.rows))
+                counts = [sum(len(batch.texts) for batch in share) for share in shares]
+                gathered = self._world.all_gather_rows(torch.cat(own), counts).cpu().numpy()
+                for batch in itertools.chain.from_iterable(shares):
+                    vectors, gathered = np.split(gathered, [len(batch.texts)])
+                    rows[start + batch.rows] = vectors[batch.uses]
         return rows

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +157,16 @@ def _mine_chunks(world: World, work: WorkFolder, catalog: Catalog, source: Any, 
         return
     scorer = None
     if arguments.cross_encoder is not None:
-        from ds_embed.tools.mine.cross_encoder import CrossEncoder
+        from ds_embed.vectors.cross_encoder import CrossEncoder
 
-        scorer = CrossEncoder(world, arguments)
+        scorer = CrossEncoder(
+            world,
+            arguments.cross_encoder,
+            max_length=arguments.cross_encoder_max_length,
+            bf16=arguments.cross_encoder_bf16,
+            probability=arguments.cross_encoder_scores == "probability",
+            micro_batch_tokens=arguments.micro_batch_tokens,
+        )
     by_query = np.argsort(catalog.record_queries, kind="stable")
     sorted_queries = catalog.record_queries[by_query]
     for number in _with_progress(missing, num_chunks, world):
@@ -182,7 +191,7 @@ def _mine_chunk(catalog, source, scorer, queries: range, records: np.ndarray, ar
     if scorer is not None:
         place, column = np.nonzero(pool.rows >= 0)
         all_places, all_rows = np.append(pairs[:, 0], place), np.append(pairs[:, 1], pool.rows[place, column])
-        new = scorer.score(catalog, query_rows[all_places], all_rows)
+        new = scorer.score(_Pairs(catalog, query_rows[all_places], all_rows))
         pair_scores, pool_scores = new[: len(pairs)], np.full(pool.rows.shape, -np.inf, dtype=np.float32)
         pool_scores[place, column] = new[len(pairs) :]
         pool = pool.reordered(pool_scores)
@@ -207,6 +216,21 @@ def _mine_chunk(catalog, source, scorer, queries: range, records: np.ndarray, ar
         "num_dropped": sum(counts for _, _, counts in chosen),
         "num_candidates": (pool.rows >= 0).sum(axis=1)[places].sum() + pool.num_positives[places].sum(),
     }
+
+
+@dataclass(frozen=True)
+class _Pairs(Sequence):
+    """The texts of pairs of rows, read when they are asked for."""
+
+    catalog: Catalog
+    queries: np.ndarray
+    documents: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, place: Any) -> tuple[str, str]:
+        return self.catalog.queries[self.queries[place]], self.catalog.documents[self.documents[place]]
 
 
 def _find(catalog, source, queries: range, groups: np.ndarray, pairs: np.ndarray, arguments) -> tuple[Pool, np.ndarray]:

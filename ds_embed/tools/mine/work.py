@@ -18,6 +18,7 @@ from ds_embed.artifact.durable import folder_when_whole, hold_lock, remove, remo
 from ds_embed.artifact.identity import identify_large, identify_texts, identify_weights
 from ds_embed.data.files import list_parts, stamp_of
 from ds_embed.models.loading import find_source
+from ds_embed.models.reranker import find_reranker
 from ds_embed.settings import TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
@@ -38,7 +39,7 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
         source = find_source(model)
         inputs |= source.identify(None)
     if arguments.cross_encoder is not None:
-        inputs["cross_encoder"] = identify_weights(arguments.cross_encoder)
+        inputs["cross_encoder"] = identify_weights(find_reranker(arguments.cross_encoder, flag="cross_encoder").base)
     return inputs
 
 

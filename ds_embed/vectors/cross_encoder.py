@@ -5,6 +5,7 @@ Shapes: p pairs, S tokens of the longest pair of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,57 +15,66 @@ from ds_embed.data.plan import cut_by_length
 from ds_embed.job.ranks import World
 from ds_embed.models.cpu import pack_linear_layers, use_cpu_kernels
 from ds_embed.models.kinds import count_positions
+from ds_embed.models.reranker import default_max_length, find_reranker
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments
-from ds_embed.tools.mine.catalog import Catalog
 
 # Tokenized together and cut into micro-batches: what a rank scores does not depend on how many there are.
 _BLOCK_PAIRS = 512
-_DEFAULT_MAX_LENGTH = 512
 
 
 class CrossEncoder:
     """A classifier that reads query and document together. Every rank holds it and scores a share of the pairs."""
 
-    def __init__(self, world: World, arguments: MiningArguments):
-        """UserError: no such model, no trained head, neither 1 nor 2 labels, lengths that do not fit."""
-        self._world = world
-        self._probability = arguments.cross_encoder_scores == "probability"
-        self._tokenizer, self._model = _load(arguments.cross_encoder, arguments.cross_encoder_bf16)
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        *,
+        flag: str = "cross_encoder",
+        prefix: str = "cross_encoder_",
+        max_length: int | None = None,
+        bf16: bool = False,
+        probability: bool = False,
+        micro_batch_tokens: int = 16384,
+    ):
+        """A folder, a hub name, or a run of recipes/train_reranker.py. probability: scores through a sigmoid.
+
+        UserError naming `flag`, or another that begins with `prefix`: no such model, no trained head, neither 1 nor 2
+        labels, lengths that do not fit.
+        """
+        self._world, self._flag, self._prefix = world, flag, prefix
+        self._probability = probability
+        source = find_reranker(name, flag=flag)
+        self._tokenizer, self._model = _load(source.base, bf16, flag)
         self._model.to(world.device).eval().requires_grad_(False)
         use_cpu_kernels()
         pack_linear_layers(self._model)
         longest = count_positions(self._model)
-        wanted = arguments.cross_encoder_max_length
-        self._max_length = min(_DEFAULT_MAX_LENGTH, longest or _DEFAULT_MAX_LENGTH) if wanted is None else wanted
+        self._max_length = max_length or default_max_length(source, self._tokenizer, longest)
         if longest is not None and self._max_length > longest:
-            raise UserError(f"--cross_encoder_max_length {wanted}: the model has positions for {longest} tokens")
-        self._budget = arguments.micro_batch_tokens
+            raise UserError(f"--{prefix}max_length {max_length}: the model has positions for {longest} tokens")
+        self._budget = micro_batch_tokens
         if self._max_length > self._budget:
             raise UserError(
                 f"--micro_batch_tokens {self._budget}: smaller than a pair of {self._max_length} tokens; raise it or "
-                "lower --cross_encoder_max_length"
+                f"lower --{prefix}max_length"
             )
 
-    def score(self, catalog: Catalog, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Scores (p,) float32 of pairs of rows, on every rank, the same bits for any number of ranks."""
-        blocks = [
-            range(start, min(start + _BLOCK_PAIRS, len(queries))) for start in range(0, len(queries), _BLOCK_PAIRS)
-        ]
+    def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Scores (p,) float32 of pairs, on every rank, the same bits for any number of ranks."""
+        blocks = [range(start, min(start + _BLOCK_PAIRS, len(pairs))) for start in range(0, len(pairs), _BLOCK_PAIRS)]
         shares = [blocks[rank :: self._world.size] for rank in range(self._world.size)]
         own = [torch.empty(0, device=self._world.device)]
-        for block in shares[self._world.rank]:
-            pairs = [(catalog.queries[queries[i]], catalog.documents[documents[i]]) for i in block]
-            own.append(self._score_block(pairs))
+        own += [self._score_block([pairs[i] for i in block]) for block in shares[self._world.rank]]
         counts = [sum(map(len, share)) for share in shares]
         gathered = self._world.all_gather_rows(torch.cat(own), counts).cpu().numpy()
-        scores = np.empty(len(queries), dtype=np.float32)
+        scores = np.empty(len(pairs), dtype=np.float32)
         scores[[i for share in shares for block in share for i in block]] = gathered
         if not np.isfinite(scores).all():
             bad = int(np.argmin(np.isfinite(scores)))
             raise UserError(
-                f"--cross_encoder: the score of '{catalog.queries[queries[bad]][:60]}' is {scores[bad]}; "
-                "try --cross_encoder_bf16 false, or another model"
+                f"--{self._flag}: the score of '{pairs[bad][0][:60]}' is {scores[bad]}; try --{self._prefix}bf16 false, or "
+                "another model"
             )
         return scores
 
@@ -92,7 +102,7 @@ class CrossEncoder:
         return scores.sigmoid() if self._probability else scores
 
 
-def _load(name: str, bf16: bool) -> tuple[Any, Any]:
+def _load(name: str, bf16: bool, flag: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -104,14 +114,14 @@ def _load(name: str, bf16: bool) -> tuple[Any, Any]:
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"--cross_encoder {name}: cannot be loaded as a sequence classifier: {first}") from None
+        raise UserError(f"--{flag} {name}: cannot be loaded as a sequence classifier: {first}") from None
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"--cross_encoder {name}: has no trained classifier (no weights {missing}); choose a reranker")
+        raise UserError(f"--{flag} {name}: has no trained classifier (no weights {missing}); choose a reranker")
     if model.config.num_labels not in (1, 2):
-        raise UserError(f"--cross_encoder {name}: has {model.config.num_labels} labels; choose a model with 1 or 2")
+        raise UserError(f"--{flag} {name}: has {model.config.num_labels} labels; choose a model with 1 or 2")
     if tokenizer.pad_token_id is None:
-        raise UserError(f"--cross_encoder {name}: its tokenizer has no pad token, which batches of pairs need")
+        raise UserError(f"--{flag} {name}: its tokenizer has no pad token, which batches of pairs need")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token by it
     return tokenizer, model

@@ -1,0 +1,336 @@
+"""Rerankers: a transformers sequence classifier with one label, which reads query and document together.
+
+Encoders have a head of their own; a decoder's is a linear layer on its last token, and the difference of two words'
+logits, as yes and no, is such a layer. What is trained is transformers' own model, forward pass included, so RUN/model
+opens in every library that opens such classifiers: its tokenizer puts the template around a pair by itself.
+
+Shapes: b pairs, S tokens (right-padded).
+"""
+
+import json
+import logging
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ds_embed.data.pairs import PairFormat
+from ds_embed.data.tokenize import TextFormat
+from ds_embed.models.card import CARD_NAME
+from ds_embed.models.cpu import use_cpu_kernels
+from ds_embed.models.kernels import register_device_kernel
+from ds_embed.models.kinds import count_positions
+from ds_embed.models.loading import ModelSource, without_foreign_code
+from ds_embed.models.lora import add_lora
+from ds_embed.models.pooling import token_mask
+from ds_embed.models.tokenizer import save_tokenizer
+from ds_embed.settings import LoraArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.reranker_arguments import RerankerModelArguments
+
+DEFAULT_TEMPLATE = "query: {query}\ndocument: {document}\nrelevant:"
+_DEFAULT_MAX_LENGTH = 512
+_PREFIX = "model."  # of the classifier in PairScorer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RerankerCard:
+    """What decides a pair's score apart from the weights, for a resumed run; scoring needs the tokenizer alone."""
+
+    base_model: str
+    pair_format: PairFormat
+    template: str | None  # None: as the tokenizer joins two texts
+    consumed_samples: int = 0
+
+    def text_formats(self) -> tuple[TextFormat, TextFormat]:
+        """How queries and documents are kept in a store."""
+        return self.pair_format.text_formats()
+
+    def describe(self, tokenizer: Any) -> list[str]:
+        """Lines that say how pairs become tokens."""
+        form = self.pair_format
+        head, middle, tail = (tokenizer.decode(ids) for ids in (form.head, form.middle, form.tail))
+        shown = json.dumps(f"{head}<query>{middle}<document>{tail}", ensure_ascii=False)
+        return [f"pairs          {shown}, at most {form.max_length:,} tokens"]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_reranker(name: str, revision: str | None = None, flag: str = "model_name_or_path") -> ModelSource:
+    """A whole model's folder, a reranker's run, or a hub name. UserError naming the flag."""
+    path = Path(name).expanduser()
+    for folder in (path / "model", path):
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"--{flag} {name}: is an adapter; merge it into its base first, by recipes/export.py")
+        if (folder / "config.json").exists():
+            return ModelSource(str(folder.resolve()), None, str(folder.resolve()), None)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"--{flag} {name}: no model there (no config.json); of a run that has not finished, wait for model/"
+        )
+    return ModelSource(name, None, name, None, revision)
+
+
+def choose_pairs(
+    source: ModelSource, arguments: RerankerModelArguments, tokenizer: Any, max_length: int | None, model: nn.Module
+) -> RerankerCard:
+    """How pairs become tokens: by the template, else as the tokenizer joins two texts, else by the default template.
+
+    `model` without weights tells how many positions there are. UserError for a length or template that can't be.
+    """
+    longest = count_positions(model)
+    length = max_length or default_max_length(source, tokenizer, longest)
+    if longest is not None and length > longest:
+        raise UserError(f"--max_length {length}: {source.base} has positions for {longest} tokens; lower it")
+    form, template = PairFormat.of(tokenizer, length), arguments.template
+    if template is None and not form.middle:
+        template = DEFAULT_TEMPLATE
+    if template is not None:
+        form = form.with_template(tokenizer, template)
+    pad = padding_token(tokenizer)
+    if form.tail and form.tail[-1] == pad and not form.has_types and hasattr(model, "score"):
+        raise UserError(
+            f"--template: a pair would end with token {pad}, the padding token, before which transformers' decoders read "
+            "the score; let the template end with a text"
+        )
+    if form.num_around + 2 > length:
+        raise UserError(f"--max_length {length}: leaves no room beside the {form.num_around} tokens around a pair")
+    return RerankerCard(source.base, form, template)
+
+
+def default_max_length(source: ModelSource, tokenizer: Any, longest: int | None) -> int:
+    """Tokens of the longest pair: what a run was trained with; else what its tokenizer and positions allow, at most 512."""
+    if (Path(source.base) / CARD_NAME).exists():
+        return tokenizer.model_max_length
+    return min(filter(None, (tokenizer.model_max_length, _DEFAULT_MAX_LENGTH, longest)))
+
+
+def padding_token(tokenizer: Any) -> int:
+    """The token that pairs are padded with. UserError where there is none."""
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    found = next((token for token in known if token is not None), None)
+    if found is None:
+        raise UserError(
+            "the tokenizer has no pad_token, which batches of pairs need; name one in tokenizer_config.json"
+        )
+    return found
+
+
+class PairScorer(nn.Module):
+    """The classifier as DeepSpeed trains it: token ids in, scores out."""
+
+    def __init__(self, model: nn.Module, has_types: bool):
+        super().__init__()
+        self.model = model
+        self.has_types = has_types
+
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True, first_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Scores (b, 1) in float32 of token ids (b, S); first_lengths (b,): tokens up to the document."""
+        seen = token_mask(lengths, input_ids.shape[1])
+        ids = input_ids.masked_fill(~seen, self.model.config.pad_token_id)  # by which decoders find the last token
+        types = {}
+        if self.has_types:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            types = {"token_type_ids": ((places >= first_lengths[:, None]) & seen).long()}
+        return self.model(input_ids=ids, attention_mask=seen.long(), **types).logits.float()
+
+
+def empty_classifier(config: Any, trust_remote_code: bool) -> nn.Module:
+    """The classifier of a config without its weights. UserError where transformers has none."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(
+            f"{config.name_or_path}: is no model with a classifier's head: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def configure(config: Any, tokenizer: Any, name: str) -> Any:
+    """The config of the reranker that a model becomes. UserError for a classifier that has several labels."""
+    is_classifier = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise UserError(f"--model_name_or_path {name}: is a classifier of {config.num_labels} labels; a reranker has 1")
+    config.num_labels = 1
+    config.pad_token_id = padding_token(tokenizer)
+    config.use_cache = False
+    # sentence-transformers' CrossEncoder would put a sigmoid behind it.
+    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    return config
+
+
+def load_scorer(
+    source: ModelSource,
+    config: Any,
+    card: RerankerCard,
+    *,
+    bf16: bool,
+    kernel: str | None,
+    trust_remote_code: bool,
+    seed: int,
+) -> tuple[PairScorer, list[str]]:
+    """The model with its weights, and the names of those of a head that it had none for, drawn from the seed.
+
+    UserError for any other weight that its files lack.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging as library_logging
+
+    library_logging.disable_progress_bar()
+    use_cpu_kernels()
+    register_device_kernel()
+    torch.manual_seed(seed)
+    verbosity = library_logging.get_verbosity()
+    library_logging.set_verbosity_error()  # it reports what we are about to say
+    try:
+        with without_foreign_code(source.base):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source.base,
+                revision=source.revision,
+                config=config,
+                dtype=torch.bfloat16 if bf16 else torch.float32,
+                attn_implementation=kernel,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    finally:
+        library_logging.set_verbosity(verbosity)
+    inner = f"{model.base_model_prefix}."
+    missing = sorted(name for name in report["missing_keys"] if name.startswith(inner) and "pooler" not in name)
+    if missing:
+        raise UserError(f"{source.base}: its weight files lack {missing[0]}; nothing is made up in its place")
+    model._weight_conversions = []  # names that only reading needs
+    return PairScorer(model, card.pair_format.has_types), sorted(report["missing_keys"])
+
+
+def head_of_words(
+    source: ModelSource, tokenizer: Any, words: list[str], card: RerankerCard, trust_remote_code: bool
+) -> np.ndarray:
+    """The row (D,) whose product with a decoder's last state is the logit of the first word less that of the second.
+
+    A word is the token that follows the template: " yes" where that is one token, else "yes". UserError else.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokens = []
+    for word in words:
+        spellings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {word}", word)]
+        one = [ids[0] for ids in spellings if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]
+        if not one:
+            raise UserError(
+                f"--yes_no {' '.join(words)}: '{word}' is not one token of {source.tokenizer}; choose another"
+            )
+        tokens.append(one[0] if not (card.template or "").endswith(("\n", " ")) else one[-1])
+    model = AutoModelForCausalLM.from_pretrained(
+        source.base, revision=source.revision, trust_remote_code=trust_remote_code
+    )
+    if model.get_output_embeddings() is None:
+        raise UserError(f"--yes_no {' '.join(words)}: {source.base} is no decoder, so words have no logits")
+    rows = model.get_output_embeddings().weight.detach().float()[tokens]
+    return (rows[0] - rows[1]).numpy()
+
+
+def put_head(scorer: PairScorer, row: np.ndarray) -> None:
+    """Make the row (D,) a decoder's head, in place; under ZeRO-3 too. Every rank must call it."""
+    from deepspeed import zero
+
+    weight = scorer.model.score.weight
+    with (
+        zero.GatheredParameters([weight], modifier_rank=0) if hasattr(weight, "ds_id") else nullcontext(),
+        torch.no_grad(),
+    ):
+        if weight.numel():
+            weight.copy_(torch.from_numpy(row)[None])
+
+
+def add_lora_behind_head(scorer: PairScorer, lora: LoraArguments, *, seed: int, dtype: torch.dtype) -> None:
+    """LoRA matrices on the model behind the head, which is trained whole, in place."""
+    prefix = scorer.model.base_model_prefix
+    holder: Any = nn.Module()
+    holder.backbone = getattr(scorer.model, prefix)
+    add_lora(holder, lora, seed=seed, dtype=dtype)
+    setattr(scorer.model, prefix, holder.backbone)
+
+
+def save_reranker(
+    scorer: PairScorer, weights: dict[str, Tensor], tokenizer: Any, card: RerankerCard, folder: Path
+) -> None:
+    """Write a folder that AutoModelForSequenceClassification and CrossEncoder open; LoRA matrices are merged.
+
+    weights: all of the scorer's, by name.
+    """
+    model = scorer.model
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+    inner = getattr(model, model.base_model_prefix)
+    if hasattr(inner, "peft_config"):
+        weights = _merged(weights, inner, f"{model.base_model_prefix}.")
+        setattr(model, model.base_model_prefix, inner.get_base_model())
+    model.save_pretrained(folder, state_dict=weights)
+    if hasattr(inner, "peft_config"):
+        setattr(model, model.base_model_prefix, inner)
+    save_tokenizer(pair_tokenizer(tokenizer, card), folder)
+    (folder / CARD_NAME).write_text(json.dumps(card.content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _merged(weights: dict[str, Tensor], peft: Any, inner: str) -> dict[str, Tensor]:
+    """The weights under the plain model's names, W + s B A in float32 where there are matrices."""
+    scales = {
+        name: m.scaling["default"] for name, m in peft.named_modules() if isinstance(getattr(m, "scaling", None), dict)
+    }
+    own, merged = f"{inner}base_model.model.", {}
+    for name, weight in weights.items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(own, inner).replace(".base_layer.", ".")
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            scale = scales[stem.removeprefix(inner)]
+            up, down = (weights[f"{stem}.lora_{side}.default.weight"].float() for side in "BA")
+            weight = (weight.float() + scale * (up @ down)).to(weight.dtype)
+        merged[plain] = weight
+    return merged
+
+
+def pair_tokenizer(tokenizer: Any, card: RerankerCard) -> Any:
+    """A tokenizer that makes of a plain call with two texts what `card` says, template and length included."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    form = card.pair_format
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    options = {}
+    if card.template is not None:
+        named = {f"<{name}>": getattr(form, name) for name in ("head", "middle", "tail") if getattr(form, name)}
+        special = [
+            {"id": name, "ids": list(ids), "tokens": [backend.id_to_token(i) for i in ids]}
+            for name, ids in named.items()
+        ]
+        order = ["<head>", "$A", "<middle>", "$B", "<tail>"]
+        pair = [part for part in order if part.startswith("$") or part in named]
+        backend.post_processor = processors.TemplateProcessing(single="$A", pair=pair, special_tokens=special)
+        options = {"model_input_names": ["input_ids", "attention_mask"]}
+    names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    names["pad_token"] = backend.id_to_token(padding_token(tokenizer))
+    options = options or {"model_input_names": list(tokenizer.model_input_names)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="right",
+        truncation_side="right",
+        model_max_length=form.max_length,
+        **options,
+        **names,
+    )

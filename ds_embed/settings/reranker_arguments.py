@@ -1,0 +1,141 @@
+"""Training a reranker: what differs from training an embedder. Constants stand for its settings that mean nothing here."""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar
+
+from ds_embed.settings.checks import above_zero, at_least, existing_files, one_of
+from ds_embed.settings.data_arguments import DataArguments, unescape
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import setting
+from ds_embed.settings.model_arguments import LoraArguments, ModelArguments
+from ds_embed.settings.run_arguments import OptimizerArguments, RunArguments
+from ds_embed.settings.step_arguments import StepArguments
+from ds_embed.settings.validation_arguments import ValidationArguments
+
+LOSSES = ("listwise", "bce", "kl")
+
+
+def _as(owner: type, name: str) -> Any:
+    """The setting of that name, as another recipe has it."""
+    known = owner.__dataclass_fields__[name]
+    default = {} if known.default is MISSING else {"default": known.default}
+    factory = {} if known.default_factory is MISSING else {"default_factory": known.default_factory}
+    return field(metadata=known.metadata, **default, **factory)
+
+
+@dataclass(kw_only=True)
+class RerankerModelArguments:
+    model_name_or_path: str = setting(
+        "model folder or hub name: an encoder, a decoder, a reranker, or a reranker's run"
+    )
+    model_revision: str | None = _as(ModelArguments, "model_revision")
+    template: str | None = setting(
+        r"text around query and document, such as 'query: {query}\ndocument: {document}\nrelevant:'; \n is a new line "
+        "(default: as the tokenizer joins two texts; where it puts nothing between them, as with most decoders, this one)",
+        default=None,
+    )
+    yes_no: list[str] = setting(
+        "two words, such as yes no: a decoder's new head starts as the difference of their logits behind the template",
+        default_factory=list,
+    )
+    attn_implementation: str | None = _as(ModelArguments, "attn_implementation")
+    trust_remote_code: bool = _as(ModelArguments, "trust_remote_code")
+    load_in_4bit: ClassVar[None] = None
+
+    def __post_init__(self):
+        if self.template is not None:
+            self.template = unescape(self.template)
+        if self.yes_no and len(self.yes_no) != 2:
+            raise UserError(f"--yes_no {' '.join(self.yes_no)}: give two words, the one for relevant first")
+
+
+@dataclass(kw_only=True)
+class RerankerLoraArguments(LoraArguments):
+    new_lora: ClassVar[bool] = False  # runs are merged when they are saved
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_variant in ("dora", "pissa"):
+            raise UserError(f"--lora_variant {self.lora_variant}: rerankers are trained with lora or rslora")
+
+
+@dataclass(kw_only=True)
+class RerankerDataArguments:
+    train_files: list[str] = _as(DataArguments, "train_files")
+    columns: list[str] = _as(DataArguments, "columns")
+    corpus_files: list[str] = _as(DataArguments, "corpus_files")
+    max_length: int | None = setting(
+        "longest pair in tokens, all included; the longer of its two texts is cut (default: what the tokenizer says, at "
+        "most 512)",
+        default=None,
+    )
+    hard_negatives: int = setting(
+        "hard negatives (neg_doc) in the group of each query; a record that has fewer gives some twice", default=7
+    )
+    hard_negatives_sampling: str = _as(DataArguments, "hard_negatives_sampling")
+    skip_bad_records: bool = _as(DataArguments, "skip_bad_records")
+    cache_dir: str = _as(DataArguments, "cache_dir")
+    sampling_probabilities: ClassVar[tuple[float, ...]] = ()
+    positives: ClassVar[str] = "all"
+    batching: ClassVar[str] = "mixed"
+    query_prefixes: ClassVar[tuple[str, ...]] = ()
+    doc_prefixes: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        existing_files("train_files", self.train_files)
+        at_least(self, 1, "hard_negatives")
+        above_zero(self, "max_length")
+        one_of(self, "hard_negatives_sampling", ("first", "random"))
+
+
+@dataclass(kw_only=True)
+class RerankerStepArguments:
+    global_batch_size: int = _as(StepArguments, "global_batch_size")
+    micro_batch_tokens: int = _as(StepArguments, "micro_batch_tokens")
+    loss: str = setting(
+        "listwise (softmax over a query's group), bce (each pair by itself) or kl (divergence from a teacher's pos_score "
+        "and neg_scores)",
+        default="listwise",
+    )
+    distillation_temperature: float = _as(StepArguments, "distillation_temperature")
+    grad_cache: bool = _as(StepArguments, "grad_cache")
+    gradient_checkpointing: bool = _as(StepArguments, "gradient_checkpointing")
+    negatives: ClassVar[str] = "pair"  # a query's documents are its own
+    temperature: ClassVar[float] = 1.0
+    learnable_temperature: ClassVar[bool] = False
+    distillation_weight: ClassVar[float] = 0.0
+    matryoshka_dims: ClassVar[tuple[int, ...]] = ()
+    matryoshka_weights: ClassVar[tuple[float, ...]] = ()
+    label_smoothing: ClassVar[float] = 0.0
+    symmetric: ClassVar[bool] = False
+    false_negative_margin: ClassVar[None] = None
+
+    def __post_init__(self):
+        above_zero(self, "global_batch_size", "micro_batch_tokens", "distillation_temperature")
+        one_of(self, "loss", LOSSES)
+
+
+@dataclass(kw_only=True)
+class RerankerValidationArguments(ValidationArguments):
+    best_metric: str | None = setting(
+        "what makes a checkpoint the best: nDCG@10 or RR@10 of each held-out record's own documents, reranked, val_loss "
+        "(lower is better) or val_accuracy (default: nDCG@10)",
+        default=None,
+    )
+    val_query_files: ClassVar[tuple[str, ...]] = ()
+    val_doc_files: ClassVar[tuple[str, ...]] = ()
+    val_metrics: ClassVar[tuple[str, ...]] = ()
+    ignore_identical_ids: ClassVar[bool] = False
+    val_save_embeddings: ClassVar[bool] = False
+
+
+RERANKER_ARGUMENTS = (
+    RerankerModelArguments,
+    RerankerLoraArguments,
+    RerankerDataArguments,
+    RerankerStepArguments,
+    OptimizerArguments,
+    RunArguments,
+    RerankerValidationArguments,
+)
+RERANKER_DEFAULTS = {"learning_rate": 2e-5, "global_batch_size": 32}

@@ -1,0 +1,295 @@
+"""Benchmarks in one command: mteb measures on rank 0, all ranks encode what it asks for.
+
+    DIR/results/MODEL/REVISION/TASK.json   in mteb's format, whole or absent; REVISION stands for weights and settings
+    DIR/results/MODEL/REVISION/table.md    one table of them
+
+Shapes: n texts, D dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import mteb
+import numpy as np
+import orjson
+import torch
+from datasets import Dataset
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata, TaskType
+from mteb.models.model_meta import ModelMeta
+from mteb.results import TaskResult
+
+from ds_embed.artifact.durable import check_writable_folder, file_when_whole, hold_lock, replaced_when_whole
+from ds_embed.artifact.identity import identify_texts
+from ds_embed.data.formats.retrieval_sets import BeirFolder, OurFiles, RetrievalSet
+from ds_embed.data.formats.tally import Tally
+from ds_embed.data.formats.trec import unique_judgments
+from ds_embed.job.ranks import World
+from ds_embed.models.loading import find_source
+from ds_embed.mteb_model import MTEBModel
+from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings.benchmark_arguments import BenchmarkArguments
+from ds_embed.settings.errors import UserError
+from ds_embed.vectors.embedder import Embedder
+
+_SIDES = ("query", "document")
+
+logger = logging.getLogger(__name__)
+
+
+def benchmark(world: World, model: ModelArguments, text: TextArguments, arguments: BenchmarkArguments) -> None:
+    """Measure the tasks that have no result yet, and write the table. Every rank must call it.
+
+    UserError for a task, folder or prompt that there is not, for data that can't be had, or for a folder in use.
+    """
+    world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
+    tasks = world.on_main("find tasks", lambda: _OnMain(find_tasks(arguments))).value
+    options = {"device": world.device, "bf16": arguments.bf16, "micro_batch_tokens": arguments.micro_batch_tokens}
+    embedder = Embedder.from_source(find_source(model), model, text, world=world, **options)
+    if world.is_main:
+        logger.info("\n".join(embedder.card.describe(embedder.tokenizer)))
+    own = {"prompts": arguments.prompts_by_key, "instruction_template": arguments.instruction_template}
+    share_encoding(world, embedder, lambda shared: measure(MTEBModel(shared, **own), tasks, arguments.output_dir))
+
+
+class _OnMain:
+    """What only rank 0 has: the other ranks get None."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __reduce__(self):
+        return _OnMain, (None,)
+
+
+def find_tasks(arguments: BenchmarkArguments) -> list[Any]:
+    """mteb's tasks, in the order in which they were asked for. UserError with the nearest name."""
+    tasks: list[Any] = []
+    for name in arguments.tasks:
+        if Path(name).is_dir():
+            folder = Path(name).expanduser().resolve()
+            records = BeirFolder(folder, arguments.split, Tally(), join_titles=True)
+            paths = [path for path in sorted(folder.glob("*.*")) if path.is_file()]
+            paths.append(folder / "qrels" / f"{arguments.split}.tsv")
+            tasks.append(_own_task(folder.name, records, paths, arguments))
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tasks += _named(name)
+    if arguments.query_files:
+        records = OurFiles(arguments.query_files, arguments.doc_files, arguments.qrels)
+        paths = [*arguments.query_files, *arguments.doc_files, *filter(None, [arguments.qrels])]
+        tasks.append(_own_task(arguments.task_name, records, paths, arguments))
+    names = [task.metadata.name for task in tasks]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--tasks: two tasks are called {repeated[0]}; rename a folder, or set --task_name")
+    _check_prompts(arguments, tasks)
+    return tasks
+
+
+def _named(name: str) -> list[Any]:
+    if "/" in name:
+        raise UserError(f"--tasks {name}: no such folder")
+    problems = []
+    for find in (lambda: [mteb.get_task(name)], lambda: list(mteb.get_benchmark(name).tasks)):
+        try:
+            return find()
+        except KeyError as error:
+            problems.append(str(error.args[0]).removeprefix("KeyError: "))
+    raise UserError(f"--tasks {name}: is no folder, and of mteb's tasks and benchmarks: {'; '.join(problems)}")
+
+
+def _check_prompts(arguments: BenchmarkArguments, tasks: list[Any]) -> None:
+    """UserError for a prompt that no task would take."""
+    known = {*_SIDES, *get_args(TaskType)} | {task.metadata.name for task in tasks}
+    for key in arguments.prompts_by_key:
+        name, _, side = key.rpartition("-")
+        if key not in known and not (name in known and side in _SIDES):
+            raise UserError(
+                f"--prompts {key}=...: is neither one of the tasks nor a type of mteb's, alone or with -query or "
+                f"-document behind it; types are {', '.join(get_args(TaskType))}"
+            )
+
+
+def _own_task(name: str, records: RetrievalSet, paths: Iterable[Any], arguments: BenchmarkArguments) -> Any:
+    class Own(_OwnTask):
+        metadata = TaskMetadata(
+            name=name,
+            description="queries, documents and judgments in files",
+            type="Retrieval",
+            main_score="ndcg_at_10",
+            dataset={"path": "files", "revision": identify_texts(paths)},
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+        )
+        ignore_identical_ids = arguments.ignore_identical_ids
+
+    task = Own()
+    task.records = records
+    return task
+
+
+class _OwnTask(AbsTaskRetrieval):
+    """Files as a retrieval task. UserError naming file and line for what can't be used."""
+
+    records: RetrievalSet
+
+    def load_data(self, *_: Any, **unused: Any) -> None:
+        documents = [{"id": one.doc_id, "text": one.pos_doc} for _, one in self.records.documents()]
+        queries = {query.query_id: query.query for _, query in self.records.queries()}
+        right: dict[str, dict[str, int]] = {}
+        ids = {one["id"] for one in documents}
+        for where, judgment in unique_judgments(self.records.judgments()):
+            for what, name, known in (("query", judgment.query_id, queries), ("document", judgment.doc_id, ids)):
+                if name not in known and (what == "query" or judgment.relevance > 0):
+                    raise UserError(f"{where}: {what} '{name}' is not among the texts, so it can't be found")
+            right.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
+        if not any(relevance > 0 for judged in right.values() for relevance in judged.values()):
+            raise UserError(f"{self.metadata.name}: no document is judged relevant, so there is nothing to measure")
+        asked = [{"id": name, "text": text} for name, text in queries.items()]
+        parts = {"queries": Dataset.from_list(asked), "corpus": Dataset.from_list(documents), "relevant_docs": right}
+        self.dataset = {"default": {"test": parts | {"top_ranked": None}}}
+        self.data_loaded = True
+
+
+class _Results(mteb.ResultCache):
+    """mteb's folder of results, whose files are whole or absent."""
+
+    def save_to_cache(self, task_result: TaskResult, model_name: ModelMeta, *_: Any, **unused: Any) -> None:
+        path = self.get_task_result_path(task_result.task_name, model_name)
+        with file_when_whole(path) as temporary:
+            task_result.to_disk(temporary)
+        with replaced_when_whole(path.with_name("model_meta.json"), binary=True) as file:
+            file.write(orjson.dumps(model_name.to_dict(), default=str, option=orjson.OPT_INDENT_2))
+
+
+def measure(model: MTEBModel, tasks: list[Any], output_dir: str) -> Path:
+    """Results of all tasks in `output_dir`, those that are there as they are; returns the table's path."""
+    folder = Path(output_dir).expanduser().resolve()
+    check_writable_folder("--output_dir", folder)
+    lock = hold_lock(folder, "--output_dir", inside=True)
+    results, meta, rows = _Results(folder), model.mteb_model_meta, []
+    for task in tasks:
+        name, revision = task.metadata.name, task.metadata.dataset.get("revision")
+        old = results.load_task_result(name, meta)
+        is_other = old is not None and old.dataset_revision != revision and not isinstance(task, AbsTaskAggregate)
+        if is_other:
+            logger.warning("warning: %s: its data set has changed since it was measured; it is measured anew", name)
+        if old is not None and not is_other and not old.get_missing_evaluations(task):
+            logger.info("%s: is there already", name)
+        else:
+            _load(task)
+            strategy = "always" if is_other else "only-missing"
+            logger.info("%s: measuring", name)
+            options = {"overwrite_strategy": strategy, "show_progress_bar": False, "co2_tracker": False}
+            old = mteb.evaluate(model, task, cache=results, **options).task_results[0]
+            if not isinstance(task, AbsTaskAggregate):
+                task.unload_data()
+        rows.append((name, task.metadata.type, task.metadata.main_score, old.get_score()))
+    table = _table(rows)
+    path = results.get_task_result_path("table", meta).with_suffix(".md")
+    with replaced_when_whole(path) as file:
+        file.write(table)
+    print(f"{meta.name}\n\n{table}\nwritten to {path}", flush=True)
+    lock.close()
+    return path
+
+
+def _load(task: Any) -> None:
+    if isinstance(task, AbsTaskAggregate):
+        return
+    try:
+        task.load_data()
+    except UserError:
+        raise
+    except OSError as error:  # of `datasets`: not found, no network, no rights
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--tasks {task.metadata.name}: its data set {task.metadata.dataset['path']} could not be had: {reason}"
+        ) from None
+
+
+def _table(rows: list[tuple[str, str, str, float]]) -> str:
+    """Markdown: the main score of each task, and means in percent over the tasks of each type and over all."""
+    lines = ["| task | type | measure | score |", "|---|---|---|---|"]
+    lines += [f"| {name} | {kind} | {measure} | {100 * score:.2f} |" for name, kind, measure, score in rows]
+    kinds = {kind: [score for _, other, _, score in rows if other == kind] for _, kind, _, _ in rows}
+    groups = list(kinds.items()) if len(kinds) > 1 else []
+    for kind, scores in [*groups, ("all", [score for *_, score in rows])]:
+        if len(scores) > 1:
+            lines.append(f"| mean of {len(scores)} | {kind} | | {100 * sum(scores) / len(scores):.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+class _Shared:
+    """An Embedder as its owner's thread sees it: what it asks for, all ranks compute."""
+
+    def __init__(self, embedder: Embedder, ask: Callable[[list[str], str, str | None], np.ndarray]):
+        self._embedder, self._ask = embedder, ask
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._embedder, name)
+
+    def encode_queries(self, texts: list[str], *, prefix: str | None = None) -> np.ndarray:
+        return self._ask(texts, "encode_queries", prefix)
+
+    def encode_documents(self, texts: list[str], *, prefix: str | None = None) -> np.ndarray:
+        return self._ask(texts, "encode_documents", prefix)
+
+
+def share_encoding(world: World, embedder: Embedder, work: Callable[[Any], object]) -> None:
+    """Run work(embedder) in a thread of rank 0, while all ranks encode the texts that it asks for.
+
+    Every rank must call it; what `work` raises is raised here.
+    """
+    asked: queue.SimpleQueue = queue.SimpleQueue()
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask(*request: Any) -> np.ndarray:
+        asked.put(request)
+        return answers.get()
+
+    def run() -> None:
+        try:
+            work(_Shared(embedder, ask))
+            asked.put(None)
+        except BaseException as error:
+            asked.put(error)
+
+    if world.is_main:
+        threading.Thread(target=run, daemon=True, name="benchmark").start()
+    texts: list[str] = []
+
+    def following() -> tuple[str, str | None, int] | None:
+        nonlocal texts
+        request = asked.get()
+        if isinstance(request, BaseException):
+            raise request
+        if request is None:
+            return None
+        texts, method, prefix = request
+        return method, prefix, len(orjson.dumps(texts)) if world.size > 1 else 0
+
+    while (request := world.on_main("measure", following)) is not None:
+        method, prefix, num_bytes = request
+        if world.size > 1:
+            texts = _broadcast(world, texts, num_bytes)
+        vectors = getattr(embedder, method)(texts, prefix=prefix, progress=world.is_main)
+        if world.is_main:
+            answers.put(vectors)
+
+
+def _broadcast(world: World, texts: list[str], num_bytes: int) -> list[str]:
+    """Rank 0's texts on every rank."""
+    content = torch.empty(num_bytes, dtype=torch.uint8, device=world.device)
+    if world.is_main:
+        content.copy_(torch.frombuffer(bytearray(orjson.dumps(texts)), dtype=torch.uint8))
+    return orjson.loads(world.broadcast(content).cpu().numpy().tobytes())

@@ -1,0 +1,23 @@
+"""Reorder the best documents of each query by a reranker: a run file, or what exact search finds in vectors.
+
+    python recipes/rerank.py --model_name_or_path RERANKER_RUN --run_file run.trec \
+        --query_files queries.jsonl --doc_files docs.jsonl --output_file reranked.trec
+    deepspeed recipes/rerank.py --model_name_or_path RERANKER_RUN --embeddings OUT/consumed_samplesX ...
+
+All ranks score; killed and started again, it goes on. recipes/evaluate.py --run_file measures what it writes.
+"""
+
+from ds_embed.job.ranks import initialize, run_recipe
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.rerank_arguments import RerankArguments
+from ds_embed.tools.rerank import rerank
+
+
+def main(argv: list[str] | None = None) -> None:
+    world = initialize()
+    (arguments,) = parse_arguments(RerankArguments, argv=argv)
+    rerank(world, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(main))
