@@ -34,7 +34,7 @@ class MTEBModel(AbsEncoder):
 
     def __init__(
         self,
-        model: str | Embedder,
+        model: str | Path | Embedder,
         revision: str | None = None,
         *,
         device: str | None = None,
@@ -42,8 +42,8 @@ class MTEBModel(AbsEncoder):
         instruction_template: str | None = None,
         **settings: Any,
     ):
-        if not isinstance(model, Embedder):
-            model = Embedder.from_pretrained(model, device=device, revision=revision, **settings)
+        if isinstance(model, (str, Path)):
+            model = Embedder.from_pretrained(str(model), device=device, revision=revision, **settings)
         self.embedder, card = model, model.card
         self.instruction_template = instruction_template
         own = self.validate_task_to_prompt_name(card.prompts, raise_for_invalid_keys=False)[0]

@@ -76,9 +76,9 @@ def local_tasks():
         min_score, max_score = 0, 5
 
         def load_data(self, *_, **unused):
-            rows = [
-                {"sentence1": a, "sentence2": b, "score": rng.uniform(0, 5)} for a, b in zip(texts[:30], texts[30:])
-            ]
+            grades = random.Random(4)
+            halves = zip(texts[:30], texts[30:])
+            rows = [{"sentence1": a, "sentence2": b, "score": grades.uniform(0, 5)} for a, b in halves]
             self.dataset = DatasetDict(test=Dataset.from_list(rows))
             self.data_loaded = True
 
