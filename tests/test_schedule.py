@@ -10,6 +10,7 @@ from ds_embed.models.engine import _parameter_groups
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import LoraArguments, OptimizerArguments
+from ds_embed.settings.errors import UserError
 from ds_embed.training.schedule import count_steps, learning_rate
 
 
@@ -22,6 +23,15 @@ def test_linear():
     got = rates(10, lr_scheduler="linear", warmup_steps=2, constant_steps=3)
     # Two of warmup, five that fall from 1 towards 0.1, three at 0.1.
     assert got == pytest.approx([0.5, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1, 0.1, 0.1])
+
+
+def test_warmup_as_a_share():
+    assert rates(10, warmup_ratio=0.21, constant_steps=2) == rates(10, warmup_steps=3, constant_steps=2)
+    assert rates(10, warmup_ratio=0.0) == rates(10)
+    with pytest.raises(UserError, match="--warmup_ratio 1.0: must be in"):
+        rates(10, warmup_ratio=1.0)
+    with pytest.raises(UserError, match="give it or --warmup_steps 2, not both"):
+        rates(10, warmup_ratio=0.1, warmup_steps=2)
 
 
 def test_cosine():

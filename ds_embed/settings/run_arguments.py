@@ -25,6 +25,10 @@ class OptimizerArguments:
     min_learning_rate: float = setting("learning rate at the end of the schedule", default=0.0)
     lr_scheduler: str = setting(f"decay after warmup: {', '.join(SCHEDULES)}", default="cosine")
     warmup_steps: int = setting("steps of linear rise to learning_rate", default=0)
+    warmup_ratio: float | None = setting(
+        "warmup_steps as a share of all steps, in [0, 1), rounded up; of a run that goes on to more steps, of those",
+        default=None,
+    )
     constant_steps: int = setting("last steps, spent at min_learning_rate", default=0)
     weight_decay: float = setting("AdamW weight decay; biases and norms have none", default=0.01)
     adam_beta1: float = setting("AdamW decay of the first moment", default=0.9)
@@ -36,6 +40,13 @@ class OptimizerArguments:
         above_zero(self, "max_steps", "num_train_epochs", "learning_rate", "adam_epsilon")
         at_least(self, 0, "min_learning_rate", "warmup_steps", "constant_steps", "weight_decay", "max_grad_norm")
         one_of(self, "lr_scheduler", SCHEDULES)
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be in [0, 1)")
+            if self.warmup_steps:
+                raise UserError(
+                    f"--warmup_ratio {self.warmup_ratio}: give it or --warmup_steps {self.warmup_steps}, not both"
+                )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be in [0, 1)")

@@ -6,6 +6,13 @@ from ds_embed.settings import OptimizerArguments
 from ds_embed.settings.errors import UserError
 
 
+def warmup_steps(max_steps: int, arguments: OptimizerArguments) -> int:
+    """Steps of linear rise, of `max_steps`."""
+    if arguments.warmup_ratio is None:
+        return arguments.warmup_steps
+    return math.ceil(arguments.warmup_ratio * max_steps)
+
+
 def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> float:
     """Rate of optimizer step `step` (the first is 1) of `max_steps`.
 
@@ -13,10 +20,11 @@ def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> f
     constant_steps at min_learning_rate. "constant" stays at learning_rate until the constant part.
     """
     peak, floor = arguments.learning_rate, arguments.min_learning_rate
-    if step <= arguments.warmup_steps:
-        return peak * step / arguments.warmup_steps
-    decay_steps = max_steps - arguments.warmup_steps - arguments.constant_steps
-    done = step - arguments.warmup_steps
+    warmup = warmup_steps(max_steps, arguments)
+    if step <= warmup:
+        return peak * step / warmup
+    decay_steps = max_steps - warmup - arguments.constant_steps
+    done = step - warmup
     if done > decay_steps:
         return floor
     if arguments.lr_scheduler == "constant":
@@ -40,9 +48,9 @@ def count_steps(num_records: int, global_batch_size: int, arguments: OptimizerAr
     if epochs is not None:
         limits.append(math.ceil(epochs * num_records / global_batch_size))
     steps = min(limits)
-    if arguments.warmup_steps + arguments.constant_steps > steps:
+    if (warmup := warmup_steps(steps, arguments)) + arguments.constant_steps > steps:
         raise UserError(
-            f"--warmup_steps {arguments.warmup_steps} and --constant_steps {arguments.constant_steps} "
+            f"--warmup_steps {warmup} and --constant_steps {arguments.constant_steps} "
             f"exceed the {steps} steps of the run; lower them"
         )
     return steps

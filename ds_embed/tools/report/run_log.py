@@ -83,7 +83,10 @@ class RunLog:
             "Ranks and ZeRO": self.state.get("written_by") or f"ZeRO-{stage}",
             "Precision": "bfloat16" if self.deepspeed.get("bf16", {}).get("enabled") else "float32",
             "Negatives": known("{}", "negatives"),
-            "Learning rate": known("{:g}, {}, {} warm-up steps", "learning_rate", "lr_scheduler", "warmup_steps"),
+            "Learning rate": known(
+                "{:g}, {}, warm-up {:.1%} of the steps", "learning_rate", "lr_scheduler", "warmup_ratio"
+            )
+            or known("{:g}, {}, {} warm-up steps", "learning_rate", "lr_scheduler", "warmup_steps"),
             "Micro-batch": known("{:,} tokens", "micro_batch_tokens"),
             "Gradient caching": known("{}", "grad_cache"),
             "Training files": "\n".join(config.get("train_files", [])),
