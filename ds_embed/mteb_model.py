@@ -94,6 +94,7 @@ class MTEBModel(AbsEncoder):
         said = (
             self.embedder.card.content,
             self.embedder.dimensions,
+            self.embedder.merging_cosine,
             self.model_prompts,
             self.instruction_template,
             dtype,

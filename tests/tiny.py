@@ -201,7 +201,9 @@ def launch_command(num_ranks: int, script: Path | str, *flags) -> list[str]:
 
 
 def launch_environment() -> dict[str, str]:
-    return os.environ | {
+    # Without what a recipe that was called in this process has noted of its own job of one rank.
+    job = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in job} | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         # Four ranks on two cores: one thread each, whatever the machine.
