@@ -4,6 +4,9 @@ Nothing there has a value, so `.item()`, `bool(tensor)`, `nonzero` and boolean i
 devices: what runs there runs on a GPU without a wait, and with all tensors on it.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -111,3 +114,23 @@ def test_a_value_that_is_fetched_is_noticed(store):
     batch = assemble_batch(store, SampleOrder(1, store.file_sizes), first_sample=0, num_queries=8, hard_negatives=2)
     with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
         step.run(step.prepare(batch))
+
+
+@pytest.mark.parametrize(
+    "set_by_user, kept",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "None"),
+    ],
+)
+def test_the_allocators_segments_grow_unless_the_user_says_otherwise(set_by_user, kept):
+    """Set before torch is loaded, which reads it once."""
+    code = (
+        "import os, sys; from ds_embed.job import ranks; assert 'torch' not in sys.modules; "
+        "ranks._meet = lambda *_: sys.exit(os.environ.get('PYTORCH_CUDA_ALLOC_CONF', 'None')); ranks.initialize()"
+    )
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | set_by_user
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip().endswith(kept)

@@ -1,0 +1,121 @@
+"""What does a step cost when its texts repeat? The same step with every document made distinct, as it is, and clustered.
+
+    python benchmarks/each_text_once.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
+        --output_dir once --global_batch_size 2048 --hard_negatives 4
+
+The records need neg_doc. In the copy of the file whose documents are distinct, the first word of each use of a document is a
+number of its own. Contestants are recipes/train_bert.py with grad_cache on one rank, by turns; the first step is left out.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from contest import Goal, Spread, launched, play, print_goals, print_table, spread, write_results
+from train import steady
+
+from ds_embed.data.files import read_records
+from ds_embed.settings import parse_arguments
+from ds_embed.settings.checks import above_zero, existing_files
+from ds_embed.settings.fields import setting
+
+DISTINCT, ONCE, CLUSTERED = "every document distinct", "each text once", "each text once, clustered"
+GOAL = 5.0
+
+
+@dataclass
+class OnceArguments:
+    model_name_or_path: str = setting("model folder or hub name")
+    train_file: str = setting("training records with neg_doc (JSONL or JSON)")
+    output_dir: str = setting("folder for runs and each_text_once.json")
+    rounds: int = setting("times that every contestant runs", default=3)
+    max_steps: int = setting("optimizer steps of a contestant; the first is not timed", default=3)
+    global_batch_size: int = setting("queries per step", default=2048)
+    hard_negatives: int = setting("per query", default=4)
+    max_length: int = setting("longest text in tokens", default=256)
+    micro_batch_tokens: int = setting("padded tokens per forward pass", default=16384)
+
+    def __post_init__(self):
+        existing_files("train_file", [self.train_file])
+        above_zero(self, "rounds", "global_batch_size", "hard_negatives")
+
+
+def make_distinct(source: str, target: Path) -> None:
+    """The records of `source` with as many different documents as they name."""
+    numbers = count()
+
+    def distinct(text: str) -> str:
+        return f"{next(numbers)} {text.partition(' ')[2]}"
+
+    with open(target, "w", encoding="utf-8") as file:
+        for _, record in read_records(source):
+            negatives = record["neg_doc"] if isinstance(record["neg_doc"], list) else [record["neg_doc"]]
+            documents = {"pos_doc": distinct(record["pos_doc"]), "neg_doc": [distinct(text) for text in negatives]}
+            file.write(json.dumps({"query": record["query"]} | documents) + "\n")
+
+
+def step(settings: OnceArguments, records: str | Path, batching: str) -> dict:
+    """Tokens and seconds of a step, and its peak memory."""
+    folder = Path(settings.output_dir).resolve()
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    flags = {
+        "deepspeed": "ds_configs/zero1.json",
+        "model_name_or_path": settings.model_name_or_path,
+        "train_files": records,
+        "output_dir": run,
+        "cache_dir": folder / "cache",
+        "query_prefix": "",
+        "doc_prefix": "",
+        "max_length": settings.max_length,
+        "global_batch_size": settings.global_batch_size,
+        "hard_negatives": settings.hard_negatives,
+        "micro_batch_tokens": settings.micro_batch_tokens,
+        "batching": batching,
+        "grad_cache": "true",
+        "max_steps": settings.max_steps,
+        "save_interval": 0,
+        "report_to": "none",
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    finished = launched(1, "recipes/train_bert.py", *words)
+    measured = steady(run / "metrics.jsonl", 1)
+    steps = settings.max_steps - 1
+    return {
+        "seconds": measured["seconds"] / steps,
+        "named": measured["num_tokens"] / steps,
+        "encoded": measured["tokens_encoded_per_second"] * measured["seconds"] / steps,
+        "peak_gib": finished.peak_gib,
+    }
+
+
+def main() -> None:
+    (settings,) = parse_arguments(OnceArguments)
+    folder = Path(settings.output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    records, distinct = Path(settings.train_file).resolve(), folder / "distinct.jsonl"
+    make_distinct(settings.train_file, distinct)
+    results = play(
+        {
+            DISTINCT: lambda _: step(settings, distinct, "mixed"),
+            ONCE: lambda _: step(settings, records, "mixed"),
+            CLUSTERED: lambda _: step(settings, records, "clustered"),
+        },
+        settings.rounds,
+    )
+    keys = ("seconds", "named", "encoded", "peak_gib")
+    rows = [[name, *(spread(results, name, key) for key in keys)] for name in results]
+    print_table(["contestant", "seconds a step", "tokens named", "tokens encoded", "peak memory, GiB"], rows)
+
+    def faster(name: str) -> Spread:
+        return Spread.of([slow["seconds"] / fast["seconds"] for slow, fast in zip(results[DISTINCT], results[name])])
+
+    reached = [Goal(f"{name}: times as fast", faster(name), GOAL) for name in (ONCE, CLUSTERED)]
+    print_goals(reached)
+    write_results(folder / "each_text_once.json", settings, results, reached)
+
+
+if __name__ == "__main__":
+    main()
