@@ -72,6 +72,13 @@ MISFITS = {
         lambda folder: edit_config(folder, vocab_size=99),
         "embed_tokens.weight is 100 x 32 in its weight files and 99 x 32 by",
     ),
+    **{
+        f"weights of {method}": (
+            lambda folder, method=method: edit_config(folder, quantization_config={"quant_method": method, "bits": 4}),
+            rf"model: its weights are quantized already \({method}\), .*--load_in_4bit nf4",
+        )
+        for method in ("bitsandbytes", "gptq", "awq", "fp8")
+    },
     "a tokenizer with more words": (
         add_words,
         "model: its tokenizer knows 'new7' as token 101, and the embedding table of .*model has 100 rows",

@@ -186,8 +186,19 @@ def count_positions(model: nn.Module) -> int | None:
 
 
 def plain_config(config: Any, name: str) -> Any:
-    """The config itself; of DPR's two encoders, which wrap a BERT, that BERT's. UserError for images and the like."""
+    """The config itself; of DPR's two encoders, which wrap a BERT, that BERT's.
+
+    UserError for images and the like, and for weights that were quantized before.
+    """
     from transformers import BertConfig
+
+    quantized = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "of an unnamed method")
+        raise UserError(
+            f"--model_name_or_path {name}: its weights are quantized already ({method}), which is not supported; give the "
+            "model that they were made from, with --load_in_4bit nf4 to hold it in 4 bits (and an adapter as --adapter_path)"
+        )
 
     if config.get_text_config() is not config and not getattr(config, "is_encoder_decoder", False):
         raise UserError(
