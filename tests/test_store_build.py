@@ -14,7 +14,8 @@ import tracemalloc
 import pytest
 from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, small_chunks, tokenizer, write_jsonl  # noqa: F401
 
-from ds_embed.artifact import shared
+from ds_embed.artifact import durable, shared
+from ds_embed.artifact.durable import hold_lock
 from ds_embed.data import store_writer
 from ds_embed.data.store import TrainingStore, build_text_store
 from ds_embed.data.tokenize import TextFormat
@@ -85,7 +86,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path, tokenizer, monkeypatch
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(shared.fcntl, "flock", no_locks)
+    monkeypatch.setattr(durable.fcntl, "flock", no_locks)
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     cache_dir = tmp_path / "cache"
     all_are_building = threading.Barrier(3)
@@ -145,11 +146,7 @@ def test_only_dead_builds_are_removed(tmp_path, tokenizer):
             os.utime(folder, (two_days_ago, two_days_ago))
         if key in ("elsewhere_long_ago", "alive_but_silent"):
             os.utime(folder / "tokens.npy", (two_days_ago, two_days_ago))
-    with (
-        shared.lock(cache_dir / "training-2", wait=False) as second,
-        shared.lock(cache_dir / "training-3", wait=False) as third,
-    ):
-        assert second and third
+    with hold_lock(cache_dir / "training-2", "--cache_dir"), hold_lock(cache_dir / "training-3", "--cache_dir"):
         build(write_jsonl(tmp_path / "a.jsonl", RECORDS), tokenizer, cache_dir)
     left = {key for key, folder in folders.items() if folder.exists()}
     assert left == {"alive", "alive_but_silent", "elsewhere", "elsewhere_still_writing"}
@@ -160,7 +157,10 @@ def test_no_room_is_a_clear_error_and_leaves_nothing(tmp_path, tokenizer):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the nearest to a full disk without being root
     try:
-        with pytest.raises(UserError, match="no room for the token store in .*; free space there or choose"):
+        with pytest.raises(
+            UserError,
+            match="the token store .* could not be written .File too large; .* MiB are free there.; free space there or choose another --cache_dir",
+        ):
             build(path, tokenizer, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -10,7 +10,6 @@ part that got lost nevertheless is noticed by its SHA-256.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ds_embed.artifact.durable import (
+    free_bytes,
     hold_lock,
     put_in_place,
     remove_all_unfinished,
@@ -197,12 +197,11 @@ class Artifact:
 
     def check_room(self, num_bytes: int) -> None:
         """UserError when the disk has no room for `num_bytes` in all."""
-        held = sum(path.stat().st_blocks * 512 for path in self.begun.iterdir())
-        free = shutil.disk_usage(self.begun).free
-        if num_bytes > held + free:
+        more = num_bytes - sum(path.stat().st_blocks * 512 for path in self.begun.iterdir())
+        if more > (free := free_bytes(self.begun)):
             raise UserError(
-                f"{self.flag}: {self.path} needs {(num_bytes - held) / 2**30:,.1f} GiB and has {free / 2**30:,.1f} GiB "
-                "free; make room or choose another place"
+                f"{self.flag}: {self.path} needs {more / 2**30:,.1f} GiB and has {free / 2**30:,.1f} GiB free; "
+                "make room or choose another place"
             )
 
     @contextmanager

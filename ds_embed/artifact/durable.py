@@ -1,7 +1,7 @@
 """Files and folders that are whole under their name or absent, on the disk when we say so, and owned by one job.
 
-What is not whole yet stands under a hidden name beside it. Hidden names, locks, fsync and renames are spelled here
-and in artifact.py alone.
+What is not whole yet stands under a hidden name beside it. Hidden names, locks, fsync and renames are spelled in this
+room alone.
 """
 
 import errno
@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -20,19 +21,9 @@ from typing import IO
 from ds_embed.settings.errors import UserError
 
 # What a disk or its owner refuses; other errors of the system are bugs.
-_DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.ENOENT,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+_DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_NO_LOCKS_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 UNFINISHED = ".unfinished-"
 _REMOVED = ".removed-"
 _READ_BYTES = 1 << 22
@@ -61,12 +52,6 @@ def sync_file(file: IO) -> None:
     os.fsync(file.fileno())
 
 
-def sync_and_close(file: IO) -> None:
-    """Close a file that was written, with its content on the disk."""
-    sync_file(file)
-    file.close()
-
-
 def sha256_of(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
     """SHA-256 of a file, or of `num_bytes` bytes (as many of them as there are) from `start` on."""
     digest, left = hashlib.sha256(), num_bytes
@@ -84,55 +69,57 @@ def written_or_named(
 ) -> Iterator[None]:
     """What the disk refuses inside is the user's to cure: a UserError with the reason and what is free.
 
-    It calls what can't be written `name`, or `path`.
+    It calls what can't be written `name`, or `path`. An error that names a file elsewhere is not about `path`.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        folder = path.absolute().parent
+        is_elsewhere = isinstance(error.filename, (str, Path)) and folder not in Path(error.filename).absolute().parents
+        if error.errno not in _DISK_ERRORS or is_elsewhere:
             raise
-        raise UserError(
-            f"{name or path} could not be written ({error.strerror}; {free_space(path)}); {cure}"
-        ) from error
+        free = f"{free_bytes(path) / 2**20:,.0f} MiB are free there"
+        raise UserError(f"{name or path} could not be written ({error.strerror}; {free}); {cure}") from error
 
 
-def free_space(path: Path) -> str:
-    """How much is free where `path` is or would be, for messages."""
-    try:
-        place = next(p for p in [path, *path.absolute().parents] if p.exists())
-        return f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"
-    except OSError as error:
-        return str(error)
+def free_bytes(path: Path) -> int:
+    """Bytes that are free where `path` is or would be."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
 def unfinished_path(path: Path, own: bool = False) -> Path:
-    """Where `path` stands until it is whole; with `own`, a place that no other process of this machine uses."""
-    return path.with_name(f"{UNFINISHED}{path.name}" + (f"-{os.getpid()}" if own else ""))
+    """Where `path` stands until it is whole; with `own`, a place that no other process or thread uses."""
+    owner = f"@{host_name()}@{os.getpid()}-{secrets.token_hex(4)}" if own else ""
+    return path.with_name(f"{UNFINISHED}{path.name}{owner}")
+
+
+def host_name() -> str:
+    return socket.gethostname().replace("@", "_").replace("/", "_")
 
 
 def remove(path: Path) -> None:
     """Remove a file or folder, or what a process that was killed in here left of it, so that it is never seen in part."""
     removed = path.with_name(f"{_REMOVED}{path.name}")
-    _delete(removed)
+    delete(removed)
     if path.is_symlink() or path.exists():
         os.rename(path, removed)
-        _delete(removed)
+        delete(removed)
 
 
 def remove_unfinished(path: Path) -> None:
     """Remove what jobs that were killed left of `path`, which the caller's lock protects from others."""
     name = re.escape(path.name)
-    left = re.compile(f"{re.escape(UNFINISHED)}{name}(-\\d+)?|{re.escape(_REMOVED)}{name}")
+    left = re.compile(f"{re.escape(UNFINISHED)}{name}(@[^@]*@[0-9]+-[0-9a-f]+)?|{re.escape(_REMOVED)}{name}")
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         if left.fullmatch(entry.name):
-            _delete(entry)
+            delete(entry)
 
 
 def remove_all_unfinished(folder: Path) -> None:
     """Remove what jobs that were killed left in a folder that the caller's lock protects from others."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name.startswith((UNFINISHED, _REMOVED)):
-            _delete(entry)
+            delete(entry)
 
 
 def set_aside(path: Path) -> Path:
@@ -144,7 +131,8 @@ def set_aside(path: Path) -> Path:
     raise UserError(f"{path.parent}: too many damaged copies of {path.name}; remove them")
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Remove a file or folder that nobody reads: it may be seen in part."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -158,20 +146,19 @@ def put_in_place(unfinished: Path, path: Path) -> None:
     """
     replaced = path.with_name(f"{_REMOVED}{path.name}")
     if path.is_dir() and unfinished.is_dir() and any(path.iterdir()):
-        _delete(replaced)
+        delete(replaced)
         os.rename(path, replaced)
     os.replace(unfinished, path)
     sync_path(path.parent)
-    _delete(replaced)
+    delete(replaced)
 
 
 @contextmanager
 def written_whole(path: Path, binary: bool = False) -> Iterator[IO]:
     """As replaced_when_whole, for those who say themselves what it means when the disk does not take the file."""
     temporary = unfinished_path(path, own=True)
-    text_settings = {} if binary else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, "wb" if binary else "w", **text_settings) as file:
+        with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file:
             yield file
             sync_file(file)
         put_in_place(temporary, path)
@@ -183,43 +170,29 @@ def written_whole(path: Path, binary: bool = False) -> Iterator[IO]:
 def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
     """A text (or binary) file that takes the name `path` only when the block ends without an error.
 
-    UserError naming it, and what is free, when the disk does not take it.
+    Who writes by name opens `file.name`. UserError naming it, and what is free, when the disk does not take it.
     """
-    with written_or_named(path), written_whole(path, binary) as file:
-        yield file
+    with written_or_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path, binary) as file:
+            yield file
 
 
 @contextmanager
-def file_when_whole(path: Path) -> Iterator[Path]:
-    """As replaced_when_whole, for those who write a file by its name: a path that becomes `path`."""
+def folder_when_whole(path: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name `path` when the block ends without an error; what stands there goes.
+
+    UserError naming it, and what is free, when the disk does not take it.
+    """
     temporary = unfinished_path(path, own=True)
     try:
         with written_or_named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            sync_path(temporary)
-            put_in_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def folder_when_whole(path: Path, name: str | None = None) -> Iterator[Path]:
-    """A folder to fill that takes the name `path` when the block ends without an error; what stands there goes.
-
-    UserError naming it (or `name`), and what is free, when the disk does not take it.
-    """
-    temporary = unfinished_path(path, own=True)
-    try:
-        with written_or_named(path, name=name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _delete(temporary)
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
             yield temporary
             sync_tree(temporary)
             put_in_place(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        delete(temporary)
 
 
 def check_writable_folder(flag: str, path: Path) -> None:
@@ -233,29 +206,36 @@ def check_writable_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: {parent} can't be written")
 
 
-def hold_lock(path: Path, flag: str, *, inside: bool = False) -> IO:
+def hold_lock(path: Path, flag: str, *, inside: bool = False, wait: bool = False) -> IO | None:
     """Own `path` for as long as the returned file lives; the system frees it however we end.
 
-    The lock is a file beside `path`, or `inside` a folder. UserError naming `flag`, `path` and the owner when
-    another process owns it. On a file system without locks a warning says so, and nothing is held.
+    The lock is a file beside `path`, or `inside` a folder. When another process owns it: `wait`, or UserError naming
+    `flag`, `path` and the owner. On a file system without locks a warning says so, nothing is held, and None returned.
     """
     lock = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
     with written_or_named(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            if not wait:
+                raise UserError(
+                    f"{flag} {path}: in use by another job ({holder}), which holds the lock {lock}; "
+                    "wait until it ends or choose another folder"
+                ) from None
+            logger.info("waiting for another job (%s) that makes %s (lock %s)", holder, path, lock)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
+    except BaseException as error:
         file.close()
-        raise UserError(
-            f"{flag} {path}: in use by another job ({holder}), which holds the lock {lock}; "
-            "wait until it ends or choose another folder"
-        ) from None
-    except OSError as error:
+        if not isinstance(error, OSError) or error.errno not in _NO_LOCKS_ERRORS:
+            raise
         logger.warning("%s: this file system has no locks (%s): see to it that one job uses it", lock, error)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+        return None

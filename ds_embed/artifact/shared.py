@@ -1,28 +1,27 @@
-"""A folder that any number of jobs may want at once, such as a token store: one makes it, the others wait for it.
-
-It is written under a hidden name beside its place, brought to the disk, and renamed. So whatever stands under the
-final name was finished, however the process that wrote it ended.
-"""
+"""A folder that any number of jobs may want at once, such as a token store: one makes it, the others wait for it."""
 
 import contextlib
-import errno
-import fcntl
 import logging
-import os
-import secrets
-import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from ds_embed.artifact.durable import UNFINISHED, sync_path
+from ds_embed.artifact.durable import (
+    UNFINISHED,
+    check_writable_folder,
+    delete,
+    hold_lock,
+    host_name,
+    remove,
+    sync_path,
+    sync_tree,
+    unfinished_path,
+    written_or_named,
+)
 from ds_embed.settings.errors import UserError
 
 # A build of another machine is taken for dead when nothing in its folder was written for this long.
 _DEAD_AFTER_SECONDS = 24 * 3600
-_NO_ROOM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 logger = logging.getLogger(__name__)
 
@@ -34,44 +33,25 @@ def obtain_folder(
 
     problem_of: what is wrong with a folder, None where it is whole. On file systems without locks each process
     builds, and the first to finish wins. Which of the two happened is logged, with `what` it is. UserError that names
-    `flag` when there is no room; nothing half-done is left behind then.
+    `flag` when the disk does not take it; nothing half-done is left behind then.
     """
     if _is_whole(final, what, problem_of):
         return final
-    _make_writable(final.parent, flag)
-    try:
-        with lock(final, wait=True) as held:
-            if _is_whole(final, what, problem_of):
-                return final
-            if held:
-                _remove_dead_builds(final)
-            return _build(final, what, problem_of, write)
-    except OSError as error:
-        if error.errno in _NO_ROOM_ERRORS:
-            raise UserError(
-                f"no room for the {what} in {final.parent} ({error.strerror}); free space there or choose another {flag}"
-            ) from error
-        raise
-
-
-def _make_writable(folder: Path, flag: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        problem = None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
-    except OSError as error:
-        problem = error.strerror
-    if problem is not None:
-        raise UserError(f"{flag}={folder} cannot be written ({problem}); choose a folder that can")
-
-
-def _build(final: Path, what: str, problem_of: Callable[[Path], str | None], write: Callable[[Path], None]) -> Path:
-    folder = _hidden(final, f"{os.getpid()}-{secrets.token_hex(4)}")
-    logger.info("building the %s %s", what, final)
-    folder.mkdir()
-    try:
+    check_writable_folder(flag, final.parent)
+    cure = f"free space there or choose another {flag}"
+    with contextlib.ExitStack() as held, written_or_named(final, cure, f"the {what} {final}"):
+        if (lock := hold_lock(final, flag, wait=True)) is not None:
+            held.enter_context(lock)
+            _remove_dead_builds(final)
+        if _is_whole(final, what, problem_of):
+            return final
+        logger.info("building the %s %s", what, final)
+        folder = unfinished_path(final, own=True)
+        held.callback(delete, folder)
+        folder.mkdir()
         write(folder)
         assert problem_of(folder) is None
-        sync_path(folder)
+        sync_tree(folder)
         clear_damaged(final, problem_of)
         try:
             folder.rename(final)
@@ -80,8 +60,6 @@ def _build(final: Path, what: str, problem_of: Callable[[Path], str | None], wri
             if problem_of(final) is not None:
                 raise
         sync_path(final.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return final
 
 
@@ -96,13 +74,9 @@ def clear_damaged(final: Path, problem_of: Callable[[Path], str | None]) -> None
     """Make room where a folder of this name stands that is not whole: its files were lost or cut."""
     # Existence first: a folder that appears between the two looks was put there whole by another process.
     problem = problem_of(final) if final.exists() else None
-    if problem is None:
-        return
-    logger.warning("%s: %s; it is replaced by a new build", final, problem)
-    # Renamed first, so that no reader meets it half deleted.
-    away = _hidden(final, f"damaged-{secrets.token_hex(4)}")
-    final.rename(away)
-    shutil.rmtree(away, ignore_errors=True)
+    if problem is not None:
+        logger.warning("%s: %s; it is replaced by a new build", final, problem)
+        remove(final)
 
 
 def _remove_dead_builds(locked: Path) -> None:
@@ -113,18 +87,15 @@ def _remove_dead_builds(locked: Path) -> None:
     silent for a day.
     """
     for folder in locked.parent.glob(f"{UNFINISHED}*@*@*"):
-        name, host, _ = folder.name.removeprefix(UNFINISHED).split("@", 2)
-        if host != _host_name() and time.time() - _last_written(folder) < _DEAD_AFTER_SECONDS:
+        name, host, _ = folder.name.removeprefix(UNFINISHED).rsplit("@", 2)
+        if host != host_name() and time.time() - _last_written(folder) < _DEAD_AFTER_SECONDS:
             continue
-        holds_already = contextlib.nullcontext(True)
-        with holds_already if name == locked.name else lock(locked.with_name(name), wait=False) as held:
-            if held:
-                logger.info("removing %s, left by a build that was killed", folder)
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _hidden(final: Path, who: str) -> Path:
-    return final.with_name(f"{UNFINISHED}{final.name}@{_host_name()}@{who}")
+        with contextlib.suppress(UserError):  # another job holds it
+            lock = None if name == locked.name else hold_lock(locked.with_name(name), "")
+            logger.info("removing %s, left by a build that was killed", folder)
+            delete(folder)
+            if lock is not None:
+                lock.close()
 
 
 def _last_written(folder: Path) -> float:
@@ -133,28 +104,3 @@ def _last_written(folder: Path) -> float:
         with contextlib.suppress(FileNotFoundError):  # it may be removed or renamed under our eyes
             times.append(path.stat().st_mtime)
     return max(times, default=time.time())
-
-
-@contextlib.contextmanager
-def lock(final: Path, wait: bool) -> Iterator[bool]:
-    """Hold the lock of `final`, which the system frees when the process ends; yields whether it is held."""
-    path = final.with_name(f".{final.name}.lock")
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            held = False
-            if wait:
-                logger.info("waiting for another process that makes it (lock %s)", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-                held = True
-        except OSError as error:
-            if error.errno not in _NO_LOCKS_ERRORS:
-                raise
-            held = False
-        yield held
-
-
-def _host_name() -> str:
-    return socket.gethostname().replace("@", "_").replace("/", "_")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ds_embed.artifact.durable import sync_and_close, sync_file
 from ds_embed.artifact.shared import obtain_folder
 from ds_embed.settings.errors import UserError
 
@@ -35,13 +34,13 @@ class NpyWriter:
         self._num_items += len(values)
 
     def finish(self) -> None:
-        """Enter the length and reach the disk."""
+        """Enter the length."""
         header_bytes = self._file.seek(0, os.SEEK_END) - self._num_items * self._dtype.itemsize
         self._file.seek(0)
         self._write_header()
         # numpy pads headers for exactly this: the length grows in place.
         assert self._file.tell() == header_bytes
-        sync_and_close(self._file)
+        self._file.close()
 
     def close(self) -> None:
         """Give up: close without promising anything about the contents."""
@@ -61,7 +60,6 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
         json.dump({**manifest, "store_files": sizes}, file, indent=1, ensure_ascii=False)
         file.write("\n")
-        sync_file(file)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -78,7 +76,7 @@ def obtain_store(cache_dir: Path, name: str, write: Callable[[Path], None]) -> P
     Any number of processes may call this at once (artifact.shared). UserError with the cure when there is no room.
     """
     cache_dir = cache_dir.expanduser()  # a default or a YAML file's value, which no shell has seen
-    return obtain_folder(cache_dir / name, "token store", "cache_dir", lambda folder: _inspect(folder)[0], write)
+    return obtain_folder(cache_dir / name, "token store", "--cache_dir", lambda folder: _inspect(folder)[0], write)
 
 
 def _inspect(folder: Path) -> tuple[str | None, dict]:

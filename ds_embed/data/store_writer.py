@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_embed.artifact.durable import sync_and_close
 from ds_embed.data.files import BadRecord
 from ds_embed.data.identity import write_positives
 from ds_embed.data.store_chunk import Chunk, ChunkTexts, File
@@ -213,7 +212,7 @@ class StoreWriter:
             "longest_text": self._longest,
         }
         if self._ids is not None:
-            sync_and_close(self._ids)
+            self._ids.close()
         else:
             counts["max_negatives"] = self._max_texts - 2
             more = write_positives(self._folder, sizes)

@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ds_embed.artifact.durable import (
     check_writable_folder,
@@ -28,7 +28,8 @@ class RunFolder:
         self.path = Path(path).expanduser().resolve()
         self._metrics = None
         self._monitor = None
-        self._lock = None
+        self._lock: IO | None = None
+        self._is_owned = False
         self.held_run = False
 
     @property
@@ -61,9 +62,9 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         """Hold RUN/.lock until this process ends, however it ends: the system frees it."""
-        if self._lock is not None:
-            return
-        self._lock = hold_lock(self.path, "--output_dir", inside=True)
+        if not self._is_owned:
+            self._lock = hold_lock(self.path, "--output_dir", inside=True)
+            self._is_owned = True
 
     def own(self, name: str) -> Path:
         """The path RUN/`name`, for this job to write: the run is its own from now on."""

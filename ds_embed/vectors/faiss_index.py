@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_embed.artifact.durable import file_when_whole
+from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.index_arguments import IndexArguments, SearchIndexArguments
 from ds_embed.vectors.search import best_of, check_search, pair_scores, search
@@ -65,9 +65,9 @@ def build_index(kind: str, documents: np.ndarray, settings: IndexArguments) -> A
 def write_index(index: Any, path: str | os.PathLike) -> None:
     """Write an index that faiss.read_index reads; the file takes its name when it is whole."""
     path = Path(path)
-    with file_when_whole(path) as unfinished:
+    with replaced_when_whole(path, binary=True) as file:
         try:
-            _faiss().write_index(index, str(unfinished))
+            _faiss().write_index(index, file.name)
         except RuntimeError as error:
             raise UserError(f"{path}: cannot be written ({_last_line(error)})") from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from ds_embed.artifact.durable import file_when_whole, replaced_when_whole
+from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.data.forms import TrainingFile
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
@@ -140,5 +140,5 @@ def plot_scores(output_file: Path, mined: Mined, unit: str) -> None:
     axes.set_xlabel(unit)
     axes.set_ylabel("share")
     axes.legend()
-    with file_when_whole(plot_path(output_file)) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120)
+    with replaced_when_whole(plot_path(output_file), binary=True) as file:
+        figure.savefig(file, format="png", dpi=120)
