@@ -20,24 +20,20 @@ from typing import Any
 from contest import CORES, Goal, in_process, play, print_goals, print_table, ratio, spread, write_results
 
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 OURS, MAP, MAP_CORES = "token store", "datasets.map", "datasets.map, a process per core"
 
 
 @dataclass
-class DataSpeedArguments:
+class DataSpeedArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name, for its tokenizer")
     output_dir: str = setting("folder for records, stores and data.json")
-    records: int = setting("training records that are generated", default=200_000)
-    rounds: int = setting("times that every contestant runs", default=3)
-    max_length: int = setting("longest text in tokens", default=128)
+    records: int = setting("training records that are generated", default=200_000, above=0)
+    rounds: int = setting("times that every contestant runs", default=3, above=0)
+    max_length: int = setting("longest text in tokens", default=128, above=0)
     batch_sizes: list[int] = setting("queries of the planned batches", default_factory=lambda: [64, 1024, 8192])
-    micro_batch_tokens: int = setting("padded tokens per forward pass, for the plan", default=4096)
-
-    def __post_init__(self):
-        above_zero(self, "records", "rounds", "max_length", "micro_batch_tokens")
+    micro_batch_tokens: int = setting("padded tokens per forward pass, for the plan", default=4096, above=0)
 
 
 def write_records(*, model: str, path: str, records: int) -> dict:

@@ -22,9 +22,8 @@ from peers import read_texts
 
 from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, at_least, existing_files
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 PEER, EMBEDDER = "sentence-transformers", "ds_embed.Embedder"
 GENERATE = "generate, {} rank(s)"
@@ -34,13 +33,13 @@ KINDS = ("mixed", "same")
 
 
 @dataclass
-class EncodingArguments:
+class EncodingArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name")
-    train_file: str = setting("training records, whose texts are encoded (JSONL or JSON)")
+    train_file: str = setting("training records, whose texts are encoded (JSONL or JSON)", files=True)
     output_dir: str = setting("folder for texts, vectors and encode.json")
-    rounds: int = setting("times that every contestant runs", default=3)
-    num_texts: int = setting("texts that are encoded", default=4000)
-    same_length: int = setting("words of the texts of one length; 0 leaves that case out", default=40)
+    rounds: int = setting("times that every contestant runs", default=3, above=0)
+    num_texts: int = setting("texts that are encoded", default=4000, above=0)
+    same_length: int = setting("words of the texts of one length; 0 leaves that case out", default=40, at_least=0)
     precisions: list[str] = setting("bf16, fp32 or both", default_factory=lambda: ["bf16", "fp32"])
     ranks: list[int] = setting("numbers of ranks of generate; 0 leaves it out", default_factory=lambda: [1, 2])
     max_length: int = setting("longest text in tokens", default=256)
@@ -48,9 +47,7 @@ class EncodingArguments:
     pooling: str = setting("mean or last", default="mean")
 
     def __post_init__(self):
-        existing_files("train_file", [self.train_file])
-        above_zero(self, "rounds", "num_texts")
-        at_least(self, 0, "same_length")
+        super().__post_init__()
         for name in self.precisions:
             if name not in PRECISIONS:
                 raise UserError(f"--precisions {name}: choose from {', '.join(PRECISIONS)}")

@@ -24,8 +24,7 @@ import torch
 from recovery import launched
 
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, at_least
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 MISTRAL_7B = dict(
     vocab_size=32000,
@@ -48,22 +47,21 @@ SMALL = MISTRAL_7B | dict(
 
 
 @dataclass
-class GpuArguments:
+class GpuArguments(Settings):
     output_dir: str = setting("folder for the model, runs, vectors and results.json")
     small: bool = setting("a model of 4 million weights in place of 7 billion, to try the script", default=False)
-    num_ranks: int = setting("ranks, one per GPU", default=1)
+    num_ranks: int = setting("ranks, one per GPU", default=1, above=0)
     stages: list[int] = setting("ZeRO stages to train under", default_factory=lambda: [2, 3])
-    max_steps: int = setting("optimizer steps of a run; the first two are not counted", default=6)
-    global_batch_size: int = setting("queries per step, each with a document and a hard negative", default=256)
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank", default=16384)
-    query_tokens: int = setting("mean tokens of a query; lengths are between half and one and a half", default=32)
-    doc_tokens: int = setting("mean tokens of a document, likewise", default=128)
-    encode_texts: int = setting("documents to encode; so many and a tenth are timed and subtracted", default=20000)
-
-    def __post_init__(self):
-        above_zero(self, "num_ranks", "global_batch_size", "micro_batch_tokens")
-        at_least(self, 3, "max_steps", "query_tokens", "doc_tokens")
-        at_least(self, 10, "encode_texts")
+    max_steps: int = setting("optimizer steps of a run; the first two are not counted", default=6, at_least=3)
+    global_batch_size: int = setting("queries per step, each with a document and a hard negative", default=256, above=0)
+    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank", default=16384, above=0)
+    query_tokens: int = setting(
+        "mean tokens of a query; lengths are between half and one and a half", default=32, at_least=3
+    )
+    doc_tokens: int = setting("mean tokens of a document, likewise", default=128, at_least=3)
+    encode_texts: int = setting(
+        "documents to encode; so many and a tenth are timed and subtracted", default=20000, at_least=10
+    )
 
 
 def matrix_rate(device: str, size: int, seconds: float = 2.0) -> float:

@@ -20,27 +20,25 @@ from typing import Any
 from contest import Spread, in_process, play, print_table, write_results
 
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, at_least
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 SHORT_PARTS = ("lora", "training", "encoding", "compiled")
 PARTS = (*SHORT_PARTS, "products")
 
 
 @dataclass
-class KernelArguments:
+class KernelArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name")
     output_dir: str = setting("folder for kernels.json")
     parts: list[str] = setting(f"what is compared: {', '.join(PARTS)}", default_factory=lambda: list(SHORT_PARTS))
-    rounds: int = setting("timed passes of either side", default=7)
-    num_texts: int = setting("texts of a pass", default=32)
-    length: int = setting("tokens of a text", default=64)
-    lora_rank: int = setting("rank of the LoRA matrices, in lora, and in compiled unless 0", default=16)
+    rounds: int = setting("timed passes of either side", default=7, above=0)
+    num_texts: int = setting("texts of a pass", default=32, above=0)
+    length: int = setting("tokens of a text", default=64, above=0)
+    lora_rank: int = setting("rank of the LoRA matrices, in lora, and in compiled unless 0", default=16, at_least=0)
 
     def __post_init__(self):
-        above_zero(self, "rounds", "num_texts", "length")
-        at_least(self, 0, "lora_rank")
+        super().__post_init__()
         if "lora" in self.parts and not self.lora_rank:
             raise UserError(
                 "--lora_rank 0: leaves nothing to compare in lora; give a rank, or leave lora out of --parts"

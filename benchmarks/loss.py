@@ -17,8 +17,7 @@ from typing import Any
 from contest import Goal, Spread, in_process, play, print_goals, print_table, ratio, spread, write_results
 
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 OURS, PLAIN = "ds_embed", "plain"
 TEMPERATURE = 0.05
@@ -26,19 +25,16 @@ LARGEST_RATIO, LARGEST_DIFFERENCE, LARGEST_GB = 1.3, 1e-6, 1.5
 
 
 @dataclass
-class LossArguments:
+class LossArguments(Settings):
     output_dir: str = setting("folder for loss.json")
-    rounds: int = setting("times that either contestant runs", default=3)
-    repeats: int = setting("calls within a process, of which the fastest counts", default=3)
+    rounds: int = setting("times that either contestant runs", default=3, above=0)
+    repeats: int = setting("calls within a process, of which the fastest counts", default=3, above=0)
     num_queries: list[int] = setting("queries, and as many documents", default_factory=lambda: [1024, 2048, 4096, 8192])
     dimensions: list[int] = setting("dimensions of the vectors", default_factory=lambda: [384, 1024])
-    exact_queries: int = setting("queries of the comparison with float64", default=4096)
+    exact_queries: int = setting("queries of the comparison with float64", default=4096, above=0)
     long: bool = setting("also measure the memory of one very large loss", default=False)
-    long_queries: int = setting("queries, and as many documents, of that one", default=65_536)
-    long_dimensions: int = setting("dimensions of that one", default=1024)
-
-    def __post_init__(self):
-        above_zero(self, "rounds", "repeats", "exact_queries", "long_queries", "long_dimensions")
+    long_queries: int = setting("queries, and as many documents, of that one", default=65_536, above=0)
+    long_dimensions: int = setting("dimensions of that one", default=1024, above=0)
 
 
 def random_table(num_queries: int, dimensions: int) -> Any:

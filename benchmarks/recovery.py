@@ -23,18 +23,17 @@ from contest import REPOSITORY, launcher
 
 from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import existing_files
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 MEASURES = ("nDCG@10", "RR@10", "R@1", "R@10")
 
 
 @dataclass
-class RecoveryArguments:
+class RecoveryArguments(Settings):
     model_name_or_path: str = setting("BERT-family model, folder or hub name")
-    train_file: str = setting("training records (JSONL or JSON)")
-    query_file: str = setting("test queries with doc_id")
-    doc_file: str = setting("test documents")
+    train_file: str = setting("training records (JSONL or JSON)", files=True)
+    query_file: str = setting("test queries with doc_id", files=True)
+    doc_file: str = setting("test documents", files=True)
     output_dir: str = setting("folder for models, vectors and results.json")
     num_layers: int = setting("last layers that are drawn anew", default=4)
     seeds: list[int] = setting("seeds of the new layers and of the order of data", default_factory=lambda: [0, 1, 2])
@@ -46,10 +45,6 @@ class RecoveryArguments:
     warmup_steps: int = setting("steps of linear rise", default=10)
     temperature: float = setting("similarities are divided by this", default=0.05)
     num_ranks: int = setting("ranks of our run", default=2)
-
-    def __post_init__(self):
-        for name in ("train_file", "query_file", "doc_file"):
-            existing_files(name, [getattr(self, name)])
 
 
 def draw_anew(settings: RecoveryArguments, seed: int, folder: Path) -> Path:

@@ -22,9 +22,8 @@ from train import recipe_of, steady
 
 from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, at_least, existing_files
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 PARTS = ("batch", "length", "ranks", "wire", "generate", "search")
 _WORDS = 6  # of a text that is encoded
@@ -32,16 +31,16 @@ _FLOAT, _BF16 = 4, 2
 
 
 @dataclass
-class ScalingArguments:
+class ScalingArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name")
-    train_file: str = setting("training records (JSONL or JSON)")
+    train_file: str = setting("training records (JSONL or JSON)", files=True)
     output_dir: str = setting("folder for runs and scaling.json")
     pooling: str = setting("mean (recipes/train_bert.py) or last (train_gpt.py)", default="mean")
     parts: list[str] = setting(f"what is measured: {', '.join(PARTS)}", default_factory=lambda: list(PARTS))
-    rounds: int = setting("times that every run is made", default=3)
-    max_steps: int = setting("optimizer steps of a run", default=4)
-    skip_steps: int = setting("first steps of these that are not timed", default=1)
-    num_layers: int = setting("first layers of the model that are kept; 0 keeps all", default=2)
+    rounds: int = setting("times that every run is made", default=3, above=0)
+    max_steps: int = setting("optimizer steps of a run", default=4, above=0)
+    skip_steps: int = setting("first steps of these that are not timed", default=1, at_least=0)
+    num_layers: int = setting("first layers of the model that are kept; 0 keeps all", default=2, at_least=0)
     batch_sizes: list[int] = setting(
         "queries per step, with grad_cache", default_factory=lambda: [64, 256, 1024, 4096, 8192]
     )
@@ -52,18 +51,16 @@ class ScalingArguments:
     modes: list[str] = setting(
         "of these runs: cached (grad_cache), kept (graphs kept)", default_factory=lambda: ["cached", "kept"]
     )
-    max_length: int = setting("longest text in tokens, where that isn't what is varied", default=32)
-    micro_batch_tokens: int = setting("padded tokens per forward pass", default=4096)
+    max_length: int = setting("longest text in tokens, where that isn't what is varied", default=32, above=0)
+    micro_batch_tokens: int = setting("padded tokens per forward pass", default=4096, above=0)
     corpus_sizes: list[int] = setting(
         "numbers of documents that are encoded, and searched",
         default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000],
     )
-    search_queries: int = setting("queries that search in them", default=1_000)
+    search_queries: int = setting("queries that search in them", default=1_000, above=0)
 
     def __post_init__(self):
-        existing_files("train_file", [self.train_file])
-        above_zero(self, "rounds", "max_steps", "max_length", "micro_batch_tokens", "search_queries")
-        at_least(self, 0, "skip_steps", "num_layers")
+        super().__post_init__()
         recipe_of(self.pooling)
         for part in self.parts:
             if part not in PARTS:

@@ -21,7 +21,6 @@ import numpy as np
 
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
 from ds_embed.settings.index_arguments import INDEX_KINDS, IndexArguments
@@ -32,19 +31,18 @@ _ROWS_AT_ONCE = 50_000
 @dataclass
 class BenchmarkArguments(IndexArguments):
     num_documents: list[int] = setting("numbers of documents", default_factory=lambda: [10_000, 100_000, 1_000_000])
-    num_queries: int = setting("number of queries", default=10_000)
-    dimensions: int = setting("dimensions of the vectors", default=384)
-    top_k: int = setting("documents kept for each query", default=100)
+    num_queries: int = setting("number of queries", default=10_000, above=0)
+    dimensions: int = setting("dimensions of the vectors", default=384, above=0)
+    top_k: int = setting("documents kept for each query", default=100, above=0)
     index: list[str] = setting("FAISS indexes to compare, or none", default_factory=lambda: ["hnsw", "ivf"])
-    index_documents: int = setting("number of documents that the indexes are built of", default=100_000)
-    noise: float = setting("length of the noise around a centre, whose length is 1", default=1.0)
-    num_threads: int | None = setting("threads of a process (default: torch's choice)", default=None)
+    index_documents: int = setting("number of documents that the indexes are built of", default=100_000, above=0)
+    noise: float = setting("length of the noise around a centre, whose length is 1", default=1.0, above=0)
+    num_threads: int | None = setting("threads of a process (default: torch's choice)", default=None, above=0)
     work_dir: str | None = setting("folder for the vectors (default: a temporary one)", default=None)
     case: str | None = setting("one row, as JSON: what the processes that this script starts are given", default=None)
 
     def __post_init__(self):
         super().__post_init__()
-        above_zero(self, "num_queries", "dimensions", "top_k", "index_documents", "noise", "num_threads")
         for name in self.index:
             if name not in (*INDEX_KINDS, "none"):
                 raise UserError(f"--index {name}: choose from {', '.join(INDEX_KINDS)}, none")

@@ -17,19 +17,18 @@ from contest import Goal, Spread, launched, play, print_goals, print_table, spre
 from train import recipe_of
 
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, existing_files
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 LONGEST_IMPORT, LONGEST_START = 0.3, 20.0
 IMPORTS = {"import ds_embed": "import ds_embed", "from ds_embed import Embedder": "from ds_embed import Embedder"}
 
 
 @dataclass
-class StartupArguments:
+class StartupArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name")
-    train_file: str = setting("training records (JSONL or JSON)")
+    train_file: str = setting("training records (JSONL or JSON)", files=True)
     output_dir: str = setting("folder for runs and startup.json")
-    rounds: int = setting("times that everything is measured", default=3)
+    rounds: int = setting("times that everything is measured", default=3, above=0)
     ranks: list[int] = setting("numbers of ranks that are launched", default_factory=lambda: [1, 2])
     deepspeed: str = setting("DeepSpeed JSON", default="ds_configs/zero1.json")
     pooling: str = setting("mean (recipes/train_bert.py) or last (train_gpt.py)", default="mean")
@@ -37,8 +36,7 @@ class StartupArguments:
     max_length: int = setting("longest text in tokens", default=256)
 
     def __post_init__(self):
-        existing_files("train_file", [self.train_file])
-        above_zero(self, "rounds")
+        super().__post_init__()
         recipe_of(self.pooling)
 
 

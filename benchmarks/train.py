@@ -24,9 +24,8 @@ from pathlib import Path
 from contest import Goal, Spread, goals, in_process, launched, play, print_goals, print_table, spread, write_results
 
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, at_least, existing_files
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 OURS, OURS_CACHED, TWO, TWO_CACHED = (
     "ds_embed",
@@ -54,29 +53,27 @@ LARGEST_PADDING = 0.10
 
 
 @dataclass
-class SpeedArguments:
+class SpeedArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name")
-    train_file: str = setting("training records (JSONL or JSON)")
+    train_file: str = setting("training records (JSONL or JSON)", files=True)
     output_dir: str = setting("folder for runs and train.json")
-    rounds: int = setting("times that every contestant runs", default=3)
-    max_steps: int = setting("optimizer steps of a contestant", default=8)
-    skip_steps: int = setting("first steps of these that are not timed", default=3)
+    rounds: int = setting("times that every contestant runs", default=3, above=0)
+    max_steps: int = setting("optimizer steps of a contestant", default=8, above=0)
+    skip_steps: int = setting("first steps of these that are not timed", default=3, at_least=0)
     contestants: list[str] = setting("names of those that take part (default: all)", default_factory=list)
     global_batch_size: int = setting("queries per step", default=64)
     max_length: int = setting("longest text in tokens", default=256)
     micro_batch_tokens: int = setting("of ours and of the bare loop, padded tokens per forward pass", default=4096)
     mini_batch_size: int = setting("of sentence-transformers' cached loss, texts per forward pass", default=32)
-    lora_rank: int = setting("rank of the LoRA matrices; 0 trains all weights", default=0)
+    lora_rank: int = setting("rank of the LoRA matrices; 0 trains all weights", default=0, at_least=0)
     pooling: str = setting("mean (recipes/train_bert.py) or last (train_gpt.py)", default="mean")
     learning_rate: float = setting("constant learning rate", default=2e-5)
     temperature: float = setting("similarities are divided by this", default=0.05)
     deepspeed: str = setting("DeepSpeed JSON of our runs", default="ds_configs/zero1.json")
-    num_layers: int = setting("first layers of the model that are kept; 0 keeps all", default=0)
+    num_layers: int = setting("first layers of the model that are kept; 0 keeps all", default=0, at_least=0)
 
     def __post_init__(self):
-        existing_files("train_file", [self.train_file])
-        above_zero(self, "rounds", "max_steps")
-        at_least(self, 0, "skip_steps", "num_layers", "lora_rank")
+        super().__post_init__()
         if self.skip_steps >= self.max_steps:
             raise UserError(f"--skip_steps {self.skip_steps}: leaves none of --max_steps {self.max_steps} to be timed")
         recipe_of(self.pooling)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import one_of
 from ds_embed.settings.fields import setting
 from ds_embed.settings.index_arguments import INDEX_KINDS, IndexArguments
 from ds_embed.vectors.vectors import read_vectors
@@ -22,11 +21,7 @@ from ds_embed.vectors.vectors import read_vectors
 class BuildIndexArguments(IndexArguments):
     embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
     output_file: str = setting("file that gets the index")
-    index: str = setting(f"kind of the index: {', '.join(INDEX_KINDS)}", default="hnsw")
-
-    def __post_init__(self):
-        super().__post_init__()
-        one_of(self, "index", INDEX_KINDS)
+    index: str = setting(f"kind of the index: {', '.join(INDEX_KINDS)}", default="hnsw", choices=INDEX_KINDS)
 
 
 def main(argv=None):

@@ -24,9 +24,8 @@ from ds_embed.data.records import parse_document_record, parse_query_record
 from ds_embed.data.skipping import describe_skipped
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, existing_files, one_of
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import listed, setting
+from ds_embed.settings.fields import Settings, listed, setting
 
 _TRAINING_OUTPUTS = ("training", "pairs", "triplets")
 _QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")
@@ -43,58 +42,57 @@ OUTPUTS = {
 
 
 @dataclass
-class ConvertArguments:
+class ConvertArguments(Settings):
     input_format: str = setting(
         "beir (a folder), test (--query_files, --doc_files, --qrels), training (records in every form that training "
         "reads), table (rows of any names, with --columns), msmarco (lines of query, positive, negative), qrels (TREC or "
-        "BEIR), run (TREC)"
+        "BEIR), run (TREC)",
+        choices=list(OUTPUTS),
     )
     output_format: str = setting(
         "training, test, beir, pairs or triplets (sentence-transformers' columns), trec_qrels, beir_qrels; from tables "
         "also queries, documents, trec_run; from runs table"
     )
     output: str = setting("file to write, or folder for beir and test; must not exist yet")
-    input: list[str] = setting("files to read, or one folder for beir", default_factory=list)
+    input: list[str] = setting("files to read, or one folder for beir", default_factory=list, files=True)
     split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", default="test")
     columns: list[str] = setting(
         "which key or column holds what, such as query=question neg_doc=worse,worst (default: told by the keys)",
         default_factory=list,
     )
     corpus_files: list[str] = setting(
-        "documents that training records name by id, as in training", default_factory=list
+        "documents that training records name by id, as in training", default_factory=list, files=True
     )
     query_files: list[str] = setting(
-        "queries of test; for id triples of MS MARCO, lines of id, text", default_factory=list
+        "queries of test; for id triples of MS MARCO, lines of id, text", default_factory=list, files=True
     )
     doc_files: list[str] = setting(
-        "documents of test; for id triples of MS MARCO, lines of id, text", default_factory=list
+        "documents of test; for id triples of MS MARCO, lines of id, text", default_factory=list, files=True
     )
-    qrels: str | None = setting("judgments of test (default: the doc_id of each query)", default=None)
+    qrels: str | None = setting("judgments of test (default: the doc_id of each query)", default=None, files=True)
     join_titles: bool = setting("put the title of a document in front of its text, as BEIR does", default=True)
     judged_negatives: bool = setting(
         "documents judged not relevant become neg_doc of the query's records", default=False
     )
-    num_negatives: int = setting("negatives in each row of triplets; a record needs so many", default=1)
+    num_negatives: int = setting("negatives in each row of triplets; a record needs so many", default=1, above=0)
     skip_bad_records: bool = setting("leave out and count records that can't be used", default=False)
     skip_unknown: bool = setting("leave out and count judgments and triples whose ids have no text", default=False)
 
     def __post_init__(self):
-        one_of(self, "input_format", list(OUTPUTS))
+        super().__post_init__()
         if self.output_format not in OUTPUTS[self.input_format]:
             outputs = ", ".join(OUTPUTS[self.input_format])
             raise UserError(f"--output_format {self.output_format}: {self.input_format} can become {outputs}")
         if self.input_format == "test":
-            existing_files("query_files", self.query_files)
-            existing_files("doc_files", self.doc_files)
+            if not self.query_files:
+                raise UserError("--query_files and --doc_files: give the files of the test set")
         elif self.input_format == "beir":
             if len(self.input) != 1:
                 raise UserError(f"--input {listed(self.input)}: want one BEIR folder")
-        else:
-            existing_files("input", self.input)
+        elif not self.input:
+            raise UserError("--input: give at least one file")
         if bool(self.query_files) != bool(self.doc_files):
             raise UserError("--query_files and --doc_files go together; one of them is missing")
-        if self.qrels is not None:
-            existing_files("qrels", [self.qrels])
         if self.query_files and self.input_format not in ("test", "msmarco"):
             raise UserError(f"--query_files {listed(self.query_files)}: only test and msmarco read them")
         if self.qrels is not None and self.input_format != "test":
@@ -103,7 +101,6 @@ class ConvertArguments:
             raise UserError("--judged_negatives true: only for training records out of a BEIR folder")
         if self.columns and self.input_format not in ("training", "table"):
             raise UserError(f"--columns {listed(self.columns)}: only for --input_format training or table")
-        above_zero(self, "num_negatives")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output}: is there already; delete it or choose another name")
 

@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import at_least
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import listed, setting
+from ds_embed.settings.fields import Settings, listed, setting
 from ds_embed.settings.index_arguments import SearchIndexArguments
 from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
 from ds_embed.vectors.metrics import (
@@ -39,7 +38,7 @@ from ds_embed.vectors.vectors import read_embeddings
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(Settings):
     embeddings: str | None = setting("folder OUT/consumed_samplesX with test_queries and test_docs", default=None)
     run_file: str | None = setting("TREC run file to measure in place of --embeddings", default=None)
     query_files: list[str] = setting(
@@ -62,7 +61,7 @@ class EvaluateArguments:
     measures: list[str] = setting(
         "measures, named as ir-measures names them", default_factory=lambda: list(DEFAULT_MEASURES)
     )
-    top_k: int = setting("number of documents kept for each query", default=100)
+    top_k: int = setting("number of documents kept for each query", default=100, at_least=1)
     write_run: bool = setting("write run.trec, whose ids cannot hold white space", default=True)
     device: str = setting("where the search runs: cpu or cuda", default="cpu")
     compare: str | None = setting("results folder of another run, to test the difference query by query", default=None)
@@ -74,10 +73,13 @@ class EvaluateArguments:
         default_factory=list,
     )
     rescore_multiplier: int = setting(
-        "binary: so many times top_k documents are reordered with the float32 query; 0 leaves that out", default=4
+        "binary: so many times top_k documents are reordered with the float32 query; 0 leaves that out",
+        default=4,
+        at_least=0,
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.embeddings is None) == (self.run_file is None):
             raise UserError("--embeddings or --run_file: give one of the two, to say what is measured")
         if not self.query_files and self.qrels is None:
@@ -88,8 +90,6 @@ class EvaluateArguments:
                     raise UserError(f"--{name} {listed(getattr(self, name))}: needs vectors; give --embeddings")
             if self.output_dir is None:
                 raise UserError("--output_dir is missing: --run_file has no folder of its own for the results")
-        at_least(self, 1, "top_k")
-        at_least(self, 0, "rescore_multiplier")
         for kind in self.quantize:
             if kind not in QUANTIZED:
                 raise UserError(f"--quantize {kind}: choose from {', '.join(QUANTIZED)}")

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import one_of
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(Settings):
     output_dir: str = setting("folder to write; must not exist, or be empty")
     run: str | None = setting("folder of a run, its model/, or a checkpoint of it", default=None)
     average: list[str] = setting(
@@ -26,16 +25,21 @@ class ExportArguments:
     )
     weights: list[float] = setting("what each run of average counts (default: all alike)", default_factory=list)
     step: int | None = setting("export the checkpoint of that step of the run instead of its model/", default=None)
-    format: str = setting("adapter, merged or sentence-transformers", default="sentence-transformers")
+    format: str = setting(
+        "adapter, merged or sentence-transformers",
+        default="sentence-transformers",
+        choices=("adapter", "merged", "sentence-transformers"),
+    )
     dtype: str = setting(
-        "of the weights of a whole model on disk: auto (the base model's), float32, bfloat16 or float16", default="auto"
+        "of the weights of a whole model on disk: auto (the base model's), float32, bfloat16 or float16",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting("where the checks run, in float32: cpu or cuda", default="cpu")
     trust_remote_code: bool = setting("run Python code that comes with the model", default=False)
 
     def __post_init__(self):
-        one_of(self, "format", ("adapter", "merged", "sentence-transformers"))
-        one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        super().__post_init__()
         if (self.run is None) == (not self.average):
             raise UserError("give --run RUN, or --average RUN1 RUN2 ... for the mean of several runs")
         if len(self.average) == 1:

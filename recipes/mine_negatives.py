@@ -9,14 +9,14 @@ neg_scores, a summary (.summary.json) and a plot of the scores (.scores.png). St
 """
 
 from ds_embed.job.ranks import initialize, run_recipe
-from ds_embed.settings import TextArguments, parse_arguments
-from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.settings import ModelArguments, TextArguments, parse_arguments
+from ds_embed.settings.mining_arguments import MINING_DEFAULTS, MiningArguments
 from ds_embed.tools.mine.job import mine
 
 
 def main() -> None:
     world = initialize()
-    mine(world, *parse_arguments(MiningModelArguments, TextArguments, MiningArguments))
+    mine(world, *parse_arguments(ModelArguments, TextArguments, MiningArguments, defaults=MINING_DEFAULTS))
 
 
 if __name__ == "__main__":

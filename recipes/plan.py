@@ -12,18 +12,7 @@ from typing import Any
 from ds_embed.job.ranks import initialize, run_recipe
 from ds_embed.models.kinds import is_bert_style, kind_of
 from ds_embed.models.loading import find_model, load_config
-from ds_embed.settings import (
-    BERT_DEFAULTS,
-    LoraArguments,
-    ModelArguments,
-    OptimizerArguments,
-    SizingArguments,
-    SizingDataArguments,
-    SizingRunArguments,
-    StepArguments,
-    ValidationArguments,
-    parse_arguments,
-)
+from ds_embed.settings import BERT_DEFAULTS, SIZING_DEFAULTS, TRAINING_ARGUMENTS, SizingArguments, parse_arguments
 from ds_embed.settings.errors import UserError
 from ds_embed.tools.plan.job import job_to_size, table
 
@@ -42,15 +31,7 @@ def main() -> None:
     if world.size > 1:
         raise UserError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
     *settings, _, sizing = parse_arguments(  # what validation takes is not counted
-        ModelArguments,
-        LoraArguments,
-        SizingDataArguments,
-        StepArguments,
-        OptimizerArguments,
-        SizingRunArguments,
-        ValidationArguments,
-        SizingArguments,
-        defaults=recipe_defaults,
+        *TRAINING_ARGUMENTS, SizingArguments, defaults=SIZING_DEFAULTS, defaults_for=recipe_defaults
     )
     print(table(job_to_size(world, *settings, sizing)))
 

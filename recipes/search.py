@@ -9,27 +9,26 @@ from dataclasses import dataclass
 
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import ModelArguments, TextArguments, parse_arguments
-from ds_embed.settings.checks import above_zero, existing_files
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 from ds_embed.settings.index_arguments import SearchIndexArguments
 
 
 @dataclass
-class SearchArguments:
+class SearchArguments(Settings):
     query: str = setting("the text to search for; may also stand first, without the flag")
     embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
-    doc_files: list[str] = setting("files the documents came from, to show their text", default_factory=list)
-    top_k: int = setting("documents shown", default=5)
-    show_characters: int = setting("characters of each document shown", default=300)
+    doc_files: list[str] = setting(
+        "files the documents came from, to show their text", default_factory=list, files=True
+    )
+    top_k: int = setting("documents shown", default=5, above=0)
+    show_characters: int = setting("characters of each document shown", default=300, above=0)
     bf16: bool = setting("encode the query in bfloat16, as generate does by default", default=True)
 
     def __post_init__(self):
-        above_zero(self, "top_k", "show_characters")
+        super().__post_init__()
         if not self.query.strip():
             raise UserError("--query: is empty; type what to search for")
-        if self.doc_files:
-            existing_files("doc_files", self.doc_files)
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 from ds_embed.job.ranks import World
-from ds_embed.settings import TextArguments
-from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings.mining_arguments import MiningArguments
 from ds_embed.tools.mine.job import mine
 
 ONE_PROCESS = World.alone()
@@ -34,7 +34,7 @@ def run(root, output, model=None, text=None, world=ONE_PROCESS, **settings):
     """Mine in this process; `model` is a folder. Returns the records that were written, and the summary."""
     settings = {"train_files": [str(root / "train.jsonl")], "output_file": str(root / output)} | settings
     arguments = MiningArguments(**settings)
-    model = MiningModelArguments(model_name_or_path=None if model is None else str(model))
+    model = ModelArguments("" if model is None else str(model))
     mine(world, model, text or TextArguments(), arguments)
     assert not (root / f"{output}.work").exists()
     return read_jsonl(root / output), json.loads((root / f"{output}.summary.json").read_text())

@@ -47,8 +47,7 @@ def settings_of(recipe: Path) -> dict[str, tuple[str, str]]:
         elif isinstance(argument, ast.Name):
             types.append(getattr(module, argument.id))
     named = [word.value.id for call in parsed for word in call.keywords if word.arg == "defaults"]
-    other = {} if not named else getattr(module, named[0])
-    other = {} if callable(other) else other
+    other = getattr(module, named[0]) if named else {}
     # Of a setting that is parsed twice, the first stands.
     fields = {field.name: field for one in reversed(types) for field in dataclasses.fields(one)}
     fields = {field.name: fields[field.name] for one in types for field in dataclasses.fields(one)}
@@ -59,7 +58,7 @@ def settings_of(recipe: Path) -> dict[str, tuple[str, str]]:
 
 def _default(field: dataclasses.Field, other: dict) -> str:
     if field.name in other:
-        return f"`{other[field.name]}`"
+        return f"`{other[field.name]}`" if other[field.name] else "-"
     if field.default_factory is not dataclasses.MISSING:
         return " ".join(f"`{value}`" for value in field.default_factory()) or "-"
     if field.default is dataclasses.MISSING:

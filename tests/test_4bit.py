@@ -13,19 +13,11 @@ from ds_embed import Embedder
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
-from ds_embed.settings import (
-    LoraArguments,
-    ModelArguments,
-    OptimizerArguments,
-    SizingArguments,
-    SizingDataArguments,
-    SizingRunArguments,
-    StepArguments,
-    parse_arguments,
-)
+from ds_embed.settings import SIZING_DEFAULTS, TRAINING_ARGUMENTS, LoraArguments, SizingArguments, parse_arguments
 from ds_embed.settings.errors import UserError
 from ds_embed.tools.plan.job import job_to_size, table
 
+PLANNED = *TRAINING_ARGUMENTS[:-1], SizingArguments
 RUNS = {"zero0": 0, "zero1": 1, "zero2": 2}
 
 
@@ -186,17 +178,9 @@ def test_refused_before_anything_is_read(place, monkeypatch, changes, words):
 
 
 def test_the_plan_counts_it(place, needs_package):
-    settings = (
-        ModelArguments,
-        LoraArguments,
-        SizingDataArguments,
-        StepArguments,
-        OptimizerArguments,
-        SizingRunArguments,
-    )
     argv = ["--model_name_or_path", str(place / "base"), "--deepspeed", "zero2", "--max_length", "32"]
     plain, quantized = (
-        job_to_size(None, *parse_arguments(*settings, SizingArguments, argv=argv + extra))
+        job_to_size(None, *parse_arguments(*PLANNED, argv=argv + extra, defaults=SIZING_DEFAULTS))
         for extra in ([], ["--load_in_4bit", "nf4"])
     )
     layers = quantized_layers(loaded(place, "nf4", bf16=True)).values()
@@ -208,4 +192,4 @@ def test_the_plan_counts_it(place, needs_package):
     assert "ZeRO-3" in table(plain) and "ZeRO-3" not in table(quantized)
     with pytest.raises(UserError, match="--load_in_4bit nf4: ZeRO-3"):
         argv[3] = "zero3"
-        job_to_size(None, *parse_arguments(*settings, SizingArguments, argv=[*argv, "--load_in_4bit", "nf4"]))
+        job_to_size(None, *parse_arguments(*PLANNED, argv=[*argv, "--load_in_4bit", "nf4"], defaults=SIZING_DEFAULTS))

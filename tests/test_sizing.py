@@ -20,12 +20,12 @@ from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import build_encoder, find_model, load_config, load_tokenizer
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import (
+    SIZING_DEFAULTS,
+    TRAINING_ARGUMENTS,
     LoraArguments,
     ModelArguments,
-    OptimizerArguments,
+    RunArguments,
     SizingArguments,
-    SizingDataArguments,
-    SizingRunArguments,
     StepArguments,
     parse_arguments,
     resolve_deepspeed_config,
@@ -111,7 +111,7 @@ def sizing_of(place, name) -> Job:
         ModelArguments(str(root / "model")),
         LoraArguments(lora_rank=case["lora"]),
         step,
-        SizingRunArguments(),
+        RunArguments("", ""),
         config,
         load_config(find_model(str(root / "model")), False),
         CARD,
@@ -214,9 +214,12 @@ def test_counts_are_those_of_real_tensors(kind, lora, checkpointing):
 
 
 def plan_of(place, *flags):
-    types = (ModelArguments, LoraArguments, SizingDataArguments, StepArguments, OptimizerArguments, SizingRunArguments)
     argv = ["--model_name_or_path", str(place[0] / "tiny"), "--max_length", "32", *flags]
-    return table(job_to_size(None, *parse_arguments(*types, SizingArguments, argv=argv)))
+    return table(
+        job_to_size(
+            None, *parse_arguments(*TRAINING_ARGUMENTS[:-1], SizingArguments, argv=argv, defaults=SIZING_DEFAULTS)
+        )
+    )
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("ds_configs/*.json")), ids=lambda path: path.stem)

@@ -7,19 +7,14 @@ from ds_embed.settings.model_arguments import LoraArguments, ModelArguments
 from ds_embed.settings.parsing import parse_arguments
 from ds_embed.settings.report_arguments import ReportArguments
 from ds_embed.settings.run_arguments import OptimizerArguments, RunArguments
-from ds_embed.settings.sizing_arguments import (
-    DryRunArguments,
-    HardwareArguments,
-    SizingArguments,
-    SizingDataArguments,
-    SizingRunArguments,
-)
+from ds_embed.settings.sizing_arguments import SIZING_DEFAULTS, DryRunArguments, HardwareArguments, SizingArguments
 from ds_embed.settings.step_arguments import StepArguments
 from ds_embed.settings.training import BERT_DEFAULTS, TRAINING_ARGUMENTS
 from ds_embed.settings.validation_arguments import ValidationArguments
 
 __all__ = [
     "BERT_DEFAULTS",
+    "SIZING_DEFAULTS",
     "TRAINING_ARGUMENTS",
     "DataArguments",
     "DryRunArguments",
@@ -31,8 +26,6 @@ __all__ = [
     "ReportArguments",
     "RunArguments",
     "SizingArguments",
-    "SizingDataArguments",
-    "SizingRunArguments",
     "StepArguments",
     "TextArguments",
     "ValidationArguments",

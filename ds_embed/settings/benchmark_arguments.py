@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_embed.settings.checks import above_zero, existing_files
 from ds_embed.settings.data_arguments import unescape
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
@@ -24,8 +23,9 @@ class BenchmarkArguments(JobArguments):
     query_files: list[str] = setting(
         "own files as a further task: queries, whose doc_id is the right document unless --qrels is given",
         default_factory=list,
+        files=True,
     )
-    doc_files: list[str] = setting("the documents of query_files", default_factory=list)
+    doc_files: list[str] = setting("the documents of query_files", default_factory=list, files=True)
     qrels: str | None = setting("judgments of query_files, as recipes/evaluate.py reads them", default=None)
     task_name: str = setting("name of the task that query_files make", default="own")
     ignore_identical_ids: bool = setting(
@@ -43,18 +43,17 @@ class BenchmarkArguments(JobArguments):
         default=None,
     )
     bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank: sets the memory", default=16384)
+    micro_batch_tokens: int = setting(
+        "padded tokens per forward pass of one rank: sets the memory", default=16384, above=0
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        above_zero(self, "micro_batch_tokens")
         if not self.tasks and not self.query_files:
             raise UserError("nothing to measure: give --tasks, or --query_files and --doc_files")
         for name, other in (("query_files", "doc_files"), ("doc_files", "query_files")):
-            if getattr(self, name):
-                existing_files(name, getattr(self, name))
-                if not getattr(self, other):
-                    raise UserError(f"--{name}: a task needs queries and documents; give --{other} too")
+            if getattr(self, name) and not getattr(self, other):
+                raise UserError(f"--{name}: a task needs queries and documents; give --{other} too")
         if self.qrels is not None and not self.query_files:
             raise UserError(f"--qrels {self.qrels}: has no effect without --query_files; BEIR folders have their own")
         if Path(self.task_name).name != self.task_name or not self.task_name:

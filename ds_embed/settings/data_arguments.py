@@ -3,9 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from ds_embed.settings.checks import above_zero, at_least, existing_files, one_of
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import listed, setting
+from ds_embed.settings.fields import Settings, listed, setting
 
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_QUERY_PREFIX = "query: "
@@ -15,16 +14,17 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclass
-class TextArguments:
+class TextArguments(Settings):
     """How a text becomes tokens; the same fields are stored beside a trained model."""
 
     max_length: int | None = setting(
         "longest text in tokens, special tokens included; the rest is cut off "
         f"(default: as the model's own files say, else {DEFAULT_MAX_LENGTH})",
         default=None,
+        above=0,
     )
-    query_max_length: int | None = setting("longest query in tokens (default: max_length)", default=None)
-    doc_max_length: int | None = setting("longest document in tokens (default: max_length)", default=None)
+    query_max_length: int | None = setting("longest query in tokens (default: max_length)", default=None, above=0)
+    doc_max_length: int | None = setting("longest document in tokens (default: max_length)", default=None, above=0)
     query_prefix: str | None = setting(
         f"text put in front of every query, such as an instruction; with {TEXT_PLACE} in it, the query stands there; "
         rf"\n is a new line (default: as the model's own files say, else '{DEFAULT_QUERY_PREFIX}')",
@@ -37,7 +37,7 @@ class TextArguments:
     )
 
     def __post_init__(self):
-        above_zero(self, "max_length", "query_max_length", "doc_max_length")
+        super().__post_init__()
         for name in ("query_prefix", "doc_prefix"):
             if getattr(self, name) is not None:
                 check_prefix(name, getattr(self, name))
@@ -55,12 +55,12 @@ def unescape(prefix: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], prefix)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataArguments(TextArguments):
     train_files: list[str] = setting(
         "training records: files (JSON, JSONL, CSV, TSV, Parquet, packed or not), folders of such, patterns, URLs, "
         "data sets as NAME:SPLIT or NAME:CONFIG:SPLIT; docs/data_formats.md has the forms",
-        default_factory=list,
+        files=True,
     )
     columns: list[str] = setting(
         "which key or column holds what in the training and held-out records, such as query=question "
@@ -69,16 +69,20 @@ class DataArguments(TextArguments):
         default_factory=list,
     )
     corpus_files: list[str] = setting(
-        "documents that training records name by id, as Tevatron's positive_document_ids do", default_factory=list
+        "documents that training records name by id, as Tevatron's positive_document_ids do",
+        default_factory=list,
+        files=True,
     )
     positives: str = setting(
         "of a record with several positives: all (each is a sample) or random (one of them is drawn in every pass)",
         default="all",
+        choices=("all", "random"),
     )
     sampling_probabilities: list[float] = setting(
         "share of the samples that comes from each of train_files, in any unit; a pass is then as many samples as "
         "there are records in all (default: every record once per pass)",
         default_factory=list,
+        above=0,
     )
     query_prefixes: list[str] = setting(
         "query_prefix of each of train_files, where they need different instructions; query_prefix is then the one "
@@ -90,14 +94,17 @@ class DataArguments(TextArguments):
         "mixed (a global batch holds samples of all files), homogeneous (of one file) or clustered (mixed, and records that "
         "share documents stand together, so that there are fewer texts to encode)",
         default="mixed",
+        choices=("mixed", "homogeneous", "clustered"),
     )
     hard_negatives: int = setting(
         "hard negatives (neg_doc) used per query; those of records that have none are the batch's documents alone",
         default=0,
+        at_least=0,
     )
     hard_negatives_sampling: str = setting(
         "which of a record's negatives are used: first (the first ones) or random (others in every pass)",
         default="first",
+        choices=("first", "random"),
     )
     skip_bad_records: bool = setting(
         "leave out training records that can't be used, counted by reason, in place of stopping at the first",
@@ -109,18 +116,11 @@ class DataArguments(TextArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        existing_files("train_files", self.train_files)
-        if self.corpus_files:
-            existing_files("corpus_files", self.corpus_files)
-        at_least(self, 0, "hard_negatives")
-        one_of(self, "positives", ("all", "random"))
-        one_of(self, "batching", ("mixed", "homogeneous", "clustered"))
         if self.batching == "clustered" and self.positives == "random":
             raise UserError(
                 "--batching clustered: goes by each record's positive document, and --positives random draws one; set "
                 "--positives all or --batching mixed"
             )
-        one_of(self, "hard_negatives_sampling", ("first", "random"))
         shares, shown = self.sampling_probabilities, listed(self.sampling_probabilities)
         if shares and len(shares) != len(self.train_files):
             raise UserError(
@@ -129,8 +129,6 @@ class DataArguments(TextArguments):
             )
         for name, single in (("query_prefixes", "query_prefix"), ("doc_prefixes", "doc_prefix")):
             self._check_prefixes(name, single)
-        if any(not 0 < share < float("inf") for share in shares):
-            raise UserError(f"--sampling_probabilities {shown}: each must be greater than 0; leave a file out instead")
 
     def _check_prefixes(self, name: str, single: str) -> None:
         prefixes = getattr(self, name)

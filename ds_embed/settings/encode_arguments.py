@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from ds_embed.settings.checks import above_zero, at_least, existing_files
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
 from ds_embed.settings.job_arguments import JobArguments
@@ -27,28 +26,36 @@ class EncodeArguments(JobArguments):
         "encoding faster and moves vectors by what is printed; not under ZeRO-3",
         default=False,
     )
-    query_files: list[str] = setting("files of queries: query, query_id; as train_files", default_factory=list)
-    doc_files: list[str] = setting("files of documents: pos_doc, doc_id; as train_files", default_factory=list)
+    query_files: list[str] = setting(
+        "files of queries: query, query_id; as train_files", default_factory=list, files=True
+    )
+    doc_files: list[str] = setting(
+        "files of documents: pos_doc, doc_id; as train_files", default_factory=list, files=True
+    )
     columns: list[str] = setting(
         "which key or column holds what, such as query=question or doc_id=number; for the keys query and query_id, "
         "and for pos_doc, doc_id and title (default: told by the keys)",
         default_factory=list,
     )
     output_prefix: str = setting("folder that gets consumed_samplesX/", default="embeddings")
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank: sets the memory", default=16384)
+    micro_batch_tokens: int = setting(
+        "padded tokens per forward pass of one rank: sets the memory", default=16384, above=0
+    )
     cache_dir: str = setting(
         "folder for prepared tokens, seen by all nodes and reused by later runs", default="~/.cache/ds_embed"
     )
 
     save_seconds: float = setting(
-        "seconds between saves of the rows encoded so far; a job that was killed goes on from the last", default=30.0
+        "seconds between saves of the rows encoded so far; a job that was killed goes on from the last",
+        default=30.0,
+        at_least=0,
     )
     accept_changes: list[str] = setting(
         "what may differ from how the rows so far were encoded, since it changes rounding alone: micro_batch_tokens, "
         "attn_implementation, kernels (how the machine multiplies)",
         default_factory=list,
     )
-    num_shards: int = setting("parts that the rows are cut into, each encoded by a job of its own", default=1)
+    num_shards: int = setting("parts that the rows are cut into, each encoded by a job of its own", default=1, above=0)
     shard_index: int | None = setting("which of the num_shards parts this job encodes, from 0", default=None)
     merge_shards: bool = setting(
         "encode nothing and put the finished parts of num_shards jobs together; other flags as in those jobs",
@@ -62,11 +69,6 @@ class EncodeArguments(JobArguments):
         for word in self.columns:
             if word.partition("=")[0] not in _COLUMN_KEYS:
                 raise UserError(f"--columns {word}: want KEY=COLUMN, where KEY is one of {', '.join(_COLUMN_KEYS)}")
-        for name in ("query_files", "doc_files"):
-            if getattr(self, name):
-                existing_files(name, getattr(self, name))
-        above_zero(self, "micro_batch_tokens", "num_shards")
-        at_least(self, 0, "save_seconds")
         for name in self.accept_changes:
             if name not in ROUNDING_SETTINGS:
                 raise UserError(

@@ -16,11 +16,9 @@ _TITLES = {
     "LoraArguments": "LoRA",
     "TextArguments": "texts",
     "DataArguments": "data and texts",
-    "SizingDataArguments": "data and texts",
     "StepArguments": "batch and loss",
     "OptimizerArguments": "optimizer",
     "RunArguments": "run: folder, checkpoints, logs",
-    "SizingRunArguments": "run",
     "DryRunArguments": "dry run",
 }
 

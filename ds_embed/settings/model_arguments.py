@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from ds_embed.settings.checks import above_zero, at_least, one_of
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 POOLINGS = ("mean", "cls", "last", "weighted_mean", "max", "mean_sqrt_len")
 LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
@@ -12,7 +11,7 @@ QUANTIZATIONS = ("nf4",)
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name: a base model, a run, a LoRA adapter")
     adapter_path: str | None = setting("run or PEFT folder whose LoRA adapter goes on the base model", default=None)
     model_revision: str | None = setting(
@@ -47,11 +46,11 @@ class ModelArguments:
         "and frozen under the LoRA matrices that are trained, which fit the whole base model too; not under ZeRO-3 "
         "(default: in the precision of --bf16)",
         default=None,
+        choices=QUANTIZATIONS,
     )
 
     def __post_init__(self):
-        if self.load_in_4bit is not None:
-            one_of(self, "load_in_4bit", QUANTIZATIONS)
+        super().__post_init__()
         for name in (self.pooling or "").split("+") if self.pooling is not None else []:
             if name not in POOLINGS:
                 raise UserError(
@@ -60,19 +59,25 @@ class ModelArguments:
 
 
 @dataclass
-class LoraArguments:
+class LoraArguments(Settings):
     """None stands for a default that only the model tells: a LoRA run trained further keeps its own settings."""
 
     lora_rank: int | None = setting(
         "rank of the LoRA matrices; 0 trains all weights, those of a LoRA run merged into its base first "
         "(default: that of the LoRA run that is trained further, else 16 for decoders and 0 for BERT)",
         default=None,
+        at_least=0,
     )
     lora_alpha: float | None = setting(
-        "LoRA scale: updates are multiplied by lora_alpha / lora_rank (default: the run's own, else 32)", default=None
+        "LoRA scale: updates are multiplied by lora_alpha / lora_rank (default: the run's own, else 32)",
+        default=None,
+        above=0,
     )
     lora_dropout: float | None = setting(
-        "dropout probability on the input of the LoRA matrices (default: the run's own, else 0)", default=None
+        "dropout probability on the input of the LoRA matrices (default: the run's own, else 0)",
+        default=None,
+        at_least=0,
+        below=1,
     )
     lora_target_modules: list[str] | None = setting(
         "names of the modules that get LoRA matrices, or all-linear (default: the run's own, else all-linear)",
@@ -83,21 +88,13 @@ class LoraArguments:
         "pissa: starts at the largest singular values of a weight, and is saved as a lora of twice the rank "
         "(default: the run's own, else lora)",
         default=None,
+        choices=LORA_VARIANTS,
     )
     new_lora: bool = setting(
         "merge the LoRA run that is trained further into its base, in float32 as RUN/base, and start new matrices "
         "instead of going on with its own",
         default=False,
     )
-
-    def __post_init__(self):
-        at_least(self, 0, *(name for name in ("lora_rank", "lora_dropout") if getattr(self, name) is not None))
-        if self.lora_alpha is not None:
-            above_zero(self, "lora_alpha")
-        if self.lora_dropout is not None and not self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout}: must be below 1")
-        if self.lora_variant is not None:
-            one_of(self, "lora_variant", LORA_VARIANTS)
 
     def with_defaults(self, rank: int) -> "LoraArguments":
         """The same, with the defaults of new matrices for what is not set; `rank` is that of the rank."""

@@ -12,79 +12,59 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.help_page import help_page
 
 _NOT_GIVEN = object()
-# What flags of Hugging Face's trainer, sentence-transformers, Tevatron, FlagEmbedding, Automodel and ms-swift are here.
-ELSEWHERE = {
-    "per_device_train_batch_size": "--global_batch_size, over all ranks",
-    "per_device_eval_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
-    "gradient_accumulation_steps": "--global_batch_size, over all ranks: micro-batches follow from --micro_batch_tokens",
-    "local_batch_size": "--global_batch_size, over all ranks",
-    "mini_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
-    "sub_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
-    "gc_q_chunk_size": "--micro_batch_tokens, the tokens of a forward pass",
-    "gc_p_chunk_size": "--micro_batch_tokens, the tokens of a forward pass",
-    "cached_batch_size": "--micro_batch_tokens, the tokens of a forward pass",
-    "negatives_cross_device": "nothing: negatives always come from all ranks",
-    "negatives_x_device": "nothing: negatives always come from all ranks",
-    "gather_across_devices": "nothing: negatives always come from all ranks",
-    "do_distributed_inbatch_negative": "nothing: negatives always come from all ranks",
-    "save_steps": "--save_interval",
-    "ckpt_every_steps": "--save_interval",
-    "logging_steps": "--log_interval",
-    "eval_steps": "--val_check_interval",
-    "val_every_steps": "--val_check_interval",
-    "eval_on_start": "--val_before_training",
-    "load_best_model_at_end": "--load_best_at_end",
-    "metric_for_best_model": "--best_metric",
-    "lr_scheduler_type": "--lr_scheduler",
-    "lr": "--learning_rate",
-    "num_epochs": "--num_train_epochs",
-    "gradient_clipping": "--max_grad_norm",
-    "query_max_len": "--query_max_length",
-    "q_max_len": "--query_max_length",
-    "passage_max_len": "--doc_max_length",
-    "p_max_len": "--doc_max_length",
-    "max_seq_length": "--max_length",
-    "train_group_size": "--hard_negatives, one less",
-    "n_passages": "--hard_negatives, one less",
-    "train_n_passages": "--hard_negatives, one less",
-    "lora_r": "--lora_rank",
-    "lora": "--lora_rank",
-    "passage_prefix": "--doc_prefix",
-    "query_instruction_for_retrieval": "--query_prefix",
-    "passage_instruction_for_retrieval": "--doc_prefix",
-    "query_instruction_for_embedding": "--query_prefix",
-    "sentence_pooling_method": "--pooling",
-    "pooling_method": "--pooling",
-    "normalize_embeddings": "--normalize",
-    "l2_normalize": "--normalize",
-    "scale": "--temperature, 1 divided by it",
-    "train_data": "--train_files",
-    "dataset": "--train_files",
-    "dataset_name": "--train_files, NAME:SPLIT",
-    "dataset_path": "--train_files",
-    "data_dir_list": "--train_files",
-    "corpus_name": "--corpus_files, NAME:SPLIT",
-    "corpus_path": "--corpus_files",
-    "model": "--model_name_or_path",
-    "pretrained_model_name_or_path": "--model_name_or_path",
-    "resume_from_checkpoint": "nothing in a new run: --resume_if_exists goes on where --output_dir stands",
-    "overwrite_output_dir": "nothing: an --output_dir that is there is gone on with or refused",
-    "fp16": "--bf16: bfloat16 or float32",
-    "knowledge_distillation": "--distillation_weight",
-    "kd_loss_type": "--distillation_weight",
-    "dataloader_num_workers": "nothing: tokens are prepared once and mapped",
-    "dataloader_drop_last": "nothing: every batch is full",
+# What is said of flags of Hugging Face's trainer, sentence-transformers, Tevatron, FlagEmbedding, Automodel and ms-swift.
+_OURS = {
+    "--global_batch_size, over all ranks": "per_device_train_batch_size local_batch_size",
+    "--micro_batch_tokens, the tokens of a forward pass": "per_device_eval_batch_size mini_batch_size sub_batch_size "
+    "gc_q_chunk_size gc_p_chunk_size cached_batch_size",
+    "--global_batch_size, over all ranks: micro-batches follow from --micro_batch_tokens": "gradient_accumulation_steps",
+    "nothing: negatives always come from all ranks": "negatives_cross_device negatives_x_device gather_across_devices "
+    "do_distributed_inbatch_negative",
+    "--save_interval": "save_steps ckpt_every_steps",
+    "--log_interval": "logging_steps",
+    "--val_check_interval": "eval_steps val_every_steps",
+    "--val_before_training": "eval_on_start",
+    "--load_best_at_end": "load_best_model_at_end",
+    "--best_metric": "metric_for_best_model",
+    "--lr_scheduler": "lr_scheduler_type",
+    "--learning_rate": "lr",
+    "--num_train_epochs": "num_epochs",
+    "--max_grad_norm": "gradient_clipping",
+    "--query_max_length": "query_max_len q_max_len",
+    "--doc_max_length": "passage_max_len p_max_len",
+    "--max_length": "max_seq_length",
+    "--hard_negatives, one less": "train_group_size n_passages train_n_passages",
+    "--lora_rank": "lora_r lora",
+    "--doc_prefix": "passage_prefix passage_instruction_for_retrieval",
+    "--query_prefix": "query_instruction_for_retrieval query_instruction_for_embedding",
+    "--pooling": "sentence_pooling_method pooling_method",
+    "--normalize": "normalize_embeddings l2_normalize",
+    "--temperature, 1 divided by it": "scale",
+    "--train_files": "train_data dataset dataset_path data_dir_list",
+    "--train_files, NAME:SPLIT": "dataset_name",
+    "--corpus_files, NAME:SPLIT": "corpus_name",
+    "--corpus_files": "corpus_path",
+    "--model_name_or_path": "model pretrained_model_name_or_path",
+    "nothing in a new run: --resume_if_exists goes on where --output_dir stands": "resume_from_checkpoint",
+    "nothing: an --output_dir that is there is gone on with or refused": "overwrite_output_dir",
+    "--bf16: bfloat16 or float32": "fp16",
+    "--distillation_weight": "knowledge_distillation kd_loss_type",
+    "nothing: tokens are prepared once and mapped": "dataloader_num_workers",
+    "nothing: every batch is full": "dataloader_drop_last",
 }
+ELSEWHERE = {name: ours for ours, names in _OURS.items() for name in names.split()}
 
 
 def parse_arguments(
     *types: type,
     argv: Sequence[str] | None = None,
-    defaults: Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    defaults_for: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """Fill dataclasses from flags and from `--config FILE.yaml`, whose keys are flag names; flags win.
 
-    `defaults` stand for those of the fields they name; it may be a function of the settings that were given.
+    `defaults` stand for those of the fields they name, and what `defaults_for` makes of the settings that were given
+    for both; a required field with one of `defaults` may be left out.
     Returns one instance per type. Raises UserError on an unknown flag or key (with the nearest known
     name), on a value of the wrong type, on a missing required flag, and whatever the dataclasses'
     own checks raise.
@@ -94,8 +74,10 @@ def parse_arguments(
     argv = [arg for arg in argv if not re.fullmatch(r"--local_rank=\d+", arg)]
     argv, config_path = _take_config_flag(argv)
     parser = _make_parser(types)
-    if not callable(defaults):
-        parser.set_defaults(**(defaults or {}))
+    defaults = defaults or {}
+    parser.set_defaults(**defaults)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in defaults
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
     if config_path is not None:
         argv = _yaml_as_flags(config_path, known) + argv
@@ -112,7 +94,7 @@ def parse_arguments(
     given = {name: value for name, value in vars(namespace).items() if value is not _NOT_GIVEN}
     # A boolean that is true by default has a second flag, --no_NAME; the first one holds the default.
     values = {action.dest: action.default for action in reversed(parser._actions)}
-    values |= (defaults(given) if callable(defaults) else {}) | given
+    values |= {**(defaults_for(given) if defaults_for else {}), **given}
     return tuple(t(**{f: values[f] for f in t.__dataclass_fields__ if f in values}) for t in types)
 
 
@@ -122,6 +104,9 @@ def _make_parser(types):
     class Parser(HfArgumentParser):
         def format_help(self):
             return help_page(list(types), self, self.prog)
+
+        def add_argument(self, *names, declared=None, **kwargs):
+            return super().add_argument(*names, **kwargs)
 
         def error(self, message):
             # Every flag is known with dashes too; naming both would only make the message longer.

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from ds_embed.settings.checks import above_zero, existing_files
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
 from ds_embed.settings.job_arguments import JobArguments
@@ -18,21 +17,21 @@ class RerankArguments(JobArguments):
         "folder OUT/consumed_samplesX of recipes/generate.py, whose exact search gives the documents, in place of run_file",
         default=None,
     )
-    query_files: list[str] = setting("files with the texts of the queries")
-    doc_files: list[str] = setting("files with the texts of the documents")
+    query_files: list[str] = setting("files with the texts of the queries", files=True)
+    doc_files: list[str] = setting("files with the texts of the documents", files=True)
     output_file: str = setting("TREC run file to write; must not exist")
-    top_k: int = setting("documents of a query that are reranked, and written", default=100)
+    top_k: int = setting("documents of a query that are reranked, and written", default=100, above=0)
     max_length: int | None = setting(
         "longest pair in tokens (default: as the run was trained, else what the model allows, at most 512)",
         default=None,
+        above=0,
     )
     bf16: bool = setting("compute in bfloat16, whose scores have 3 digits; false computes in float32", default=False)
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank: sets the memory", default=16384)
+    micro_batch_tokens: int = setting(
+        "padded tokens per forward pass of one rank: sets the memory", default=16384, above=0
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if (self.run_file is None) == (self.embeddings is None):
             raise UserError("--run_file or --embeddings: give one of the two, to say what is reranked")
-        for name in ("query_files", "doc_files"):
-            existing_files(name, getattr(self, name))
-        above_zero(self, "top_k", "max_length", "micro_batch_tokens")

@@ -3,10 +3,9 @@
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar
 
-from ds_embed.settings.checks import above_zero, at_least, existing_files, one_of
 from ds_embed.settings.data_arguments import DataArguments, unescape
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 from ds_embed.settings.model_arguments import LoraArguments, ModelArguments
 from ds_embed.settings.run_arguments import OptimizerArguments, RunArguments
 from ds_embed.settings.step_arguments import StepArguments
@@ -24,7 +23,7 @@ def _as(owner: type, name: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class RerankerModelArguments:
+class RerankerModelArguments(Settings):
     model_name_or_path: str = setting(
         "model folder or hub name: an encoder, a decoder, a reranker, or a reranker's run"
     )
@@ -43,6 +42,7 @@ class RerankerModelArguments:
     load_in_4bit: ClassVar[None] = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.template is not None:
             self.template = unescape(self.template)
         if self.yes_no and len(self.yes_no) != 2:
@@ -60,7 +60,7 @@ class RerankerLoraArguments(LoraArguments):
 
 
 @dataclass(kw_only=True)
-class RerankerDataArguments:
+class RerankerDataArguments(Settings):
     train_files: list[str] = _as(DataArguments, "train_files")
     columns: list[str] = _as(DataArguments, "columns")
     corpus_files: list[str] = _as(DataArguments, "corpus_files")
@@ -68,9 +68,12 @@ class RerankerDataArguments:
         "longest pair in tokens, all included; the longer of its two texts is cut (default: what the tokenizer says, at "
         "most 512)",
         default=None,
+        above=0,
     )
     hard_negatives: int = setting(
-        "hard negatives (neg_doc) in the group of each query; a record that has fewer gives some twice", default=7
+        "hard negatives (neg_doc) in the group of each query; a record that has fewer gives some twice",
+        default=7,
+        at_least=1,
     )
     hard_negatives_sampling: str = _as(DataArguments, "hard_negatives_sampling")
     skip_bad_records: bool = _as(DataArguments, "skip_bad_records")
@@ -81,21 +84,16 @@ class RerankerDataArguments:
     query_prefixes: ClassVar[tuple[str, ...]] = ()
     doc_prefixes: ClassVar[tuple[str, ...]] = ()
 
-    def __post_init__(self):
-        existing_files("train_files", self.train_files)
-        at_least(self, 1, "hard_negatives")
-        above_zero(self, "max_length")
-        one_of(self, "hard_negatives_sampling", ("first", "random"))
-
 
 @dataclass(kw_only=True)
-class RerankerStepArguments:
+class RerankerStepArguments(Settings):
     global_batch_size: int = _as(StepArguments, "global_batch_size")
     micro_batch_tokens: int = _as(StepArguments, "micro_batch_tokens")
     loss: str = setting(
         "listwise (softmax over a query's group), bce (each pair by itself) or kl (divergence from a teacher's pos_score "
         "and neg_scores)",
         default="listwise",
+        choices=LOSSES,
     )
     distillation_temperature: float = _as(StepArguments, "distillation_temperature")
     grad_cache: bool = _as(StepArguments, "grad_cache")
@@ -109,10 +107,6 @@ class RerankerStepArguments:
     label_smoothing: ClassVar[float] = 0.0
     symmetric: ClassVar[bool] = False
     false_negative_margin: ClassVar[None] = None
-
-    def __post_init__(self):
-        above_zero(self, "global_batch_size", "micro_batch_tokens", "distillation_temperature")
-        one_of(self, "loss", LOSSES)
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,8 @@
 import importlib.util
 from dataclasses import dataclass
 
-from ds_embed.settings.checks import above_zero, at_least, one_of
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 from ds_embed.settings.job_arguments import JobArguments
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -14,42 +13,41 @@ MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml",
 
 
 @dataclass
-class OptimizerArguments:
-    max_steps: int | None = setting("optimizer steps to train (default: what num_train_epochs gives)", default=None)
+class OptimizerArguments(Settings):
+    max_steps: int | None = setting(
+        "optimizer steps to train (default: what num_train_epochs gives)", default=None, above=0
+    )
     num_train_epochs: float | None = setting(
         "passes over the training data, rounded up to whole steps; the first limit reached ends training "
         "(default: 1 unless max_steps is given)",
         default=None,
+        above=0,
     )
-    learning_rate: float = setting("peak learning rate", default=1e-4)
-    min_learning_rate: float = setting("learning rate at the end of the schedule", default=0.0)
-    lr_scheduler: str = setting(f"decay after warmup: {', '.join(SCHEDULES)}", default="cosine")
-    warmup_steps: int = setting("steps of linear rise to learning_rate", default=0)
+    learning_rate: float = setting("peak learning rate", default=1e-4, above=0)
+    min_learning_rate: float = setting("learning rate at the end of the schedule", default=0.0, at_least=0)
+    lr_scheduler: str = setting(f"decay after warmup: {', '.join(SCHEDULES)}", default="cosine", choices=SCHEDULES)
+    warmup_steps: int = setting("steps of linear rise to learning_rate", default=0, at_least=0)
     warmup_ratio: float | None = setting(
-        "warmup_steps as a share of all steps, in [0, 1), rounded up; of a run that goes on to more steps, of those",
+        "warmup_steps as a share of all steps, rounded up; of a run that goes on to more steps, of those",
         default=None,
+        at_least=0,
+        below=1,
     )
-    constant_steps: int = setting("last steps, spent at min_learning_rate", default=0)
-    weight_decay: float = setting("AdamW weight decay; biases and norms have none", default=0.01)
-    adam_beta1: float = setting("AdamW decay of the first moment", default=0.9)
-    adam_beta2: float = setting("AdamW decay of the second moment", default=0.98)
-    adam_epsilon: float = setting("AdamW epsilon", default=1e-8)
-    max_grad_norm: float = setting("gradients are clipped to this global norm; 0 clips nothing", default=1.0)
+    constant_steps: int = setting("last steps, spent at min_learning_rate", default=0, at_least=0)
+    weight_decay: float = setting("AdamW weight decay; biases and norms have none", default=0.01, at_least=0)
+    adam_beta1: float = setting("AdamW decay of the first moment", default=0.9, at_least=0, below=1)
+    adam_beta2: float = setting("AdamW decay of the second moment", default=0.98, at_least=0, below=1)
+    adam_epsilon: float = setting("AdamW epsilon", default=1e-8, above=0)
+    max_grad_norm: float = setting(
+        "gradients are clipped to this global norm; 0 clips nothing", default=1.0, at_least=0
+    )
 
     def __post_init__(self):
-        above_zero(self, "max_steps", "num_train_epochs", "learning_rate", "adam_epsilon")
-        at_least(self, 0, "min_learning_rate", "warmup_steps", "constant_steps", "weight_decay", "max_grad_norm")
-        one_of(self, "lr_scheduler", SCHEDULES)
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be in [0, 1)")
-            if self.warmup_steps:
-                raise UserError(
-                    f"--warmup_ratio {self.warmup_ratio}: give it or --warmup_steps {self.warmup_steps}, not both"
-                )
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be in [0, 1)")
+        super().__post_init__()
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise UserError(
+                f"--warmup_ratio {self.warmup_ratio}: give it or --warmup_steps {self.warmup_steps}, not both"
+            )
         if self.min_learning_rate > self.learning_rate:
             raise UserError(
                 f"--min_learning_rate {self.min_learning_rate}: must not exceed --learning_rate {self.learning_rate}"
@@ -65,20 +63,25 @@ class RunArguments(JobArguments):
     bf16: bool = setting("bfloat16 weights and activations, float32 optimizer; false computes in float32", default=True)
     seed: int = setting("seed of the data order, LoRA initialisation and dropout", default=42)
     save_interval: int = setting(
-        "optimizer steps between checkpoints; 0 saves only at the end and when a signal stops the run", default=0
+        "optimizer steps between checkpoints; 0 saves only at the end and when a signal stops the run",
+        default=0,
+        at_least=0,
     )
-    save_total_limit: int = setting("checkpoints kept, the newest ones; 0 keeps all", default=3)
+    save_total_limit: int = setting("checkpoints kept, the newest ones; 0 keeps all", default=3, at_least=0)
     resume_if_exists: bool = setting("go on from the newest whole checkpoint in output_dir", default=True)
     accept_changes: list[str] = setting(
         "names of settings, data or model parts that may differ from those of the checkpoint", default_factory=list
     )
     max_skipped_steps: int = setting(
-        "steps of a run that are skipped when their loss or gradient is not finite; one more stops it", default=0
+        "steps of a run that are skipped when their loss or gradient is not finite; one more stops it",
+        default=0,
+        at_least=0,
     )
-    log_interval: int = setting("optimizer steps between lines of metrics.jsonl and monitor events", default=1)
+    log_interval: int = setting("optimizer steps between lines of metrics.jsonl and monitor events", default=1, above=0)
     report_to: list[str] = setting(
         f"monitors that get the metrics besides metrics.jsonl: {', '.join(MONITORS)}",
         default_factory=lambda: ["tensorboard"],
+        choices=tuple(MONITORS),
     )
     report_project: str | None = setting(
         "project in Weights & Biases or Comet (default: that of WANDB_PROJECT or COMET_PROJECT_NAME, else ds_embed)",
@@ -93,11 +96,7 @@ class RunArguments(JobArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        above_zero(self, "log_interval")
-        at_least(self, 0, "save_interval", "save_total_limit", "max_skipped_steps")
         for name in self.report_to:
-            if name not in MONITORS:
-                raise UserError(f"--report_to {name}: choose from {', '.join(MONITORS)}")
             package = MONITORS[name]
             if package is not None and importlib.util.find_spec(package) is None:
                 raise UserError(

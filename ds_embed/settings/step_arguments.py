@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from ds_embed.settings.checks import above_zero, at_least, one_of
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import listed, setting
+from ds_embed.settings.fields import Settings, listed, setting
 
 NEGATIVES = ("all", "own", "pair")
 # A learned temperature stops here: below, scores grow faster than the embeddings learn (Radford et al. 2021, sec. 2.5).
@@ -12,42 +11,48 @@ MIN_LEARNED_TEMPERATURE = 0.01
 
 
 @dataclass
-class StepArguments:
-    global_batch_size: int = setting("queries per optimizer step, over all ranks", default=64)
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank: sets the memory", default=4096)
+class StepArguments(Settings):
+    global_batch_size: int = setting("queries per optimizer step, over all ranks", default=64, above=0)
+    micro_batch_tokens: int = setting(
+        "padded tokens per forward pass of one rank: sets the memory", default=4096, above=0
+    )
     negatives: str = setting(
         "documents a query is scored against: all (every document of the batch), own (all positives and its own "
         "hard negatives), pair (its positive against each own hard negative, two at a time)",
         default="all",
+        choices=NEGATIVES,
     )
-    temperature: float = setting("similarities are divided by this before the softmax", default=0.02)
+    temperature: float = setting("similarities are divided by this before the softmax", default=0.02, above=0)
     learnable_temperature: bool = setting(
         f"train the temperature with the weights, from temperature on, never below {MIN_LEARNED_TEMPERATURE}",
         default=False,
     )
     label_smoothing: float = setting(
-        "share of the target that is spread over all candidates of a query, in [0, 1)", default=0.0
+        "share of the target that is spread over all candidates of a query", default=0.0, at_least=0, below=1
     )
     symmetric: bool = setting(
         "mean of the query-to-document loss and of the loss of each positive against all queries", default=False
     )
     false_negative_margin: float | None = setting(
-        "leave out negatives whose cosine is above the positive's by more than this, in [-2, 2] (default: none are)",
+        "leave out negatives whose cosine is above the positive's by more than this (default: none are)",
         default=None,
+        at_least=-2,
+        at_most=2,
     )
     matryoshka_dims: list[int] = setting(
         "lengths in dimensions of the prefixes that are trained as embeddings, the whole one among them",
         default_factory=list,
     )
     matryoshka_weights: list[float] = setting(
-        "weight of each prefix's loss, as many as matryoshka_dims (default: 1 each)", default_factory=list
+        "weight of each prefix's loss, as many as matryoshka_dims (default: 1 each)", default_factory=list, above=0
     )
     distillation_weight: float = setting(
         "weight of the divergence from the teacher's ranking (pos_score, neg_scores of a record), added to the loss",
         default=0.0,
+        at_least=0,
     )
     distillation_temperature: float = setting(
-        "the teacher's scores are divided by this before its softmax", default=1.0
+        "the teacher's scores are divided by this before its softmax", default=1.0, above=0
     )
     grad_cache: bool = setting(
         "encode twice to keep no graph of the whole batch: exact, any batch size in the memory of one micro-batch",
@@ -56,13 +61,7 @@ class StepArguments:
     gradient_checkpointing: bool = setting("recompute activations in backward to save memory", default=False)
 
     def __post_init__(self):
-        above_zero(self, "global_batch_size", "micro_batch_tokens", "temperature", "distillation_temperature")
-        at_least(self, 0, "distillation_weight")
-        one_of(self, "negatives", NEGATIVES)
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"--label_smoothing {self.label_smoothing}: must be in [0, 1)")
-        if self.false_negative_margin is not None and not -2 <= self.false_negative_margin <= 2:
-            raise UserError(f"--false_negative_margin {self.false_negative_margin}: must be in [-2, 2]")
+        super().__post_init__()
         if self.learnable_temperature and self.temperature < MIN_LEARNED_TEMPERATURE:
             raise UserError(
                 f"--temperature {self.temperature}: with --learnable_temperature true it must be at least "
@@ -76,5 +75,3 @@ class StepArguments:
                 f"--matryoshka_weights {listed(weights)}: there are {len(weights)}, "
                 f"and --matryoshka_dims has {len(dims)}"
             )
-        if any(not weight > 0 for weight in weights):
-            raise UserError(f"--matryoshka_weights {listed(weights)}: each must be greater than 0")

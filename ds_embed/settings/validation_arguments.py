@@ -2,32 +2,35 @@
 
 from dataclasses import dataclass
 
-from ds_embed.settings.checks import at_least, existing_files
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
+from ds_embed.settings.fields import Settings, setting
 
 
 @dataclass
-class ValidationArguments:
+class ValidationArguments(Settings):
     """Without any val_*_files nothing is measured. All of this may change when a run is started again."""
 
     val_files: list[str] = setting(
         "held-out records in the format of train_files, for val_loss and val_accuracy (accuracy within the batch)",
         default_factory=list,
+        files=True,
     )
     val_query_files: list[str] = setting(
         "held-out queries: query, query_id, doc_id of the right document, for retrieval over all of val_doc_files",
         default_factory=list,
+        files=True,
     )
     val_doc_files: list[str] = setting(
-        "the documents that val_query_files are searched in: pos_doc, doc_id", default_factory=list
+        "the documents that val_query_files are searched in: pos_doc, doc_id", default_factory=list, files=True
     )
     val_metrics: list[str] = setting(
         "retrieval measures, named as ir-measures names them (default: nDCG@10 RR@10 R@1 R@10 R@100)",
         default_factory=list,
     )
     val_check_interval: int = setting(
-        "optimizer steps between validations, besides the one after the last step; 0 has that one only", default=0
+        "optimizer steps between validations, besides the one after the last step; 0 has that one only",
+        default=0,
+        at_least=0,
     )
     val_before_training: bool = setting(
         "also measure the model before the first step; it never counts as the best", default=False
@@ -48,16 +51,20 @@ class ValidationArguments:
     save_top_k: int = setting(
         "best checkpoints to save and keep, beside the newest save_total_limit ones; 0 saves none for being good",
         default=1,
+        at_least=0,
     )
     load_best_at_end: bool = setting(
         "make output_dir/model from the best checkpoint; false takes the last step", default=False
     )
     early_stopping_patience: int = setting(
-        "validations in a row without a better best_metric after which training ends; 0 never does", default=0
+        "validations in a row without a better best_metric after which training ends; 0 never does",
+        default=0,
+        at_least=0,
     )
     early_stopping_min_delta: float = setting(
         "change of best_metric, in its own unit, that early stopping takes for better only when it is exceeded",
         default=0.0,
+        at_least=0,
     )
 
     @property
@@ -65,10 +72,7 @@ class ValidationArguments:
         return bool(self.val_files or self.val_query_files)
 
     def __post_init__(self):
-        for name in ("val_files", "val_query_files", "val_doc_files"):
-            if getattr(self, name):
-                existing_files(name, getattr(self, name))
-        at_least(self, 0, "val_check_interval", "save_top_k", "early_stopping_patience", "early_stopping_min_delta")
+        super().__post_init__()
         for name, other in (("val_query_files", "val_doc_files"), ("val_doc_files", "val_query_files")):
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name}: retrieval needs queries and documents; give --{other} too")

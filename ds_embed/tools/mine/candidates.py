@@ -12,9 +12,9 @@ import numpy as np
 
 from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.job.ranks import World
-from ds_embed.settings import EncodeArguments, TextArguments
+from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.settings.mining_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import NAMES, Catalog, table_path
 from ds_embed.vectors.generate import generate
 from ds_embed.vectors.search import pair_scores
@@ -48,7 +48,7 @@ class ModelCandidates:
 
 
 def obtain_vectors(
-    world: World, folder: Path, model: MiningModelArguments, text: TextArguments, arguments: MiningArguments
+    world: World, folder: Path, model: ModelArguments, text: TextArguments, arguments: MiningArguments
 ) -> dict[str, str]:
     """Encode the catalog in `folder`, or find its vectors in --embeddings: paths of "queries" and "documents".
 

@@ -25,9 +25,9 @@ from ds_embed.data.identity import ranges
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import choose_card, find_source, load_tokenizer
-from ds_embed.settings import TextArguments
+from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.settings.mining_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Catalog, CatalogBuilder
 from ds_embed.tools.mine.output import (
     Mined,
@@ -49,7 +49,7 @@ _RECORDS_AT_ONCE = 4096
 _FOUND_AT_ONCE = 1 << 24  # scores of found documents
 
 
-def mine(world: World, model: MiningModelArguments, text: TextArguments, arguments: MiningArguments) -> None:
+def mine(world: World, model: ModelArguments, text: TextArguments, arguments: MiningArguments) -> None:
     """Write output_file, its .summary.json and its .scores.png. Every rank must call it.
 
     UserError for inputs that do not fit, or that changed since the job was begun.

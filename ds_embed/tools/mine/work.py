@@ -19,15 +19,15 @@ from ds_embed.artifact.identity import identify_large, identify_texts, identify_
 from ds_embed.data.files import list_parts, stamp_of
 from ds_embed.models.loading import find_source
 from ds_embed.models.reranker import find_reranker
-from ds_embed.settings import TextArguments
+from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments, MiningModelArguments
+from ds_embed.settings.mining_arguments import MiningArguments
 
 KIND = "the work of mining, form 3"
 _PLACES = ("output_file", "work_dir")  # decide no byte of the output
 
 
-def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments: MiningArguments) -> dict[str, str]:
+def describe_inputs(model: ModelArguments, text: TextArguments, arguments: MiningArguments) -> dict[str, str]:
     """All that decides the output, by the name of its flag where it has one."""
     settings = {**asdict(model), **asdict(text), **asdict(arguments)}
     inputs = {name: str(value) for name, value in settings.items() if name not in _PLACES}
@@ -35,7 +35,7 @@ def describe_inputs(model: MiningModelArguments, text: TextArguments, arguments:
         inputs[name] = ", ".join(map(_identify, settings[name]))
     if arguments.embeddings is not None:
         inputs["embeddings"] = identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))
-    if model.model_name_or_path is not None:
+    if model.model_name_or_path:
         source = find_source(model)
         inputs |= source.identify(None)
     if arguments.cross_encoder is not None:
