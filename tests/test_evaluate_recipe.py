@@ -262,8 +262,8 @@ def test_one_call_with_everything(files, tmp_path):
     [
         (["--run_file", "x.trec"], "--embeddings or --run_file: give one of the two"),
         (["--truncate_dims", "3"], "--truncate_dims 3: the vectors have 3 dimensions; choose fewer"),
-        (["--truncate_dims", "0"], "--truncate_dims 0: the vectors have 3"),
-        (["--quantize", "int4"], "--quantize int4: choose from int8, binary"),
+        (["--truncate_dims", "0"], "--truncate_dims 0: each must be at least 1"),
+        (["--quantize", "int4"], "--quantize int4: choose one of int8, binary"),
         (["--rescore_multiplier", "-1"], "--rescore_multiplier -1: must be at least 0"),
         (["--compare", "."], "--compare .: has no per_query.jsonl"),
     ],

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -132,11 +132,12 @@ def set_aside(path: Path) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Remove a file or folder that nobody reads: it may be seen in part."""
+    """Remove a hidden file or folder; what the disk does not let go stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, NoReturn
 import orjson
 
 from ds_embed.data.files import BadRecord, Records, list_parts, stamp_of
-from ds_embed.data.formats.text_table import TextTable
 from ds_embed.data.records import (
     TrainingRecord,
     id_of,
@@ -33,6 +32,7 @@ from ds_embed.data.records import (
     refuse_missing,
     text_of,
 )
+from ds_embed.data.text_table import TextTable
 from ds_embed.settings.errors import UserError
 
 _LISTS = ("neg_doc", "neg_scores")  # may be spread over several columns

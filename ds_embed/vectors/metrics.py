@@ -20,8 +20,8 @@ import ir_measures
 import numpy as np
 
 from ds_embed.artifact.durable import replaced_when_whole
-from ds_embed.data.formats.trec import read_judgments, read_run, unique_judgments
 from ds_embed.data.records import read_queries
+from ds_embed.data.trec import read_judgments, read_run, unique_judgments
 from ds_embed.settings.errors import UserError
 
 Qrels = dict[str, dict[str, int]]

@@ -90,9 +90,9 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
     world.on_main("mining: output", finish)
 
 
-def _tokenizers(model: MiningModelArguments, text: TextArguments) -> tuple[TextTokenizer, TextTokenizer] | None:
+def _tokenizers(model: ModelArguments, text: TextArguments) -> tuple[TextTokenizer, TextTokenizer] | None:
     """Those of queries and documents; None without a model."""
-    if model.model_name_or_path is None:
+    if not model.model_name_or_path:
         return None
     source = find_source(model)
     formats = choose_card(source, text, model).text_formats()

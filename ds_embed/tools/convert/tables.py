@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ds_embed.artifact.durable import replaced_when_whole
+from ds_embed.data.trec import tsv_line
 from ds_embed.settings.errors import UserError
 
 _ROWS_AT_ONCE = 1000
@@ -42,14 +43,6 @@ def table_writer(path: Path, columns: Mapping[str, type]) -> Iterator[WriteRow]:
         else:
             file.write("\t".join(columns) + "\n")
             yield lambda row: file.write(tsv_line(path, [row[name] for name in columns]))
-
-
-def tsv_line(path: Path, cells: Sequence[Any]) -> str:
-    """The cells as a line. UserError when one holds what separates cells or lines."""
-    for cell in cells:
-        if type(cell) is str and not {"\t", "\n", "\r"}.isdisjoint(cell):
-            raise UserError(f"{path}: '{cell[:60]}' holds a tab or a line break, which a TSV can't hold; write .csv")
-    return "\t".join(map(str, cells)) + "\n"
 
 
 def _parquet_writer(file: Any, columns: Mapping[str, type]) -> Iterator[WriteRow]:

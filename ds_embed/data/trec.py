@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ import orjson
 
 from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.data.files import BadRecord, read_lines
-from ds_embed.data.formats.tables import tsv_line
 from ds_embed.data.records import id_of
 from ds_embed.settings.errors import UserError
 
@@ -172,3 +171,11 @@ def _check_ids(path: Path, line: Judgment | RunLine) -> None:
     for name in line[:2]:
         if name.split() != [name]:
             raise UserError(f"{path}: id '{name}' holds white space, which splits TREC columns; give other ids")
+
+
+def tsv_line(path: Path, cells: Sequence[Any]) -> str:
+    """The cells as a line. UserError when one holds what separates cells or lines."""
+    for cell in cells:
+        if type(cell) is str and not {"\t", "\n", "\r"}.isdisjoint(cell):
+            raise UserError(f"{path}: '{cell[:60]}' holds a tab or a line break, which a TSV can't hold; write .csv")
+    return "\t".join(map(str, cells)) + "\n"

@@ -1,0 +1,188 @@
+"""What recipes/convert.py makes of what: each input read as training records, a retrieval set, rows or judgments."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ds_embed.artifact.durable import check_writable_folder, remove
+from ds_embed.data import trec
+from ds_embed.data.forms import Reading, read_training_records
+from ds_embed.data.records import parse_document_record, parse_query_record
+from ds_embed.data.skipping import describe_skipped
+from ds_embed.data.text_table import TextTable
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import Settings, listed, setting
+from ds_embed.tools.convert import conversions
+from ds_embed.tools.convert.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
+from ds_embed.tools.convert.tables import table_writer
+from ds_embed.tools.convert.tally import Tally
+
+_TRAINING_OUTPUTS = ("training", "pairs", "triplets")
+_QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")
+# What can be made of what.
+OUTPUTS = {
+    "beir": (*_TRAINING_OUTPUTS, "test", *_QRELS_OUTPUTS),
+    "test": ("beir", *_QRELS_OUTPUTS),
+    "training": (*_TRAINING_OUTPUTS, "beir"),
+    "table": (*_TRAINING_OUTPUTS, "beir", "queries", "documents", *_QRELS_OUTPUTS, "trec_run"),
+    "msmarco": (*_TRAINING_OUTPUTS, "beir"),
+    "qrels": _QRELS_OUTPUTS,
+    "run": ("table",),
+}
+
+
+@dataclass
+class ConvertArguments(Settings):
+    input_format: str = setting(
+        "beir (a folder), test (--query_files, --doc_files, --qrels), training (records in every form that training "
+        "reads), table (rows of any names, with --columns), msmarco (lines of query, positive, negative), qrels (TREC or "
+        "BEIR), run (TREC)",
+        choices=list(OUTPUTS),
+    )
+    output_format: str = setting(
+        "training, test, beir, pairs or triplets (sentence-transformers' columns), trec_qrels, beir_qrels; from tables "
+        "also queries, documents, trec_run; from runs table"
+    )
+    output: str = setting("file to write, or folder for beir and test; must not exist yet")
+    input: list[str] = setting("files to read, or one folder for beir", default_factory=list, files=True)
+    split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", default="test")
+    columns: list[str] = setting(
+        "which key or column holds what, such as query=question neg_doc=worse,worst (default: told by the keys)",
+        default_factory=list,
+    )
+    corpus_files: list[str] = setting(
+        "documents that training records name by id, as in training", default_factory=list, files=True
+    )
+    query_files: list[str] = setting(
+        "queries of test; for id triples of MS MARCO, lines of id, text", default_factory=list, files=True
+    )
+    doc_files: list[str] = setting(
+        "documents of test; for id triples of MS MARCO, lines of id, text", default_factory=list, files=True
+    )
+    qrels: str | None = setting("judgments of test (default: the doc_id of each query)", default=None, files=True)
+    join_titles: bool = setting("put the title of a document in front of its text, as BEIR does", default=True)
+    judged_negatives: bool = setting(
+        "documents judged not relevant become neg_doc of the query's records", default=False
+    )
+    num_negatives: int = setting("negatives in each row of triplets; a record needs so many", default=1, above=0)
+    skip_bad_records: bool = setting("leave out and count records that can't be used", default=False)
+    skip_unknown: bool = setting("leave out and count judgments and triples whose ids have no text", default=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.output_format not in OUTPUTS[self.input_format]:
+            outputs = ", ".join(OUTPUTS[self.input_format])
+            raise UserError(f"--output_format {self.output_format}: {self.input_format} can become {outputs}")
+        if self.input_format == "test":
+            if not self.query_files:
+                raise UserError("--query_files and --doc_files: give the files of the test set")
+        elif self.input_format == "beir":
+            if len(self.input) != 1:
+                raise UserError(f"--input {listed(self.input)}: want one BEIR folder")
+        elif not self.input:
+            raise UserError("--input: give at least one file")
+        if bool(self.query_files) != bool(self.doc_files):
+            raise UserError("--query_files and --doc_files go together; one of them is missing")
+        if self.query_files and self.input_format not in ("test", "msmarco"):
+            raise UserError(f"--query_files {listed(self.query_files)}: only test and msmarco read them")
+        if self.qrels is not None and self.input_format != "test":
+            raise UserError(f"--qrels {self.qrels}: only test reads them; judgments alone are --input_format qrels")
+        if self.judged_negatives and (self.input_format != "beir" or self.output_format not in _TRAINING_OUTPUTS):
+            raise UserError("--judged_negatives true: only for training records out of a BEIR folder")
+        if self.columns and self.input_format not in ("training", "table"):
+            raise UserError(f"--columns {listed(self.columns)}: only for --input_format training or table")
+        if Path(self.output).exists():
+            raise UserError(f"--output {self.output}: is there already; delete it or choose another name")
+
+
+def convert(arguments: ConvertArguments) -> Tally:
+    """Write --output, whole or not at all; returns what was read, written and left out."""
+    tally = Tally(skip_bad_records=arguments.skip_bad_records, skip_unknown=arguments.skip_unknown)
+    output = Path(arguments.output).absolute()
+    check_writable_folder("--output", output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, where there is room for texts, if anywhere.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".convert-") as work:
+        _write(arguments, output, Path(work), tally)
+    if not tally.counts:
+        remove(output)
+        why = "; ".join(describe_skipped(tally.skipped.describe())) or "no record or judgment in it can become that"
+        raise UserError(
+            f"--input {listed(arguments.input)}: nothing is left to write as {arguments.output_format}: {why}"
+        )
+    return tally
+
+
+def _write(arguments: ConvertArguments, output: Path, work: Path, tally: Tally) -> None:
+    target = arguments.output_format
+    if target == "training":
+        conversions.write_training(output, _records(arguments, work, tally), tally)
+    elif target in ("pairs", "triplets"):
+        num_negatives = arguments.num_negatives if target == "triplets" else 0
+        conversions.write_pairs(output, _records(arguments, work, tally), num_negatives, tally)
+    elif target == "test":
+        conversions.write_test_files(output, _retrieval_set(arguments, tally), tally)
+    elif target == "beir" and arguments.input_format == "test":
+        conversions.write_beir(output, arguments.split, _retrieval_set(arguments, tally), tally)
+    elif target == "beir":
+        with TextTable(work, "text") as ids_by_text:
+            source = TrainingSet(lambda again: _records(arguments, work, again), ids_by_text, tally)
+            conversions.write_beir(output, arguments.split, source, tally)
+    elif target in ("queries", "documents"):
+        conversions.write_texts(output, target, _rows(arguments, target, _text_parser(arguments), tally), work, tally)
+    elif target in _QRELS_OUTPUTS:
+        write = trec.write_trec_qrels if target == "trec_qrels" else trec.write_beir_qrels
+        unique = trec.unique_judgments(_judgments(arguments, tally))
+        write(output, tally.counted("judgments written", (judgment for _, judgment in unique)))
+    elif target == "trec_run":
+        lines = (line for _, line in _rows(arguments, "run", trec.run_line, tally))
+        trec.write_trec_run(output, tally.counted("lines written", lines), "converted")
+    else:
+        assert target == "table"
+        with table_writer(output, get_type_hints(trec.RunLine)) as write:
+            for path in arguments.input:
+                for _, line in tally.counted("rows written", trec.read_run(path)):
+                    write(line._asdict())
+
+
+def _records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversions.NumberedRecords:
+    """The training records of the input."""
+    if arguments.input_format in ("training", "table"):
+        reading = Reading(tuple(arguments.columns), tuple(arguments.corpus_files))
+        return read_training_records(arguments.input, reading, work, tally.refuse)
+    if arguments.input_format == "beir":
+        source, negatives = _retrieval_set(arguments, tally), arguments.judged_negatives
+        return conversions.training_records(source, tally, work, judged_negatives=negatives)
+    files = arguments.input, arguments.query_files, arguments.doc_files
+    return conversions.training_triples(*files, tally, work)
+
+
+def _rows(
+    arguments: ConvertArguments, kind: str, parse: conversions.ParseRow, tally: Tally
+) -> Iterator[tuple[str, Any]]:
+    return conversions.read_columns(arguments.input, kind, arguments.columns, parse, tally)
+
+
+def _text_parser(arguments: ConvertArguments) -> conversions.ParseRow:
+    if arguments.output_format == "queries":
+        return parse_query_record
+    return partial(parse_document_record, join_titles=arguments.join_titles)
+
+
+def _retrieval_set(arguments: ConvertArguments, tally: Tally) -> RetrievalSet:
+    if arguments.input_format == "test":
+        return OurFiles(arguments.query_files, arguments.doc_files, arguments.qrels)
+    return BeirFolder(Path(arguments.input[0]), arguments.split, tally, join_titles=arguments.join_titles)
+
+
+def _judgments(arguments: ConvertArguments, tally: Tally) -> Iterator[tuple[str, trec.Judgment]]:
+    if arguments.input_format in ("beir", "test"):
+        yield from _retrieval_set(arguments, tally).judgments()
+    elif arguments.input_format == "table":
+        yield from _rows(arguments, "judgments", trec.judgment, tally)
+    else:
+        for path in arguments.input:
+            yield from trec.read_judgments(path)

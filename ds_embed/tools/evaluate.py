@@ -1,0 +1,207 @@
+"""What recipes/evaluate.py does: search, or read a run, and measure it against judgments."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import Settings, listed, setting
+from ds_embed.settings.index_arguments import SearchIndexArguments
+from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
+from ds_embed.vectors.metrics import (
+    DEFAULT_MEASURES,
+    SearchRun,
+    evaluate,
+    hint_at_identical,
+    load_run,
+    match_qrels,
+    parse_measures,
+    read_qrels,
+    read_qrels_from_queries,
+    skip_unknown,
+    without_identical,
+    write_results,
+)
+from ds_embed.vectors.significance import compare_runs, describe_comparisons, read_per_query
+from ds_embed.vectors.vectors import read_embeddings
+
+
+@dataclass
+class EvaluateArguments(Settings):
+    embeddings: str | None = setting("folder OUT/consumed_samplesX with test_queries and test_docs", default=None)
+    run_file: str | None = setting("TREC run file to measure in place of --embeddings", default=None)
+    query_files: list[str] = setting(
+        "queries (JSONL or JSON array) whose doc_id is the right document; not read if --qrels is given",
+        default_factory=list,
+    )
+    qrels: str | None = setting(
+        "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score", default=None
+    )
+    skip_unknown: bool = setting(
+        "go on when judgments name ids without a vector: such queries are not measured, such documents count as not "
+        "retrieved",
+        default=False,
+    )
+    ignore_identical_ids: bool = setting(
+        "leave out the document whose id is the query's own, where a query is one of the documents (ArguAna, Quora)",
+        default=False,
+    )
+    output_dir: str | None = setting("folder for the results (default: --embeddings)", default=None)
+    measures: list[str] = setting(
+        "measures, named as ir-measures names them", default_factory=lambda: list(DEFAULT_MEASURES)
+    )
+    top_k: int = setting("number of documents kept for each query", default=100, at_least=1)
+    write_run: bool = setting("write run.trec, whose ids cannot hold white space", default=True)
+    device: str = setting("where the search runs: cpu or cuda", default="cpu")
+    compare: str | None = setting("results folder of another run, to test the difference query by query", default=None)
+    truncate_dims: list[int] = setting(
+        "also measure vectors cut to so many dimensions, scaled to length 1", default_factory=list, at_least=1
+    )
+    quantize: list[str] = setting(
+        f"also measure documents stored in fewer bits: {', '.join(QUANTIZED)} (a byte, a bit for each dimension)",
+        default_factory=list,
+        choices=QUANTIZED,
+    )
+    rescore_multiplier: int = setting(
+        "binary: so many times top_k documents are reordered with the float32 query; 0 leaves that out",
+        default=4,
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.embeddings is None) == (self.run_file is None):
+            raise UserError("--embeddings or --run_file: give one of the two, to say what is measured")
+        if not self.query_files and self.qrels is None:
+            raise UserError("--query_files and --qrels are both missing; give one, to say what is right")
+        if self.run_file is not None:
+            for name in ("truncate_dims", "quantize"):
+                if getattr(self, name):
+                    raise UserError(f"--{name} {listed(getattr(self, name))}: needs vectors; give --embeddings")
+            if self.output_dir is None:
+                raise UserError("--output_dir is missing: --run_file has no folder of its own for the results")
+
+
+def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments) -> None:
+    """Measure, compare, write the results to --output_dir and print them."""
+    # Mistakes that take no time to find come before the vectors are read.
+    depth = arguments.top_k if arguments.run_file is None else None  # of a run file all is measured
+    names = [str(measure) for measure in parse_measures(arguments.measures, depth=depth)]
+    other = None if arguments.compare is None else read_per_query(arguments.compare, names)
+    if arguments.qrels is not None:
+        qrels, source = read_qrels(arguments.qrels), arguments.qrels
+    else:
+        qrels, source = read_qrels_from_queries(arguments.query_files), ", ".join(arguments.query_files)
+    measure = _run_of_vectors if arguments.run_file is None else _run_of_file
+    run, qrels, summary = measure(arguments, index, qrels, source, names)
+    if hint := hint_at_identical(run, qrels):
+        print(f"hint: {hint}", flush=True)
+    evaluation = evaluate(run, qrels, names)
+    comparisons = []
+    if other is not None:
+        comparisons = compare_runs(evaluation.per_query, other, names, arguments.compare)
+        summary |= {"compared_with": arguments.compare, "comparison": [asdict(one) for one in comparisons]}
+    output_dir = arguments.output_dir or arguments.embeddings
+    written_run = run if arguments.write_run and isinstance(run, SearchRun) else None
+    paths = write_results(output_dir, written_run, evaluation, summary)
+    print()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {evaluation.means[name]:.4f}")
+    if "compressed_vectors" in summary:
+        print("\n" + "\n".join(describe_compressed(summary["compressed_vectors"], names)))
+    if comparisons:
+        print(f"\ncompared with {arguments.compare}, {len(evaluation.per_query)} queries")
+        print("\n".join(describe_comparisons(comparisons)))
+    print(f"\nwritten to {output_dir}: {', '.join(path.name for path in paths)}")
+
+
+def _run_of_file(
+    arguments: EvaluateArguments, index: SearchIndexArguments, qrels: dict, source: str, names: list[str]
+) -> tuple[Any, dict, dict[str, Any]]:
+    """The run of --run_file, the judgments to measure it by, and what metrics.json says of both."""
+    if index.index != "exact" or index.index_file is not None:
+        raise UserError("--index: there are no vectors to search with --run_file; leave one of them out")
+    run = load_run(arguments.run_file)
+    if arguments.ignore_identical_ids:
+        run = {query: {name: s for name, s in found.items() if name != query} for query, found in run.items()}
+    qrels, unknown = _known_judgments(arguments, qrels, list(run), None, source)
+    unjudged = match_qrels(qrels, run, None, source)
+    print(f"queries    {len(run)} of {arguments.run_file}, of which {len(qrels)} judged by {source}")
+    return run, qrels, _summary(arguments, qrels, unjudged) | unknown
+
+
+def _run_of_vectors(
+    arguments: EvaluateArguments, index: SearchIndexArguments, qrels: dict, source: str, names: list[str]
+) -> tuple[Any, dict, dict[str, Any]]:
+    """As _run_of_file, of a search through --embeddings, with the measures of compressed vectors."""
+    queries, documents = read_embeddings(arguments.embeddings)
+    dimensions = documents.rows.shape[1]
+    for dims in arguments.truncate_dims:
+        if dims >= dimensions:
+            raise UserError(f"--truncate_dims {dims}: the vectors have {dimensions} dimensions; choose fewer")
+    qrels, unknown = _known_judgments(arguments, qrels, queries.ids, documents.ids, source)
+    unjudged = match_qrels(qrels, queries.ids, None if arguments.skip_unknown else documents.ids, source)
+    for vectors in (queries, documents) if arguments.write_run else ():
+        if (name := vectors.ids.first_with_white_space()) is not None:
+            raise UserError(
+                f"{vectors.path.with_suffix('.ids')}: id '{name}' holds white space, which splits the "
+                "columns of run.trec; give --write_run false, or other ids"
+            )
+    top_k = min(arguments.top_k, len(documents))
+    print(f"queries    {len(queries)}, of which {len(qrels)} judged by {source}")
+    if unjudged:
+        print(f"           {len(unjudged)} without judgments, such as '{unjudged[0]}', are not measured")
+    print(f"documents  {len(documents)}, vectors of {dimensions} dimensions")
+    print(f"top_k      {top_k}" + (" (all documents)" if top_k < arguments.top_k else ""), flush=True)
+
+    # torch takes seconds to import; mistakes are found before
+    from ds_embed.vectors.faiss_index import recall_against_exact, search_by_arguments
+
+    start = time.perf_counter()
+    options = {"tie_rank": documents.ids.ranks, "device": arguments.device}
+    depth = min(top_k + arguments.ignore_identical_ids, len(documents))
+    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, depth, **options)
+    print(f"searched   in {time.perf_counter() - start:.1f} seconds")
+    summary = _summary(arguments, qrels, unjudged) | {"num_documents": len(documents), "top_k": top_k} | unknown
+    if kind is not None:
+        recall, depth, sampled = recall_against_exact(indices, queries.rows, documents.rows, **options)
+        print(f"index      {kind}: recall@{depth} against exact search {recall:.4f} on {sampled} queries")
+        summary |= {"index": kind, f"index_recall@{depth}": recall, "index_recall_queries": sampled}
+    if arguments.ignore_identical_ids:
+        scores, indices = without_identical(queries.ids, documents.ids, scores, indices, top_k)
+    if arguments.truncate_dims or arguments.quantize:
+        summary["compressed_vectors"] = measure_compressed(
+            queries,
+            documents,
+            top_k,
+            qrels,
+            names,
+            truncate_dims=arguments.truncate_dims,
+            quantize=arguments.quantize,
+            rescore_multiplier=arguments.rescore_multiplier,
+            device=arguments.device,
+            ignore_identical_ids=arguments.ignore_identical_ids,
+        )
+    return SearchRun(queries.ids, documents.ids, scores, indices), qrels, summary
+
+
+def _summary(arguments: EvaluateArguments, qrels: dict, unjudged: list[str]) -> dict[str, Any]:
+    return {
+        "num_queries": len(qrels),
+        "num_queries_without_qrels": len(unjudged),
+        "ignore_identical_ids": arguments.ignore_identical_ids,
+    }
+
+
+def _known_judgments(
+    arguments: EvaluateArguments, qrels: dict, query_ids: Any, document_ids: Any, source: str
+) -> tuple[dict, dict[str, int]]:
+    """The judgments to measure by, and the numbers of unknown ids with --skip_unknown true."""
+    if not arguments.skip_unknown:
+        return qrels, {}
+    qrels, unknown = skip_unknown(qrels, query_ids, document_ids)
+    for name, number in unknown.items():
+        if number:
+            print(f"warning: {source}: {number} {name.removeprefix('num_').replace('_', ' ')}")
+    return qrels, unknown
