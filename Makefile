@@ -25,10 +25,11 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest tests --fast --numprocesses 2 --dist loadfile
 
-# Formatter and linter, with the settings of pyproject.toml.
+# Formatter, linter and types, with the settings of pyproject.toml.
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # A short form of each comparison, with the quickstart's model (its first layers) and data; the figures of
 # docs/results.md come from longer runs.

@@ -17,9 +17,9 @@ from ds_embed.settings.shipped import shipped_folder
 
 # Recipes that share their work among ranks; the others are one process.
 _WITH_RANKS = {"train-gpt", "train-bert", "train-reranker", "generate", "mine-negatives", "rerank", "benchmark"}
-# Flags of DeepSpeed's launcher that a command line may start with, all with a value but the last.
-_LAUNCHER = ("--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--master_port", "--master_addr")
-_LAUNCHER += ("--launcher", "--launcher_args", "--ssh_port", "--node_rank", "--no_ssh")
+# Flags of DeepSpeed's launcher that a command line may start with, all with a value but --no_ssh.
+_LAUNCHER = {"--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--master_port", "--master_addr"}
+_LAUNCHER |= {"--launcher", "--launcher_args", "--ssh_port", "--node_rank", "--no_ssh"}
 EXIT_USER_ERROR = 2
 
 

@@ -41,14 +41,15 @@ class Watch:
         else:
             port, token = json.loads(store.get("watch"))
             link = socket.create_connection((address, port), timeout=60)
-        settings = [rank, size, local_rank, token, os.getpid(), descriptor, theirs.fileno(), link.fileno()]
+        passed = (descriptor, theirs.fileno(), link.fileno())
+        settings = [rank, size, local_rank, token, os.getpid(), *passed]
         self._process = subprocess.Popen(
             # -I and -S: nothing but the standard library is looked at.
             [sys.executable, "-I", "-S", watcher.__file__],
             env=os.environ | {watcher.SETTINGS: json.dumps(settings)},  # other users can't read it
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=settings[-3:],
+            pass_fds=passed,
         )
         for ours in (theirs, link):
             ours.close()

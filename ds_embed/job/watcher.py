@@ -136,6 +136,10 @@ class _Watcher:
             time.sleep(0.005)
         return self.is_gone
 
+    def tick(self, own: dict[str, Any]) -> None:
+        """Twice a second: tell or judge, from the report on the own rank."""
+        raise NotImplementedError
+
     @property
     def is_gone(self) -> bool:
         return os.getppid() != self.parent
@@ -257,17 +261,17 @@ class _Judge(_Watcher):
         if verdict is not None:
             if verdict[1] is not None:
                 _say(*verdict[1])
-            self.end_rank(code)
+            self.end_rank(verdict[0])
             self._flush(_LOST_CONTACT)
         elif self.is_gone:  # and it had said so
             others = [r for r in self.ranks.values() if r.left_at is None and r.closed_at is None]
-            self.is_over = not others or self.clock - self.ranks[0].left_at > _LINGER
+            self.is_over = not others or self.clock - (self.ranks[0].left_at or 0.0) > _LINGER
 
     def _verdict(self) -> tuple[int, tuple[dict[str, Any], str] | None] | None:
         """The job's exit code and what to say of whom, or None while all is well."""
         failed = [r for r in self.ranks.values() if r.left_at is not None and r.report["code"]]
         if failed:  # it has said why itself, and so may the others
-            is_late = self.clock - min(r.left_at for r in failed) > _LEAVE
+            is_late = self.clock - min(r.left_at or 0.0 for r in failed) > _LEAVE
             return (failed[0].report["code"], None) if is_late else None
         working = [r for r in self.ranks.values() if r.left_at is None and r.report]
         limit = self.rank_timeout or float("inf")

@@ -1,6 +1,7 @@
 """The model: which one, its vectors, its LoRA matrices."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, setting
@@ -98,7 +99,7 @@ class LoraArguments(Settings):
 
     def with_defaults(self, rank: int) -> "LoraArguments":
         """The same, with the defaults of new matrices for what is not set; `rank` is that of the rank."""
-        defaults = dict(
+        defaults: dict[str, Any] = dict(
             lora_rank=rank, lora_alpha=32.0, lora_dropout=0.0, lora_target_modules=["all-linear"], lora_variant="lora"
         )
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -1,5 +1,6 @@
 """From argv and an optional YAML file to argument dataclasses; every mistake is a UserError."""
 
+import dataclasses
 import difflib
 import re
 import sys
@@ -95,7 +96,9 @@ def parse_arguments(
     # A boolean that is true by default has a second flag, --no_NAME; the first one holds the default.
     values = {action.dest: action.default for action in reversed(parser._actions)}
     values |= {**(defaults_for(given) if defaults_for else {}), **given}
-    return tuple(t(**{f: values[f] for f in t.__dataclass_fields__ if f in values}) for t in types)
+    return tuple(
+        t(**{f: values[f] for f in (field.name for field in dataclasses.fields(t)) if f in values}) for t in types
+    )
 
 
 def _make_parser(types):

@@ -98,10 +98,10 @@ def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments
         print(f"hint: {hint}", flush=True)
     evaluation = evaluate(run, qrels, names)
     comparisons = []
-    if other is not None:
+    if other is not None and arguments.compare is not None:
         comparisons = compare_runs(evaluation.per_query, other, names, arguments.compare)
         summary |= {"compared_with": arguments.compare, "comparison": [asdict(one) for one in comparisons]}
-    output_dir = arguments.output_dir or arguments.embeddings
+    output_dir = arguments.output_dir or arguments.embeddings or ""
     written_run = run if arguments.write_run and isinstance(run, SearchRun) else None
     paths = write_results(output_dir, written_run, evaluation, summary)
     print()
@@ -122,6 +122,7 @@ def _run_of_file(
     """The run of --run_file, the judgments to measure it by, and what metrics.json says of both."""
     if index.index != "exact" or index.index_file is not None:
         raise UserError("--index: there are no vectors to search with --run_file; leave one of them out")
+    assert arguments.run_file is not None
     run = load_run(arguments.run_file)
     if arguments.ignore_identical_ids:
         run = {query: {name: s for name, s in found.items() if name != query} for query, found in run.items()}
@@ -135,6 +136,7 @@ def _run_of_vectors(
     arguments: EvaluateArguments, index: SearchIndexArguments, qrels: dict, source: str, names: list[str]
 ) -> tuple[Any, dict, dict[str, Any]]:
     """As _run_of_file, of a search through --embeddings, with the measures of compressed vectors."""
+    assert arguments.embeddings is not None
     queries, documents = read_embeddings(arguments.embeddings)
     dimensions = documents.rows.shape[1]
     for dims in arguments.truncate_dims:
@@ -159,7 +161,7 @@ def _run_of_vectors(
     from ds_embed.vectors.faiss_index import recall_against_exact, search_by_arguments
 
     start = time.perf_counter()
-    options = {"tie_rank": documents.ids.ranks, "device": arguments.device}
+    options: dict[str, Any] = {"tie_rank": documents.ids.ranks, "device": arguments.device}
     depth = min(top_k + arguments.ignore_identical_ids, len(documents))
     scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, depth, **options)
     print(f"searched   in {time.perf_counter() - start:.1f} seconds")
