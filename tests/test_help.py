@@ -25,7 +25,7 @@ def test_trainers_open_with_the_flags_to_know(capsys, monkeypatch):
     flags = re.findall(r"^ +--(\w+)", page, re.MULTILINE)
     assert len(flags) == len(set(flags)) > 80
     assert {"LoRA:", "optimizer:", "batch and loss:", "validation:"} <= set(page.splitlines())
-    assert "peak learning rate (default: 2e-05)" in page and "(required)" in first
+    assert "peak learning rate [> 0] (default: 2e-05)" in page and "(required)" in first
 
 
 def test_other_recipes_have_their_own_flags(capsys, monkeypatch):

@@ -29,9 +29,9 @@ from mteb.results import TaskResult
 
 from ds_embed.artifact.durable import check_writable_folder, file_when_whole, hold_lock, replaced_when_whole
 from ds_embed.artifact.identity import identify_texts
-from ds_embed.data.formats.retrieval_sets import BeirFolder, OurFiles, RetrievalSet
-from ds_embed.data.formats.tally import Tally
-from ds_embed.data.formats.trec import unique_judgments
+from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet
+from ds_embed.data.tally import Tally
+from ds_embed.data.trec import unique_judgments
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import find_source
 from ds_embed.mteb_model import MTEBModel

@@ -16,11 +16,11 @@ from ds_embed.artifact.durable import folder_when_whole, replaced_when_whole
 from ds_embed.data.files import BadRecord, read_lines
 from ds_embed.data.forms import Columns, RecordFile, parse_training_record
 from ds_embed.data.records import TrainingRecord
+from ds_embed.data.retrieval_sets import RetrievalSet
+from ds_embed.data.tally import Tally
 from ds_embed.data.text_table import TextTable
 from ds_embed.data.trec import Judgment, unique_judgments, write_beir_qrels
-from ds_embed.tools.convert.retrieval_sets import RetrievalSet
 from ds_embed.tools.convert.tables import table_writer
-from ds_embed.tools.convert.tally import Tally
 
 NumberedRecords = Iterator[tuple[str, TrainingRecord]]
 ParseRow = Callable[[str, dict], Any]

@@ -11,14 +11,14 @@ from ds_embed.artifact.durable import check_writable_folder, remove
 from ds_embed.data import trec
 from ds_embed.data.forms import Reading, read_training_records
 from ds_embed.data.records import parse_document_record, parse_query_record
+from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.data.skipping import describe_skipped
+from ds_embed.data.tally import Tally
 from ds_embed.data.text_table import TextTable
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, setting
 from ds_embed.tools.convert import conversions
-from ds_embed.tools.convert.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.tools.convert.tables import table_writer
-from ds_embed.tools.convert.tally import Tally
 
 _TRAINING_OUTPUTS = ("training", "pairs", "triplets")
 _QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")

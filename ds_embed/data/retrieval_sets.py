@@ -22,10 +22,10 @@ from ds_embed.data.records import (
     read_documents,
     read_queries,
 )
+from ds_embed.data.tally import Tally
 from ds_embed.data.text_table import TextTable
 from ds_embed.data.trec import Judgment, read_judgments
 from ds_embed.settings.errors import UserError
-from ds_embed.tools.convert.tally import Tally
 
 TrainingRecords = Callable[[Tally], Iterator[tuple[str, TrainingRecord]]]
 
