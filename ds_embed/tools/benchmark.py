@@ -27,7 +27,7 @@ from mteb.abstasks.task_metadata import TaskMetadata, TaskType
 from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 
-from ds_embed.artifact.durable import check_writable_folder, file_when_whole, hold_lock, replaced_when_whole
+from ds_embed.artifact.durable import check_writable_folder, hold_lock, replaced_when_whole
 from ds_embed.artifact.identity import identify_texts
 from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet
 from ds_embed.data.tally import Tally
@@ -165,8 +165,8 @@ class _Results(mteb.ResultCache):
 
     def save_to_cache(self, task_result: TaskResult, model_name: ModelMeta, *_: Any, **unused: Any) -> None:
         path = self.get_task_result_path(task_result.task_name, model_name)
-        with file_when_whole(path) as temporary:
-            task_result.to_disk(temporary)
+        with replaced_when_whole(path, binary=True) as file:
+            task_result.to_disk(Path(file.name))
         with replaced_when_whole(path.with_name("model_meta.json"), binary=True) as file:
             file.write(orjson.dumps(model_name.to_dict(), default=str, option=orjson.OPT_INDENT_2))
 
@@ -199,7 +199,8 @@ def measure(model: MTEBModel, tasks: list[Any], output_dir: str) -> Path:
     with replaced_when_whole(path) as file:
         file.write(table)
     print(f"{meta.name}\n\n{table}\nwritten to {path}", flush=True)
-    lock.close()
+    if lock is not None:
+        lock.close()
     return path
 
 
