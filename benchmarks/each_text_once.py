@@ -14,11 +14,11 @@ from itertools import count
 from pathlib import Path
 
 from contest import Goal, Spread, launched, play, print_goals, print_table, spread, write_results
+from ds_embed.settings.checks import above_zero, existing_files
 from train import steady
 
 from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.checks import above_zero, existing_files
 from ds_embed.settings.fields import setting
 
 DISTINCT, ONCE, CLUSTERED = "every document distinct", "each text once", "each text once, clustered"

@@ -136,7 +136,8 @@ class _Work:
             run |= {query: {name: next(scores) for name in names} for query, names in chunk}
         with replaced_when_whole(self._output) as file:
             write_run_lines(file, run, tag="ds_embed_rerank")
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         remove(self._path)
         print(f"{len(run):,} queries, reranked, written to {self._output}")
 
