@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from ds_embed import Embedder
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import choose_card, find_model
 from ds_embed.settings import ModelArguments, TextArguments
+from ds_embed.settings.errors import UserError
 from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.save import save_model
 
@@ -183,6 +185,13 @@ def test_prompts_are_prefixes_and_none_is_invented(bge, tmp_path, prompts, defau
     }
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    write_folder(folder, "bert", LEARNED)
+    return folder
+
+
 def test_what_was_taken_is_said(bge):
     embedder = ours(bge[0])
     lines = "\n".join(embedder.card.describe(embedder.tokenizer))
@@ -216,6 +225,47 @@ def test_modules_that_can_not_be_applied_are_refused_by_name_and_never_imported(
     edit(folder / "modules.json", modules=modules)
     with pytest.raises(ValueError, match="which leads out of the folder"):
         ours(folder)
+
+
+SENTENCE, GENERAL = "sentence_bert_config.json", "config_sentence_transformers.json"
+NEIGHBOURS = {
+    "a pooling of the future": (
+        "1_Pooling/config.json",
+        dict(pooling_mode_attention=True),
+        "pooling_mode_attention true",
+    ),
+    "no pooling config": ("1_Pooling/config.json", None, "1_Pooling/config.json is missing"),
+    "an unknown activation": ("2_Dense/config.json", dict(activation_function=None), "activation_function 'None'"),
+    "no weights of a Dense": ("2_Dense/model.safetensors", None, "2_Dense has no weights"),
+    "a key of the future": (SENTENCE, dict(window=3), "sentence_bert_config.json: window 3 can't be applied"),
+    "prompts without names": (GENERAL, dict(prompts=["w3 "]), "must be texts by name"),
+    "a default that is no prompt": (GENERAL, dict(default_prompt_name="x"), 'default_prompt_name "x" is none of its'),
+    "a prompt with a place": (GENERAL, dict(prompts={"query": "a {text} b"}), "would put the text at its {text}"),
+    "another form of modules": ("modules.json", dict(modules={"a": 1}), "not in the form of sentence-transformers"),
+    "modules that are names": ("modules.json", dict(modules=["a"]), "not in the form of sentence-transformers"),
+    "no weights": ("model.safetensors", None, "no file named model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_what_can_not_be_followed_is_one_line_and_not_a_guess(dense, tmp_path, name):
+    folder = shutil.copytree(dense, tmp_path / "st")
+    file, changes, message = NEIGHBOURS[name]
+    if changes is None:
+        (folder / file).unlink()
+    else:
+        edit(folder / file, **changes)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        ours(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_args", "processor_kwargs"])
+def test_a_length_among_the_arguments_of_the_tokenizer_is_a_length(dense, tmp_path, key):
+    folder = shutil.copytree(dense, tmp_path / "st")
+    edit(folder / SENTENCE, **{key: {"model_max_length": 5}}, max_seq_length=9)
+    assert ours(folder).card.doc_max_length == 5
+    assert_same(vectors_of(ours(folder), texts_to_encode()), vectors_of(theirs(folder), texts_to_encode()))
 
 
 def test_the_layout_of_the_first_versions(bge, tmp_path):

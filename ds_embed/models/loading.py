@@ -247,16 +247,16 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     """The transformers config of the base model. UserError when it is not one we can embed with."""
     from transformers import AutoConfig
 
-    try:
-        with without_foreign_code(source.base):
+    with without_foreign_code(source.base):
+        try:
             config = AutoConfig.from_pretrained(
                 source.base, revision=source.revision, trust_remote_code=trust_remote_code
             )
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
-        ) from None
+        except OSError as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
+            ) from None
     config = plain_config(config, source.base)
     backbone_class(config, trust_remote_code, source.base)  # or says why there is none
     return config
@@ -436,7 +436,7 @@ def _named_attention(attn_implementation: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_foreign_code(name: str) -> Iterator[None]:
-    """UserError naming the model when reading it would run code of its own, or its weights are not plain tensors."""
+    """UserError naming the model when a file is missing, its weights are no plain tensors, or code of its own would run."""
     from safetensors import SafetensorError
 
     try:
@@ -447,6 +447,8 @@ def without_foreign_code(name: str) -> Iterator[None]:
             f"{name}: its weights can't be read as plain tensors, and nothing else of them is run ({reason}); "
             "bring back the file, best as .safetensors"
         ) from None
+    except OSError as error:
+        raise UserError(f"{name}: {str(error).strip().splitlines()[0]}") from None
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

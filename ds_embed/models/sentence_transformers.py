@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_embed.models.pooling import ACTIVATIONS, NORMALIZE, build_head
+from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ _HARMLESS = {
     "tokenizer": {"padding_side", "use_fast", "model_max_length"},
     "config": {"use_cache"},
 }
+# Keys that change no vector, beside those that are read or required to be as they are where they are read.
+_KNOWN = {
+    "Pooling": {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"}
+    | {flag for _, flag in _POOLINGS.values()},
+    "Dense": {"in_features", "out_features", "bias", "activation_function", "use_residual"}
+    | {"module_input_name", "module_output_name"},
+    "Transformer": {"max_seq_length", "query_length", "document_length", "do_lower_case", "transformer_task"}
+    | {"module_output_name", "processing_kwargs", "query_expansion", "modality_config", "unpad_inputs"}
+    | {f"{what}_{end}" for what in (*_HARMLESS, "processor") for end in ("args", "kwargs")},
+}
 _UNLIMITED = 10**9  # tokens; a tokenizer without a limit of its own says 10^30
 
 
@@ -60,13 +71,18 @@ class ModelFiles:
             return None
         return None if found is None else Path(found)
 
-    def read(self, path: str) -> Any:
-        """The content of a JSON file, None where there is none. UserError when it is no JSON."""
+    def read(self, path: str, kind: type = dict) -> Any:
+        """The content of a JSON file, None where there is none. UserError when it is no JSON, or of another kind."""
         found = self.find(path)
         try:
-            return None if found is None else json.loads(found.read_text("utf-8"))
+            content = None if found is None else json.loads(found.read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"{found}: is not JSON ({error}); bring back the file") from None
+        if not isinstance(content, kind | None) or (
+            kind is list and not all(isinstance(x, dict) for x in content or [])
+        ):
+            raise UserError(f"{found}: is not in the form of sentence-transformers; bring back the file")
+        return content
 
     def folder(self, path: str) -> str:
         """A local folder with everything of a sub-folder."""
@@ -92,7 +108,7 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
 
     UserError naming the file and the module, setting or value that can't be applied here.
     """
-    modules, general = files.read(MODULES_NAME), files.read(_PROMPTS_NAME)
+    modules, general = files.read(MODULES_NAME, list), files.read(_PROMPTS_NAME)
     if modules is None and general is None:
         return None
     general = general or {}
@@ -101,7 +117,7 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
         raise UserError(f"{where}: is a {general['model_type']}, and only SentenceTransformer models are taken")
     if general.get("truncate_dim") is not None:
         raise UserError(f"{where}: truncate_dim {general['truncate_dim']} can't be applied; take it out of the file")
-    settings = _prompts(general) | {"similarity": general.get("similarity_fn_name")}
+    settings = _prompts(general, where) | {"similarity": general.get("similarity_fn_name")}
     if modules is None:
         return OwnFiles(settings)
     kinds = [_kind(files, module) for module in modules]
@@ -111,10 +127,11 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
             f"{files.name}: {MODULES_NAME} has the modules {', '.join(kinds)}; taken are Transformer, Pooling, and behind "
             "them any number of Dense and Normalize"
         )
-    pooling = _Content(files, paths[1])
+    pooling = _Content(files, paths[1], "Pooling")
     settings |= {"pooling": _pooling(pooling), "include_prompt": pooling.get("include_prompt", True)}
     settings["head"] = [
-        _dense(_Content(files, path)) if kind == "Dense" else NORMALIZE for kind, path in zip(kinds[2:], paths[2:])
+        _dense(_Content(files, path, "Dense")) if kind == "Dense" else NORMALIZE
+        for kind, path in zip(kinds[2:], paths[2:])
     ]
     # As sentence-transformers has it: no blank taken off, nothing put behind a text that the tokenizer does not.
     settings |= {"append_eos": False, "strip": False}
@@ -135,11 +152,17 @@ def _kind(files: ModelFiles, module: dict[str, Any]) -> str:
 
 
 class _Content(dict):
-    """The config.json of a module, with its name for errors."""
+    """The config.json of a module, with its name for errors. UserError for keys that say what is not known of `kind`."""
 
-    def __init__(self, files: ModelFiles, path: str, name: str = "config.json"):
-        super().__init__(files.read(f"{path}/{name}" if path else name) or {})
-        self.path, self.where = path, f"{files.name}: {path}/{name}" if path else f"{files.name}: {name}"
+    def __init__(self, files: ModelFiles, path: str, kind: str | None = None, name: str = "config.json"):
+        place = f"{path}/{name}" if path else name
+        content = files.read(place)
+        super().__init__(content or {})
+        self.path, self.where = path, f"{files.name}: {place}"
+        if content is None and kind not in (None, "Transformer"):
+            raise UserError(f"{self.where} is missing; bring back the file")
+        for key in self.keys() - _KNOWN.get(kind, self.keys()):
+            self.require(key, False, {}, [], "")
 
     def __missing__(self, name: str) -> Any:
         raise UserError(f"{self.where}: {name} is missing; bring back the file")
@@ -150,14 +173,25 @@ class _Content(dict):
             raise UserError(f"{self.where}: {name} {json.dumps(self[name])} can't be applied here")
 
 
-def _prompts(general: dict[str, Any]) -> dict[str, Any]:
+def _prompts(general: dict[str, Any], where: str) -> dict[str, Any]:
     """The prefixes: prompts under the names of the sides, in any case; else the default prompt; else none."""
-    prompts = general.get("prompts") or {}
+    prompts, chosen = general.get("prompts") or {}, general.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+        raise UserError(f"{where}: prompts {json.dumps(prompts)}: must be texts by name")
+    if chosen is not None and chosen not in prompts:
+        raise UserError(
+            f"{where}: default_prompt_name {json.dumps(chosen)} is none of its prompts: {', '.join(prompts)}"
+        )
     lowered = {name.lower(): text for name, text in reversed(list(prompts.items()))} | prompts
-    default = prompts.get(general.get("default_prompt_name")) or ""
+    default = prompts.get(chosen) or ""
     sides = {"query_prefix": ("query",), "doc_prefix": ("document", "passage", "corpus")}
     found = {side: next((n for n in names if n in lowered), None) for side, names in sides.items()}
     settings = {side: default if name is None else lowered[name] or "" for side, name in found.items()}
+    for side, text in settings.items():
+        if TEXT_PLACE in text:
+            raise UserError(
+                f"{where}: the prompt {text!r} would put the text at its {TEXT_PLACE}; take that out of the file"
+            )
     taken = {"query", "document", *found.values()}
     return settings | {"prompts": {name: text or "" for name, text in prompts.items() if name.lower() not in taken}}
 
@@ -177,7 +211,7 @@ def _pooling(content: _Content) -> str:
 
 
 def _dense(content: _Content) -> dict[str, Any]:
-    name = content.get("activation_function", "torch.nn.modules.activation.Tanh")
+    name = str(content.get("activation_function", "torch.nn.modules.activation.Tanh"))
     if not name.startswith("torch.nn.") or name.split(".")[-1] not in ACTIVATIONS:
         raise UserError(f"{content.where}: activation_function {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
     for key in ("module_input_name", "module_output_name"):
@@ -196,7 +230,8 @@ def _dense(content: _Content) -> dict[str, Any]:
 def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int | None:
     """Put what the Transformer module says into settings; returns its tokenizer's length where no other is given."""
     names = [f"sentence_{kind}_config.json" for kind in _KINDS]
-    content = next(filter(None, (_Content(files, path, name) for name in names)), _Content(files, path, names[0]))
+    found = (_Content(files, path, "Transformer", name) for name in names)
+    content = next(filter(None, found), _Content(files, path, "Transformer", names[0]))
     content.require("transformer_task", "feature-extraction")
     content.require("module_output_name", "token_embeddings")
     for name in ("processing_kwargs", "query_expansion"):
@@ -215,9 +250,11 @@ def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int 
                     continue
                 if argument not in harmless | {"trust_remote_code"}:
                     raise UserError(f"{content.where}: {name} {argument}={value!r} can't be applied here")
-    tokenizer = _Content(files, path, "tokenizer_config.json")
+    tokenizer = _Content(files, path, name="tokenizer_config.json")
     tokenizer.require("truncation_side", "right")
-    longest = content.get("max_seq_length")
+    given = (content.get(name) or {} for name in ("tokenizer_args", "tokenizer_kwargs", "processor_kwargs"))
+    lengths = [arguments["model_max_length"] for arguments in given if arguments.get("model_max_length")]
+    longest = next(iter(lengths), content.get("max_seq_length"))
     settings["query_max_length"] = content.get("query_length") or longest
     settings["doc_max_length"] = content.get("document_length") or longest
     settings["lower_case"] = content.get("do_lower_case", False)
