@@ -14,12 +14,12 @@ from ds_embed.settings.validation_arguments import ValidationArguments
 LOSSES = ("listwise", "bce", "kl")
 
 
-def _as(owner: type, name: str) -> Any:
+def _as(owner: type[Settings], name: str) -> Any:
     """The setting of that name, as another recipe has it."""
     known = owner.__dataclass_fields__[name]
-    default = {} if known.default is MISSING else {"default": known.default}
-    factory = {} if known.default_factory is MISSING else {"default_factory": known.default_factory}
-    return field(metadata=known.metadata, **default, **factory)
+    names = ("default", "default_factory")
+    given: dict[str, Any] = {name: getattr(known, name) for name in names if getattr(known, name) is not MISSING}
+    return field(metadata=known.metadata, **given)
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,8 @@ class RerankerModelArguments(Settings):
 
 @dataclass(kw_only=True)
 class RerankerLoraArguments(LoraArguments):
-    new_lora: ClassVar[bool] = False  # runs are merged when they are saved
+    # Runs are merged when they are saved.
+    new_lora: ClassVar[bool] = False  # type: ignore[misc]
 
     def __post_init__(self):
         super().__post_init__()
@@ -116,11 +117,11 @@ class RerankerValidationArguments(ValidationArguments):
         "(lower is better) or val_accuracy (default: nDCG@10)",
         default=None,
     )
-    val_query_files: ClassVar[tuple[str, ...]] = ()
-    val_doc_files: ClassVar[tuple[str, ...]] = ()
-    val_metrics: ClassVar[tuple[str, ...]] = ()
-    ignore_identical_ids: ClassVar[bool] = False
-    val_save_embeddings: ClassVar[bool] = False
+    val_query_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
+    val_doc_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
+    val_metrics: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
+    ignore_identical_ids: ClassVar[bool] = False  # type: ignore[misc]
+    val_save_embeddings: ClassVar[bool] = False  # type: ignore[misc]
 
 
 RERANKER_ARGUMENTS = (
