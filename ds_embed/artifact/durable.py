@@ -97,6 +97,14 @@ def host_name() -> str:
     return socket.gethostname().replace("@", "_").replace("/", "_")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. UserError where the file system takes none, as in /proc."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no folder can be made there; choose another place") from None
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder, or what a process that was killed in here left of it, so that it is never seen in part."""
     removed = path.with_name(f"{_REMOVED}{path.name}")
@@ -174,7 +182,7 @@ def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
     Who writes by name opens `file.name`. UserError naming it, and what is free, when the disk does not take it.
     """
     with written_or_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with written_whole(path, binary) as file:
             yield file
 
@@ -188,7 +196,7 @@ def folder_when_whole(path: Path) -> Iterator[Path]:
     temporary = unfinished_path(path, own=True)
     try:
         with written_or_named(path):
-            temporary.mkdir(parents=True)
+            make_folder(temporary)
             yield temporary
             sync_tree(temporary)
             put_in_place(temporary, path)
@@ -215,7 +223,7 @@ def hold_lock(path: Path, flag: str, *, inside: bool = False, wait: bool = False
     """
     lock = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
     with written_or_named(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(lock.parent)
         file = open(lock, "a+", encoding="utf-8")
     try:
         try:
