@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, encode_texts
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.settings import DataArguments, ModelArguments, TextArguments, parse_arguments
 from ds_embed.training.prepare import describe_prefixes, file_formats
 
@@ -124,3 +125,13 @@ def test_control_tokens_spelled_in_a_prefix_are_tokens_and_in_data_text(tokenize
     assert plain.count(end) == 2 and spelled.count(end) == 2  # in the prefix and at the end
     short = encode_texts(tokenizer, ["is cold " * 30], TextFormat(prefix, 20, append_eos))[0].tolist()
     assert short[:19] == tokenizer(prefix + "is cold " * 30)["input_ids"][:19] and short[19] == end
+
+
+def test_prompts_of_other_libraries_hold_what_stands_before_a_text(tmp_path):
+    card = EmbeddingCard(
+        "last", "find: {text} ?", "{text}", 9, 9, append_eos=True, base_model="none", consumed_samples=0
+    )
+    write_modules(tmp_path, card, 8, {}, {})
+    prompts = json.loads((tmp_path / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {"query": "find: ", "document": ""}
+    assert EmbeddingCard.read(tmp_path / "ds_embed.json").query_prefix == "find: {text} ?"

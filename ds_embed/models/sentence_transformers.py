@@ -348,9 +348,11 @@ def write_modules(
         start = f"{number}."
         weights = {n.removeprefix(start): w.contiguous() for n, w in head_state.items() if n.startswith(start)}
         save_file(weights, folder / layer["path"] / "model.safetensors", metadata={"format": "pt"})
+    prefixes = {"query": card.query_prefix, "document": card.doc_prefix}
     general = {
         "__version__": {"sentence_transformers": "5.0.0"},  # whose spelling this is
-        "prompts": {"query": card.query_prefix, "document": card.doc_prefix} | card.prompts,
+        # What a prefix puts behind a text, a prompt can't say.
+        "prompts": {side: text.partition(TEXT_PLACE)[0] for side, text in prefixes.items()} | card.prompts,
         "default_prompt_name": None,
         "similarity_fn_name": card.similarity,
     }

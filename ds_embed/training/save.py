@@ -19,6 +19,7 @@ from ds_embed.models.kinds import direction_in_config, without_pooler
 from ds_embed.models.lora import save_adapter
 from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.models.tokenizer import save_tokenizer, tokenizer_for_others
+from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
 from ds_embed.training.best import BestValidations
 from ds_embed.training.checkpoint import load_checkpoint
@@ -64,6 +65,11 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
         save_tokenizer(tokenizer_for_others(tokenizer, card), target)
         write_modules(target, card, dimensions, head, without_pooler(config), direction if is_adapter else None)
 
+    for name in ("query_prefix", "doc_prefix"):
+        if world.is_main and (behind := getattr(card, name).partition(TEXT_PLACE)[2]):
+            logger.warning(
+                "only ds_embed puts --%s's %r behind texts: other libraries give other vectors", name, behind
+            )
     world.on_main("save model", lambda: folder.publish_model(fill))
 
 
