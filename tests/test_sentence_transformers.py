@@ -1,5 +1,6 @@
 """Folders that sentence-transformers itself wrote: read, trained and saved, each against its own vectors."""
 
+import dataclasses
 import json
 import random
 import re
@@ -202,6 +203,9 @@ def test_what_was_taken_is_said(bge):
         "[SEP] (its tokenizer)",
     ):
         assert part in lines
+    more = dataclasses.replace(embedder.card, prompts={"clustering": "sort: ", "sts": ""})
+    assert any("clustering, sts: kept for other" in line for line in more.describe(embedder.tokenizer))
+    assert "kept for other" not in lines
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,10 @@ class EmbeddingCard:
             f"end of a text  {' '.join(tail) or 'no token'} ({'its tokenizer' if by_itself else of('append_eos')})",
             f"tokens see     {'the whole text' if self.bidirectional else 'what stands before them'} ({of('bidirectional')})",
         ]
+        if self.prompts:
+            lines.append(
+                f"other prompts  {', '.join(self.prompts)}: kept for other libraries; give the text of one as --query_prefix to use it"
+            )
         if not self.makes_unit_vectors:
             lines.append(
                 "vectors        are not normalized: training and validation compare them by cosine, search and evaluate "
