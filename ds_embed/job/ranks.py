@@ -237,6 +237,7 @@ def run_recipe(main: Callable[[], Any]) -> int:
     traceback, code 1. After an error the process leaves at once and enters no collective.
     SIGTERM and SIGUSR1 end it with EXIT_REQUEUE, unless the work handles them itself.
     """
+    global _world
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for number in STOP_SIGNALS:
@@ -266,6 +267,7 @@ def run_recipe(main: Callable[[], Any]) -> int:
     if _world.watch is not None:
         _world.watch.leave(0)
     dist.destroy_process_group()
+    _world = None  # a recipe that is called next in this process is a job of its own
     return code
 
 

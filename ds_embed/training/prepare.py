@@ -92,9 +92,9 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
         )
     if data.hard_negatives and number and step.negatives == "pair":
         raise UserError(
-            f"{first}: has no neg_doc, and a query is scored against its own hard negatives alone ({number:,} of "
-            f"{store.num_records:,} records have none); leave these records out, or give them some (an embedder's "
-            "--negatives own needs none)"
+            f"{first}: has no neg_doc, and rerankers and --negatives pair score a query against its own hard negatives alone "
+            f"({number:,} of {store.num_records:,} records have none); leave these records out, give them some, or train an "
+            "embedder with --negatives own"
         )
     if data.hard_negatives and number:
         share = number / store.num_records
