@@ -49,7 +49,7 @@ class Job:
                 pytest.fail(f"job {self.id} is {self.state()}: {job}\n{self.output()[-3000:]}")
             time.sleep(0.1)
 
-    def wait_for_end(self, seconds: float = 240) -> str:
+    def wait_for_end(self, seconds: float = 600) -> str:
         self.wait(lambda: self.state() in ENDED, seconds)
         return self.state()
 
@@ -232,7 +232,7 @@ def test_jobs_that_cannot_work_say_why_at_once(cluster, place):
         "absent.jsonl: no such file": Job(cluster, place, "no-data", *one_node, "slurm/train.sh", *no_data),
     }
     for reason, job in jobs.items():
-        assert job.wait_for_end(300) == "FAILED", (reason, job.output())
+        assert job.wait_for_end() == "FAILED", (reason, job.output())
         assert reason in job.output()
         assert job.output().count(reason) <= 2  # once, or once a node
         assert "Traceback" not in job.output()
