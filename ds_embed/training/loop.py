@@ -68,6 +68,17 @@ class TrainingRun:
 
     validation_class = Validation
 
+    def _take(self, world, model, data, step, optimizer, run, validation) -> None:
+        """What every kind of run begins with, whatever model it trains."""
+        self.world, self.model, self.data = world, model, data
+        self.step_arguments, self.optimizer, self.run = step, optimizer, run
+        world.set_timeouts(run.rank_timeout_seconds, run.stall_timeout_seconds)
+        self.validation_arguments = validation
+        self.deepspeed_config = resolve_deepspeed_config(
+            run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
+        )
+        self.folder = RunFolder(run.output_dir)
+
     def __init__(
         self,
         world: World,
@@ -79,14 +90,7 @@ class TrainingRun:
         run: RunArguments,
         validation: ValidationArguments,
     ):
-        self.world, self.model, self.data = world, model, data
-        self.step_arguments, self.optimizer, self.run = step, optimizer, run
-        world.set_timeouts(run.rank_timeout_seconds, run.stall_timeout_seconds)
-        self.validation_arguments = validation
-        self.deepspeed_config = resolve_deepspeed_config(
-            run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
-        )
-        self.folder = RunFolder(run.output_dir)
+        self._take(world, model, data, step, optimizer, run, validation)
         check_stage(model, self._stage)
         self.source = find_source(model)
         self.config = config = load_config(self.source, model.trust_remote_code)

@@ -41,7 +41,7 @@ from ds_embed.models.reranker import (
     put_head,
     save_reranker,
 )
-from ds_embed.settings import OptimizerArguments, RunArguments, resolve_deepspeed_config
+from ds_embed.settings import OptimizerArguments, RunArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.reranker_arguments import (
     RerankerDataArguments,
@@ -53,7 +53,6 @@ from ds_embed.settings.reranker_arguments import (
 from ds_embed.training.inputs import StepInputs
 from ds_embed.training.loop import TrainingRun
 from ds_embed.training.report import whole_size
-from ds_embed.training.run_folder import RunFolder
 from ds_embed.training.signals import StopRequest
 from ds_embed.training.step import ContrastiveStep
 from ds_embed.training.validation import Validation, leave_if_asked
@@ -156,14 +155,7 @@ class RerankerRun(TrainingRun):
         run: RunArguments,
         validation: RerankerValidationArguments,
     ):
-        self.world, self.model, self.data = world, model, data
-        self.step_arguments, self.optimizer, self.run = step, optimizer, run
-        world.set_timeouts(run.rank_timeout_seconds, run.stall_timeout_seconds)
-        self.validation_arguments = validation
-        self.deepspeed_config = resolve_deepspeed_config(
-            run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=world.size
-        )
-        self.folder = RunFolder(run.output_dir)
+        self._take(world, model, data, step, optimizer, run, validation)
         self.source = find_reranker(model.model_name_or_path, model.model_revision)
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
         self.config = load_config(self.source, model.trust_remote_code)
