@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from tiny import REPOSITORY
+from tiny import REPOSITORY, free_port
 
 from ds_embed.job.ranks import EXIT_REQUEUE
 from ds_embed.job.watcher import EXIT_RANK_LOST
@@ -150,6 +150,41 @@ def test_rank_that_left_with_an_error_takes_the_others_along(jobs):
     assert (codes, lines) == ([1, 1], [])  # it has said itself why
 
 
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_launcher_that_ends_the_others_does_not_hide_the_failure(has_failed):
+    """As srun does with --kill-on-bad-exit, a moment before the others hear of it; else a stop is a stop."""
+    code = (
+        "import time\nfrom ds_embed.job.ranks import initialize, run_recipe\n"
+        "from ds_embed.settings.errors import UserError\n"
+        "def main():\n    rank = initialize().rank\n    print(flush=True)\n"
+        f"    if rank == 1 and {has_failed}:\n        raise UserError('no such file')\n    time.sleep(600)\n"
+        "raise SystemExit(run_recipe(main))"
+    )
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        while (line := rank.stdout.readline()) != "\n":  # libraries say something first
+            assert line, rank.stderr.read()
+    if has_failed:
+        ranks[1].wait(timeout=600)
+    for rank in ranks[:1] if has_failed else ranks:
+        rank.send_signal(signal.SIGTERM)
+    said = "".join(rank.communicate(timeout=600)[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [2 if has_failed else EXIT_REQUEUE] * 2, said
+    reason = "error: no such file" if has_failed else f"SIGTERM: stopped (exit code {EXIT_REQUEUE})"
+    assert said.count(reason) == 1 and said.count("stopped") == (not has_failed), said
+
+
 def test_nobody_is_accused(jobs):
     """A rank in a long call that keeps the interpreter; a job stopped as a whole; one whose ranks all wait."""
     time.sleep(max(0.0, jobs[2] + 4.1 - time.monotonic()))
@@ -165,7 +200,9 @@ def test_nobody_is_accused(jobs):
         assert job.end() == ([0, 0], []), name
 
 
-def test_signal_before_the_first_step_is_not_swallowed():
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signal_before_the_first_step_is_not_swallowed(ranks):
+    """Nor, where a launcher ends the other ranks of one that failed, taken for a wish to go on later."""
     code = (
         "import time\nfrom ds_embed.job.ranks import run_recipe\n"
         "def main():\n    print(flush=True)\n    while True:\n"
@@ -173,12 +210,18 @@ def test_signal_before_the_first_step_is_not_swallowed():
         "raise SystemExit(run_recipe(main))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=os.environ | {"WORLD_SIZE": str(ranks)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout.readline() == "\n"
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=600) == ("", f"SIGUSR1: stopped (exit code {EXIT_REQUEUE})\n")
-    assert process.returncode == EXIT_REQUEUE
+    said = f"SIGUSR1: stopped (exit code {EXIT_REQUEUE})\n" if ranks == 1 else ""
+    assert process.communicate(timeout=600) == ("", said)
+    assert process.returncode == (EXIT_REQUEUE if ranks == 1 else -signal.SIGUSR1)
 
 
 def test_no_watcher_stays(jobs):

@@ -21,6 +21,7 @@ from ds_embed.settings.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85  # stopped by a signal with its work saved: start the same command again
+_NEWS_SECONDS = 3.0  # a failure is known to all ranks about a second after it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time before they kill
 _world: "World | None" = None
 
@@ -296,12 +297,22 @@ def _stop_at_once(number: int, frame: Any) -> None:
     """A scheduler wants the job to stop, and there is nothing to save: the same command starts again.
 
     No exception, since libraries that are being imported swallow those; all that we write may end at any instant.
+    The signal may also be the launcher's answer to a rank that failed. The highest exit code is the job's, so
+    EXIT_REQUEUE would bring the mistake back into the queue: a rank that hears of the failure takes its code, and one
+    that has not met the others yet ends as signals end it.
     """
-    if _first_to_report():
-        print(f"{signal.Signals(number).name}: stopped (exit code {EXIT_REQUEUE})", file=sys.stderr, flush=True)
-    if _world is not None and _world.watch is not None:
-        _world.watch.leave(EXIT_REQUEUE)
-    os._exit(EXIT_REQUEUE)
+    if _world is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    watch = None if _world is None else _world.watch
+    code = None if watch is None else watch.wait_for_news(_NEWS_SECONDS)
+    if code is None:
+        code = EXIT_REQUEUE
+        if _first_to_report():
+            print(f"{signal.Signals(number).name}: stopped (exit code {code})", file=sys.stderr, flush=True)
+    if watch is not None:
+        watch.leave(code)
+    os._exit(code)
 
 
 def _failed_elsewhere(error: BaseException) -> int | None:
