@@ -138,6 +138,24 @@ def test_the_observer_sees_every_byte_once(tmp_path, content):
     assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_half_a_surrogate_pair_in_an_array_is_named(tmp_path, wrapped):
+    """The quick parser makes "?" of it; whole pairs, as json.dump writes an emoji, stay with that parser."""
+    texts = ["😀", "a\ud800", "\udc00", "\ud800\ud800", "\\ud800", "😀" * 30_000, "\udfffb", "z"]
+    content = json.dumps([{"a": text} for text in texts])
+    path = write(tmp_path / "a.json", '{"corpus": {}, "data": ' + content + "}" if wrapped else content)
+    bad, digest = [], hashlib.sha256()
+    values = [value["a"] for _, value in Records(path, digest.update, on_bad=bad.append)]
+    assert values == ["😀", "\\ud800", "😀" * 30_000, "z"]
+    problem = "not Unicode text: half of a surrogate pair (\\ud800 to \\udfff) stands alone"
+    assert [str(error) for error in bad] == [f"{path}:record {number}: {problem}" for number in (2, 3, 4, 7)]
+    assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    write(path, json.dumps([{"a": "😀" * number} for number in range(900)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ijson.get_backend", None)
+        assert [len(value["a"]) for _, value in Records(path)] == list(range(900))
+
+
 @pytest.mark.parametrize("form", ["array", "jsonl"])
 def test_reading_holds_one_record_at_a_time(tmp_path, form):
     record = json.dumps({"query": "q" * 50, "pos_doc": "d" * 400, "neg_doc": ["n" * 400] * 2})

@@ -13,6 +13,8 @@ import csv
 import glob
 import gzip
 import io
+import itertools
+import json
 import lzma
 import math
 import os
@@ -53,6 +55,8 @@ _PACKED = {
 _PARQUET = b"PAR1"
 # {"corpus": ..., "data": [...]} in either order, as NeMo Automodel writes it: one object that holds the records.
 _WRAPPED = re.compile(rb'\{\s*"(?:corpus"\s*:\s*[\[{]|data"\s*:\s*\[)')
+_SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # NAME:SPLIT, NAME:CONFIG:SPLIT; a NAME has at most one slash.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]*))?:(?P<split>[\w.-]+)")
 _TYPE_NAMES = {
@@ -249,11 +253,26 @@ class Records:
             yield line_number, value
 
     def _elements(self, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
-        number = 0
+        number, prefix, pairs = 0, "item" if self._kind == "array" else "data.item", _WholePairs(file)
         with self._json_errors(lambda: number):
-            for value in ijson.items(file, "item" if self._kind == "array" else "data.item", use_float=True):
-                number += 1
-                yield number, value
+            with contextlib.suppress(_HalfPair):
+                for value in ijson.items(pairs, prefix, use_float=True):
+                    number += 1
+                    yield number, value
+                return
+            # From here on the parser in Python reads, which keeps it; the first file's bytes are still to be counted.
+            done = number
+            while file.read(_READ_BYTES):
+                pass
+            with open_bytes(self.path) as again:
+                values = ijson.get_backend("python").items(again, prefix, use_float=True)
+                for number, value in itertools.islice(enumerate(values, start=1), done, None):
+                    try:
+                        json.dumps(value, ensure_ascii=False).encode()
+                    except UnicodeEncodeError:
+                        problem = "not Unicode text: half of a surrogate pair (\\ud800 to \\udfff) stands alone"
+                        value = BadRecord(self.location(number), problem)
+                    yield number, value
 
     @contextlib.contextmanager
     def _json_errors(self, number: Callable[[], int]) -> Iterator[None]:
@@ -535,6 +554,25 @@ def _decoded(path: str, file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
             problem = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
             raise BadRecord(format_location(path, "line", number), problem) from None
         yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+class _HalfPair(Exception):
+    pass
+
+
+class _WholePairs:
+    """A file for ijson's quick parser, which makes "?" of half a surrogate pair: _HalfPair before it sees one."""
+
+    def __init__(self, file: io.BufferedReader):
+        self.file = file
+
+    def read(self, size: int) -> bytes:
+        chunk = self.file.read(size)
+        while b"\\" in chunk[-11:] and (more := self.file.read(64)):  # it doesn't end within a pair
+            chunk += more
+        if _SURROGATE.search(_SURROGATE_PAIR.sub(b"", chunk)):
+            raise _HalfPair
+        return chunk
 
 
 def _orjson_reason(error: BaseException | None) -> str:
