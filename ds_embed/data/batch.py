@@ -22,7 +22,8 @@ class GlobalBatch:
     records: np.ndarray  # (N,) record numbers in the store
     texts: np.ndarray  # (U,) text numbers in the store, all different in their tokens
     lengths: np.ndarray  # (U,) tokens
-    rows: np.ndarray  # (T,) which of the U texts stands in each place
+    uses: np.ndarray  # (T,) text numbers in the store, of what stands in each place
+    rows: np.ndarray  # (T,) which of the U texts is the same tokens
     document_keys: np.ndarray  # (M, 2) documents that agree in a key are equal
     own_negatives: np.ndarray  # (N, K) documents that are each query's hard negatives, -1 for none
     positive_pairs: np.ndarray  # (P, 2) further pairs of a query and a document that is no negative of it
@@ -83,6 +84,7 @@ def assemble_batch(
         records=records,
         texts=texts,
         lengths=store.lengths_of(texts),
+        uses=uses,
         rows=rows,
         document_keys=_document_keys(keys, num_queries),
         own_negatives=own,

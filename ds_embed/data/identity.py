@@ -14,7 +14,8 @@ Letters: T texts, S tokens, R records, G queries with several positives.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from ds_embed.data.store_files import NpyWriter
 
 _ROWS_AT_ONCE = 1 << 21
+_TEXT_ID = re.compile("[0-9a-f]{16}")
 POSITIVES_ARRAYS = ("several_queries", "several_first", "several_positives")
 
 
@@ -33,6 +35,17 @@ def content_key(text: str) -> int:
 def content_keys(texts: Sequence[str]) -> np.ndarray:
     """content_key of each text: (T,) int64."""
     return _keys(text.encode() for text in texts)
+
+
+def text_id(text: str) -> str:
+    """The id by which a text without another one is known outside, such as its vector: content_key as 16 hex digits."""
+    return f"{content_key(text) % 2**64:016x}"
+
+
+def id_keys(ids: Iterable[str]) -> np.ndarray:
+    """Keys (n,) int64 of ids: that of its text for a text_id, and content_key of any other."""
+    keys = [int(name, 16) or 1 if _TEXT_ID.fullmatch(name) else content_key(name) % 2**64 for name in ids]
+    return np.array(keys, np.uint64).view(np.int64)
 
 
 def token_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -12,6 +12,8 @@ R records, T texts, S tokens. Opening maps the arrays and reads none of them, wh
     first_text.npy     (R + 1,) int64   record r owns texts first_text[r] to first_text[r + 1] - 1:
                                         its query, its positive, then its negatives
     text_keys.npy      (T,) int64       key of each text: equal where the model sees the same tokens (identity.py)
+    content_keys.npy   (T,) int64       key of each text as it stands in the data, that of its text_id (identity.py)
+    query_ids.npy      (R,) int64       key of each record's query_id, 0 for none; doc_ids.npy likewise
     several_*.npy                       queries with several positives, and these: see identity.write_positives
     scores.npy         (T,) float32     a teacher's score of each document for its query, NaN where there is none
   queries and documents only (one text a record):
@@ -131,6 +133,8 @@ class TrainingStore(_Store):
         super().__init__(path)
         self.first_text = self._map("first_text", self.num_records + 1)
         self.text_keys = self._map("text_keys", self.num_texts)
+        self.content_keys = self._map("content_keys", self.num_texts)
+        self.ids = tuple(self._map(name, self.num_records) for name in ("query_ids", "doc_ids"))
         self.several_positives = tuple(self._map(name, None) for name in POSITIVES_ARRAYS)
         self.scores = self._map("scores", self.num_texts)
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_embed.data.identity import content_keys, token_keys
-from ds_embed.data.store_conflicts import ID_ARRAYS
+from ds_embed.data.identity import content_keys, id_keys, token_keys
 from ds_embed.data.tokenize import TextTokenizer
 
 
@@ -58,7 +57,9 @@ class ChunkTexts:
         arrays = {"tokens": tokens, "lengths": lengths.astype(np.int32), "full_lengths": pool_full_lengths[chosen]}
         if first_sides is not None:
             arrays["text_keys"] = self._text_keys(sides, first_sides, encoded)[chosen]
-            arrays |= self._id_keys(chosen)
+            texts = itertools.chain(*self.distinct)
+            arrays["content_keys"] = content_keys(list(texts))[chosen]
+            arrays |= {f"{name}s": self._id_keys(name) for name in ("query_id", "doc_id")}
         return arrays
 
     def _text_keys(self, sides: dict[str, TextTokenizer], first_sides: dict, encoded: list) -> np.ndarray:
@@ -73,18 +74,12 @@ class ChunkTexts:
             keys.append(token_keys(tokens, lengths))
         return np.concatenate(keys)
 
-    def _id_keys(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """Keys of ids and, for those, of the texts as they stand in the data: whether they fit hangs on no setting."""
-        first_texts = np.array([0, *self.ends[:-1]])
-        texts = list(itertools.chain(*self.distinct))
-        arrays = {}
-        for place, id_name, (ids, named) in ((0, "query_id", ID_ARRAYS[:2]), (1, "doc_id", ID_ARRAYS[2:])):
-            keys, text_keys = np.zeros((2, len(first_texts)), np.int64)  # 0 where there is no id
-            rows = [row for row, value in enumerate(self.ids[id_name]) if value is not None]
-            keys[rows] = content_keys([self.ids[id_name][row] for row in rows])
-            text_keys[rows] = content_keys([texts[text] for text in chosen[first_texts[rows] + place].tolist()])
-            arrays |= {ids: keys, named: text_keys}
-        return arrays
+    def _id_keys(self, name: str) -> np.ndarray:
+        """Keys (R,) of the records' ids of that name, 0 where there is none."""
+        keys = np.zeros(len(self.ends), np.int64)
+        rows = [row for row, value in enumerate(self.ids[name]) if value is not None]
+        keys[rows] = id_keys(self.ids[name][row] for row in rows)
+        return keys
 
 
 @dataclass

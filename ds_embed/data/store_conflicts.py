@@ -13,25 +13,24 @@ import numpy as np
 from ds_embed.data.files import BadRecord
 
 _ROWS_AT_ONCE = 1 << 21
-# (R,) int64 each, in the build's folder only: keys of ids, 0 for none, and of the texts that they name.
-ID_ARRAYS = ("query_ids", "query_texts", "doc_ids", "doc_texts")
 
 
 def find_conflicts(folder: Path, files: Sequence[tuple[int, Callable[[int], str]]]) -> dict[tuple[int, int], BadRecord]:
     """{(file, record number): error} of records whose id stands earlier in their file with another text.
 
     `files` are (records in the store, number to place) of each file, in the store's order. Ids of
-    different files are not compared: data sets number their texts from 0, each for itself. Removes ID_ARRAYS.
+    different files are not compared: data sets number their texts from 0, each for itself.
     """
-    query_ids, query_texts, doc_ids, doc_texts, lines = (
-        np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*ID_ARRAYS, "lines")
+    query_ids, doc_ids, first_text, keys, lines = (
+        np.load(folder / f"{name}.npy", mmap_mode="r")
+        for name in ("query_ids", "doc_ids", "first_text", "content_keys", "lines")
     )
-    named = (("query_id", "query", query_ids, query_texts), ("doc_id", "pos_doc", doc_ids, doc_texts))
+    named = (("query_id", "query", query_ids), ("doc_id", "pos_doc", doc_ids))
     found, start = {}, 0
     for file, (num_records, location) in enumerate(files):
         rows = slice(start, start + num_records)
-        for id_name, text_name, ids, texts in named:
-            for row, earlier in _conflicts(ids[rows], texts[rows]):
+        for place, (id_name, text_name, ids) in enumerate(named):
+            for row, earlier in _conflicts(ids[rows], lambda chosen: keys[first_text[rows][chosen] + place]):
                 number, first = lines[[start + row, start + earlier]].tolist()
                 found.setdefault(
                     (file, number),
@@ -42,12 +41,10 @@ def find_conflicts(folder: Path, files: Sequence[tuple[int, Callable[[int], str]
                     ),
                 )
         start += num_records
-    for name in ID_ARRAYS:
-        (folder / f"{name}.npy").unlink()
     return found
 
 
-def _conflicts(keys: np.ndarray, text_keys: np.ndarray):
+def _conflicts(keys: np.ndarray, text_keys: Callable[[np.ndarray], np.ndarray]):
     """(row, earlier row) of rows whose key stood before, first in the earlier row, with another text."""
     parts = -(-len(keys) // _ROWS_AT_ONCE)
     for part in range(parts):
@@ -59,7 +56,7 @@ def _conflicts(keys: np.ndarray, text_keys: np.ndarray):
             ]
         )
         order = rows[np.argsort(keys[rows], kind="stable")]
-        ids, texts = keys[order], text_keys[order]
+        ids, texts = keys[order], text_keys(order)
         is_first = np.append(True, ids[1:] != ids[:-1])[: len(ids)]
         first = np.maximum.accumulate(np.where(is_first, np.arange(len(ids)), 0))
         bad = np.flatnonzero(texts != texts[first])

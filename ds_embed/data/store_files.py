@@ -15,7 +15,7 @@ from ds_embed.artifact.shared import obtain_folder
 from ds_embed.settings.errors import UserError
 
 # Part of every store's key: raise it when the arrays, their meaning or the tokenization change.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ds_embed.data.files import BadRecord
 from ds_embed.data.identity import write_positives
 from ds_embed.data.store_chunk import Chunk, ChunkTexts, File
-from ds_embed.data.store_conflicts import ID_ARRAYS, find_conflicts
+from ds_embed.data.store_conflicts import find_conflicts
 from ds_embed.data.store_files import NpyWriter, write_manifest
 from ds_embed.data.store_workers import Workers, count_processes
 from ds_embed.data.tokenize import TextTokenizer
@@ -33,7 +33,8 @@ _CHUNK_CHARACTERS = 16_000_000
 _SHARE_OF_WORKERS = 4
 _WORKERS_FROM_TEXTS = 16_384
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
-_TRAINING_ARRAYS = {"first_text": "i8", "text_keys": "i8", "scores": "f4", **dict.fromkeys(ID_ARRAYS, "i8")}
+_KEYS = ("first_text", "text_keys", "content_keys", "query_ids", "doc_ids")
+_TRAINING_ARRAYS = {**dict.fromkeys(_KEYS, "i8"), "scores": "f4"}
 
 Progress = Callable[[int], object]
 
