@@ -106,6 +106,23 @@ def test_beir_to_training_and_back(tmp_path, capsys):
     assert [relevance for *_, relevance in qrels] == ["1", "1", "0", "0"] and qrels[0][1] == "d1"
 
 
+def test_pairs_to_test_files_in_one_step(tmp_path):
+    """The same files as by way of a BEIR folder; pairs without ids get ids of their texts."""
+    renamed = [{"question": "what is a sea", "answer": "Salt water"}]
+    for name, records, flags in (
+        ("ours", TRAINING, ()),
+        ("renamed", renamed, ("--columns", "query=question", "pos_doc=answer")),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        source = jsonl(folder / "train.jsonl", records)
+        test = convert("training", "test", folder / "test", "--input", source, *flags)
+        beir = convert("training", "beir", folder / "beir", "--input", source, *flags)
+        again = convert("beir", "test", folder / "again", "--input", beir)
+        for name in ("docs.jsonl", "queries.jsonl", "qrels.tsv"):
+            assert (again / name).read_bytes() == (test / name).read_bytes() != b""
+
+
 def test_beir_to_test_files_and_back(tmp_path):
     folder = beir_folder(tmp_path / "beir")
     test = convert("beir", "test", tmp_path / "test", "--input", folder)
@@ -363,8 +380,10 @@ def test_as_a_user_runs_it(tmp_path):
     assert (
         failed.stderr == f"error: --output {tmp_path}/pairs.csv: is there already; delete it or choose another name\n"
     )
-    with pytest.raises(ValueError, match="--output_format test: training can become training, pairs, triplets, beir"):
-        convert("training", "test", tmp_path / "x", "--input", source)
+    with pytest.raises(
+        ValueError, match="--output_format queries: training can become training, pairs, triplets, beir, test"
+    ):
+        convert("training", "queries", tmp_path / "x", "--input", source)
     for flags, message in (
         (["--query_files", source, "--doc_files", source], "--query_files .*: only test and msmarco read them"),
         (["--query_files", source], "--query_files and --doc_files go together"),

@@ -261,15 +261,22 @@ def test_query_and_document_records():
     assert parse_document_record("f:1", {"pos_doc": "", "doc_id": "a b"}) == ("", "a b")
 
 
+MAKE_IDS = "; give each text an id; `convert --input_format training --output_format test` makes test files of pairs"
+
+
 @pytest.mark.parametrize(
     ("parse", "record", "message"),
     [
         (parse_query_record, {"query": "", "query_id": "1"}, "query is blank; remove the record or give it text"),
-        (parse_query_record, {"query": "q"}, "query_id is missing, want a string; the keys here are 'query'"),
+        (
+            parse_query_record,
+            {"query": "q"},
+            "query_id is missing, want a string; the keys here are 'query'" + MAKE_IDS,
+        ),
         (
             parse_query_record,
             {"query": "q", "query_id": None},
-            "query_id is missing, want a string; the keys here are 'query', 'query_id'",
+            "query_id is missing, want a string; the keys here are 'query', 'query_id'" + MAKE_IDS,
         ),
         (
             parse_query_record,
@@ -283,7 +290,11 @@ def test_query_and_document_records():
         ),
         (parse_document_record, {"doc_id": "1"}, "pos_doc is missing, want a string; the keys here are 'doc_id'"),
         (parse_document_record, {"pos_doc": None, "doc_id": "1"}, "pos_doc is null, want a string"),
-        (parse_document_record, {"pos_doc": "p"}, "doc_id is missing, want a string; the keys here are 'pos_doc'"),
+        (
+            parse_document_record,
+            {"pos_doc": "p"},
+            "doc_id is missing, want a string; the keys here are 'pos_doc'" + MAKE_IDS,
+        ),
         (parse_document_record, {"pos_doc": "p", "doc_id": ""}, "doc_id is empty, want a name on one line"),
         *(
             (

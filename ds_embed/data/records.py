@@ -152,7 +152,8 @@ def _required_id(where: str, record: dict, keys: Sequence[str]) -> str:
     key = present(record, keys)
     value = id_of(where, key, record.get(key))
     if value is None:
-        refuse_missing(where, key, record)
+        cure = "give each text an id; `convert --input_format training --output_format test` makes test files of pairs"
+        refuse_missing(where, key, record, cure)
     return value
 
 
@@ -164,7 +165,7 @@ def refuse(where: str, key: str, value: Any, wanted: str) -> NoReturn:
     raise BadRecord(where, f"{key} is {type_name(value)}, want {wanted}")
 
 
-def refuse_missing(where: str, key: str, record: dict) -> NoReturn:
+def refuse_missing(where: str, key: str, record: dict, cure: str = "") -> NoReturn:
     shown = ", ".join(repr(name) for name in list(record)[:8])
     shown = f"{shown}, ..." if len(record) > 8 else shown or "none"
-    raise BadRecord(where, f"{key} is missing, want a string; the keys here are {shown}")
+    raise BadRecord(where, f"{key} is missing, want a string; the keys here are {shown}{cure and f'; {cure}'}")

@@ -26,9 +26,9 @@ _QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")
 OUTPUTS = {
     "beir": (*_TRAINING_OUTPUTS, "test", *_QRELS_OUTPUTS),
     "test": ("beir", *_QRELS_OUTPUTS),
-    "training": (*_TRAINING_OUTPUTS, "beir"),
-    "table": (*_TRAINING_OUTPUTS, "beir", "queries", "documents", *_QRELS_OUTPUTS, "trec_run"),
-    "msmarco": (*_TRAINING_OUTPUTS, "beir"),
+    "training": (*_TRAINING_OUTPUTS, "beir", "test"),
+    "table": (*_TRAINING_OUTPUTS, "beir", "test", "queries", "documents", *_QRELS_OUTPUTS, "trec_run"),
+    "msmarco": (*_TRAINING_OUTPUTS, "beir", "test"),
     "qrels": _QRELS_OUTPUTS,
     "run": ("table",),
 }
@@ -123,14 +123,16 @@ def _write(arguments: ConvertArguments, output: Path, work: Path, tally: Tally) 
     elif target in ("pairs", "triplets"):
         num_negatives = arguments.num_negatives if target == "triplets" else 0
         conversions.write_pairs(output, _records(arguments, work, tally), num_negatives, tally)
-    elif target == "test":
-        conversions.write_test_files(output, _retrieval_set(arguments, tally), tally)
-    elif target == "beir" and arguments.input_format == "test":
-        conversions.write_beir(output, arguments.split, _retrieval_set(arguments, tally), tally)
-    elif target == "beir":
+    elif target in ("test", "beir"):
         with TextTable(work, "text") as ids_by_text:
-            source = TrainingSet(lambda again: _records(arguments, work, again), ids_by_text, tally)
-            conversions.write_beir(output, arguments.split, source, tally)
+            if arguments.input_format in ("test", "beir"):
+                source = _retrieval_set(arguments, tally)
+            else:
+                source = TrainingSet(lambda again: _records(arguments, work, again), ids_by_text, tally)
+            if target == "test":
+                conversions.write_test_files(output, source, tally)
+            else:
+                conversions.write_beir(output, arguments.split, source, tally)
     elif target in ("queries", "documents"):
         conversions.write_texts(output, target, _rows(arguments, target, _text_parser(arguments), tally), work, tally)
     elif target in _QRELS_OUTPUTS:
