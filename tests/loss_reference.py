@@ -20,11 +20,20 @@ def reference(
     teacher_scores=None,
     own=None,
     pairs=(),
+    guide=None,
+    guide_margin=0.0,
+    guide_is_relative=False,
+    teacher=None,
+    teacher_loss="cosine",
+    teacher_weight=1.0,
+    teacher_temperature=1.0,
+    projected=None,
 ):
     """Mean loss over all queries of the table (queries, positives, hard negatives) of unit vectors.
 
     own: the documents that are each query's hard negatives (default: as many for each, in order).
     pairs: of a query and a document that is no negative of it, beside what the keys say.
+    guide, teacher: the table in unit vectors of other models; projected: what the teacher's are compared with.
     """
     if own is None:
         num_hard = (len(table) - 2 * num_queries) // num_queries
@@ -39,14 +48,22 @@ def reference(
         teacher=teacher_scores,
         owns=own,
         pairs={tuple(pair) for pair in pairs},
+        guide=guide,
+        ceiling=lambda p: p - guide_margin * (abs(p) if guide_is_relative else 1),
+        batch_teacher=teacher if teacher_loss == "scores" else None,
+        teacher_weight=teacher_weight,
+        teacher_temperature=teacher_temperature,
     )
-    if not matryoshka_dims:
-        return _one_table(table, keys, num_queries, temperature, **options)
-    terms = [
-        weight * _one_table(normalize(table[:, :m], dim=1), keys, num_queries, temperature, **options)
-        for m, weight in zip(matryoshka_dims, matryoshka_weights)
-    ]
-    return sum(terms)
+    tables = [(1.0, table)]
+    if matryoshka_dims:
+        tables = [(w, normalize(table[:, :m], dim=1)) for m, w in zip(matryoshka_dims, matryoshka_weights)]
+    loss = sum(weight * _one_table(one, keys, num_queries, temperature, **options) for weight, one in tables)
+    if teacher is not None and teacher_loss != "scores":
+        student = table if projected is None else projected
+        cosine = torch.cosine_similarity(student, teacher, dim=1)
+        term = 1 - cosine if teacher_loss == "cosine" else (student - teacher).square().sum(1)
+        loss = loss + teacher_weight * term.mean()
+    return loss
 
 
 def _one_table(
@@ -64,6 +81,11 @@ def _one_table(
     teacher,
     owns,
     pairs,
+    guide,
+    ceiling,
+    batch_teacher,
+    teacher_weight,
+    teacher_temperature,
 ):
     queries, documents = table[:num_queries], table[num_queries:]
     losses = []
@@ -72,8 +94,11 @@ def _one_table(
         visible = {"all": range(len(documents)), "own": [*range(num_queries), *own], "pair": own}[negatives]
         score = documents @ queries[i] / temperature
         differs = [j for j in range(len(documents)) if not (keys[j] == keys[i]).any() and (i, j) not in pairs]
-        near = margin is None or score <= score[i] + margin / temperature
-        rivals = [score[j] for j in visible if j in differs and (near is True or near[j])]
+        near = torch.ones(len(documents), dtype=bool) if margin is None else score <= score[i] + margin / temperature
+        if guide is not None:
+            guided = guide[num_queries:] @ guide[i]
+            near &= guided <= ceiling(guided[i])
+        rivals = [score[j] for j in visible if j in differs and near[j]]
         if negatives == "pair":
             two_way = [_cross_entropy([score[i], rival], label_smoothing) for rival in rivals]
             loss = sum(two_way, score[i] * 0) / max(1, len(own))
@@ -81,12 +106,14 @@ def _one_table(
             loss = _cross_entropy([score[i], *rivals], label_smoothing)
         if symmetric:
             back = queries @ documents[i] / temperature
+            guided = None if guide is None else guide[:num_queries] @ guide[num_queries + i]
             rivals = [
                 back[j]
                 for j in range(num_queries)
                 if not (keys[j] == keys[i]).any()
                 and (j, i) not in pairs
                 and (margin is None or back[j] <= back[i] + margin / temperature)
+                and (guide is None or guided[j] <= ceiling(guided[i]))
             ]
             loss = (loss + _cross_entropy([back[i], *rivals], label_smoothing)) / 2
         if distillation_weight:
@@ -94,6 +121,11 @@ def _one_table(
             target = torch.log_softmax(teacher[kept] / distillation_temperature, 0)
             student = torch.log_softmax(score[kept], 0)
             loss = loss + distillation_weight * (target.exp() * (target - student)).sum()
+        if batch_teacher is not None:
+            target = batch_teacher[num_queries:] @ batch_teacher[i] / teacher_temperature
+            kept = [i, *differs]
+            target, student = torch.log_softmax(target[kept], 0), torch.log_softmax(score[kept], 0)
+            loss = loss + teacher_weight * (target.exp() * (target - student)).sum()
         losses.append(loss)
     return torch.stack(losses).mean()
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from loss_reference import reference
+from loss_reference import reference as reference_with
+from torch.nn.functional import normalize
 
 from ds_embed.losses import LossOptions, Sums, contrastive_loss
 
@@ -21,7 +22,21 @@ def make_batch(num_queries, num_hard, dim=7, seed=0, equal_documents=True):
         keys[-1, 1] = keys[num_queries - 1, 1]  # an own (or foreign) document equal to a positive
         keys[num_queries // 2, 2] = keys[2, 2]
     teacher = torch.randn(num_documents, generator=generator, dtype=torch.float64)
-    return torch.nn.functional.normalize(table, dim=1), keys, teacher
+    return normalize(table, dim=1), keys, teacher
+
+
+def with_models(table, options):
+    """The options, with the vectors of the guide and the teacher in place of their dimensions."""
+    found = {}
+    for name in {"guide", "teacher"} & options.keys():
+        generator = torch.Generator().manual_seed(len(name))
+        weights = torch.randn(table.shape[1], options[name], generator=generator, dtype=torch.float64).to(table)
+        found[name] = normalize(torch.tanh(3 * table.detach()) @ weights, dim=1)
+    return options | found
+
+
+def reference(table, *arguments, **options):
+    return reference_with(table, *arguments, **with_models(table, options))
 
 
 def own_of_all(num_queries, num_documents):
@@ -34,6 +49,8 @@ def run_in_blocks(
 ):
     """The loss as ranks compute it: each a block of queries, all added up."""
     own = own_of_all(num_queries, len(keys)) if own is None else own
+    options = with_models(table, options)
+    models = {name: options.pop(name, None) for name in ("guide", "teacher")}
     gradient, sums = torch.zeros_like(table), Sums.zero(table)
     for first, last in itertools.pairwise(bounds):
         part = contrastive_loss(
@@ -46,6 +63,7 @@ def run_in_blocks(
             temperature=temperature,
             teacher_scores=teacher_scores,
             positive_pairs=pairs,
+            **models,
             options=LossOptions(**options),
         )
         gradient += part.gradient
@@ -63,9 +81,17 @@ OPTIONS = {
     "negative margin": dict(false_negative_margin=-0.3),
     "matryoshka": PREFIXES,
     "distillation": dict(distillation_weight=0.7, distillation_temperature=0.5),
+    "guide": dict(guide=5, guide_margin=0.1),
+    "relative guide": dict(
+        guide=5, guide_margin=0.1, guide_is_relative=True, symmetric=True, false_negative_margin=0.2
+    ),
+    "teacher": dict(teacher=7, teacher_loss="cosine", teacher_weight=0.7),
+    "squared distance": dict(teacher=7, teacher_loss="mse", **PREFIXES),
+    "teacher's similarities": dict(teacher=5, teacher_loss="scores", teacher_weight=0.7, teacher_temperature=0.2),
     "all at once": dict(
         label_smoothing=0.2, symmetric=True, false_negative_margin=0.1, distillation_weight=2.0, **PREFIXES
-    ),
+    )
+    | dict(guide=5, guide_margin=-0.1, teacher=3, teacher_loss="scores", teacher_temperature=0.5),
 }
 
 
@@ -161,7 +187,7 @@ def test_large_scores_do_not_overflow(name):
 
 
 @pytest.mark.parametrize("negatives, num_hard", NEGATIVES)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [n for n in OPTIONS if OPTIONS[n].get("teacher_loss", "scores") == "scores"])
 def test_query_whose_every_negative_equals_its_positive_has_no_loss(negatives, num_hard, name):
     table, keys, teacher = make_batch(4, num_hard, equal_documents=False)
     keys[:, 0] = 1
@@ -198,6 +224,8 @@ def test_a_text_that_stands_in_many_places_gets_the_sum_of_their_gradients(negat
     options = options_of(name, num_hard)
     expected = reference(distinct[rows], keys, 6, 0.05, negatives, teacher_scores=teacher, **options)
     expected.backward()
+    options = with_models(distinct[rows], options)
+    models = {name: options.pop(name, None) for name in ("guide", "teacher")}
     result = contrastive_loss(
         distinct.detach(),
         keys,
@@ -208,6 +236,7 @@ def test_a_text_that_stands_in_many_places_gets_the_sum_of_their_gradients(negat
         last_query=6,
         temperature=torch.tensor(0.05, dtype=torch.float64),
         teacher_scores=teacher,
+        **models,
         options=LossOptions(negatives=negatives, tile_queries=4, tile_documents=5, **options),
     )
     torch.testing.assert_close(result.sums.loss, expected.detach(), rtol=1e-10, atol=1e-12)
@@ -219,6 +248,8 @@ def test_a_text_that_stands_in_many_places_gets_the_sum_of_their_gradients(negat
 def test_no_value_is_fetched_from_the_device(negatives, num_hard, name):
     """On the meta device whatever a host would have to wait for raises, and so do tensors on two devices."""
     table, keys, teacher = (tensor.to("meta") for tensor in make_batch(6, num_hard))
+    options = with_models(table, options_of(name, num_hard))
+    models = {name: options.pop(name, None) for name in ("guide", "teacher")}
     result = contrastive_loss(
         table,
         keys,
@@ -230,6 +261,7 @@ def test_no_value_is_fetched_from_the_device(negatives, num_hard, name):
         last_query=5,
         temperature=torch.tensor(0.05, device="meta", dtype=torch.float64),
         teacher_scores=teacher,
-        options=LossOptions(negatives=negatives, tile_queries=3, tile_documents=5, **options_of(name, num_hard)),
+        **models,
+        options=LossOptions(negatives=negatives, tile_queries=3, tile_documents=5, **options),
     )
     assert result.gradient.shape == table.shape and {value.device.type for value in result.sums} == {"meta"}

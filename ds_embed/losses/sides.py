@@ -26,15 +26,17 @@ class Side:
     own: Tensor  # (n, K) candidate numbers, scored against their own anchor only; -1 where there are fewer
     grad_anchors: Tensor  # (n, D)
     grad_candidates: Tensor  # (C, D)
+    guide: "Side | None" = None  # the same texts by another model, whose `ceiling` says which are no negatives
+    ceiling: Tensor | None = None  # (n,) of a guide: cosines above it
 
     def tiles(self, num_anchors: int) -> list["Side"]:
         """The same side for at most `num_anchors` anchors at a time."""
         return [self._tile(slice(start, start + num_anchors)) for start in range(0, len(self.anchors), num_anchors)]
 
     def _tile(self, rows: slice) -> "Side":
-        of_anchors = ("anchors", "positives", "own", "grad_anchors")
-        pairs = self.pairs[0] - rows.start, self.pairs[1]
-        return replace(self, pairs=pairs, **{name: getattr(self, name)[rows] for name in of_anchors})
+        of_anchors = ("anchors", "positives", "own", "grad_anchors", *(["ceiling"] if self.ceiling is not None else []))
+        pairs, guide = (self.pairs[0] - rows.start, self.pairs[1]), self.guide and self.guide._tile(rows)
+        return replace(self, pairs=pairs, guide=guide, **{name: getattr(self, name)[rows] for name in of_anchors})
 
     def positive_scores(self, scale: float | Tensor) -> Tensor:
         """Scores (n,) of the positives."""
@@ -69,6 +71,9 @@ class SharedBlock:
             scores.masked_fill_(key[side.positives][:, None] == key[None, self.span], -torch.inf)
         if len(side.pairs[0]):
             _mask_pairs(scores, side.pairs[0], side.pairs[1] - self.span.start)
+        if side.guide is not None:
+            guided = SharedBlock(side.guide, self.span).scores(1.0, side.guide.ceiling)
+            scores.masked_fill_(guided == -torch.inf, -torch.inf)
         return scores if highest is None else scores.masked_fill_(scores > highest[:, None], -torch.inf)
 
     def add_gradient(self, weight: Tensor, grad_anchors: Tensor) -> None:
@@ -89,6 +94,8 @@ class OwnBlock:
         dropped = (side.keys[side.own] == side.keys[side.positives][:, None, :]).any(2) | (side.own < 0)
         if highest is not None:
             dropped |= scores > highest[:, None]
+        if side.guide is not None:
+            dropped |= side.guide.own_block().scores(1.0, side.guide.ceiling) == -torch.inf
         return scores.masked_fill(dropped, -torch.inf)
 
     def add_gradient(self, weight: Tensor, grad_anchors: Tensor) -> None:

@@ -114,5 +114,47 @@ def distillation_loss(
     return finish_tile(side, loss, grad_anchors, positive, scores.amax(1), scale)
 
 
+def batch_distillation_loss(
+    side: Side, teacher: Side, *, scale: float | Tensor, weight: float, teacher_temperature: float, tile_candidates: int
+) -> Sums:
+    """distillation_loss with the teacher's cosines over T as its scores, of all shared candidates.
+
+    `teacher` is the side in the teacher's vectors. Candidates equal to the positive are left out of both distributions.
+    """
+    scales = scale, 1 / teacher_temperature
+    positives = [one.positive_scores(own_scale) for one, own_scale in zip((side, teacher), scales)]
+    log_sums = positives
+    blocks = list(zip(side.shared_blocks(tile_candidates), teacher.shared_blocks(tile_candidates)))
+
+    def scores_of(block: tuple) -> list[Tensor]:
+        return [one.scores(own_scale, None) for one, own_scale in zip(block, scales)]
+
+    for block in blocks:
+        log_sums = [torch.logaddexp(a, torch.logsumexp(s, 1)) for a, s in zip(log_sums, scores_of(block))]
+    student, target = (positive - log_sum for positive, log_sum in zip(positives, log_sums))
+    loss = target.exp() * (target - student)
+    grad_anchors = torch.zeros_like(side.anchors)
+    side.add_positive_gradient((student.exp() - target.exp()) * (weight * scale), grad_anchors)
+    for block in blocks:
+        student, target = (scores - log_sum[:, None] for scores, log_sum in zip(scores_of(block), log_sums))
+        loss += (target.exp() * (target - student).masked_fill_(_masked(student), 0.0)).sum(1)
+        block[0].add_gradient((student.exp() - target.exp()) * (weight * scale), grad_anchors)
+    return finish_tile(side, loss.sum() * weight, grad_anchors, positives[0], positives[0], scale)
+
+
+def vector_loss(vectors: Tensor, teacher: Tensor, *, kind: str, weight: float) -> tuple[Tensor, Tensor]:
+    """Learning a teacher's unit vectors (n, F): the summed loss () and its gradient by vectors (n, F), times `weight`.
+
+    "cosine": 1 - cos(vector, teacher); "mse": the squared distance (Reimers and Gurevych 2020, eq. 1, of unit vectors).
+    """
+    if kind == "mse":
+        difference = vectors - teacher
+        return weight * difference.square().sum(), 2 * weight * difference
+    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(1e-12)
+    unit = vectors / norms
+    cosine = (unit * teacher).sum(1, keepdim=True)
+    return weight * (1 - cosine).sum(), weight * (cosine * unit - teacher) / norms
+
+
 def _masked(scores: Tensor) -> Tensor:
     return scores == -torch.inf
