@@ -1,9 +1,12 @@
 """What the benchmarks share: contestants in processes of their own, by turns, round by round; medians, goals, tables.
 
+A call that is ended goes on with --go_on true, so that a long comparison can be made in pieces.
+
 A contestant is a function that returns a dict of numbers. The rounds go through the contestants forwards and backwards
 by turns, so that a machine that gets slower or faster favours none, and ratios are taken within a round.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -106,22 +109,48 @@ def launcher(ranks: int) -> list[object]:
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port]
 
 
+def flags(**values: object) -> list[object]:
+    """As words of a command line: --name value."""
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
 def in_process(function: str, **arguments: Any) -> dict:
     """What `module:function(**arguments)` of this folder returns in a fresh process with all cores, and its peak_gib."""
     finished = run_process([sys.executable, __file__, function, json.dumps(arguments, default=str)], threads=CORES)
     return {"peak_gib": finished.peak_gib} | json.loads(finished.output.splitlines()[-1])
 
 
-def play(contestants: dict[str, Callable[[int], dict]], rounds: int) -> dict[str, list[dict]]:
-    """What every contestant measured in each of the rounds, whose number it is given."""
+def play(
+    contestants: dict[str, Callable[[int], dict]], rounds: int, notebook: Path | None = None
+) -> dict[str, list[dict]]:
+    """What every contestant measured in each of the rounds, whose number it is given.
+
+    notebook: a JSONL file that gets each measurement at once. What it holds already is not measured again.
+    """
     results: dict[str, list[dict]] = {name: [] for name in contestants}
+    held = notebook.read_text().splitlines() if notebook and notebook.exists() else []
+    known = {(line["round"], line["contestant"]): line["measured"] for line in map(json.loads, held)}
     for number in range(rounds):
         names = list(contestants)[:: 1 if number % 2 == 0 else -1]
         for name in names:
             started = time.perf_counter()
-            results[name].append(contestants[name](number))
+            measured = known.get((number, name)) or contestants[name](number)
+            results[name].append(measured)
+            if notebook and (number, name) not in known:
+                with open(notebook, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"round": number, "contestant": name, "measured": measured}) + "\n")
             print(f"round {number + 1}: {name}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return results
+
+
+def notebook_of(settings: Any, folder: Path) -> Path:
+    """The file of `play` for these settings; empty but where --go_on true asks for what an earlier call measured."""
+    told = {name: value for name, value in vars(settings).items() if name not in ("go_on", "rounds", "contestants")}
+    name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    notebook = folder / f"rounds-{name}.jsonl"
+    if not settings.go_on:
+        notebook.unlink(missing_ok=True)
+    return notebook
 
 
 def spread(results: dict[str, list[dict]], name: str, key: str) -> Spread:

@@ -1,10 +1,11 @@
-"""What does a step cost when its texts repeat? The same step with every document made distinct, as it is, and clustered.
+"""Does a step cost what its distinct texts cost? The same records with each document made distinct, as they are, and clustered.
 
     python benchmarks/each_text_once.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
-        --output_dir once --global_batch_size 2048 --hard_negatives 4
+        --output_dir once --global_batch_size 2048 --hard_negatives 4 --max_length 128
 
 The records need neg_doc. In the copy of the file whose documents are distinct, the first word of each use of a document is a
-number of its own. Contestants are recipes/train_bert.py with grad_cache on one rank, by turns; the first step is left out.
+number of its own. Contestants are recipes/train_bert.py with grad_cache on one rank, by turns. A step of this size takes
+minutes, so there is one, and what the first one does besides is timed with it; small ones need --max_steps and --skip_steps.
 """
 
 import json
@@ -13,33 +14,36 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from contest import Goal, Spread, launched, play, print_goals, print_table, spread, write_results
-from ds_embed.settings.checks import above_zero, existing_files
+from contest import Goal, Spread, flags, launched, notebook_of, play, print_goals, print_table, spread, write_results
 from train import steady
 
 from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.fields import setting
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import Settings, setting
 
 DISTINCT, ONCE, CLUSTERED = "every document distinct", "each text once", "each text once, clustered"
-GOAL = 5.0
 
 
 @dataclass
-class OnceArguments:
+class OnceArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name")
-    train_file: str = setting("training records with neg_doc (JSONL or JSON)")
+    train_file: str = setting("training records with neg_doc (JSONL or JSON)", files=True)
     output_dir: str = setting("folder for runs and each_text_once.json")
-    rounds: int = setting("times that every contestant runs", default=3)
-    max_steps: int = setting("optimizer steps of a contestant; the first is not timed", default=3)
-    global_batch_size: int = setting("queries per step", default=2048)
-    hard_negatives: int = setting("per query", default=4)
-    max_length: int = setting("longest text in tokens", default=256)
-    micro_batch_tokens: int = setting("padded tokens per forward pass", default=16384)
+    rounds: int = setting("times that every contestant runs", default=3, above=0)
+    go_on: bool = setting("keep what an earlier call with these settings measured", default=False)
+    max_steps: int = setting("optimizer steps of a contestant", default=1, above=0)
+    skip_steps: int = setting("first steps of these that are not timed", default=0, at_least=0)
+    global_batch_size: int = setting("queries per step", default=2048, above=0)
+    hard_negatives: int = setting("per query", default=4, above=0)
+    max_length: int = setting("longest text in tokens", default=256, above=0)
+    micro_batch_tokens: int = setting("padded tokens per forward pass", default=4096, above=0)
+    goal: float = setting("times as fast as with distinct documents", default=5.0, above=0)
 
     def __post_init__(self):
-        existing_files("train_file", [self.train_file])
-        above_zero(self, "rounds", "global_batch_size", "hard_negatives")
+        super().__post_init__()
+        if self.skip_steps >= self.max_steps:
+            raise UserError(f"--skip_steps {self.skip_steps}: leaves none of --max_steps {self.max_steps} to be timed")
 
 
 def make_distinct(source: str, target: Path) -> None:
@@ -56,33 +60,31 @@ def make_distinct(source: str, target: Path) -> None:
             file.write(json.dumps({"query": record["query"]} | documents) + "\n")
 
 
-def step(settings: OnceArguments, records: str | Path, batching: str) -> dict:
+def step(settings: OnceArguments, records: Path, batching: str) -> dict:
     """Tokens and seconds of a step, and its peak memory."""
     folder = Path(settings.output_dir).resolve()
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    flags = {
-        "deepspeed": "ds_configs/zero1.json",
-        "model_name_or_path": settings.model_name_or_path,
-        "train_files": records,
-        "output_dir": run,
-        "cache_dir": folder / "cache",
-        "query_prefix": "",
-        "doc_prefix": "",
-        "max_length": settings.max_length,
-        "global_batch_size": settings.global_batch_size,
-        "hard_negatives": settings.hard_negatives,
-        "micro_batch_tokens": settings.micro_batch_tokens,
-        "batching": batching,
-        "grad_cache": "true",
-        "max_steps": settings.max_steps,
-        "save_interval": 0,
-        "report_to": "none",
-    }
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    words = flags(
+        deepspeed="ds_configs/zero1.json",
+        model_name_or_path=settings.model_name_or_path,
+        train_files=records,
+        output_dir=run,
+        cache_dir=folder / "cache",
+        query_prefix="",
+        doc_prefix="",
+        max_length=settings.max_length,
+        global_batch_size=settings.global_batch_size,
+        hard_negatives=settings.hard_negatives,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        batching=batching,
+        grad_cache="true",
+        max_steps=settings.max_steps,
+        report_to="none",
+    )
     finished = launched(1, "recipes/train_bert.py", *words)
-    measured = steady(run / "metrics.jsonl", 1)
-    steps = settings.max_steps - 1
+    measured = steady(run / "metrics.jsonl", settings.skip_steps)
+    steps = settings.max_steps - settings.skip_steps
     return {
         "seconds": measured["seconds"] / steps,
         "named": measured["num_tokens"] / steps,
@@ -97,14 +99,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records, distinct = Path(settings.train_file).resolve(), folder / "distinct.jsonl"
     make_distinct(settings.train_file, distinct)
-    results = play(
-        {
-            DISTINCT: lambda _: step(settings, distinct, "mixed"),
-            ONCE: lambda _: step(settings, records, "mixed"),
-            CLUSTERED: lambda _: step(settings, records, "clustered"),
-        },
-        settings.rounds,
-    )
+    contestants = {
+        DISTINCT: lambda _: step(settings, distinct, "mixed"),
+        ONCE: lambda _: step(settings, records, "mixed"),
+        CLUSTERED: lambda _: step(settings, records, "clustered"),
+    }
+    results = play(contestants, settings.rounds, notebook_of(settings, folder))
     keys = ("seconds", "named", "encoded", "peak_gib")
     rows = [[name, *(spread(results, name, key) for key in keys)] for name in results]
     print_table(["contestant", "seconds a step", "tokens named", "tokens encoded", "peak memory, GiB"], rows)
@@ -112,7 +112,7 @@ def main() -> None:
     def faster(name: str) -> Spread:
         return Spread.of([slow["seconds"] / fast["seconds"] for slow, fast in zip(results[DISTINCT], results[name])])
 
-    reached = [Goal(f"{name}: times as fast", faster(name), GOAL) for name in (ONCE, CLUSTERED)]
+    reached = [Goal(f"{name}: times as fast", faster(name), settings.goal) for name in (ONCE, CLUSTERED)]
     print_goals(reached)
     write_results(folder / "each_text_once.json", settings, results, reached)
 

@@ -3,7 +3,10 @@
 All of them count tokens as the ones of the attention mask, and time whole steps after the first `skip_steps`.
 """
 
+import random
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from ds_embed.data.files import read_records
@@ -25,11 +28,23 @@ def train_sentence_transformers(
     bf16: bool,
     cached: bool,
     mini_batch_size: int,
+    mini_batch_num_tokens: int | None = None,
+    grouped: bool = False,
+    seed: int = 42,
+    hard_negatives: int = 0,
+    warmup_steps: int = 0,
+    evaluate: Callable[[Any, int], None] | None = None,
+    eval_steps: int = 0,
 ) -> dict:
-    """Its trainer with (Cached)MultipleNegativesRankingLoss, fp32 or bf16 by autocast."""
+    """Its trainer with (Cached)MultipleNegativesRankingLoss, fp32 or bf16 by autocast.
+
+    grouped: batches hold documents of about one length, and none twice. evaluate(model, step) is called before the first
+    step and after each `eval_steps`, outside of the clock.
+    """
     import torch
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.base.sampler import BatchSamplers, DefaultBatchSampler
     from sentence_transformers.sentence_transformer import losses
     from transformers import TrainerCallback
 
@@ -38,10 +53,38 @@ def train_sentence_transformers(
     if lora_rank:
         transformer.add_adapter(lora_config(lora_rank))
     records = [record for _, record in read_records(train_file)]
-    data = Dataset.from_list([{"anchor": r["query"], "positive": r["pos_doc"]} for r in records])
+    data = Dataset.from_list(
+        [
+            {"anchor": r["query"], "positive": r["pos_doc"]}
+            | {f"negative_{k}": r["neg_doc"][k] for k in range(hard_negatives)}
+            for r in records
+        ]
+    )
+    lengths = list(
+        map(
+            len,
+            transformer.tokenizer([r["pos_doc"] for r in records], truncation=True, max_length=max_length)["input_ids"],
+        )
+    )
+
+    class GroupedByLength(DefaultBatchSampler):
+        def __iter__(self):
+            """The first use of each document by length, then the second of each, and so on; cut into batches and shuffled."""
+            rng, uses, places = random.Random(self.seed + self.epoch), Counter(), {}
+            for index in rng.sample(range(len(records)), len(records)):
+                document = records[index]["pos_doc"]
+                places[index] = (uses[document], lengths[index])
+                uses[document] += 1
+            order = sorted(places, key=places.get)
+            batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+            whole = [batch for batch in batches if len(batch) == batch_size]
+            return iter(rng.sample(whole, len(whole)))
+
     scale = 1 / temperature
     if cached:
-        loss = losses.CachedMultipleNegativesRankingLoss(transformer, scale=scale, mini_batch_size=mini_batch_size)
+        loss = losses.CachedMultipleNegativesRankingLoss(
+            transformer, scale=scale, mini_batch_size=mini_batch_size, mini_batch_num_tokens=mini_batch_num_tokens
+        )
     else:
         loss = losses.MultipleNegativesRankingLoss(transformer, scale=scale)
     steps = Steps(skip_steps)
@@ -50,8 +93,17 @@ def train_sentence_transformers(
     )
 
     class Timer(TrainerCallback):
-        def on_step_end(self, *_, **__):
+        def on_train_begin(self, *_, **__):
+            if evaluate:
+                evaluate(transformer, 0)
+                steps.restart()
+
+        def on_step_end(self, _, state, *__, **___):
             steps.end()
+            if evaluate and state.global_step % eval_steps == 0:
+                evaluate(transformer, state.global_step)
+                transformer.train()
+                steps.restart()
 
     arguments = SentenceTransformerTrainingArguments(
         output_dir=folder,
@@ -60,8 +112,12 @@ def train_sentence_transformers(
         bf16=bf16,
         use_cpu=True,
         learning_rate=learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=warmup_steps,
         weight_decay=0.01,
+        seed=seed,
+        dataloader_drop_last=grouped,
+        batch_sampler=GroupedByLength if grouped else BatchSamplers.BATCH_SAMPLER,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -217,6 +273,9 @@ class Steps:
     def add(self, num_tokens: int) -> None:
         self.num_tokens.append(num_tokens)
 
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+
     def end(self) -> None:
         now = time.perf_counter()
         self.seconds.append(now - self._last)
@@ -225,4 +284,5 @@ class Steps:
     def result(self) -> dict:
         assert len(self.seconds) == len(self.num_tokens) > self.skip_steps
         seconds, num_tokens = sum(self.seconds[self.skip_steps :]), sum(self.num_tokens[self.skip_steps :])
-        return {"tokens_per_second": num_tokens / seconds, "seconds": seconds, "num_tokens": num_tokens}
+        rate = num_tokens / seconds
+        return {"tokens_per_second": rate, "seconds": seconds, "num_tokens": num_tokens, "each_second": self.seconds}

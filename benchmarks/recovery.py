@@ -47,14 +47,14 @@ class RecoveryArguments(Settings):
     num_ranks: int = setting("ranks of our run", default=2)
 
 
-def draw_anew(settings: RecoveryArguments, seed: int, folder: Path) -> Path:
-    """Save the model with its last layers' weights drawn as the model was first initialised."""
+def draw_anew(model_name_or_path: str, num_layers: int, seed: int, folder: str | Path) -> Path:
+    """Save the model with its last num_layers layers' weights drawn as the model was first initialised."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    model = AutoModel.from_pretrained(settings.model_name_or_path)
+    model = AutoModel.from_pretrained(model_name_or_path)
     torch.manual_seed(seed)
-    for layer in model.encoder.layer[-settings.num_layers :]:
+    for layer in model.encoder.layer[-num_layers:]:
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.data.normal_(std=model.config.initializer_range)
@@ -62,8 +62,8 @@ def draw_anew(settings: RecoveryArguments, seed: int, folder: Path) -> Path:
             elif isinstance(module, torch.nn.LayerNorm):
                 module.reset_parameters()
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(settings.model_name_or_path).save_pretrained(folder)
-    return folder
+    AutoTokenizer.from_pretrained(model_name_or_path).save_pretrained(folder)
+    return Path(folder)
 
 
 def run(*command: object, threads: int) -> str:
@@ -236,7 +236,7 @@ def main() -> None:
     results["intact"].append(measure(settings, settings.model_name_or_path, output / "vectors-intact"))
     print(f"{'model':<22} {'seed':>4} " + " ".join(f"{name:>8}" for name in MEASURES), flush=True)
     for seed in settings.seeds:
-        base = draw_anew(settings, seed, output / f"damaged-{seed}")
+        base = draw_anew(settings.model_name_or_path, settings.num_layers, seed, output / f"damaged-{seed}")
         trainings = {"damaged": lambda *_: base, "ds_embed": train_ours, "sentence-transformers": train_theirs}
         for name, train in trainings.items():
             started = time.perf_counter()

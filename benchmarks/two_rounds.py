@@ -135,7 +135,7 @@ def main() -> None:
     add("BM25", "-", bm25(settings, output / "bm25"))
     for seed in settings.seeds:
         place = output / f"seed{seed}"
-        base = draw_anew(settings, seed, place / "base")
+        base = draw_anew(settings.model_name_or_path, settings.num_layers, seed, place / "base")
         add("base", seed, measure(settings, base, place / "vectors-base"))
         first = train(settings, base, Path(settings.train_file), seed, place / "round1", 0)
         add("round 1", seed, measure(settings, first, place / "vectors-round1"))
