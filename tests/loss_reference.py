@@ -134,3 +134,22 @@ def _cross_entropy(scores, smoothing):
     """Of the first score among all of them."""
     log_p = torch.log_softmax(torch.stack(scores), 0)
     return -(1 - smoothing) * log_p[0] - smoothing * log_p.mean()
+
+
+def scored_reference(first, second, scores, loss, temperature):
+    """Loss of scored pairs, pair by pair, as CoSENTLoss, AnglELoss and CosineSimilarityLoss of sentence-transformers have it."""
+    alike = (first * second).sum(1)
+    if loss == "cosine":
+        return (alike - scores).square().mean()
+    if loss == "angle":
+        (a, b), (c, d) = first.chunk(2, 1), second.chunk(2, 1)
+        z, w = torch.complex(a, b), torch.complex(c, d)
+        alike = (z * w.conj()).sum(1)
+        alike = (alike.real + alike.imag).abs()
+    terms = [
+        (alike[j] - alike[i]) / temperature
+        for i in range(len(scores))
+        for j in range(len(scores))
+        if scores[i] > scores[j]
+    ]
+    return torch.stack([alike.sum() * 0, *terms]).logsumexp(0)

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loss_reference import reference
+from loss_reference import reference, scored_reference
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import save_file
-from tiny import check, launch, make_model, make_training_file, write_teacher_scores
+from tiny import check, launch, make_model, make_training_file, write_scored_pairs, write_teacher_scores
 
 from ds_embed.data.batch import assemble_batch, collate
+from ds_embed.data.forms import Reading
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat
@@ -44,7 +45,7 @@ BASE = dict(
     bf16=False,
     dropout=0.0,
     bidirectional=False,
-    mixed=False,
+    data="plain",
     loss={},
 )
 
@@ -93,8 +94,21 @@ def cases(num_ranks: int) -> dict[str, dict]:
     for zero, grad_cache in ((0, True), (2, False), (2, True), (3, False), (3, True)):
         add(zero=zero, grad_cache=grad_cache, lora=4 * (zero == 2), loss=dict(learnable_temperature=True))
     # Records with and without hard negatives, siblings of one query, a sibling among the hard negatives.
-    add(zero=2, grad_cache=True, mixed=True, loss=dict(symmetric=True))
-    add(zero=3, grad_cache=False, mixed=True, negatives="own")
+    add(zero=2, grad_cache=True, data="mixed", loss=dict(symmetric=True))
+    add(zero=3, grad_cache=False, data="mixed", negatives="own")
+    # Scored pairs alone, and two files of them beside queries and documents.
+    for zero, (loss, data) in enumerate(
+        [("cosent", "both"), ("angle", "both"), ("cosine", "both"), ("cosent", "scored")]
+    ):
+        for grad_cache in (False, True):
+            dims = dict(matryoshka_dims=[32, 9], matryoshka_weights=[1.0, 0.5]) if grad_cache else {}
+            add(
+                zero=zero,
+                grad_cache=grad_cache,
+                data=data,
+                queries=16,
+                loss=dict(pair_loss=loss, pair_temperature=0.1) | dims,
+            )
     for zero, grad_cache in ((2, False), (2, True), (3, False), (3, True)):
         add(zero=zero, grad_cache=grad_cache, model="dense", lora=4 * (zero == 3 and grad_cache))
     for number, model in enumerate(FAMILIES + OTHERS):
@@ -124,6 +138,12 @@ def material(tmp_path_factory):
         if kind == "llama":
             mixed = build_training_store([_mixed(data)], tokenizer, *formats, 2, root / "cache")
             found["mixed"] = str(folder), str(mixed)
+            pairs = [write_scored_pairs(root / f"scored{n}.jsonl", 20 + n, seed=n) for n in range(2)]
+            for name, files in (("scored", pairs[:1]), ("both", [data, *pairs])):
+                store = build_training_store(
+                    files, tokenizer, *formats, 2, root / "cache", reading=Reading(scored=True)
+                )
+                found[name] = str(folder), str(store)
     return found
 
 
@@ -143,7 +163,7 @@ def _mixed(path: Path) -> Path:
 
 
 def complete(case: dict, material) -> dict:
-    model, store = material["mixed" if case["mixed"] else case["model"]]
+    model, store = material[case["model"] if case["data"] == "plain" else case["data"]]
     pooling = "last" if case["model"] == "llama" else "mean"
     head = [DENSE, NORMALIZE] if case["model"] == "dense" else [NORMALIZE]
     return case | {"model": model, "store": store, "pooling": pooling, "head": head}
@@ -178,7 +198,7 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     n = case["queries"]
     order = SampleOrder(3, store.file_sizes)
     batch = assemble_batch(store, order, first_sample=4, num_queries=n, hard_negatives=case["hard_negatives"])
-    assert n < 8 or len(batch.texts) < len(batch.rows), "no text stands in two places"
+    assert n < 8 or case["data"] == "scored" or len(batch.texts) < len(batch.rows), "no text stands in two places"
     # Every use is encoded, also of texts that stand in several places.
     ids, lengths = map(torch.from_numpy, collate(store, batch.texts[batch.rows]))
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
@@ -196,19 +216,36 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     if kind == "dense":
         pooled = torch.tanh(encoder.head[0].linear(pooled))
     table = torch.nn.functional.normalize(pooled, dim=1)
-    options = {name: value for name, value in case["loss"].items() if name != "learnable_temperature"}
+    options = {
+        n: value
+        for n, value in case["loss"].items()
+        if n not in ("learnable_temperature", "pair_loss", "pair_temperature")
+    }
     change = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    loss = reference(
-        table,
-        torch.from_numpy(batch.document_keys),
-        n,
-        0.1 * torch.exp(-change),
-        case["negatives"],
-        teacher_scores=torch.from_numpy(batch.teacher_scores).double(),
-        own=[[number for number in own if number >= 0] for own in batch.own_negatives.tolist()],
-        pairs=batch.positive_pairs.tolist(),
-        **options,
-    )
+    losses = []
+    if batch.num_queries:
+        contrastive = reference(
+            table[: batch.num_document_uses],
+            torch.from_numpy(batch.document_keys),
+            batch.num_queries,
+            0.1 * torch.exp(-change),
+            case["negatives"],
+            teacher_scores=torch.from_numpy(batch.teacher_scores).double(),
+            own=[[number for number in own if number >= 0] for own in batch.own_negatives.tolist()],
+            pairs=batch.positive_pairs.tolist(),
+            **options,
+        )
+        losses.append(contrastive * batch.num_queries / n)
+    assert len(batch.scored_groups) == {"scored": 1, "both": 2}.get(case["data"], 0)
+    for _, start, stop in batch.scored_groups:
+        both = table[batch.num_document_uses :].view(2, -1, table.shape[1])[:, start:stop]
+        scores = torch.from_numpy(batch.pair_scores[start:stop]).double()
+        for dims, weight in zip(options.get("matryoshka_dims", [32]), options.get("matryoshka_weights", [1.0])):
+            sides = torch.nn.functional.normalize(both[..., :dims], dim=2)
+            sides = torch.nn.functional.pad(sides, (0, dims % 2))
+            scored = scored_reference(*sides, scores, case["loss"]["pair_loss"], case["loss"]["pair_temperature"])
+            losses.append(weight * scored * (stop - start) / n)
+    loss = sum(losses)
     loss.backward()
     gradients = {n: p.grad for n, p in encoder.named_parameters() if p.requires_grad}
     if "learnable_temperature" in case["loss"]:
@@ -297,7 +334,7 @@ def test_gradient_equals_float64_reference(num_ranks, name, results, material):
         "hard_negatives",
         "queries",
         "bidirectional",
-        "mixed",
+        "data",
         "loss",
     )
     key = json.dumps({name: case[name] for name in decisive})

@@ -153,7 +153,8 @@ def test_bad_settings(tmp_path, settings, message):
 
 
 def choose(first_sample, available, wanted, sampling):
-    return choose_negatives(1, first_sample, np.array(available), wanted, sampling)
+    samples = np.arange(first_sample, first_sample + len(available))
+    return choose_negatives(1, samples, np.array(available), wanted, sampling)
 
 
 @pytest.mark.parametrize("sampling", ["first", "random"])

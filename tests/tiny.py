@@ -139,6 +139,19 @@ def write_teacher_scores(path: Path, seed: int = 0) -> Path:
     return path
 
 
+def write_scored_pairs(path: Path, num_pairs: int, seed: int = 0) -> Path:
+    """Scored pairs of sentences, the score being the share of words that the two have in common; many are equal."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(num_pairs):
+            first = rng.sample(WORDS, k=6)
+            number = rng.randint(0, 4)
+            second = first[:number] + rng.sample(WORDS, k=6 - number)
+            pair = {"sentence1": " ".join(first), "sentence2": " ".join(second), "score": number / 4}
+            file.write(json.dumps(pair) + "\n")
+    return path
+
+
 def load_recipe(name: str):
     """A recipe as a module, to call its main(argv) without a process of its own."""
     spec = importlib.util.spec_from_file_location(f"{name}_recipe", REPOSITORY / "recipes" / f"{name}.py")

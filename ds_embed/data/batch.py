@@ -4,10 +4,12 @@ Texts that are the same tokens are one text: it is encoded once, and each of its
 
 Shapes: N queries, K hard negatives of each query that has any, M documents (N positives and all hard negatives),
 T = N + M uses, U distinct texts. Uses stand in this order: N queries, N positives, then the hard negatives of query
-0, of query 1, ...
+0, of query 1, ... Behind them stand the texts of scored pairs, which are no queries and no documents: P first texts, then
+P second ones, 2 P more uses.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,10 +18,18 @@ from ds_embed.data.order import SampleOrder, key_of, mix
 from ds_embed.data.store import TextStore, TrainingStore
 
 
+class Group(NamedTuple):
+    """Queries or scored pairs `start` to `stop` of a batch, which are all of one file; -1: of whichever."""
+
+    file: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     first_sample: int
-    records: np.ndarray  # (N,) record numbers in the store
+    records: np.ndarray  # (N + P,) record numbers in the store, those of scored pairs last
     texts: np.ndarray  # (U,) text numbers in the store, all different in their tokens
     lengths: np.ndarray  # (U,) tokens
     uses: np.ndarray  # (T,) text numbers in the store, of what stands in each place
@@ -28,7 +38,18 @@ class GlobalBatch:
     own_negatives: np.ndarray  # (N, K) documents that are each query's hard negatives, -1 for none
     positive_pairs: np.ndarray  # (P, 2) further pairs of a query and a document that is no negative of it
     teacher_scores: np.ndarray  # (M,) float32, NaN where a record has none
-    num_queries: int
+    groups: tuple[Group, ...]  # of the N queries
+    scored_groups: tuple[Group, ...]  # of the P scored pairs
+    pair_scores: np.ndarray  # (P,) float32
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.own_negatives)
+
+    @property
+    def num_document_uses(self) -> int:
+        """N + M: those before the texts of scored pairs."""
+        return self.num_queries + len(self.document_keys)
 
     @property
     def num_tokens_named(self) -> int:
@@ -59,18 +80,25 @@ def assemble_batch(
     hard_negatives: int,
     hard_negatives_sampling: str = "first",
 ) -> GlobalBatch:
-    """Samples first_sample .. first_sample + N of a run as a global batch.
+    """Samples first_sample .. first_sample + num_queries of a run as a global batch.
 
-    A record without negatives has none of its own here, and is scored against those of others.
+    A record without negatives has none of its own here, and is scored against those of others. Scored pairs come last.
     """
-    records = order.records(first_sample, num_queries)
-    first_text = np.asarray(store.first_text[records])
-    num_available = np.asarray(store.first_text[records + 1]) - first_text - 2
-    choice = choose_negatives(order.seed, first_sample, num_available, hard_negatives, hard_negatives_sampling)
+    records, samples = order.records(first_sample, num_queries), first_sample + np.arange(num_queries)
+    files = store.files_of(records)
+    is_scored = np.isin(files, [file for file, kind in enumerate(store.kinds_of_files) if kind == "scored"])
+    num_queries -= np.count_nonzero(is_scored)
+    if num_queries < len(records):
+        by_file = np.lexsort((files, is_scored))
+        records, samples, files = records[by_file], samples[by_file], files[by_file]
+    pairs_first = np.asarray(store.first_text[records[num_queries:]])
+    first_text = np.asarray(store.first_text[records[:num_queries]])
+    num_available = np.asarray(store.first_text[records[:num_queries] + 1]) - first_text - 2
+    choice = choose_negatives(order.seed, samples[:num_queries], num_available, hard_negatives, hard_negatives_sampling)
     has_own = np.broadcast_to(num_available[:, None] > 0, choice.shape)
     negatives = ((first_text + 2)[:, None] + choice)[has_own]
     uses = np.concatenate([first_text, first_text + 1, negatives])
-    texts, rows = distinct_texts(store, uses)
+    texts, rows = distinct_texts(store, np.concatenate([uses, pairs_first, pairs_first + 1]))
     own = np.full(choice.shape, -1, dtype=np.int64)
     own[has_own] = np.arange(num_queries, num_queries + len(negatives))
     keys = np.asarray(store.text_keys[uses])
@@ -90,16 +118,26 @@ def assemble_batch(
         own_negatives=own,
         positive_pairs=pairs,
         teacher_scores=store.scores[uses[num_queries:]],
-        num_queries=num_queries,
+        groups=(Group(-1, 0, num_queries),),
+        scored_groups=_groups(files[num_queries:]),
+        pair_scores=store.scores[pairs_first + 1],
     )
 
 
-def choose_negatives(seed: int, first_sample: int, num_available: np.ndarray, wanted: int, sampling: str) -> np.ndarray:
-    """Which of its negatives each query uses, (N, K): a pure function of seed and sample number.
+def _groups(files: np.ndarray) -> tuple[Group, ...]:
+    """What stands together, of files (n,) in ascending order."""
+    found, first, counts = np.unique(files, return_index=True, return_counts=True)
+    return tuple(map(Group, found.tolist(), first.tolist(), (first + counts).tolist()))
+
+
+def choose_negatives(
+    seed: int, samples: np.ndarray, num_available: np.ndarray, wanted: int, sampling: str
+) -> np.ndarray:
+    """Which of its negatives each query uses, (N, K): a pure function of the seed and its sample number in samples (N,).
 
     "first" takes the first K, "random" K different ones; with fewer than K, all and then draws from them.
     """
-    samples = np.arange(first_sample, first_sample + len(num_available), dtype=np.uint64)[:, None]
+    samples = samples.astype(np.uint64)[:, None]
     available = num_available[:, None]
     number = np.arange(wanted)[None, :]
     draws = _draws(key_of(seed, 1), samples, wanted)
@@ -107,7 +145,7 @@ def choose_negatives(seed: int, first_sample: int, num_available: np.ndarray, wa
     if sampling == "first" or wanted == 0:
         return choice
     # A random rank for each of a query's negatives; those it has not come last.
-    ranks = _draws(key_of(seed, 4), samples, max(wanted, int(num_available.max())))
+    ranks = _draws(key_of(seed, 4), samples, max(wanted, int(num_available.max(initial=0))))
     ranks[np.arange(ranks.shape[1])[None, :] >= available] = np.iinfo(np.uint64).max
     return np.take_along_axis(np.argsort(ranks, axis=1, kind="stable"), choice, axis=1)
 

@@ -37,7 +37,7 @@ from ds_embed.settings.errors import UserError
 
 _LISTS = ("neg_doc", "neg_scores")  # may be spread over several columns
 COLUMN_KEYS = {
-    "training": ("query", "pos_doc", "neg_doc", "query_id", "doc_id", "pos_score", "neg_scores"),
+    "training": ("query", "pos_doc", "neg_doc", "query_id", "doc_id", "pos_score", "neg_scores", "score"),
     "queries": ("query", "query_id", "doc_id"),
     "documents": ("pos_doc", "doc_id", "title"),
     "judgments": ("query_id", "doc_id", "relevance"),
@@ -51,6 +51,7 @@ _NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?|rejected_response")
 _LIST_KEYS = {"pos", "neg", "neg_doc", "pos_scores", "neg_scores", "negative", "rejected_response"}
 _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'{\[].*)?\]\s*""", re.DOTALL)
 _GRADES = ("label", "labels", "score", "scores")
+_NOUNS = {"": "records", "scored": "scored pairs"}
 _METADATA = "merlin_metadata.json"
 
 Lookup = Callable[[str, str, Any], str]  # (place, name of the id in errors, id) to the text of a document
@@ -61,6 +62,7 @@ class Reading(NamedTuple):
 
     columns: tuple[str, ...] = ()  # the words of --columns
     corpus_files: tuple[str, ...] = ()  # documents that records name by id
+    scored: bool = False  # records with a "score" are scored pairs, which only some losses can use
 
 
 AS_IT_IS = Reading()
@@ -150,6 +152,7 @@ class _Form:
     keys: tuple[tuple[str, ...], ...]
     parse: Callable[[str, dict, Lookup], list[TrainingRecord]]
     more: tuple[str, ...] = ()  # keys that a record may have
+    kind: str = ""  # "scored": its records are no queries with their right documents
 
     def fits(self, row: dict) -> bool:
         for alternatives in self.keys:  # plain loops: this runs for every record
@@ -312,19 +315,35 @@ def _columns(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
     )
 
 
+def _scored(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
+    first, second = (present(row, keys) for keys in _PAIRS)
+    score = row.get("score")
+    if type(score) is str:  # a cell of a table of texts
+        try:
+            score = float(score)
+        except ValueError:
+            raise BadRecord(where, f"score is '{score}', want a finite number") from None
+    if not is_finite_number(score):
+        refuse(where, "score", score, "a finite number: how alike the two texts are")
+    return [TrainingRecord(text_of(where, first, row), text_of(where, second, row), (), None, None, score, None)]
+
+
 def _refuse_grades(where: str, row: dict) -> None:
     for key in _GRADES:
         if row.get(key) not in (None, 1, "1", "1.0"):
             raise BadRecord(
                 where,
-                f"{key} is not 1: a graded pair is no pair of a query and its right document; keep the pairs of "
-                f"label 1, or name the columns with --columns, which leaves {key} aside",
+                f"{key} is not 1: a graded pair is no pair of a query and its right document; train it with --pair_loss "
+                f"(and --columns score={key}), keep the pairs of label 1, or name the columns with --columns, which leaves "
+                f"{key} aside",
             )
 
 
 _MORE = ("neg_doc", "query_id", "doc_id", "pos_score", "neg_scores")
 _OWN = _Form("our own", (("query",), ("pos_doc",)), _own, _MORE)
 _ID_KEYS = ("neg_doc", "question_id", "corpus_id")
+_PAIRS = ("query", "sentence1", "text1"), ("pos_doc", "sentence2", "text2")
+_SCORED = _Form("scored pairs", (*_PAIRS, ("score",)), _scored, kind="scored")
 _AUTOMODEL_IDS = _Form("Automodel", (("question", "query"), ("pos_doc",)), _automodel_ids, _ID_KEYS)
 _QUERIES = ("anchor", "query", "question")
 _IDS = ("query_id", "doc_id")
@@ -557,7 +576,9 @@ class TrainingFile(RecordFile):
 
     def __init__(self, entry: str | os.PathLike, reading: Reading = AS_IT_IS, work_dir: Path | None = None):
         super().__init__(entry, lambda *_: None, Columns.asked(reading.columns, "training"))
-        self.form: _Form | None = _OWN if reading.columns else None
+        self.form: _Form | None = None
+        self._forms = (_SCORED, *_FORMS) if reading.scored else _FORMS
+        self.score_range: list[float] = []  # of scored pairs
         self.num_rows, self.fewest, self.most = 0, 0, 0
         self._num_prompts = 0
         self._keys: tuple[str, ...] = ()  # of the last row
@@ -574,6 +595,11 @@ class TrainingFile(RecordFile):
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._corpora.clear()
+
+    @property
+    def kind(self) -> str:
+        """ "scored" where the records are scored pairs; "" for queries with their right documents."""
+        return (self.form or _OWN).kind
 
     @property
     def is_own(self) -> bool:
@@ -605,8 +631,9 @@ class TrainingFile(RecordFile):
     def parse(self, where: str, row: dict) -> list[TrainingRecord]:
         if self._columns is not None:
             row = self._columns.mapped(where, row)
+            self.form = self.form or next((form for form in self._forms[:1] if form.fits(row)), _OWN)
         elif self.form is None or not self.form.fits(row):
-            form = next((form for form in _FORMS if form.fits(row)), None)
+            form = next((form for form in self._forms if form.fits(row)), None)
             if form is not None and self.form is not None:
                 raise BadRecord(
                     where,
@@ -627,6 +654,9 @@ class TrainingFile(RecordFile):
         elif form is _AUTOMODEL_IDS:
             self._lookup = self._lookup_in(row.get("corpus_id"))
         samples = form.parse(where, row, self._lookup)
+        if form is _SCORED:
+            scores = [*self.score_range, samples[0].pos_score]
+            self.score_range = [min(scores), max(scores)]
         self.num_rows += 1
         self._num_prompts += form.parse is _flag_embedding and bool(row.get("prompt"))
         if not self.fewest <= len(samples) <= self.most:
@@ -636,11 +666,15 @@ class TrainingFile(RecordFile):
 
     def facts(self) -> dict[str, Any]:
         """What was met in the rows so far: "FlagEmbedding records, 12,345 with 1 to 7 positives", their number, and more."""
-        form = (self.form or _OWN).name if self._columns is None else f"mapped ({self._columns.describe()})"
+        form = "" if self.kind else (self.form or _OWN).name
+        if self._columns is not None:
+            form = f"mapped ({self._columns.describe()})"
         several = f" with {self.fewest} to {self.most} positives" if self.most > 1 else ""
         several = several.replace(f"{self.most} to {self.most}", str(self.most))
-        facts = {"read": f"{form} records, {self.num_rows:,}{several}", "num_rows": self.num_rows}
+        read = f"{form} {_NOUNS[self.kind]}, {self.num_rows:,}{several}".lstrip()
+        facts = {"read": read, "num_rows": self.num_rows}
         more = {"unread": list(self._unread), "num_prompts": self._num_prompts, "notes": self._notes}
+        more |= {"kind": self.kind, "score_range": self.score_range}
         return facts | {name: value for name, value in more.items() if value}
 
     def _read_corpus_files(self, where: str) -> None:

@@ -61,9 +61,10 @@ def _keys(contents) -> np.ndarray:
     return keys
 
 
-def write_positives(folder: Path, file_sizes: Sequence[int]) -> list[dict[str, int]]:
+def write_positives(folder: Path, file_sizes: Sequence[int], kinds: Sequence[str]) -> list[dict[str, int]]:
     """Write which queries of a training store have several positives, and count what each file repeats.
 
+    Of files of the kind "", whose records are queries and their right documents.
     Into `folder`, beside the arrays first_text and text_keys: several_queries (G,), ascending keys of queries;
     several_first (G + 1,) and several_positives: the keys of query g's positives are
     several_positives[several_first[g] : several_first[g + 1]]. Works on parts of the keys, so memory is flat in R.
@@ -78,8 +79,10 @@ def write_positives(folder: Path, file_sizes: Sequence[int]) -> list[dict[str, i
     num_repeated, max_positives = np.zeros((2, len(file_sizes)), np.int64)
     file_ends = np.cumsum(file_sizes)
     num_parts = -(-num_records // _ROWS_AT_ONCE)
-    for part in range(num_parts):
-        queries, positives, rows = _pairs_of_part(arrays, part, num_parts)
+    starts = file_ends - file_sizes
+    spans = [range(*span) for *span, kind in zip(starts.tolist(), file_ends.tolist(), kinds) if not kind]
+    for part in range(num_parts if spans else 0):
+        queries, positives, rows = _pairs_of_part(arrays, part, num_parts, spans)
         order = np.lexsort((rows, positives, queries))
         queries, positives, rows = queries[order], positives[order], rows[order]
         is_new_query = np.append(True, queries[1:] != queries[:-1])[: len(queries)]
@@ -100,12 +103,11 @@ def write_positives(folder: Path, file_sizes: Sequence[int]) -> list[dict[str, i
     return [dict(zip(names, counts)) for counts in zip(num_repeated.tolist(), max_positives.tolist())]
 
 
-def _pairs_of_part(arrays: dict, part: int, num_parts: int) -> tuple[np.ndarray, ...]:
-    """Query keys, positive keys and numbers of the records whose query's key lies in one part of all keys."""
+def _pairs_of_part(arrays: dict, part: int, num_parts: int, spans: Sequence[range]) -> tuple[np.ndarray, ...]:
+    """Query keys, positive keys and numbers of the records in `spans` whose query's key lies in one part of all keys."""
     found = []
-    num_records = len(arrays["first_text"]) - 1
-    for start in range(0, num_records, _ROWS_AT_ONCE):
-        first_text = arrays["first_text"][start : min(start + _ROWS_AT_ONCE, num_records)]
+    for start, stop in ((start, span.stop) for span in spans for start in span[::_ROWS_AT_ONCE]):
+        first_text = arrays["first_text"][start : min(start + _ROWS_AT_ONCE, stop)]
         queries = arrays["text_keys"][first_text]
         # Parts are ranges of keys, so that what is written one after the other ascends.
         rows = np.flatnonzero(((queries >> 32) + (1 << 31)) * num_parts >> 32 == part)

@@ -135,8 +135,13 @@ class TrainingStore(_Store):
         self.text_keys = self._map("text_keys", self.num_texts)
         self.content_keys = self._map("content_keys", self.num_texts)
         self.ids = tuple(self._map(name, self.num_records) for name in ("query_ids", "doc_ids"))
+        self.kinds_of_files = tuple(file.get("kind", "") for file in self.manifest["files"])
         self.several_positives = tuple(self._map(name, None) for name in POSITIVES_ARRAYS)
         self.scores = self._map("scores", self.num_texts)
+
+    def files_of(self, records: np.ndarray) -> np.ndarray:
+        """The number of the file of each record, same shape."""
+        return np.searchsorted(self._file_ends, records, side="right")
 
     def rows(self) -> tuple[np.ndarray, tuple[int, ...]]:
         """Where each row of the files begins (G + 1,): a row with several positives has as many records.

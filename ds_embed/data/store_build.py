@@ -59,7 +59,7 @@ def build_training_store(
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
     if reading != AS_IT_IS:
-        settings |= {"columns": list(reading.columns)}
+        settings |= {"columns": list(reading.columns), "scored": reading.scored}
 
     def write(folder: Path) -> None:
         def write_without(conflicts: dict[tuple[int, int], BadRecord]) -> dict[tuple[int, int], BadRecord]:
@@ -69,7 +69,7 @@ def build_training_store(
                     writer.encode_with(sides[index])
                     bad = {number: error for (file, number), error in conflicts.items() if file == index}
                     for number, record in source.records(writer, skipped, bad):
-                        _add_training_record(writer, record, number, source.where, num_negatives)
+                        _add_training_record(writer, record, number, source.where, num_negatives, source.kind)
                 start = _manifest_start("training", settings, sources, sides)
                 start |= {"skipped_records": skipped.describe()} if skipped else {}
                 return writer.finish(start, [source.location for source in sources])
@@ -88,7 +88,7 @@ def build_training_store(
 
 
 def _add_training_record(
-    writer: StoreWriter, record: TrainingRecord, number: int, where: str, num_negatives: int | None
+    writer: StoreWriter, record: TrainingRecord, number: int, where: str, num_negatives: int | None, kind: str
 ) -> None:
     queries, documents = range(2)
     writer.add_text(queries, "query", record.query)
@@ -96,9 +96,10 @@ def _add_training_record(
     scores = record.neg_scores or [None] * len(record.neg_docs)
     for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
         writer.add_text(documents, "neg_doc", negative, score)
-    writer.count_negatives(len(record.neg_docs), where)
-    if record.pos_score is None or record.neg_scores is None:
-        writer.count_record_without("scores", where)
+    if not kind:
+        writer.count_negatives(len(record.neg_docs), where)
+        if record.pos_score is None or record.neg_scores is None:
+            writer.count_record_without("scores", where)
     writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)
 
 
@@ -169,6 +170,11 @@ class _Source:
         self.where = ""  # the place of the record that was read last
         self._parts: list[dict] = []
         self._starts: list[int] = []  # numbers of the records of each part stand above it
+
+    @property
+    def kind(self) -> str:
+        """Of the training records that are being read: "" for queries with their right documents."""
+        return self._file.kind
 
     def location(self, number: int) -> str:
         part = bisect.bisect_left(self._starts, number) - 1

@@ -216,7 +216,7 @@ class StoreWriter:
             self._ids.close()
         else:
             counts["max_negatives"] = self._max_texts - 2
-            more = write_positives(self._folder, sizes)
+            more = write_positives(self._folder, sizes, [file.get("kind", "") for file in manifest["files"]])
             for file, facts in zip(self._files, more):
                 file.facts |= facts
             for what, (number, first) in self._lacking.items():

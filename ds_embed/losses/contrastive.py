@@ -69,6 +69,14 @@ class LossResult(NamedTuple):
     sums: Sums  # the statistics are those of whole vectors, queries against documents
     gradient: Tensor  # (U, D) by every row of the table
 
+    def plus(self, other: "LossResult") -> "LossResult":
+        return LossResult(self.sums.plus(other.sums), self.gradient + other.gradient)
+
+    def times(self, weight: float) -> "LossResult":
+        """Of `weight` times the loss; the statistics stay."""
+        loss, on_scale = self.sums.loss * weight, self.sums.grad_log_scale * weight
+        return LossResult(self.sums._replace(loss=loss, grad_log_scale=on_scale), self.gradient * weight)
+
 
 def contrastive_loss(
     table: Tensor,

@@ -108,6 +108,7 @@ class RerankerStepArguments(Settings):
     label_smoothing: ClassVar[float] = 0.0
     symmetric: ClassVar[bool] = False
     false_negative_margin: ClassVar[None] = None
+    pair_loss: ClassVar[None] = None
 
 
 @dataclass(kw_only=True)

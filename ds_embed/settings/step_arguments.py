@@ -6,6 +6,7 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, setting
 
 NEGATIVES = ("all", "own", "pair")
+SCORED_LOSSES = ("cosent", "angle", "cosine")
 # A learned temperature stops here: below, scores grow faster than the embeddings learn (Radford et al. 2021, sec. 2.5).
 MIN_LEARNED_TEMPERATURE = 0.01
 
@@ -45,6 +46,15 @@ class StepArguments(Settings):
     )
     matryoshka_weights: list[float] = setting(
         "weight of each prefix's loss, as many as matryoshka_dims (default: 1 each)", default_factory=list, above=0
+    )
+    pair_loss: str | None = setting(
+        "loss of training files of scored pairs (query, pos_doc, score): cosent or angle (a higher score, a higher "
+        "similarity), cosine (the score is the cosine); without it a score is not read",
+        default=None,
+        choices=SCORED_LOSSES,
+    )
+    pair_temperature: float = setting(
+        "similarities of scored pairs are divided by this, for cosent and angle", default=0.05, above=0
     )
     distillation_weight: float = setting(
         "weight of the divergence from the teacher's ranking (pos_score, neg_scores of a record), added to the loss",

@@ -11,7 +11,8 @@ class ValidationArguments(Settings):
     """Without any val_*_files nothing is measured. All of this may change when a run is started again."""
 
     val_files: list[str] = setting(
-        "held-out records in the format of train_files, for val_loss and val_accuracy (accuracy within the batch)",
+        "held-out records in the format of train_files, for val_loss and val_accuracy (accuracy within the batch); of scored pairs "
+        "(pair_loss) val_spearman, the rank correlation of cosine and score, as the mean over their files",
         default_factory=list,
         files=True,
     )
@@ -44,7 +45,7 @@ class ValidationArguments(Settings):
         default=False,
     )
     best_metric: str | None = setting(
-        "what makes a checkpoint the best: val_loss (lower is better), val_accuracy or one of val_metrics "
+        "what makes a checkpoint the best: val_loss (lower is better), val_accuracy, val_spearman or one of val_metrics "
         "(default: the first of val_metrics, or val_loss without val_query_files)",
         default=None,
     )

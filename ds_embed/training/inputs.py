@@ -42,6 +42,7 @@ class StepInputs:
     own_negatives: Tensor  # (N, K)
     positive_pairs: Tensor  # (P, 2)
     teacher_scores: Tensor  # (M,)
+    pair_scores: Tensor  # (P,)
 
 
 def prepare_inputs(
@@ -78,9 +79,10 @@ def prepare_inputs(
             plan,
             [micro_batch(number, chosen) for number, chosen in enumerate(plan.micro_batches[world.rank])],
             put(plan.rank_order()),
-            put(batch.rows) if len(batch.rows) > len(batch.texts) else None,
+            put(batch.rows) if len(batch.pair_scores) or len(batch.rows) > len(batch.texts) else None,
             put(batch.document_keys),
             put(batch.own_negatives),
             put(batch.positive_pairs),
             put(batch.teacher_scores),
+            put(batch.pair_scores),
         )

@@ -113,6 +113,11 @@ class TrainingRun:
         world, data, step, run = self.world, self.data, self.step_arguments, self.run
         world.on_main("check output_dir", lambda: self.folder.claim(run.resume_if_exists))
         self.store = prepare_store(world, data.train_files, data, step, self.tokenizer, file_formats(data, self.card))
+        if step.pair_loss and "scored" not in self.store.kinds_of_files:
+            raise UserError(
+                f"--pair_loss {step.pair_loss}: no file of --train_files holds scored pairs, whose keys are query, pos_doc and "
+                "score; name those that stand for them with --columns, or leave this out"
+            )
         self.order = sample_order(self.store, data, step, run.seed)
         first = [step.global_batch_size * number for number in range(max(4, 256 // step.global_batch_size))]
         world.on_main("check negatives", lambda: self._check_batches(map(self.batch, first)))
@@ -411,11 +416,11 @@ class TrainingRun:
         seen = {"all": batch.num_queries * (1 + hard), "own": batch.num_queries + hard, "pair": 1 + hard}
         lines = [
             f"records        {self.store.num_records:,} in {len(self.data.train_files)} file(s)",
-            f"steps          {self.max_steps:,} of {batch.num_queries:,} queries",
+            f"steps          {self.max_steps:,} of {len(batch.records):,} samples",
             f"weights        {trained:,} trained of {total:,}, "
             f"{'bf16' if self.run.bf16 else 'fp32'}, ZeRO-{self._stage}, {self.world.size} rank(s)",
             f"first step     {len(batch.rows):,} texts, {batch.num_tokens_named:,} tokens, at most "
-            f"{seen[self.step_arguments.negatives] - 1:,} negatives per query",
+            f"{max(0, seen[self.step_arguments.negatives] - 1):,} negatives per query",
             f"each text once {len(batch.texts):,} texts, {plan.num_tokens:,} tokens to encode",
             f"micro-batches  {plan.num_micro_batches} per rank of at most {self.step_arguments.micro_batch_tokens:,} "
             f"tokens, padding {plan.padding_share:.1%}",

@@ -46,7 +46,7 @@ def prepare_store(
             num_negatives,
             data.cache_dir,
             skip_bad_records=data.skip_bad_records,
-            reading=Reading(tuple(data.columns), tuple(data.corpus_files)),
+            reading=Reading(tuple(data.columns), tuple(data.corpus_files), scored=step.pair_loss is not None),
         )
         store = TrainingStore.open(path)
         logger.info("%s\n%s", name, "\n".join(store.describe()))
@@ -85,31 +85,47 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
     """UserError, with file and line where there is one, when the data don't serve the settings."""
     for line in describe_skipped(store.manifest.get("skipped_records", {})):
         logger.warning("training data: %s", line)
+    num_queries = sum(size for size, kind in zip(store.file_sizes, store.kinds_of_files) if not kind)
+    for file in store.manifest["files"]:
+        if file.get("kind") == "scored":
+            _check_scored(file, step)
     first, number = (store.manifest[f"{what}_without_negatives"] for what in ("first_record", "records"))
-    if data.hard_negatives and number == store.num_records:
+    if data.hard_negatives and number == num_queries:
         raise UserError(
-            f"--hard_negatives {data.hard_negatives}: no record has a neg_doc (the first: {first}); set it to 0 or add them"
+            f"--hard_negatives {data.hard_negatives}: no record has a neg_doc{f' (the first: {first})' if first else ''}; set it to 0 or add them"
         )
     if data.hard_negatives and number and step.negatives == "pair":
         raise UserError(
             f"{first}: has no neg_doc, and rerankers and --negatives pair score a query against its own hard negatives alone "
-            f"({number:,} of {store.num_records:,} records have none); leave these records out, give them some, or train an "
+            f"({number:,} of {num_queries:,} records have none); leave these records out, give them some, or train an "
             "embedder with --negatives own"
         )
     if data.hard_negatives and number:
-        share = number / store.num_records
+        share = number / num_queries
         logger.info(
             "%s of %s records (%.1f%%) have no hard negatives: these queries are scored against the documents of "
             "the batch alone",
             f"{number:,}",
-            f"{store.num_records:,}",
+            f"{num_queries:,}",
             100 * share,
         )
     check_texts_fit(store, step.micro_batch_tokens)
-    if step.negatives == "pair" and data.hard_negatives == 0:
+    if num_queries and step.negatives == "pair" and data.hard_negatives == 0:
         raise UserError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
     if step.distillation_weight:
         _check_scores(store, data)
+
+
+def _check_scored(file: dict[str, Any], step: StepArguments) -> None:
+    """UserError unless the scores of a file of scored pairs differ, and are cosines where the loss takes them for such."""
+    low, high = file["score_range"]
+    if low == high:
+        raise UserError(f"{file['path']}: every pair has the score {low:g}: there is nothing to tell apart")
+    if step.pair_loss == "cosine" and (low < -1 or high > 1):
+        raise UserError(
+            f"--pair_loss cosine: the scores of {file['path']} go from {low:g} to {high:g}, and a cosine from -1 to 1; "
+            "scale them, or set --pair_loss cosent, which takes their order alone"
+        )
 
 
 def _check_scores(store: TrainingStore, data: DataArguments) -> None:

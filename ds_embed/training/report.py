@@ -65,26 +65,28 @@ class StepLog:
         counted = {} if skipped_steps is None else {"skipped_steps": skipped_steps}
         self.folder.log(
             counted
-            | {
-                "step": number,
-                "loss": result.loss if result.is_finite else None,
-                "accuracy": result.accuracy,
-                "positive_similarity": result.positive_similarity,
-                "negative_similarity": result.negative_similarity,
-                "margin": result.margin,
-                "without_negatives": result.without_negatives,
-                "temperature": result.temperature,
-                "learning_rate": rate,
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "consumed_samples": consumed_samples,
-                "tokens": result.num_tokens,
-                "tokens_encoded": result.num_tokens_encoded,
-                "tokens_per_second": tokens_per_second,
-                "tokens_encoded_per_second": encoded_per_second,
-                "padding_share": result.padding_share,
-                "seconds": seconds,
-                "peak_memory_gib": peak_gib,
-            }
+            | _without_nan(
+                {
+                    "step": number,
+                    "loss": result.loss,
+                    "accuracy": result.accuracy,
+                    "positive_similarity": result.positive_similarity,
+                    "negative_similarity": result.negative_similarity,
+                    "margin": result.margin,
+                    "without_negatives": result.without_negatives,
+                    "temperature": result.temperature,
+                    "learning_rate": rate,
+                    "grad_norm": norm,
+                    "consumed_samples": consumed_samples,
+                    "tokens": result.num_tokens,
+                    "tokens_encoded": result.num_tokens_encoded,
+                    "tokens_per_second": tokens_per_second,
+                    "tokens_encoded_per_second": encoded_per_second,
+                    "padding_share": result.padding_share,
+                    "seconds": seconds,
+                    "peak_memory_gib": peak_gib,
+                }
+            )
             | self.data
         )
         self.data = {}
@@ -97,9 +99,8 @@ class StepLog:
             return
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.bar.write(f"step {number}: {shown} ({best}{seconds:.1f} seconds)", file=sys.stderr)
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         place = {"step": number, "consumed_samples": consumed_samples}
-        self.folder.log(place | finite | {"seconds": seconds}, group="val")
+        self.folder.log(place | _without_nan(metrics) | {"seconds": seconds}, group="val")
 
     def __enter__(self) -> "StepLog":
         return self
@@ -110,13 +111,17 @@ class StepLog:
             self.bar.close()
 
 
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 def non_finite_message(number: int, result: StepResult, batch: GlobalBatch, store: TrainingStore) -> str:
     """Which step, samples and records gave a loss or a gradient that is no number."""
     shown = ", ".join(store.location(int(record)) for record in batch.records[:3])
     what = "the gradient is not finite" if result.is_finite else f"the loss is {result.loss}"
     return (
         f"step {number}: {what}; samples {batch.first_sample} to "
-        f"{batch.first_sample + batch.num_queries - 1}, the first from {shown}; no weight was changed by this step"
+        f"{batch.first_sample + len(batch.records) - 1}, the first from {shown}; no weight was changed by this step"
     )
 
 

@@ -18,6 +18,7 @@ from ds_embed.data.batch import GlobalBatch, collate, collate_prompts
 from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import World
 from ds_embed.losses import LossOptions, LossResult, Sums, contrastive_loss
+from ds_embed.losses.scored import scored_loss
 from ds_embed.models.encoder import learned_temperature
 from ds_embed.settings import StepArguments
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
@@ -28,7 +29,8 @@ from ds_embed.training.inputs import MicroBatch, StepInputs, prepare_inputs
 class StepResult:
     """What one step saw; the same on every rank."""
 
-    loss: float  # mean over the N queries
+    loss: float  # mean over the N queries and the scored pairs, each of which has the loss of its file's
+    # Of the N queries; nan where there are none.
     accuracy: float  # share of queries whose positive scores above every negative
     positive_similarity: float  # mean cosine of query and positive
     negative_similarity: float  # mean cosine of query and its highest-scored negative
@@ -108,6 +110,13 @@ class ContrastiveStep:
         sums = Sums(*map(sum, zip(*self._tell_all(torch.stack(loss.sums)))))
         return sums.loss * inputs.batch.num_queries, sums.num_correct
 
+    def similarities(self, inputs: StepInputs) -> list[float]:
+        """The cosines of the batch's P scored pairs, on every rank."""
+        with torch.no_grad():
+            outputs = [self._encode(micro_batch) for micro_batch in inputs.micro_batches]
+        first, second = self._gather([vectors for vectors, _ in outputs], inputs)[self._pair_rows(inputs)]
+        return (first * second).sum(1).tolist()
+
     def _encode(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Embeddings (b, D) of one micro-batch, and the parameter of a learned temperature."""
         torch.manual_seed(micro_batch.noise_seed)
@@ -130,18 +139,50 @@ class ContrastiveStep:
 
     def _loss(self, table: Tensor, inputs: StepInputs, temperature: Tensor, first_query: int = 0) -> LossResult:
         """The part of this rank's share of queries first_query .. N (and of their positives) in the loss."""
-        batch_queries, rank, num_ranks = inputs.batch.num_queries, self.world.rank, self.world.size
-        num_queries = batch_queries - first_query
+        batch, options = inputs.batch, self.options
+        num_samples = len(batch.records)
+        result = LossResult(Sums.zero(table), torch.zeros_like(table))
+        if batch.num_queries:
+            share = batch.num_queries / num_samples
+            result = self._contrastive(table, inputs, temperature, first_query)
+            result = result.times(share) if share < 1 else result
+        for _, start, stop in batch.scored_groups:
+            scored = scored_loss(
+                table,
+                self._pair_rows(inputs)[:, start:stop],
+                inputs.pair_scores[start:stop],
+                slice(*self._share(0, stop - start)),
+                loss=self.arguments.pair_loss,
+                temperature=self.arguments.pair_temperature,
+                weight=(stop - start) / num_samples,
+                matryoshka_dims=options.matryoshka_dims,
+                matryoshka_weights=options.matryoshka_weights,
+            )
+            result = result.plus(scored)
+        return result
+
+    def _share(self, first: int, last: int) -> tuple[int, int]:
+        """This rank's of the numbers first .. last."""
+        rank, num_ranks = self.world.rank, self.world.size
+        return first + (last - first) * rank // num_ranks, first + (last - first) * (rank + 1) // num_ranks
+
+    def _pair_rows(self, inputs: StepInputs) -> Tensor:
+        """Rows (2, P) of the table: the first and the second text of each scored pair."""
+        return inputs.rows[inputs.batch.num_document_uses :].view(2, -1)
+
+    def _contrastive(self, table: Tensor, inputs: StepInputs, temperature: Tensor, first_query: int) -> LossResult:
+        batch = inputs.batch
+        first, last = self._share(first_query, batch.num_queries)
         return contrastive_loss(
             table,
             inputs.document_keys,
             inputs.own_negatives,
-            num_queries=batch_queries,
-            first_query=first_query + num_queries * rank // num_ranks,
-            last_query=first_query + num_queries * (rank + 1) // num_ranks,
+            num_queries=batch.num_queries,
+            first_query=first,
+            last_query=last,
             temperature=temperature,
             options=self.options,
-            rows=inputs.rows,
+            rows=None if inputs.rows is None else inputs.rows[: batch.num_document_uses],
             teacher_scores=inputs.teacher_scores,
             positive_pairs=inputs.positive_pairs,
         )
@@ -157,7 +198,8 @@ class ContrastiveStep:
         own = torch.stack([value.double() for value in (*loss.sums, temperature)])
         all_told = self._tell_all(torch.cat([own, torch.tensor(tell, dtype=own.dtype, device=own.device)]))
         sums = Sums(*map(sum, list(zip(*all_told))[: len(Sums._fields)]))
-        queries, with_negatives = inputs.batch.num_queries, max(1.0, sums.num_with_negatives)
+        queries = inputs.batch.num_queries or math.nan
+        with_negatives = max(1.0, sums.num_with_negatives) if inputs.batch.num_queries else math.nan
         return StepResult(
             loss=sums.loss,
             accuracy=sums.num_correct / queries,

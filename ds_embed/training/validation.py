@@ -73,7 +73,8 @@ class _HeldOutOrder:
 class Validation:
     """What is measured and on what. Building it checks every setting and file; every rank must build it."""
 
-    of_batches = ["val_loss", "val_accuracy"]
+    of_batches = ["val_loss", "val_accuracy"]  # of records with a right document
+    of_pairs = ["val_spearman"]  # of scored pairs: the mean over their files
 
     def __init__(
         self,
@@ -89,20 +90,22 @@ class Validation:
         self.world, self.arguments, self.data, self.step, self.seed = world, arguments, data, step, seed
         self.folder = folder
         self.measures = _measures(arguments) if arguments.val_query_files else []
-        self.names = self.measures + (self.of_batches if arguments.val_files else [])
-        if arguments.best_metric not in (None, *self.names):
-            raise UserError(
-                f"--best_metric {arguments.best_metric}: is not measured; choose one of {', '.join(self.names)}"
-            )
         self.store: TrainingStore | None = None
         if arguments.val_files:
             # With the prefixes that the model keeps, also where each training file has one of its own.
             self.store = prepare_store(
                 world, arguments.val_files, data, step, tokenizer, card.text_formats(), "held-out token store"
             )
+            kinds = self.store.kinds_of_files
+            self.of_batches = (self.of_batches if "" in kinds else []) + (self.of_pairs if "scored" in kinds else [])
             batches = (batch for batch, _ in itertools.islice(self._batches(), 4))
             world.on_main(
                 "check held-out negatives", lambda: check_contrast(batches, self.store, step.negatives, "--val_files")
+            )
+        self.names = self.measures + (self.of_batches if arguments.val_files else [])
+        if arguments.best_metric not in (None, *self.names):
+            raise UserError(
+                f"--best_metric {arguments.best_metric}: is not measured; choose one of {', '.join(self.names)}"
             )
         self.text_stores: list[tuple[str, str, TextStore]] = []
         if self.measures:
@@ -183,24 +186,40 @@ class Validation:
         return self.world.on_main(f"measure {target}", lambda: losses | self._retrieve(target, final))
 
     def _held_out_loss(self, engine: Any, stop: StopRequest) -> dict[str, float]:
-        """Mean over all records of the loss, and of whether the positive is first, each in a batch like training's."""
+        """Mean over all records of the loss, and of whether the positive is first, each in a batch like training's.
+
+        Of scored pairs the rank correlation of cosine and score (Spearman), the mean over their files.
+        """
+        from scipy.stats import spearmanr
+
         contrastive = ContrastiveStep(engine, self.store, self.world, self.step, self.seed)
-        total = correct = 0.0
+        total = correct = num_queries = 0.0
+        pairs: dict[int, list[tuple[float, float]]] = {}  # of each file: cosine and score
         inputs = made_ahead(lambda item: (contrastive.prepare(item[0]), item[1]), self._batches())
         with contextlib.closing(inputs):
             for step_inputs, first_query in inputs:
                 leave_if_asked(stop)
-                batch_loss, batch_correct = contrastive.evaluate(step_inputs, first_query)
-                total, correct = total + batch_loss, correct + batch_correct
-        return {"val_loss": total / self.store.num_records, "val_accuracy": correct / self.store.num_records}
+                batch = step_inputs.batch
+                if batch.scored_groups:
+                    alike = zip(contrastive.similarities(step_inputs), batch.pair_scores.tolist())
+                    pairs.setdefault(batch.scored_groups[0].file, []).extend(list(alike)[first_query:])
+                else:
+                    batch_loss, batch_correct = contrastive.evaluate(step_inputs, first_query)
+                    total, correct = total + batch_loss, correct + batch_correct
+                    num_queries += batch.num_queries - first_query
+        spearman = [float(spearmanr(*zip(*of_file)).statistic) for of_file in pairs.values()]
+        means = [total / num_queries, correct / num_queries] if num_queries else []
+        return dict(zip(self.of_batches, means + [sum(spearman) / len(spearman)] if spearman else means))
 
     def _batches(self) -> Iterator[tuple[GlobalBatch, int]]:
         """The held-out records as global batches, with the first query of each that has not been in one before.
 
         The last batch is filled up with records of the one before it, which stand in it only to be scored
-        against: so each record is counted once, against as many documents as in training.
+        against: so each record is counted once, against as many documents as in training. Where some files hold scored
+        pairs, each batch is of one file.
         """
-        sizes = self.store.file_sizes if self.data.batching == "homogeneous" else [self.store.num_records]
+        by_file = self.data.batching == "homogeneous" or any(self.store.kinds_of_files)
+        sizes = self.store.file_sizes if by_file else [self.store.num_records]
         for first_record, num_records in zip(np.cumsum([0, *sizes]).tolist(), sizes):
             order = _HeldOutOrder(self.seed, first_record, num_records)
             num_queries = min(self.step.global_batch_size, num_records)
