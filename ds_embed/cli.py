@@ -19,7 +19,8 @@ from ds_embed.settings.shipped import shipped_folder
 _WITH_RANKS = {"train-gpt", "train-bert", "train-reranker", "generate", "mine-negatives", "rerank", "benchmark"}
 # Flags of DeepSpeed's launcher that a command line may start with, all with a value but --no_ssh.
 _LAUNCHER = {"--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--master_port", "--master_addr"}
-_LAUNCHER |= {"--launcher", "--launcher_args", "--ssh_port", "--node_rank", "--no_ssh"}
+_LAUNCHER |= {"--launcher", "--launcher_args", "--ssh_port", "--node_rank", "--no_ssh", "--log_level"}
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and of Windows' Linux
 EXIT_USER_ERROR = 2
 
 
@@ -55,6 +56,10 @@ def main() -> None:
         if not launcher and (num_gpus := _num_gpus()) > 1:
             launcher = ["--num_gpus", str(num_gpus)]
         if launcher:
+            if "--log_level" not in launcher:
+                launcher = ["--quiet", *launcher]  # else twelve lines of the launcher's own stand before ours
+            if not any(map(os.path.exists, _GPU_DEVICES)):
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else each of its processes warns that it found none
             command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, str(known[name]), *flags]
             os.execv(sys.executable, command)
     elif launcher and not asks_for_help:

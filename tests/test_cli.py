@@ -1,6 +1,7 @@
 """The command ds-embed, as a wheel installs it and from a folder that holds nothing."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -48,7 +49,8 @@ def test_the_wheel_trains_encodes_and_evaluates_from_an_empty_folder(installed, 
     train = ["--num_gpus", 2, "--master_port", free_port(), "--deepspeed", "zero2"]
     train += ["--model_name_or_path", tmp_path / "bert", "--train_files", tmp_path / "train.jsonl", "--max_steps", 2]
     train += ["--global_batch_size", 4, "--output_dir", "run", "--cache_dir", tmp_path / "cache", "--report_to", "none"]
-    check(ds_embed(installed, empty, "train-bert", *train))
+    screen = check(ds_embed(installed, empty, "train-bert", *train))
+    assert not re.search(r"launch|runner|accelerator|kernels", screen.stdout + screen.stderr)  # not asked for
     encode = ["--model_name_or_path", "run", "--query_files", tmp_path / "q.jsonl", "--doc_files", tmp_path / "d.jsonl"]
     check(ds_embed(installed, empty, "generate", *encode, "--output_prefix", "out", "--cache_dir", tmp_path / "cache"))
     measured = ["--embeddings", "out/consumed_samples8", "--query_files", tmp_path / "q.jsonl"]

@@ -17,7 +17,7 @@ DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 # Flags of the launchers, pytest, pip and other programs that commands in the docs start.
 _OF_OTHERS = {"num_gpus", "hostfile", "no_ssh", "node_rank", "master_addr", "master_port", "standalone", "nnodes"}
-_OF_OTHERS |= {"nproc_per_node", "help", "version", "config"}
+_OF_OTHERS |= {"nproc_per_node", "log_level", "help", "version", "config"}
 
 
 def drawings():

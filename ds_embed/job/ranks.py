@@ -241,6 +241,7 @@ def run_recipe(main: Callable[[], Any]) -> int:
     global _world
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it misses kernels for 4 bits
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_at_once)
     try:
