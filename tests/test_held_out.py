@@ -122,6 +122,7 @@ def test_log_is_cut_back_to_the_last_validation_that_counts():
     "settings, words",
     [
         (dict(val_check_interval=5), ["--val_check_interval 5", "--val_files"]),
+        (dict(val_each_epoch=True), ["--val_each_epoch true", "--val_files"]),
         (dict(val_query_files="queries"), ["--val_query_files", "--val_doc_files"]),
         (dict(val_files="absent"), ["--val_files", "no such file"]),
         (dict(val_files="held_out", val_metrics=["nDCG@10"]), ["--val_metrics", "--val_query_files"]),

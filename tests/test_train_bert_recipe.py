@@ -132,6 +132,15 @@ def test_every_option_of_loss_and_data_at_once(workplace):
     assert not [name for name in load_file(model / "model.safetensors") if "log_scale" in name]
 
 
+def test_validation_and_checkpoints_at_the_end_of_each_epoch(workplace):
+    """60 records in steps of 24: a pass ends within steps 3 and 5, and with the last one, 8 (192 of 3.2 passes)."""
+    epochs = ["--val_files", workplace / "train.json", "--val_each_epoch", "true", "--save_each_epoch", "true"]
+    lines = train(workplace, "epochs", *epochs, "--save_total_limit", 0, "--global_batch_size", 24, num_ranks=0)
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 5, 8]
+    saved = {path.name for path in (workplace / "epochs" / "checkpoints").iterdir()}
+    assert {name for name in saved if name[0] != "."} == {f"step_0000000{number}" for number in (3, 5, 8)}, saved
+
+
 def test_settings_of_the_older_systems_page(workplace):
     """A JSON array and the flags of its BERT page, cut down to a few steps of a tiny model."""
     make_model(workplace / "bert512", "bert", max_position_embeddings=512)

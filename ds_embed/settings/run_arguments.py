@@ -67,6 +67,7 @@ class RunArguments(JobArguments):
         default=0,
         at_least=0,
     )
+    save_each_epoch: bool = setting("also save a checkpoint at the end of each pass over the data", default=False)
     save_total_limit: int = setting("checkpoints kept, the newest ones; 0 keeps all", default=3, at_least=0)
     resume_if_exists: bool = setting("go on from the newest whole checkpoint in output_dir", default=True)
     accept_changes: list[str] = setting(

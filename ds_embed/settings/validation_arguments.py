@@ -33,6 +33,7 @@ class ValidationArguments(Settings):
         default=0,
         at_least=0,
     )
+    val_each_epoch: bool = setting("also validate at the end of each pass over the training data", default=False)
     val_before_training: bool = setting(
         "also measure the model before the first step; it never counts as the best", default=False
     )
@@ -83,11 +84,15 @@ class ValidationArguments(Settings):
             "--val_query_files and --val_doc_files",
         )
         self._check_needs(
-            ("val_check_interval", "val_before_training", "best_metric", "load_best_at_end", "early_stopping_patience"),
+            (
+                *("val_check_interval", "val_each_epoch", "val_before_training", "best_metric", "load_best_at_end"),
+                "early_stopping_patience",
+            ),
             self.is_on,
             "--val_files, or --val_query_files and --val_doc_files",
         )
-        self._check_needs(("early_stopping_patience",), self.val_check_interval, "--val_check_interval")
+        is_repeated = self.val_check_interval or self.val_each_epoch
+        self._check_needs(("early_stopping_patience",), is_repeated, "--val_check_interval or --val_each_epoch")
         self._check_needs(("early_stopping_min_delta",), self.early_stopping_patience, "--early_stopping_patience")
         self._check_needs(("load_best_at_end",), self.save_top_k, "--save_top_k 1 or more")
 

@@ -220,6 +220,11 @@ class TrainingRun:
         """Samples consumed after step `number`; a resumed run counts on from where its checkpoint stood."""
         return self.start.consumed_samples + (number - self.start.step) * self.step_arguments.global_batch_size
 
+    def _ends_epoch(self, number: int) -> bool:
+        """Whether a pass over the data ends with or within step `number`."""
+        size, consumed = self.order.samples_per_pass, self._consumed(number)
+        return number > 0 and consumed // size > (consumed - self.step_arguments.global_batch_size) // size
+
     def _run_steps(self, engine: Any, stop: StopRequest) -> int:
         """Train until max_steps or until nothing gets better; returns the last step."""
         contrastive = self._step(engine)
@@ -260,7 +265,10 @@ class TrainingRun:
                 is_among_best = self._validate(engine, stop, number, log)
                 is_last = number == self.max_steps or self.best.is_exhausted
                 interval = self.run.save_interval
-                if is_last or is_among_best or (interval and number % interval == 0):
+                is_asked = (interval and number % interval == 0) or (
+                    self.run.save_each_epoch and self._ends_epoch(number)
+                )
+                if is_last or is_among_best or is_asked:
                     self._save(engine, number)
         if number < self.max_steps and self.world.is_main:
             logger.info(
@@ -279,7 +287,7 @@ class TrainingRun:
         """Measure the model if that is due after step `number`; True when it is one of the best, to be saved."""
         if self.validation is None or number == self.best.last_validation:
             return False
-        if not self.validation.is_due(number, self.max_steps):
+        if not self.validation.is_due(number, self.max_steps, self._ends_epoch(number)):
             return False
         self.world.mark("validate")
         started, consumed = time.perf_counter(), self._consumed(number)

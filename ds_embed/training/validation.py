@@ -138,12 +138,13 @@ class Validation:
             min_delta=self.arguments.early_stopping_min_delta,
         )
 
-    def is_due(self, step: int, max_steps: int) -> bool:
+    def is_due(self, step: int, max_steps: int, ends_epoch: bool) -> bool:
         """Whether the model after `step` is to be measured; 0 is the model before training."""
         interval = self.arguments.val_check_interval
         if step == 0:
             return self.arguments.val_before_training
-        return step == max_steps or bool(interval and step % interval == 0)
+        is_asked = bool(interval and step % interval == 0) or (self.arguments.val_each_epoch and ends_epoch)
+        return step == max_steps or is_asked
 
     def describe(self) -> str:
         """What is measured, in a line."""
@@ -154,7 +155,9 @@ class Validation:
             (_, _, queries), (_, _, documents) = self.text_stores
             parts.append(f"{queries.num_records:,} queries in {documents.num_records:,} documents")
         interval = self.arguments.val_check_interval
-        return " and ".join(parts) + (f", every {interval:,} steps and" if interval else ",") + " at the end"
+        times = [f"every {interval:,} steps"] if interval else []
+        times += ["after each epoch"] if self.arguments.val_each_epoch else []
+        return ", ".join([" and ".join(parts), *times, "at the end"])
 
     def run(self, engine: Any, consumed_samples: int, stop: StopRequest) -> dict[str, float]:
         """Measure the engine's model; every rank must call it, and gets the same numbers.
