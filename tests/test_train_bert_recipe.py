@@ -141,6 +141,29 @@ def test_validation_and_checkpoints_at_the_end_of_each_epoch(workplace):
     assert {name for name in saved if name[0] != "."} == {f"step_0000000{number}" for number in (3, 5, 8)}, saved
 
 
+def test_several_test_sets_by_name(workplace):
+    """Each set has its measures, those of the files without a name are theirs, and the mean is over all sets."""
+    records = [json.loads(line) for line in open(workplace / "train.jsonl")]
+    for name, part in (("a", records[:20]), ("b", records[20:])):
+        folder = workplace / f"test_{name}"
+        folder.mkdir()
+        for file, keys in (("queries", ("query", "query_id", "doc_id")), ("docs", ("pos_doc", "doc_id"))):
+            lines = [json.dumps({key: record[key] for key in keys}) + "\n" for record in part]
+            (folder / f"{file}.jsonl").write_text("".join(lines))
+    sets = [f"{name}={workplace / f'test_{name}'}" for name in "ab"]
+    unnamed = ["--val_query_files", workplace / "test_a" / "queries.jsonl"]
+    unnamed += ["--val_doc_files", workplace / "test_a" / "docs.jsonl"]
+    best = ["--best_metric", "mean/nDCG@10", "--val_metrics", "nDCG@10", "RR@10", "--val_save_embeddings", "true"]
+    lines = train(workplace, "sets", "--val_sets", *sets, *unnamed, *best, num_ranks=2)
+    (found,) = [line for line in lines if "a/nDCG@10" in line]
+    for measure in ("nDCG@10", "RR@10"):
+        values = [found[f"{name}{measure}"] for name in ("", "a/", "b/")]
+        assert values[0] == values[1] != values[2] and found[f"mean/{measure}"] == pytest.approx(np.mean(values))
+    kept = workplace / "sets" / "validation" / "consumed_samples96"
+    assert {path.name for path in (kept / "b").iterdir()} >= {"test_queries", "test_docs"}
+    assert (kept / "a/test_docs/doc.npy").read_bytes() == (kept / "test_docs/doc.npy").read_bytes()
+
+
 def test_settings_of_the_older_systems_page(workplace):
     """A JSON array and the flags of its BERT page, cut down to a few steps of a tiny model."""
     make_model(workplace / "bert512", "bert", max_position_embeddings=512)

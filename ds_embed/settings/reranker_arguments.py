@@ -120,6 +120,7 @@ class RerankerValidationArguments(ValidationArguments):
     )
     val_query_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
     val_doc_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
+    val_sets: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
     val_metrics: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
     ignore_identical_ids: ClassVar[bool] = False  # type: ignore[misc]
     val_save_embeddings: ClassVar[bool] = False  # type: ignore[misc]

@@ -1,5 +1,7 @@
 """Validation while training, and what follows from it: the best checkpoints, and when to stop early."""
 
+import os
+import re
 from dataclasses import dataclass
 
 from ds_embed.settings.errors import UserError
@@ -24,6 +26,11 @@ class ValidationArguments(Settings):
     val_doc_files: list[str] = setting(
         "the documents that val_query_files are searched in: pos_doc, doc_id", default_factory=list, files=True
     )
+    val_sets: list[str] = setting(
+        "more test sets, NAME=FOLDER of queries.jsonl and docs.jsonl (as convert --output_format test writes them); "
+        "their measures are named NAME/nDCG@10 and, over all sets, mean/nDCG@10",
+        default_factory=list,
+    )
     val_metrics: list[str] = setting(
         "retrieval measures, named as ir-measures names them (default: nDCG@10 RR@10 R@1 R@10 R@100)",
         default_factory=list,
@@ -47,7 +54,7 @@ class ValidationArguments(Settings):
     )
     best_metric: str | None = setting(
         "what makes a checkpoint the best: val_loss (lower is better), val_accuracy, val_spearman or one of val_metrics "
-        "(default: the first of val_metrics, or val_loss without val_query_files)",
+        "(default: the first of val_metrics, of the first test set, or val_loss without any)",
         default=None,
     )
     save_top_k: int = setting(
@@ -71,7 +78,21 @@ class ValidationArguments(Settings):
 
     @property
     def is_on(self) -> bool:
-        return bool(self.val_files or self.val_query_files)
+        return bool(self.val_files or self.test_sets())
+
+    def test_sets(self) -> dict[str, tuple[list[str], list[str]]]:
+        """{name: (query files, document files)}; the name of val_query_files is ""."""
+        sets = {"": (self.val_query_files, self.val_doc_files)} if self.val_query_files else {}
+        for entry in self.val_sets:
+            name, _, folder = entry.partition("=")
+            if not (re.fullmatch(r"[\w.-]*\w[\w.-]*", name) and folder) or name in (*sets, "mean"):
+                raise UserError(f"--val_sets {entry}: want NAME=FOLDER, each name once, none of them mean")
+            files = [[os.path.join(folder, f"{kind}.jsonl")] for kind in ("queries", "docs")]
+            for (path,) in files:
+                if not os.path.isfile(path):
+                    raise UserError(f"--val_sets {entry}: {path}: no such file")
+            sets[name] = files[0], files[1]
+        return sets
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,8 +101,8 @@ class ValidationArguments(Settings):
                 raise UserError(f"--{name}: retrieval needs queries and documents; give --{other} too")
         self._check_needs(
             ("val_metrics", "ignore_identical_ids", "val_save_embeddings"),
-            self.val_query_files,
-            "--val_query_files and --val_doc_files",
+            self.test_sets(),
+            "--val_query_files and --val_doc_files, or --val_sets",
         )
         self._check_needs(
             (
@@ -89,7 +110,7 @@ class ValidationArguments(Settings):
                 "early_stopping_patience",
             ),
             self.is_on,
-            "--val_files, or --val_query_files and --val_doc_files",
+            "--val_files, or --val_query_files and --val_doc_files, or --val_sets",
         )
         is_repeated = self.val_check_interval or self.val_each_epoch
         self._check_needs(("early_stopping_patience",), is_repeated, "--val_check_interval or --val_each_epoch")

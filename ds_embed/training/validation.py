@@ -70,6 +70,25 @@ class _HeldOutOrder:
         return self.first_record + sample_records(self.seed, self.num_records, first_sample, num_samples)
 
 
+@dataclass
+class _TestSet:
+    """Queries with their right documents, searched for among all documents; `name` is "" for --val_query_files."""
+
+    name: str
+    query_files: list[str]
+    stores: list[tuple[str, str, TextStore]]
+    qrels: Any = None  # on rank 0
+
+    def label(self, measure: str) -> str:
+        return f"{self.name}/{measure}" if self.name else measure
+
+    def read_qrels(self) -> None:
+        """On rank 0: the right documents of the queries, all of them among the documents."""
+        self.qrels = read_qrels_from_queries(self.query_files)
+        queries, documents = (Ids(store.ids_path.read_bytes()) for _, _, store in self.stores)
+        match_qrels(self.qrels, queries, documents, f"--val_sets {self.name}" if self.name else "--val_query_files")
+
+
 class Validation:
     """What is measured and on what. Building it checks every setting and file; every rank must build it."""
 
@@ -89,7 +108,9 @@ class Validation:
     ):
         self.world, self.arguments, self.data, self.step, self.seed = world, arguments, data, step, seed
         self.folder = folder
-        self.measures = _measures(arguments) if arguments.val_query_files else []
+        files = arguments.test_sets()
+        self.measures = _measures(arguments) if files else []
+        self.test_sets = [_TestSet(name, query_files, []) for name, (query_files, _) in files.items()]
         self.store: TrainingStore | None = None
         if arguments.val_files:
             # With the prefixes that the model keeps, also where each training file has one of its own.
@@ -102,32 +123,28 @@ class Validation:
             world.on_main(
                 "check held-out negatives", lambda: check_contrast(batches, self.store, step.negatives, "--val_files")
             )
-        self.names = self.measures + (self.of_batches if arguments.val_files else [])
+        self.names = [one.label(measure) for one in self.test_sets for measure in self.measures]
+        self.names += [f"mean/{measure}" for measure in self.measures if len(files) > 1]
+        self.names += self.of_batches if arguments.val_files else []
         if arguments.best_metric not in (None, *self.names):
             raise UserError(
                 f"--best_metric {arguments.best_metric}: is not measured; choose one of {', '.join(self.names)}"
             )
-        self.text_stores: list[tuple[str, str, TextStore]] = []
-        if self.measures:
-            files = EncodeArguments(
-                query_files=arguments.val_query_files,
-                doc_files=arguments.val_doc_files,
+        for one, (query_files, doc_files) in zip(self.test_sets, files.values()):
+            to_encode = EncodeArguments(
+                query_files=query_files,
+                doc_files=doc_files,
                 micro_batch_tokens=step.micro_batch_tokens,
                 cache_dir=data.cache_dir,
             )
-            self.text_stores = build_stores(world, files, tokenizer, card, "val_")
-            world.on_main("held-out judgments", self._read_qrels)
-
-    def _read_qrels(self) -> None:
-        """On rank 0: the right documents of the queries, all of them among the documents."""
-        self.qrels = read_qrels_from_queries(self.arguments.val_query_files)
-        queries, documents = (Ids(store.ids_path.read_bytes()) for _, _, store in self.text_stores)
-        match_qrels(self.qrels, queries, documents, "--val_query_files")
+            one.stores = build_stores(world, to_encode, tokenizer, card, "val_")
+            world.on_main("held-out judgments", one.read_qrels)
 
     def best(self) -> BestValidations:
         """The search for the best checkpoint that the settings ask for, before any validation."""
         metric = self.arguments.best_metric or self.names[0]
-        stores = [self.store] if metric in self.of_batches else [store for _, _, store in self.text_stores]
+        stores = [store for one in self.test_sets for _, _, store in one.stores]
+        stores = [self.store] if metric in self.of_batches else stores
         hashes = [file["sha256"] for store in stores for file in store.manifest["files"]]
         return BestValidations(
             metric=metric,
@@ -151,9 +168,9 @@ class Validation:
         parts = []
         if self.store is not None:
             parts.append(f"{self.store.num_records:,} held-out records")
-        if self.text_stores:
-            (_, _, queries), (_, _, documents) = self.text_stores
-            parts.append(f"{queries.num_records:,} queries in {documents.num_records:,} documents")
+        for one in self.test_sets:
+            queries, documents = (store.num_records for _, _, store in one.stores)
+            parts.append(f"{one.name}{one.name and ': '}{queries:,} queries in {documents:,} documents")
         interval = self.arguments.val_check_interval
         times = [f"every {interval:,} steps"] if interval else []
         times += ["after each epoch"] if self.arguments.val_each_epoch else []
@@ -172,17 +189,13 @@ class Validation:
         try:
             if self.store is not None:
                 losses = self._held_out_loss(engine, stop)
-            if self.text_stores:
+            if self.test_sets:
                 self.world.on_main(f"clear {target}", lambda: remove_unfinished(final))
-                encode = _Encode(engine, stop)
-                for kind, subfolder, store in self.text_stores:
-                    encode_store(
-                        store,
-                        encode,
-                        self.world,
-                        Corpus(target / subfolder, kind),
-                        micro_batch_tokens=self.step.micro_batch_tokens,
-                    )
+                encode, tokens = _Encode(engine, stop), self.step.micro_batch_tokens
+                for one in self.test_sets:
+                    for kind, subfolder, store in one.stores:
+                        corpus = Corpus(target / one.name / subfolder, kind)
+                        encode_store(store, encode, self.world, corpus, micro_batch_tokens=tokens)
         finally:
             engine.train()
         # Once more from rank 0, so that no rank decides by a number that differs in its last bit.
@@ -240,35 +253,44 @@ class Validation:
 
     def _retrieve(self, target: Path, final: Path) -> dict[str, float]:
         """On rank 0: search with the vectors in `target`, which become `final` or go, and measure."""
-        if not self.measures:
+        if not self.test_sets:
             return {}
-        try:
-            queries, documents = read_embeddings(target)
-            cutoffs = [measure.params.get("cutoff", 0) for measure in parse_measures(self.measures)]
-            depth, ignore = max(_LEAST_DEPTH, *cutoffs), self.arguments.ignore_identical_ids
-            scores, indices = search(
-                queries.rows,
-                documents.rows,
-                min(len(documents), depth + ignore),
-                tie_rank=documents.ids.ranks,
-                device=str(self.world.device),
-            )
-            if ignore:
-                scores, indices = without_identical(queries.ids, documents.ids, scores, indices, depth)
-        except UserError as error:
-            raise UserError(
-                f"validation after {final.name.removeprefix('consumed_samples')} samples: {error}"
-            ) from error
-        run = SearchRun(queries.ids, documents.ids, scores, indices)
-        if hint := hint_at_identical(run, self.qrels):
-            logger.warning("validation: %s", hint)
-        means = evaluate(run, self.qrels, self.measures).means
+        means: dict[str, float] = {}
+        for one in self.test_sets:
+            try:
+                found = self._search(target / one.name)
+            except UserError as error:
+                samples = final.name.removeprefix("consumed_samples")
+                raise UserError(f"validation after {samples} samples: {error}") from error
+            if hint := hint_at_identical(found, one.qrels):
+                logger.warning("validation%s: %s", f" on {one.name}" if one.name else "", hint)
+            measured = evaluate(found, one.qrels, self.measures).means
+            means |= {one.label(measure): value for measure, value in measured.items()}
+        if len(self.test_sets) > 1:
+            for measure in self.measures:
+                means[f"mean/{measure}"] = float(np.mean([means[one.label(measure)] for one in self.test_sets]))
         if self.arguments.val_save_embeddings:
-            link_test_doc(target)
+            for one in self.test_sets:
+                link_test_doc(target / one.name)
             put_in_place(target, final)
         else:
             remove_unfinished(final)
         return means
+
+    def _search(self, folder: Path) -> SearchRun:
+        queries, documents = read_embeddings(folder)
+        cutoffs = [measure.params.get("cutoff", 0) for measure in parse_measures(self.measures)]
+        depth, ignore = max(_LEAST_DEPTH, *cutoffs), self.arguments.ignore_identical_ids
+        scores, indices = search(
+            queries.rows,
+            documents.rows,
+            min(len(documents), depth + ignore),
+            tie_rank=documents.ids.ranks,
+            device=str(self.world.device),
+        )
+        if ignore:
+            scores, indices = without_identical(queries.ids, documents.ids, scores, indices, depth)
+        return SearchRun(queries.ids, documents.ids, scores, indices)
 
 
 class _Encode:
