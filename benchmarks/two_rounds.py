@@ -28,7 +28,9 @@ class RoundsArguments(RecoveryArguments):
     relative_margin: float = setting("mined negatives score at most (1 - this) of the positive", default=0.05)
 
 
-def train(settings: RoundsArguments, base: Path, records: Path, seed: int, folder: Path, hard_negatives: int) -> Path:
+def train(
+    settings: RoundsArguments, base: Path, records: Path, seed: int, folder: Path, hard_negatives: int, *more: object
+) -> Path:
     launched(
         settings,
         "train_bert.py",
@@ -68,6 +70,7 @@ def train(settings: RoundsArguments, base: Path, records: Path, seed: int, folde
         settings.temperature,
         "--report_to",
         "none",
+        *more,
     )
     return folder / "model"
 
