@@ -108,7 +108,7 @@ def test_each_file_has_its_own(tmp_path):
     assert describe_prefixes(settings, card) == [
         f'queries        "first\\n{{text}} ." for {tmp_path / "a"}',
         f'queries        "second " for {tmp_path / "b"}',
-        'queries        "{text}\\n" kept by the model, for later ones',
+        'queries        "{text}\\n" stored with the model, for later queries',
     ]
     assert describe_prefixes(data(tmp_path, query_prefix="x"), card) == []
 

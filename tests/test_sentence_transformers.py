@@ -196,12 +196,7 @@ def dense(tmp_path_factory):
 def test_what_was_taken_is_said(bge):
     embedder = ours(bge[0])
     lines = "\n".join(embedder.card.describe(embedder.tokenizer))
-    for part in (
-        "cls (its sentence-transformers",
-        '"w1 query: " (its',
-        "at most 12 tokens (its",
-        "[SEP] (its tokenizer)",
-    ):
+    for part in ("cls (its sentence-transformers", '"w1 query: " (its', "at most 12 tokens (its", "[SEP] (tokenizer)"):
         assert part in lines
     more = dataclasses.replace(embedder.card, prompts={"clustering": "sort: ", "sts": ""})
     assert any("clustering, sts: kept for other" in line for line in more.describe(embedder.tokenizer))

@@ -142,7 +142,7 @@ def test_all_weights_in_bf16_under_zero3(workplace):
             zero=3,
         )
     )
-    assert 'queries        "w1\\n{text} w2" kept by the model' in result.stderr + result.stdout
+    assert 'queries        "w1\\n{text} w2" stored with the model' in result.stderr + result.stdout
     stores = (workplace / "cache").glob("training-*/manifest.json")
     assert any('"prefix": "w5 "' in path.read_text() for path in stores)
     run = workplace / "full"

@@ -161,21 +161,21 @@ class EmbeddingCard:
         by_itself = SpecialTokens.of(tokenizer, False).tail or not tail
         lines = [
             f"pooling        {self.pooling} ({of('pooling')})"
-            + ("" if self.include_prompt else f", without the tokens of the prefix ({of('include_prompt')})"),
-            f"behind it      {', '.join(layers) or 'nothing'} ({of('head')})",
+            + ("" if self.include_prompt else f", prefix tokens excluded ({of('include_prompt')})"),
+            f"after pooling  {', '.join(layers) or 'nothing'} ({of('head')})",
             f"queries        {side('query')}",
             f"documents      {side('doc')}",
-            f"end of a text  {' '.join(tail) or 'no token'} ({'its tokenizer' if by_itself else of('append_eos')})",
-            f"tokens see     {'the whole text' if self.bidirectional else 'what stands before them'} ({of('bidirectional')})",
+            f"end token      {' '.join(tail) or 'none'} ({'tokenizer' if by_itself else of('append_eos')})",
+            f"attention      {'bidirectional' if self.bidirectional else 'causal'} ({of('bidirectional')})",
         ]
         if self.prompts:
             lines.append(
-                f"other prompts  {', '.join(self.prompts)}: kept for other libraries; give the text of one as --query_prefix to use it"
+                f"other prompts  {', '.join(self.prompts)}: kept for other libraries; to use one, pass its text as --query_prefix"
             )
         if not self.makes_unit_vectors:
             lines.append(
-                "vectors        are not normalized: training and validation compare them by cosine, search and evaluate "
-                "by inner product; --normalize true makes unit vectors"
+                "vectors        not normalized: training and validation use cosine similarity, search and evaluate use the "
+                "inner product; --normalize true makes unit vectors"
             )
         return lines
 

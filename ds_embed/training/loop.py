@@ -415,7 +415,7 @@ class TrainingRun:
         )
 
     def _print_arithmetic(self, encoder: Any) -> None:
-        """Say what a step is made of, from the first batch: the numbers a user would otherwise guess."""
+        """Print what a step consists of, as computed from the first batch."""
         batch = self.batch(0)
         plan = plan_micro_batches(batch.lengths, self.step_arguments.micro_batch_tokens, self.world.size)
         trained = sum(whole_size(p) for p in encoder.parameters() if p.requires_grad)
@@ -427,20 +427,20 @@ class TrainingRun:
             f"steps          {self.max_steps:,} of {len(batch.records):,} samples",
             f"weights        {trained:,} trained of {total:,}, "
             f"{'bf16' if self.run.bf16 else 'fp32'}, ZeRO-{self._stage}, {self.world.size} rank(s)",
-            f"first step     {len(batch.rows):,} texts, {batch.num_tokens_named:,} tokens, at most "
+            f"first step     {len(batch.rows):,} texts with {batch.num_tokens_named:,} tokens, at most "
             f"{max(0, seen[self.step_arguments.negatives] - 1):,} negatives per query",
-            f"each text once {len(batch.texts):,} texts, {plan.num_tokens:,} tokens to encode",
-            f"micro-batches  {plan.num_micro_batches} per rank of at most {self.step_arguments.micro_batch_tokens:,} "
-            f"tokens, padding {plan.padding_share:.1%}",
+            f"unique texts   {len(batch.texts):,} with {plan.num_tokens:,} tokens; each is encoded once",
+            f"micro-batches  {plan.num_micro_batches} per rank, at most {self.step_arguments.micro_batch_tokens:,} tokens each, "
+            f"{plan.padding_share:.1%} padding",
         ]
         if self.lora.lora_rank:
-            matrices = f"those of {self.source.adapter}" if self.source.adapter else "new matrices"
+            matrices = f"continued from {self.source.adapter}" if self.source.adapter else "new matrices"
             if self.lora.new_lora:
-                matrices = f"new matrices on {self.folder.path / 'base'}, where {self.source.adapter} is merged in"
+                matrices = f"new matrices on {self.folder.path / 'base'}, into which {self.source.adapter} is merged"
             lines.insert(
                 3,
                 f"{self.lora.lora_variant:<15}rank {self.lora.lora_rank}, alpha {self.lora.lora_alpha:g}, on "
-                f"{' '.join(self.lora.lora_target_modules)}: {matrices}",
+                f"{' '.join(self.lora.lora_target_modules)}, {matrices}",
             )
         elif self.source.adapter:
             lines.insert(

@@ -77,7 +77,7 @@ def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
         if prefixes:
             pairs = zip(data.train_files, prefixes)
             lines += [f"{what:<14} {json.dumps(unescape(p), ensure_ascii=False)} for {path}" for path, p in pairs]
-            lines.append(f"{what:<14} {json.dumps(kept, ensure_ascii=False)} kept by the model, for later ones")
+            lines.append(f"{what:<14} {json.dumps(kept, ensure_ascii=False)} stored with the model, for later {what}")
     return lines
 
 

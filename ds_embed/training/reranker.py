@@ -230,7 +230,7 @@ class RerankerRun(TrainingRun):
         self.world.on_main("save model", lambda: self.folder.publish_model(fill))
 
     def _print_arithmetic(self, encoder: Any) -> None:
-        """Say what a step is made of, from the first batch."""
+        """Print what a step consists of, as computed from the first batch."""
         batch, step = self.batch(0), self.step_arguments
         plan = plan_micro_batches(batch.lengths, step.micro_batch_tokens, self.world.size)
         trained, total = (
@@ -241,10 +241,10 @@ class RerankerRun(TrainingRun):
             f"steps          {self.max_steps:,} of {batch.num_queries:,} queries",
             f"weights        {trained:,} trained of {total:,}, "
             f"{'bf16' if self.run.bf16 else 'fp32'}, ZeRO-{self._stage}, {self.world.size} rank(s)",
-            f"first step     {len(batch.lengths):,} pairs, {batch.num_tokens_named:,} tokens, loss {step.loss} over groups of "
+            f"first step     {len(batch.lengths):,} pairs with {batch.num_tokens_named:,} tokens, {step.loss} loss over groups of "
             f"at most {1 + self.data.hard_negatives:,}",
-            f"micro-batches  {plan.num_micro_batches} per rank of at most {step.micro_batch_tokens:,} tokens, padding "
-            f"{plan.padding_share:.1%}",
+            f"micro-batches  {plan.num_micro_batches} per rank, at most {step.micro_batch_tokens:,} tokens each, "
+            f"{plan.padding_share:.1%} padding",
         ]
         if self.lora.lora_rank:
             lines.insert(3, f"{self.lora.lora_variant:<15}rank {self.lora.lora_rank}, alpha {self.lora.lora_alpha:g}")

@@ -231,7 +231,7 @@ def job_to_size(
 
 
 def _named(batch: GlobalBatch) -> str:
-    return f"each text once of {len(batch.rows):,} with {batch.num_tokens_named:,} tokens"
+    return f"unique ones; {len(batch.rows):,} texts and {batch.num_tokens_named:,} tokens with repeats"
 
 
 def choices(zero: Zero, highest_stage: int = 3) -> list[Zero]:
@@ -253,8 +253,8 @@ def table(job: Job) -> str:
         f"{str(job.step.grad_cache).lower()}",
         f"step           {job.step.global_batch_size:,} queries, {len(job.lengths):,} texts, {plan.num_tokens:,} tokens "
         f"({job.lengths_from})",
-        f"micro-batches  {plan.num_micro_batches} per rank of at most {job.step.micro_batch_tokens:,} tokens, padding "
-        f"{plan.padding_share:.1%}",
+        f"micro-batches  {plan.num_micro_batches} per rank, at most {job.step.micro_batch_tokens:,} tokens each, "
+        f"{plan.padding_share:.1%} padding",
         "",
         f"Memory of a {'GPU' if job.on_gpu else 'rank'} in GiB, by phase of a step ({memory.peak_phase} is the peak)",
         "",
