@@ -8,8 +8,8 @@ import pytest
 from store_material import build, tokenizer, write_jsonl  # noqa: F401
 
 from ds_embed.data import store_conflicts
-from ds_embed.data.skipping import describe_skipped
 from ds_embed.data.store import TrainingStore
+from ds_embed.data.tally import describe_skipped
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.settings import DataArguments, StepArguments, parse_arguments

@@ -239,7 +239,7 @@ def test_teacher_scores(record, expected):
         (training(neg_doc=["a", ["b"]]), "neg_doc[1] is a list, want a string"),
         (training(neg_doc=["a", "b", 5]), "neg_doc[2] is a number, want a string"),
         (training(neg_doc=["a", ""]), "neg_doc[1] is blank; remove it or give it text"),
-        (training(neg_doc=""), "neg_doc[0] is blank; remove it or give it text"),
+        (training(neg_doc=""), "neg_doc is blank; remove it or give it text"),
         (training(doc_id=1.5), "doc_id is a number, want a whole number or a string"),
         (training(doc_id=True), "doc_id is a boolean, want a string (or leave the key out)"),
         (training(doc_id=""), "doc_id is empty, want a name on one line"),

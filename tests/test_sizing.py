@@ -178,9 +178,8 @@ def test_counts_are_those_of_real_tensors(kind, lora, checkpointing):
         card,
         ModelArguments(""),
         arguments,
+        StepArguments(gradient_checkpointing=checkpointing),
         bf16=True,
-        gradient_checkpointing=checkpointing,
-        learnable_temperature=False,
         num_tokens=32,
         on_gpu=True,
     )

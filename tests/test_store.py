@@ -22,8 +22,14 @@ from store_material import (  # noqa: F401
 
 from ds_embed.data import identity, store_files, store_writer
 from ds_embed.data.identity import content_key, token_keys
-from ds_embed.data.store import TextStore, TrainingStore, build_text_store
+from ds_embed.data.store import TextStore, TrainingStore, build_text_store, check_texts_fit
 from ds_embed.data.tokenize import TextFormat, encode_texts
+from ds_embed.settings.errors import UserError
+
+
+def text_range(store, record):
+    """The texts of a record: its query first, its positive second, its negatives after them."""
+    return range(*store.first_text[record : record + 2].tolist())
 
 
 @pytest.mark.parametrize("num_negatives", [0, 1, 2, None])
@@ -40,9 +46,9 @@ def test_a_training_store_equals_direct_tokenization(tmp_path, monkeypatch, toke
     next_text = 0
     for index, record in enumerate(records):
         texts = expected_texts(record, num_negatives)
-        assert store.text_range(index) == range(next_text, next_text + len(texts))
+        assert text_range(store, index) == range(next_text, next_text + len(texts))
         wanted = encode_texts(tokenizer, texts[:1], QUERY) + encode_texts(tokenizer, texts[1:], DOCUMENT)
-        for text, tokens in zip(store.text_range(index), wanted):
+        for text, tokens in zip(text_range(store, index), wanted):
             assert store.tokens_of(text).tolist() == tokens.tolist()
             assert store.lengths[text] == len(tokens)
             assert store.text_keys[text] == token_keys(tokens, [len(tokens)])[0]
@@ -57,8 +63,6 @@ def test_a_training_store_equals_direct_tokenization(tmp_path, monkeypatch, toke
     with pytest.raises(IndexError):
         store.location(7)
 
-    first, counts = store.text_ranges(np.array([3, 0]))
-    assert [range(a, a + n) for a, n in zip(first, counts)] == [store.text_range(3), store.text_range(0)]
     assert store.lengths_of(np.array([[1], [0]])).tolist() == [[store.lengths[1]], [store.lengths[0]]]
     with pytest.raises(ValueError, match="read-only"):
         store.tokens_of(0)[0] = 1
@@ -101,7 +105,6 @@ def test_the_manifest_says_what_was_stored(tmp_path, tokenizer, small_chunks):
     assert 0 < file["queries"]["num_cut"] < 5
     assert manifest["num_texts"] == sum(map(len, texts))
     assert manifest["num_tokens"] == sum(min(n, 12) for n in query_lengths) + sum(min(n, 16) for n in document_lengths)
-    assert (manifest["max_tokens"], manifest["max_negatives"]) == (16, 2)
     assert manifest["records_without_negatives"] == 2
     assert manifest["first_record_without_negatives"] == f"{path}:4"
     assert manifest["settings"]["query_format"] == {
@@ -113,10 +116,19 @@ def test_the_manifest_says_what_was_stored(tmp_path, tokenizer, small_chunks):
     }
 
 
+def test_the_longest_text_is_the_longest_that_is_kept(tmp_path, tokenizer):
+    """Not one that was longer before it was cut: a query too long for a micro-batch is found beside it."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"query": "x " * 10, "pos_doc": "x " * 40}, RECORDS[0]])
+    store = TrainingStore.open(build(path, tokenizer, tmp_path, TextFormat("", 64, True), TextFormat("", 8, True)))
+    with pytest.raises(UserError, match=rf"--micro_batch_tokens 16: .* text of 2\d tokens at {path}:1; raise it to"):
+        check_texts_fit(store, 16)
+    check_texts_fit(store, int(store.lengths.max()))
+
+
 def test_records_without_negatives_are_counted_in_the_data_not_in_the_store(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     manifest = TrainingStore.open(build(path, tokenizer, tmp_path, num_negatives=0)).manifest
-    assert (manifest["records_without_negatives"], manifest["max_negatives"]) == (2, 0)
+    assert manifest["records_without_negatives"] == 2
 
 
 def test_text_stores_hold_rows_and_ids_in_file_order(tmp_path, tokenizer, small_chunks):

@@ -85,6 +85,16 @@ class Artifact:
             self._lock.close()
             self._lock = None
 
+    def is_there(self) -> bool:
+        """Own it, and say whether it is there, whole to the last byte. UserError names what is not as it was written."""
+        self.claim()
+        if self.look() != "whole":
+            return False
+        problem, _ = inspect(self.path, self.kind)
+        if problem is not None:
+            raise UserError(f"{self.flag} {self.path}: {problem}; remove the folder and run again")
+        return True
+
     def look(self, accepted: Collection[str] = (), free_when_whole: Collection[str] = (), **words: Any) -> str:
         """What is there: "whole", "begun" or "absent". The caller owns it.
 

@@ -5,8 +5,6 @@ that fsspec opens, the text forms packed by gzip, bzip2, xz or zstd; data sets o
 that `datasets` wrote. Nothing here holds more than a batch of rows, and every complaint names file and place.
 """
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import csv
@@ -59,15 +57,8 @@ _SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # NAME:SPLIT, NAME:CONFIG:SPLIT; a NAME has at most one slash.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]*))?:(?P<split>[\w.-]+)")
-_TYPE_NAMES = {
-    dict: "object",
-    list: "list",
-    str: "string",
-    bool: "boolean",
-    int: "number",
-    float: "number",
-    type(None): "null",
-}
+_TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+_TYPE_NAMES |= dict.fromkeys((int, float), "a number")
 
 
 class BadRecord(UserError):
@@ -94,17 +85,13 @@ def list_parts(entry: str | os.PathLike) -> list[str]:
             import fsspec
 
             system, path = fsspec.core.url_to_fs(entry)
-            if glob.has_magic(path):
-                found = system.glob(path)
-            else:
-                found = (
-                    [name for name in system.ls(path, detail=False) if _is_data(name)] if system.isdir(path) else None
-                )
-            found = [entry] if found is None else [system.unstrip_protocol(name) for name in found]
+            if not glob.has_magic(path) and not system.isdir(path):
+                return [entry]
+            found = system.glob(path) if glob.has_magic(path) else filter(_is_data, system.ls(path, detail=False))
+            found = [system.unstrip_protocol(name) for name in found]
     elif os.path.isdir(entry):
-        found = [
-            path for name in os.listdir(entry) if os.path.isfile(path := os.path.join(entry, name)) and _is_data(path)
-        ]
+        paths = (os.path.join(entry, name) for name in os.listdir(entry))
+        found = [path for path in paths if os.path.isfile(path) and _is_data(path)]
     elif glob.has_magic(entry) and not os.path.exists(entry):
         found = [path for path in glob.glob(entry, recursive=True) if os.path.isfile(path)]
     else:
@@ -163,16 +150,8 @@ class Records:
         self._on_bad = on_bad
         self._kind = _kind_of(self.path)
         self.unit = {"array": "record", "wrapped": "record", "parquet": "row", "dataset": "row"}.get(self._kind, "line")
-
-    @property
-    def has_column_order(self) -> bool:
-        """Whether the order of the keys is that of a table's columns; JSON objects have none."""
-        return self._kind in ("csv", "tsv", "parquet", "dataset")
-
-    @property
-    def has_text_cells(self) -> bool:
-        """Whether every value is a string, numbers too."""
-        return self._kind in ("csv", "tsv")
+        self.has_text_cells = self._kind in ("csv", "tsv")  # every value is a string, numbers too
+        self.has_column_order = self.has_text_cells or self.unit == "row"  # JSON objects have none
 
     def location(self, number: int) -> str:
         return format_location(self.path, self.unit, number)
@@ -206,26 +185,13 @@ class Records:
             raise UserError(f"{self.path}: holds no record; remove it from the list of files or fill it")
 
     def _numbered(self) -> Iterator[tuple[int, Any]]:
-        if self._kind == "dataset":
-            dataset = _load_dataset(self.path)
-            if self._on_bytes is not None:
-                self._on_bytes(dataset._fingerprint.encode())
-            batches = dataset.with_format("arrow").iter(_ROWS_AT_ONCE)
+        if self.unit == "row":
+            batches = self._dataset_batches() if self._kind == "dataset" else self._parquet_batches()
             yield from enumerate((_without_nan(row) for batch in batches for row in batch.to_pylist()), 1)
-        elif self._kind == "parquet":
-            if self._on_bytes is not None:
-                with _open_raw(self.path) as file:
-                    while block := file.read(_READ_BYTES):
-                        self._on_bytes(block)
-            yield from enumerate(map(_without_nan, self._parquet_rows()), 1)
-        else:
-            with open_bytes(self.path, self._on_bytes) as file:
-                if self.unit == "record":
-                    yield from self._elements(file)
-                elif self._kind == "lines":
-                    yield from self._lines(file)
-                else:
-                    yield from self._cells(file)
+            return
+        read = self._elements if self.unit == "record" else self._lines if self._kind == "lines" else self._cells
+        with open_bytes(self.path, self._on_bytes) as file:
+            yield from read(file)
 
     def _lines(self, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
         line_number = 0
@@ -248,39 +214,22 @@ class Records:
                 if isinstance(cause, UnicodeDecodeError):
                     problem = f"not UTF-8 ({cause.reason}, byte {cause.start + 1} of it); save the file as UTF-8"
                 else:
-                    problem = f"not JSON ({_orjson_reason(cause)}); JSONL wants one whole JSON object a line"
+                    # orjson's own line counts within the one line that it was given, and would mislead.
+                    is_spot = isinstance(cause, orjson.JSONDecodeError)
+                    reason = f"{cause.msg}, character {cause.pos + 1} of it" if is_spot else cause
+                    problem = f"not JSON ({reason}); JSONL wants one whole JSON object a line"
                 value = BadRecord(self.location(line_number), problem)
             yield line_number, value
 
     def _elements(self, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
-        number, prefix, pairs = 0, "item" if self._kind == "array" else "data.item", _WholePairs(file)
-        with self._json_errors(lambda: number):
-            with contextlib.suppress(_HalfPair):
-                for value in ijson.items(pairs, prefix, use_float=True):
-                    number += 1
-                    yield number, value
-                return
-            # From here on the parser in Python reads, which keeps it; the first file's bytes are still to be counted.
-            done = number
-            while file.read(_READ_BYTES):
-                pass
-            with open_bytes(self.path) as again:
-                values = ijson.get_backend("python").items(again, prefix, use_float=True)
-                for number, value in itertools.islice(enumerate(values, start=1), done, None):
-                    try:
-                        json.dumps(value, ensure_ascii=False).encode()
-                    except UnicodeEncodeError:
-                        problem = "not Unicode text: half of a surrogate pair (\\ud800 to \\udfff) stands alone"
-                        value = BadRecord(self.location(number), problem)
-                    yield number, value
-
-    @contextlib.contextmanager
-    def _json_errors(self, number: Callable[[], int]) -> Iterator[None]:
-        """An array that isn't JSON can't be read on: always raised, at the element behind `number`."""
+        number = 0
         try:
-            yield
+            for number, value in self._values(file):
+                yield number, value
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            reason = _ijson_reason(error)
+            # The C library adds a drawing of the spot on further lines, and repr()s the text if it is not UTF-8.
+            reason = str(error.args[0]) if error.args else str(error)
+            reason = reason.split("\n")[0].split("\\n")[0].removeprefix("b'").rstrip("'")
             if "UTF8" in reason or isinstance(error, UnicodeDecodeError):
                 problem = "not UTF-8; save the file as UTF-8"
             elif "premature EOF" in reason or "Incomplete" in reason:
@@ -290,7 +239,27 @@ class Records:
                     f"not JSON, here or just before ({reason}); the file starts with [, so it is read as "
                     "one JSON array (a JSONL file holds one object a line, with no brackets around them)"
                 )
-            raise BadRecord(self.location(number() + 1), problem) from None
+            # It can't be read on, so it is raised in any case.
+            raise BadRecord(self.location(number + 1), problem) from None
+
+    def _values(self, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+        done, prefix = 0, "item" if self._kind == "array" else "data.item"
+        with contextlib.suppress(_HalfPair):
+            for done, value in enumerate(ijson.items(_WholePairs(file), prefix, use_float=True), start=1):
+                yield done, value
+            return
+        # From here on the parser in Python reads, which keeps it; the first file's bytes are still to be counted.
+        while file.read(_READ_BYTES):
+            pass
+        with open_bytes(self.path) as again:
+            values = ijson.get_backend("python").items(again, prefix, use_float=True)
+            for number, value in itertools.islice(enumerate(values, start=1), done, None):
+                try:
+                    json.dumps(value, ensure_ascii=False).encode()
+                except UnicodeEncodeError:
+                    problem = "not Unicode text: half of a surrogate pair (\\ud800 to \\udfff) stands alone"
+                    value = BadRecord(self.location(number), problem)
+                yield number, value
 
     def _cells(self, file: io.BufferedReader) -> Iterator[tuple[int, Any]]:
         lines = _decoded(self.path, file)
@@ -334,16 +303,24 @@ class Records:
             cure = "end lines in LF or CRLF" if "new-line" in str(error) else "close the quote that is opened here"
             raise UserError(f"{start}: not CSV ({str(error).split(' - ')[0]}); {cure}") from None
 
-    def _parquet_rows(self) -> Iterator[dict]:
+    def _dataset_batches(self) -> Iterator[Any]:
+        dataset = _load_dataset(self.path)
+        if self._on_bytes is not None:
+            self._on_bytes(dataset._fingerprint.encode())
+        return dataset.with_format("arrow").iter(_ROWS_AT_ONCE)
+
+    def _parquet_batches(self) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
 
         with _open_raw(self.path) as raw:
+            while self._on_bytes is not None and (block := raw.read(_READ_BYTES)):
+                self._on_bytes(block)
+            raw.seek(0)
             try:
                 with pyarrow.parquet.ParquetFile(raw) as file:
                     self._check_columns(file.schema_arrow.names)
-                    for batch in file.iter_batches(_ROWS_AT_ONCE):
-                        yield from batch.to_pylist()
+                    yield from file.iter_batches(_ROWS_AT_ONCE)
             except (pyarrow.ArrowException, OSError) as error:
                 reason = str(error).split("\n")[0]
                 raise UserError(f"{self.path}: not a whole Parquet file ({reason}); write it again") from None
@@ -377,10 +354,7 @@ def format_location(path: str, unit: str, number: int) -> str:
 
 def type_name(value: Any) -> str:
     """What JSON calls the type of a value, with its article."""
-    name = _TYPE_NAMES.get(type(value), type(value).__name__)
-    if name == "null":
-        return name
-    return f"an {name}" if name == "object" else f"a {name}"
+    return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def _kind_of(path: str) -> str:
@@ -395,7 +369,7 @@ def _kind_of(path: str) -> str:
     with open_bytes(path) as file:
         block = file.read(_LOOK_BYTES)
         if block.startswith(_PARQUET):
-            if type(file.raw) is _Unpacked:
+            if file.raw.packing:
                 raise UserError(f"{path}: is a packed Parquet file, which can't be read in parts; unpack it")
             return "parquet"
         if b"\0" in block:
@@ -454,66 +428,49 @@ def _without_nan(row: dict) -> dict:
     return row
 
 
-class _Watched(io.RawIOBase):
-    """A file whose `start` was read already, and that shows its bytes to an observer (a checksum in the same pass)."""
+class _Stream(io.RawIOBase):
+    """What a file holds, shown to an observer (a checksum in the same pass).
 
-    def __init__(self, start: bytes, file: Any, on_bytes: Callable[[Any], object] | None):
-        self._start, self._file, self._on_bytes = start, file, on_bytes
+    `packing`: how it is packed, if it is; then UserError when it is cut short or damaged.
+    """
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._start:
-            count = len(self._start)
-            buffer[:count], self._start = self._start, b""
-        else:
-            count = self._file.readinto(buffer) or 0
-        if self._on_bytes is not None:
-            self._on_bytes(memoryview(buffer)[:count])
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _Unpacked(io.RawIOBase):
-    """What a packed file holds. UserError when it is cut short or damaged."""
-
-    def __init__(self, path: str, packed: io.BufferedReader, what: str):
-        self._path, self._packed, self._what = path, packed, what
-        if what == "zstd":
+    def __init__(self, path: str, file: Any, on_bytes: Callable[[Any], object] | None = None, packing: str = ""):
+        self._path, self._source, self._on_bytes, self.packing = path, file, on_bytes, packing
+        if packing == "zstd":
             import pyarrow
 
-            self._file = pyarrow.CompressedInputStream(packed, "zstd")
+            self._file = pyarrow.CompressedInputStream(file, "zstd")
         else:
-            self._file = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[what](packed)
+            self._file = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[packing](file) if packing else file
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         try:
-            return self._file.readinto(buffer)
+            count = self._file.readinto(buffer) or 0
         except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-            problem = f"its {self._what} data is cut short or damaged ({error}); copy it again"
+            if not self.packing:
+                raise
+            problem = f"its {self.packing} data is cut short or damaged ({error}); copy it again"
             raise UserError(f"{self._path}: {problem}") from None
+        if self._on_bytes is not None:
+            self._on_bytes(memoryview(buffer)[:count])
+        return count
 
     def close(self) -> None:
-        self._packed.close()
+        self._source.close()
         super().close()
 
 
 def open_bytes(path: str, on_bytes: Callable[[Any], object] | None = None) -> io.BufferedReader:
     """Open for reading what a file holds: unpacked, past a byte order mark. UserError when that can't be."""
-    raw = _open_raw(path)
+    file = io.BufferedReader(_Stream(path, _open_raw(path), on_bytes), _READ_BYTES)
     with _reading(path):
-        start = raw.read(max(map(len, _PACKED)))
-    file = io.BufferedReader(_Watched(start, raw, on_bytes), _READ_BYTES)
-    what = next((what for magic, what in _PACKED.items() if start.startswith(magic)), None)
-    if what is not None:
-        file = io.BufferedReader(_Unpacked(path, file, what), _READ_BYTES)
+        start = file.peek(_LOOK_BYTES)
+    packing = next((name for magic, name in _PACKED.items() if start.startswith(magic)), None)
+    if packing is not None:
+        file = io.BufferedReader(_Stream(path, file, packing=packing), _READ_BYTES)
         start = file.peek(len(_BOM))
     if start.startswith(_BOM):
         file.read(len(_BOM))
@@ -573,14 +530,3 @@ class _WholePairs:
         if _SURROGATE.search(_SURROGATE_PAIR.sub(b"", chunk)):
             raise _HalfPair
         return chunk
-
-
-def _orjson_reason(error: BaseException | None) -> str:
-    # Its own line counts within the one line that it was given, and would mislead.
-    return f"{error.msg}, character {error.pos + 1} of it" if isinstance(error, orjson.JSONDecodeError) else str(error)
-
-
-def _ijson_reason(error: BaseException) -> str:
-    # The C library adds a drawing of the spot on further lines, and repr()s the text if it is not UTF-8.
-    text = str(error.args[0]) if error.args else str(error)
-    return text.split("\n")[0].split("\\n")[0].removeprefix("b'").rstrip("'")

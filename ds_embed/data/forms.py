@@ -4,8 +4,6 @@ A form says which keys its records have and where in them query, positives and n
 and builds for all forms. A record with several positives gives a sample for each, with the same negatives.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -13,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -50,7 +48,9 @@ _NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?|rejected_response")
 # Keys whose values may be lists, and how Python and JSON write a list of texts into a cell of text.
 _LIST_KEYS = {"pos", "neg", "neg_doc", "pos_scores", "neg_scores", "negative", "rejected_response"}
 _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'{\[].*)?\]\s*""", re.DOTALL)
-_GRADES = ("label", "labels", "score", "scores")
+_QUERIES = ("anchor", "query", "question")
+_GRADES = ("label", "labels", "score", "scores")  # which must be 1
+_MORE = ("query_id", "corpus_id")
 _NOUNS = {"": "records", "scored": "scored pairs"}
 _METADATA = "merlin_metadata.json"
 
@@ -85,10 +85,6 @@ class Columns:
             self._columns[key] = column.split(",") if key in _LISTS else [column]
         self._unseen = {column for columns in self._columns.values() for column in columns}
         self._shown: list[str] = []
-
-    @classmethod
-    def asked(cls, words: Sequence[str], kind: str) -> Columns | None:
-        return cls(words, kind) if words else None
 
     def open_part(self, records: Records) -> None:
         if self._by_order and not records.has_column_order:
@@ -146,12 +142,22 @@ def _cells(row: dict, columns: Iterable[str]) -> list:
 
 @dataclass(frozen=True)
 class _Form:
-    """`keys`: for each thing that a record must have, the keys that it may stand under."""
+    """Under which keys a form's records have what ours have.
+
+    `keys`: for each thing that a record must have, the query and the positives first, the keys that it may stand under.
+    `side`: the texts of the positives or the negatives under a key, and their ids where they stand with them.
+    """
 
     name: str
     keys: tuple[tuple[str, ...], ...]
-    parse: Callable[[str, dict, Lookup], list[TrainingRecord]]
-    more: tuple[str, ...] = ()  # keys that a record may have
+    negatives: str | None
+    side: Callable[[str, str, dict, bool, Lookup | None], tuple[list[str], list | None]]
+    query: Callable[[str, str, dict], str] = text_of
+    more: tuple[str, ...] = ()  # other keys that are read, or no loss
+    query_id: str | None = "query_id"
+    doc_ids: str | None = "doc_id"
+    pos_scores: str | None = None
+    neg_scores: str | None = None
     kind: str = ""  # "scored": its records are no queries with their right documents
 
     def fits(self, row: dict) -> bool:
@@ -165,8 +171,78 @@ class _Form:
 
     def unread(self, row: dict) -> set[str]:
         """Keys that nobody reads."""
-        unread = row.keys() - set(self.more).union(*self.keys)
-        return {key for key in unread if self.parse is not _columns or not _NEGATIVE_COLUMN.fullmatch(key)}
+        own = (self.negatives, self.query_id, self.doc_ids, self.pos_scores, self.neg_scores)
+        unread = row.keys() - {*own, *self.more}.union(*self.keys)
+        return {key for key in unread if self.side is not _columns or not _NEGATIVE_COLUMN.fullmatch(key)}
+
+    def parse(self, where: str, row: dict, lookup: Lookup | None = None) -> list[TrainingRecord]:
+        """The samples of a row that fits: one for each positive."""
+        if self is _OWN and (plain := _plain(row)) is not None:
+            return [plain]
+        if self is _SCORED:
+            return [_scored_pair(where, row)]
+        for key in _GRADES if self.more is _GRADES else ():
+            if row.get(key) not in (None, 1, "1", "1.0"):
+                raise BadRecord(
+                    where,
+                    f"{key} is not 1: a graded pair is no pair of a query and its right document; train it with --pair_loss "
+                    f"(and --columns score={key}), keep the pairs of label 1, or name the columns with --columns, which "
+                    f"leaves {key} aside",
+                )
+        query = self.query(where, _key_in(row, self.keys[0]), row)
+        positive = _key_in(row, self.keys[1])
+        if positive not in row:
+            refuse_missing(where, positive, row)
+        texts, ids = self.side(where, positive, row, False, lookup)
+        neg_docs, _ = self.side(where, self.negatives, row, True, lookup)
+        if not texts:
+            raise BadRecord(where, f"{positive} is empty, want at least one document; remove the record or give it one")
+        for index, text in enumerate(neg_docs):
+            if text in texts:
+                problem = f"{self.negatives}[{index}] is the text of {positive}; remove it, it is no negative"
+                raise BadRecord(where, problem)
+        scores = self._neg_scores(where, row.get(self.neg_scores), len(neg_docs))
+        own_scores = _for_each(where, self.pos_scores, row.get(self.pos_scores), positive, len(texts))
+        for score in own_scores:
+            if score is not None and not is_finite_number(score):
+                refuse(where, self.pos_scores, score, "a finite number (or leave the key out)")
+        query_id, doc_ids = row.get(self.query_id), ids or row.get(self.doc_ids)
+        if self.side is _columns:
+            query_id, doc_ids = (None if value == "" else value for value in (query_id, doc_ids))
+        query_id = id_of(where, self.query_id, query_id)
+        ids = _for_each(where, self.doc_ids, doc_ids, positive, len(texts))
+        return [
+            TrainingRecord(query, text, tuple(neg_docs), query_id, id_of(where, self.doc_ids, doc_id), score, scores)
+            for text, doc_id, score in zip(texts, ids, own_scores)
+        ]
+
+    def _neg_scores(self, where: str, scores: Any, number: int) -> tuple[float, ...] | None:
+        if scores is None:
+            return None
+        if type(scores) is not list:
+            refuse(where, self.neg_scores, scores, f"a list of numbers, one for each {self.negatives}")
+        for index, score in enumerate(scores):
+            if not is_finite_number(score):
+                refuse(where, f"{self.neg_scores}[{index}]", score, "a finite number")
+        if len(scores) != number:
+            counts = f"{len(scores)} numbers and {self.negatives} {number} texts"
+            raise BadRecord(where, f"{self.neg_scores} has {counts}; give one for each")
+        return tuple(scores)
+
+
+def _key_in(row: dict, keys: tuple[str, ...]) -> str:
+    """The first of the keys that has a value in the row, else the first that it has at all."""
+    return present(row, [key for key in keys if key in row] or keys)
+
+
+def _for_each(where: str, key: str, value: Any, positive: str, number: int) -> list[Any]:
+    """The value of each positive: of a list, or the one value there is of the one positive."""
+    if value is None:
+        return [None] * number
+    values = value if type(value) is list else [value]
+    if len(values) != number:
+        raise BadRecord(where, f"{key} has {len(values)} values and {positive} {number} texts; give one for each")
+    return values
 
 
 def _plain(row: dict) -> TrainingRecord | None:
@@ -187,40 +263,18 @@ def _plain(row: dict) -> TrainingRecord | None:
     return None if text in negatives else TrainingRecord(query, text, tuple(negatives), query_id, doc_id, None, None)
 
 
-def _own(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
-    if (plain := _plain(row)) is not None:
-        return [plain]
-    query = "query" if "query" in row or "question" not in row else "question"
-    return _build(
-        where,
-        text_of(where, query, row),
-        ("pos_doc", _texts(where, "pos_doc", row["pos_doc"])),
-        ("neg_doc", _texts(where, "neg_doc", row.get("neg_doc"), optional=True)),
-        query_id=id_of(where, *_item(row, "query_id" if query == "query" else "question_id")),
-        doc_ids=_item(row, "doc_id"),
-        pos_scores=_item(row, "pos_score"),
-        neg_scores=_item(row, "neg_scores"),
-    )
+def _own(where: str, key: str, row: dict, optional: bool, _: Any) -> tuple[list[str], None]:
+    return _texts(where, key, row.get(key), optional), None
 
 
-def _flag_embedding(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
-    query, prompt = row["query"], row.get("prompt")
-    if prompt is not None:
-        # FlagEmbedding's default format puts the two together as they are.
-        query = text_of(where, "prompt", row, may_be_blank=True) + text_of(where, "query", row)
-    query = _instructed(where, "query", query)
-    return _build(
-        where,
-        text_of(where, "query", {"query": query}),
-        ("pos", _texts(where, "pos", _instructed_all(where, "pos", row["pos"]))),
-        ("neg", _texts(where, "neg", _instructed_all(where, "neg", row.get("neg")), optional=True)),
-        query_id=id_of(where, *_item(row, "query_id")),
-        pos_scores=_item(row, "pos_scores"),
-        neg_scores=_item(row, "neg_scores"),
-    )
+def _instructed(where: str, key: str, row: dict, optional: bool, _: Any) -> tuple[list[str], None]:
+    value = row.get(key)
+    if type(value) is list:
+        value = [_with_instruction(where, f"{key}[{index}]", item) for index, item in enumerate(value)]
+    return _texts(where, key, value, optional), None
 
 
-def _instructed(where: str, key: str, value: Any) -> Any:
+def _with_instruction(where: str, key: str, value: Any) -> Any:
     """GritLM's [instruction, text] as one text, the instruction on a line of its own; all else as it is."""
     if type(value) is not list:
         return value
@@ -229,93 +283,57 @@ def _instructed(where: str, key: str, value: Any) -> Any:
     return "\n".join(part for part in value if part)
 
 
-def _instructed_all(where: str, key: str, value: Any) -> Any:
-    if type(value) is not list:
-        return value
-    return [_instructed(where, f"{key}[{index}]", item) for index, item in enumerate(value)]
+def _prompted(where: str, key: str, row: dict) -> str:
+    query = _with_instruction(where, key, row[key])
+    if row.get("prompt") is not None:
+        # FlagEmbedding's default format puts the two together as they are.
+        query = text_of(where, "prompt", row, may_be_blank=True) + text_of(where, key, row)
+    return text_of(where, key, {key: query})
 
 
-def _tevatron(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
-    sides = []
-    for key in ("positive_passages", "negative_passages"):
-        passages = row.get(key) or []
-        if type(passages) is not list:
-            refuse(where, key, passages, "a list of objects with docid, title and text")
-        sides.append((key, _texts(where, key, passages, optional=True, titles=True)))
-    doc_ids = [passage.get("docid") if type(passage) is dict else None for passage in row["positive_passages"] or []]
-    query_id = id_of(where, *_item(row, "query_id"))
-    return _build(where, text_of(where, "query", row), *sides, query_id=query_id, doc_ids=("docid", doc_ids))
+def _passages(where: str, key: str, row: dict, *_: Any) -> tuple[list[str], list]:
+    passages = row.get(key) or []
+    if type(passages) is not list:
+        refuse(where, key, passages, "a list of objects with docid, title and text")
+    ids = [passage.get("docid") if type(passage) is dict else None for passage in passages]
+    return _texts(where, key, passages, optional=True, titles=True), ids
 
 
-def _of_ids(
-    where: str, row: dict, lookup: Lookup, *, queries: tuple[str, ...], query_id: str, keys: tuple[str, str]
-) -> list[TrainingRecord]:
-    sides, ids = [], []
-    for key in keys:
-        listed = row.get(key)
-        listed = [] if listed is None else listed if type(listed) is list else [listed]
-        names = [id_of(where, f"{key}[{i}]", v.get("id") if type(v) is dict else v) for i, v in enumerate(listed)]
-        ids.append(names)
-        sides.append((key, [lookup(where, f"{key}[{index}]", name) for index, name in enumerate(names)]))
-    return _build(
-        where,
-        text_of(where, present(row, queries), row),
-        *sides,
-        query_id=id_of(where, *_item(row, query_id)),
-        doc_ids=(keys[0], ids[0]),
-    )
+def _of_ids(where: str, key: str, row: dict, _: bool, lookup: Lookup) -> tuple[list[str], list[str | None]]:
+    listed = row.get(key)
+    listed = [] if listed is None else listed if type(listed) is list else [listed]
+    ids = [id_of(where, f"{key}[{i}]", v.get("id") if type(v) is dict else v) for i, v in enumerate(listed)]
+    return [lookup(where, f"{key}[{index}]", name) for index, name in enumerate(ids)], ids
 
 
-_tevatron_ids = partial(
-    _of_ids,
-    queries=("query_text", "query"),
-    query_id="query_id",
-    keys=("positive_document_ids", "negative_document_ids"),
-)
-_automodel_ids = partial(_of_ids, queries=("question", "query"), query_id="question_id", keys=("pos_doc", "neg_doc"))
+def _messages(where: str, key: str, row: dict, *_: Any) -> tuple[list[str], None]:
+    listed = row.get(key) or []
+    if type(listed) is not list or not all(type(messages) is list for messages in listed):
+        raise BadRecord(where, f"{key} is no list of lists of messages; ms-swift writes [[{{role, content}}], ...]")
+    return [_content(where, f"{key}[{index}]", {f"{key}[{index}]": one}) for index, one in enumerate(listed)], None
 
 
-def _messages(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
-    _refuse_grades(where, row)
-    texts = {}
-    for key in ("positive_messages", "negative_messages"):
-        listed = row.get(key) or []
-        if type(listed) is not list or not all(type(messages) is list for messages in listed):
-            raise BadRecord(where, f"{key} is no list of lists of messages; ms-swift writes [[{{role, content}}], ...]")
-        texts[key] = [_content(where, f"{key}[{index}]", messages) for index, messages in enumerate(listed)]
-    query = _content(where, "messages", row["messages"])
-    return _build(where, query, *((key, _texts(where, key, value, optional=True)) for key, value in texts.items()))
-
-
-def _content(where: str, key: str, messages: Any) -> str:
+def _content(where: str, key: str, row: dict) -> str:
+    messages = row[key]
     if type(messages) is not list or len(messages) != 1 or type(messages[0]) is not dict:
         number = len(messages) if type(messages) is list else "no list of"
         raise BadRecord(where, f"{key} holds {number} messages; want one, whose content is the text to embed")
     return text_of(where, "content", messages[0])
 
 
-def _columns(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
-    _refuse_grades(where, row)
-    found = [key for key in _POSITIVE_COLUMNS if row.get(key) is not None]
-    if len(found) > 1:
-        raise BadRecord(
-            where, f"{found[0]} and {found[1]} could both be the right document; set --columns pos_doc={found[0]}"
-        )
-    positive = found[0] if found else present(row, [key for key in _POSITIVE_COLUMNS if key in row])
-    query = next(key for key in ("anchor", "query", "question") if key in row)
-    matches = [match for key in row if (match := _NEGATIVE_COLUMN.fullmatch(key))]
+def _columns(where: str, key: str, row: dict, optional: bool, _: Any) -> tuple[list[str], None]:
+    if not optional:
+        found = [name for name in _POSITIVE_COLUMNS if row.get(name) is not None]
+        if len(found) > 1:
+            problem = f"{found[0]} and {found[1]} could both be the right document; set --columns pos_doc={found[0]}"
+            raise BadRecord(where, problem)
+        return [text_of(where, found[0] if found else key, row)], None
+    matches = [match for name in row if (match := _NEGATIVE_COLUMN.fullmatch(name))]
     names = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
-    return _build(
-        where,
-        text_of(where, query, row),
-        (positive, [text_of(where, positive, row)]),
-        ("negative", _texts(where, "negative", _cells(row, names), optional=True)),
-        query_id=id_of(where, "query_id", row.get("query_id") or None),
-        doc_ids=("doc_id", row.get("doc_id") or None),
-    )
+    return _texts(where, key, _cells(row, names), optional=True), None
 
 
-def _scored(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
+def _scored_pair(where: str, row: dict) -> TrainingRecord:
     first, second = (present(row, keys) for keys in _PAIRS)
     score = row.get("score")
     if type(score) is str:  # a cell of a table of texts
@@ -325,53 +343,35 @@ def _scored(where: str, row: dict, _: Lookup) -> list[TrainingRecord]:
             raise BadRecord(where, f"score is '{score}', want a finite number") from None
     if not is_finite_number(score):
         refuse(where, "score", score, "a finite number: how alike the two texts are")
-    return [TrainingRecord(text_of(where, first, row), text_of(where, second, row), (), None, None, score, None)]
+    return TrainingRecord(text_of(where, first, row), text_of(where, second, row), (), None, None, score, None)
 
 
-def _refuse_grades(where: str, row: dict) -> None:
-    for key in _GRADES:
-        if row.get(key) not in (None, 1, "1", "1.0"):
-            raise BadRecord(
-                where,
-                f"{key} is not 1: a graded pair is no pair of a query and its right document; train it with --pair_loss "
-                f"(and --columns score={key}), keep the pairs of label 1, or name the columns with --columns, which leaves "
-                f"{key} aside",
-            )
-
-
-_MORE = ("neg_doc", "query_id", "doc_id", "pos_score", "neg_scores")
-_OWN = _Form("our own", (("query",), ("pos_doc",)), _own, _MORE)
-_ID_KEYS = ("neg_doc", "question_id", "corpus_id")
 _PAIRS = ("query", "sentence1", "text1"), ("pos_doc", "sentence2", "text2")
-_SCORED = _Form("scored pairs", (*_PAIRS, ("score",)), _scored, kind="scored")
-_AUTOMODEL_IDS = _Form("Automodel", (("question", "query"), ("pos_doc",)), _automodel_ids, _ID_KEYS)
-_QUERIES = ("anchor", "query", "question")
-_IDS = ("query_id", "doc_id")
+_SCORED = _Form("scored pairs", (*_PAIRS, ("score",)), None, _own, query_id=None, doc_ids=None, kind="scored")
+_OWN = _Form("our own", (("query",), ("pos_doc",)), "neg_doc", _own, pos_scores="pos_score", neg_scores="neg_scores")
+_AUTOMODEL = replace(_OWN, name="Automodel", keys=(("question",), ("pos_doc",)), query_id="question_id", more=_MORE)
+_AUTOMODEL_IDS = replace(_AUTOMODEL, keys=(("question", "query"), ("pos_doc",)), side=_of_ids, doc_ids=None)
+_FLAG_EMBEDDING = _Form(
+    "FlagEmbedding", (("query",), ("pos",)), "neg", _instructed, _prompted, ("prompt",), doc_ids=None
+)
+_FLAG_EMBEDDING = replace(_FLAG_EMBEDDING, pos_scores="pos_scores", neg_scores="neg_scores")
+_TEVATRON = _Form("Tevatron", (("query",), ("positive_passages",)), "negative_passages", _passages, doc_ids="docid")
+_TEVATRON_IDS = _Form(
+    "Tevatron", (("query_text", "query"), ("positive_document_ids",)), "negative_document_ids", _of_ids, doc_ids=None
+)
+_MESSAGES = (("messages",), ("positive_messages",)), "negative_messages", _messages, _content, _GRADES
+_COLUMNS = _Form("sentence-transformers", (_QUERIES, _POSITIVE_COLUMNS), "negative", _columns, more=_GRADES)
 _FORMS = (
     _OWN,
-    _Form("Automodel", (("question",), ("pos_doc",)), _own, (*_MORE, *_ID_KEYS)),
-    _Form(
-        "FlagEmbedding",
-        (("query",), ("pos",)),
-        _flag_embedding,
-        ("neg", "query_id", "pos_scores", "neg_scores", "prompt"),
-    ),
-    _Form("Tevatron", (("query",), ("positive_passages",)), _tevatron, ("negative_passages", "query_id")),
-    _Form(
-        "Tevatron",
-        (("query_text", "query"), ("positive_document_ids",)),
-        _tevatron_ids,
-        ("negative_document_ids", "query_id"),
-    ),
-    _Form("ms-swift", (("messages",), ("positive_messages",)), _messages, ("negative_messages", *_GRADES)),
-    _Form("ms-swift", (("query",), ("response",)), _columns, (*_IDS, *_GRADES)),
-    _Form("F2LLM", (("query",), ("passage",), ("negative_1",)), _columns, (*_IDS, *_GRADES)),
-    _Form("sentence-transformers", (_QUERIES, _POSITIVE_COLUMNS), _columns, (*_IDS, *_GRADES)),
+    _AUTOMODEL,
+    _FLAG_EMBEDDING,
+    _TEVATRON,
+    _TEVATRON_IDS,
+    _Form("ms-swift", *_MESSAGES, query_id=None, doc_ids=None),
+    replace(_COLUMNS, name="ms-swift", keys=(("query",), ("response",))),
+    replace(_COLUMNS, name="F2LLM", keys=(("query",), ("passage",), ("negative_1",))),
+    _COLUMNS,
 )
-
-
-def _item(row: dict, key: str) -> tuple[str, Any]:
-    return key, row.get(key)
 
 
 def _typed(where: str, row: dict) -> dict:
@@ -389,8 +389,7 @@ def _typed(where: str, row: dict) -> dict:
                 cells.append(cell)
         row = row | {key: cells or None}
     for key in ("pos_score", "pos_scores", "neg_scores"):
-        cells = row.get(key)
-        if cells is None:
+        if (cells := row.get(key)) is None:
             continue
         numbers = []
         for cell in cells if type(cells) is list else [cells]:
@@ -406,125 +405,49 @@ def _texts(where: str, key: str, value: Any, optional: bool = False, titles: boo
     """The texts of a string, an object with a "text" (behind its "title", where `titles`), or a list of them."""
     if value is None and optional:
         return []
-    if type(value) is str:
-        if value and not value.isspace():
-            return [value]
-        value = [value]
-        name = f"{key}[0]" if optional else key
-    elif type(value) is dict:
-        value, name = [value], key
-    elif type(value) is list:
-        name = None
-    else:
+    is_one = type(value) in (str, dict)
+    if not is_one and type(value) is not list:
         refuse(where, key, value, "a string or a list of strings" + (" (or leave the key out)" if optional else ""))
-    texts = []
-    for index, item in enumerate(value):
+    texts, items = [], [value] if is_one else value
+    for index, item in enumerate(items):
+        name = key if is_one else f"{key}[{index}]"
         if type(item) is dict:
-            item = _text_of_object(where, name or f"{key}[{index}]", item, titles)
+            if item.get("image"):
+                raise BadRecord(where, f"{name} holds an image; only texts can be embedded")
+            text = item.get("text")
+            if type(text) is not str:
+                refuse(where, f"{name}.text", text, "a string")
+            item = join_title(where, item.get("title"), text) if titles else text
         elif type(item) is not str:
-            refuse(where, name or f"{key}[{index}]", item, "a string")
+            refuse(where, name, item, "a string")
         if not item or item.isspace():
-            cure = "remove it" if optional or len(value) > 1 else "remove the record"
-            raise BadRecord(where, f"{name or f'{key}[{index}]'} is blank; {cure} or give it text")
+            cure = "remove it" if optional or len(items) > 1 else "remove the record"
+            raise BadRecord(where, f"{name} is blank; {cure} or give it text")
         texts.append(item)
     return texts
-
-
-def _text_of_object(where: str, name: str, item: dict, titles: bool) -> str:
-    if item.get("image"):
-        raise BadRecord(where, f"{name} holds an image; only texts can be embedded")
-    text = item.get("text")
-    if type(text) is not str:
-        refuse(where, f"{name}.text", text, "a string")
-    return join_title(where, item.get("title"), text) if titles else text
-
-
-def _build(
-    where: str,
-    query: str,
-    positives: tuple[str, list[str]],
-    negatives: tuple[str, list[str]],
-    *,
-    query_id: str | None = None,
-    doc_ids: tuple[str, Any] = ("doc_id", None),
-    pos_scores: tuple[str, Any] = ("pos_score", None),
-    neg_scores: tuple[str, Any] = ("neg_scores", None),
-) -> list[TrainingRecord]:
-    """A record for each positive. Sides are (key, texts), for errors; ids and scores (key, value as it stands)."""
-    (positive, texts), (negative, neg_docs) = positives, negatives
-    if not texts:
-        raise BadRecord(where, f"{positive} is empty, want at least one document; remove the record or give it one")
-    for index, text in enumerate(neg_docs):
-        if text in texts:
-            raise BadRecord(where, f"{negative}[{index}] is the text of {positive}; remove it, it is no negative")
-    key, scores = neg_scores
-    if scores is not None:
-        if type(scores) is not list:
-            refuse(where, key, scores, f"a list of numbers, one for each {negative}")
-        for index, score in enumerate(scores):
-            if not is_finite_number(score):
-                refuse(where, f"{key}[{index}]", score, "a finite number")
-        if len(scores) != len(neg_docs):
-            raise BadRecord(
-                where, f"{key} has {len(scores)} numbers and {negative} {len(neg_docs)} texts; give one for each"
-            )
-        scores = tuple(scores)
-    key = pos_scores[0]
-    own_scores = _for_each(where, pos_scores, positive, len(texts))
-    for score in own_scores:
-        if score is not None and not is_finite_number(score):
-            refuse(where, key, score, "a finite number (or leave the key out)")
-    key = doc_ids[0]
-    ids = [id_of(where, key, value) for value in _for_each(where, doc_ids, positive, len(texts))]
-    neg_docs = tuple(neg_docs)
-    return [
-        TrainingRecord(query, text, neg_docs, query_id, doc_id, score, scores)
-        for text, doc_id, score in zip(texts, ids, own_scores)
-    ]
-
-
-def _for_each(where: str, item: tuple[str, Any], positive: str, number: int) -> list[Any]:
-    """The value of each positive: of a list, or the one value there is of the one positive."""
-    key, value = item
-    if value is None:
-        return [None] * number
-    if number == 1 and type(value) is not list:
-        return [value]
-    values = value if type(value) is list else [value]
-    if len(values) != number:
-        raise BadRecord(where, f"{key} has {len(values)} values and {positive} {number} texts; give one for each")
-    return values
 
 
 def parse_training_record(where: str, record: dict) -> list[TrainingRecord]:
     """Check one training record in our own form; keys that we do not know are ignored. A record for each positive."""
     if not _OWN.fits(record):
         _refuse_lack(where, _OWN, record)
-    return _own(where, record, _no_lookup)
+    return _OWN.parse(where, record)
 
 
 def _refuse_lack(where: str, form: _Form, row: dict) -> NoReturn:
     refuse_missing(where, next(keys[0] for keys in form.keys if not any(key in row for key in keys)), row)
 
 
-def _no_lookup(where: str, name: str, _: Any) -> str:
-    raise UserError(f"{where}: {name} names a document of a corpus; give --corpus_files")
+class RecordFile(ExitStack):
+    """One entry of a files setting: its parts, whose rows `parse_row` turns into records of one kind.
 
-
-class RecordFile:
-    """One entry of a files setting: its parts, whose rows `parse_row` turns into records of one kind."""
+    While rows are parsed it is entered: what reading them has opened is closed at the end.
+    """
 
     def __init__(self, entry: str | os.PathLike, parse_row: Callable[[str, dict], Any], columns: Columns | None = None):
-        self.path = os.fspath(entry)
-        self.parts = list_parts(entry)
-        self._parse_row = parse_row
-        self._columns = columns
-
-    def __enter__(self) -> RecordFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+        super().__init__()
+        self.path, self.parts = os.fspath(entry), list_parts(entry)
+        self._parse_row, self._columns = parse_row, columns
 
     def stamps(self) -> list[dict]:
         """What changes when the file does: a dictionary for each part, and for each corpus that one names."""
@@ -571,11 +494,11 @@ class TrainingFile(RecordFile):
     """One entry of train_files, the form of its records, and what was met in it.
 
     `work_dir` is where documents that records name by id are laid out (default: the system's folder for such).
-    UserError, with file and line, for records of two forms. Used as a context manager.
+    UserError, with file and line, for records of two forms.
     """
 
     def __init__(self, entry: str | os.PathLike, reading: Reading = AS_IT_IS, work_dir: Path | None = None):
-        super().__init__(entry, lambda *_: None, Columns.asked(reading.columns, "training"))
+        super().__init__(entry, lambda *_: None, Columns(reading.columns, "training") if reading.columns else None)
         self.form: _Form | None = None
         self._forms = (_SCORED, *_FORMS) if reading.scored else _FORMS
         self.score_range: list[float] = []  # of scored pairs
@@ -586,15 +509,9 @@ class TrainingFile(RecordFile):
         self._notes: list[str] = []
         self.corpora_sha256 = ""  # of the corpora that were read for the records
         self._reading, self._work_dir = reading, work_dir or Path(tempfile.gettempdir())
-        self._stack = ExitStack()
-        self._named: dict[str, list[dict]] = {}
+        self._named: dict[str, list[dict]] = {}  # by part, the corpora that it names
         self._corpora: dict[str | None, TextTable] = {}
-        self._lookup: Lookup = _no_lookup
         self._has_text_cells = False
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        self._corpora.clear()
 
     @property
     def kind(self) -> str:
@@ -607,14 +524,9 @@ class TrainingFile(RecordFile):
         return self._columns is None and self.form is _OWN
 
     def stamps(self) -> list[dict]:
-        corpora = [
-            path
-            for part in self.parts
-            for corpus in self._corpora_of(part)
-            for path in list_parts(_corpus_entry(part, corpus))
-        ]
-        corpora += [path for entry in self._reading.corpus_files for path in list_parts(entry)]
-        return super().stamps() + [stamp_of(path) for path in corpora]
+        corpora = [_open_corpus(part, corpus)[0] for part in self.parts for corpus in self._corpora_of(part)]
+        files = [path for entry in (*corpora, *self._reading.corpus_files) for path in list_parts(entry)]
+        return super().stamps() + [stamp_of(path) for path in files]
 
     def _corpora_of(self, part: str) -> list[dict]:
         if part not in self._named:
@@ -625,8 +537,16 @@ class TrainingFile(RecordFile):
         super().open_part(records)
         self._has_text_cells = records.has_text_cells
         for corpus in self._corpora_of(records.path):
-            self._add_corpus(records.path, corpus)
             self.form = _AUTOMODEL_IDS
+            entry, metadata = _open_corpus(records.path, corpus)
+            corpus_id = str(metadata["corpus_id"])
+            if corpus_id in self._corpora:
+                continue
+            for key, flag in (("query_instruction", "query_prefixes"), ("passage_instruction", "doc_prefixes")):
+                if metadata.get(key):
+                    note = f"is used only when given as a prefix, with a blank behind it: --{flag}"
+                    self._notes.append(f"corpus '{corpus_id}': its {key} {metadata[key]!r} {note}")
+            self._read_corpus(corpus_id, [entry])
 
     def parse(self, where: str, row: dict) -> list[TrainingRecord]:
         if self._columns is not None:
@@ -649,16 +569,17 @@ class TrainingFile(RecordFile):
         if self._columns is None and (keys := tuple(row)) != self._keys:
             self._keys = keys
             self._unread |= dict.fromkeys(sorted(form.unread(row)))
-        if form.parse is _tevatron_ids and not self._corpora:
-            self._read_corpus_files(where)
-        elif form is _AUTOMODEL_IDS:
-            self._lookup = self._lookup_in(row.get("corpus_id"))
-        samples = form.parse(where, row, self._lookup)
+        if form is _TEVATRON_IDS and not self._corpora:
+            if not self._reading.corpus_files:
+                raise UserError(f"{where}: names its documents by id; give their texts with --corpus_files")
+            self._read_corpus(None, self._reading.corpus_files)
+        corpus_id = None if form is _TEVATRON_IDS else row.get("corpus_id")
+        samples = form.parse(where, row, partial(self._text_of, corpus_id) if form.side is _of_ids else None)
         if form is _SCORED:
             scores = [*self.score_range, samples[0].pos_score]
             self.score_range = [min(scores), max(scores)]
         self.num_rows += 1
-        self._num_prompts += form.parse is _flag_embedding and bool(row.get("prompt"))
+        self._num_prompts += form is _FLAG_EMBEDDING and bool(row.get("prompt"))
         if not self.fewest <= len(samples) <= self.most:
             self.fewest = min(self.fewest or len(samples), len(samples))
             self.most = max(self.most, len(samples))
@@ -669,23 +590,18 @@ class TrainingFile(RecordFile):
         form = "" if self.kind else (self.form or _OWN).name
         if self._columns is not None:
             form = f"mapped ({self._columns.describe()})"
-        several = f" with {self.fewest} to {self.most} positives" if self.most > 1 else ""
-        several = several.replace(f"{self.most} to {self.most}", str(self.most))
+        counts = f"{self.most}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
+        several = f" with {counts} positives" if self.most > 1 else ""
         read = f"{form} {_NOUNS[self.kind]}, {self.num_rows:,}{several}".lstrip()
         facts = {"read": read, "num_rows": self.num_rows}
         more = {"unread": list(self._unread), "num_prompts": self._num_prompts, "notes": self._notes}
         more |= {"kind": self.kind, "score_range": self.score_range}
         return facts | {name: value for name, value in more.items() if value}
 
-    def _read_corpus_files(self, where: str) -> None:
-        if not self._reading.corpus_files:
-            raise UserError(f"{where}: names its documents by id; give their texts with --corpus_files")
-        self._read_corpus(None, self._reading.corpus_files)
-        self._lookup = self._lookup_in(None)
-
     def _read_corpus(self, corpus_id: str | None, entries: Iterable[str]) -> None:
         digest = hashlib.sha256(self.corpora_sha256.encode())
-        table = self._corpora[corpus_id] = self._stack.enter_context(TextTable(self._work_dir, "document id"))
+        table = self._corpora[corpus_id] = self.enter_context(TextTable(self._work_dir, "document id"))
+        self.callback(self._corpora.clear)
         for part in (part for entry in entries for part in list_parts(entry)):
             records = Records(part, digest.update)
             for number, row in records:
@@ -695,47 +611,28 @@ class TrainingFile(RecordFile):
                 table.add(document.doc_id, document.pos_doc, where)
         self.corpora_sha256 = digest.hexdigest()
 
-    def _add_corpus(self, path: str, corpus: dict) -> None:
-        folder = _corpus_folder(path, corpus)
-        try:
-            metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
-            corpus_id = str(metadata["corpus_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: its corpus {folder} has no {_METADATA} with a corpus_id") from None
-        if corpus_id in self._corpora:
-            return
-        for key, flag in (("query_instruction", "query_prefixes"), ("passage_instruction", "doc_prefixes")):
-            if metadata.get(key):
-                note = f"is used only when given as a prefix, with a blank behind it: --{flag}"
-                self._notes.append(f"corpus '{corpus_id}': its {key} {metadata[key]!r} {note}")
-        self._read_corpus(corpus_id, [_corpus_entry(path, corpus)])
-
-    def _lookup_in(self, corpus_id: Any) -> Lookup:
+    def _text_of(self, corpus_id: Any, where: str, name: str, doc_id: str | None) -> str:
+        """The text of a document that a record names; `name` is the key with its place in a list."""
         table = self._corpora.get(None if corpus_id is None else str(corpus_id))
-
-        def lookup(where: str, name: str, doc_id: Any) -> str:
-            if table is None:
-                raise BadRecord(where, f"corpus_id '{corpus_id}' is none of {', '.join(map(str, self._corpora))}")
-            text = None if doc_id is None else table.get(doc_id)
-            if text is None:
-                raise BadRecord(where, f"{name} names document '{doc_id}', which is not in the corpus; add its text")
-            return text
-
-        return lookup
+        if table is None:
+            raise BadRecord(where, f"corpus_id '{corpus_id}' is none of {', '.join(map(str, self._corpora))}")
+        text = None if doc_id is None else table.get(doc_id)
+        if text is None:
+            raise BadRecord(where, f"{name} names document '{doc_id}', which is not in the corpus; add its text")
+        return text
 
 
-def _corpus_folder(path: str, corpus: dict) -> Path:
-    """Relative to the file that names it, as Automodel has it."""
-    return Path(os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), corpus["path"])))
-
-
-def _corpus_entry(path: str, corpus: dict) -> str:
-    folder = _corpus_folder(path, corpus)
+def _open_corpus(path: str, corpus: dict) -> tuple[str, dict]:
+    """The files of a corpus and its metadata; it lies relative to the file that names it, as Automodel has it."""
+    folder = Path(os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), corpus["path"])))
     if not folder.is_dir():
         raise UserError(f"{path}: its corpus {folder} is no folder")
-    if not (folder / _METADATA).is_file():
-        raise UserError(f"{path}: its corpus {folder} has no {_METADATA} with a corpus_id")
-    return str(folder) if any(folder.glob("*.parquet")) else f"{folder}/**/*.parquet"
+    try:
+        metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        metadata["corpus_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: its corpus {folder} has no {_METADATA} with a corpus_id") from None
+    return str(folder) if any(folder.glob("*.parquet")) else f"{folder}/**/*.parquet", metadata
 
 
 def read_training_records(

@@ -11,8 +11,6 @@ alone decide. Tokens and ids are compared by keys of 64 bits: of 10^8 texts, two
 Letters: T texts, S tokens, R records, G queries with several positives.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Sequence

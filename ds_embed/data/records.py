@@ -4,8 +4,6 @@ Every complaint about data names the file and the line. `null` is the same as le
 be a number, and 12, 12.0 and "12" are one id (a column with gaps turns whole numbers into 12.0 on its way).
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence

@@ -3,10 +3,9 @@
 All three hand out (place, record) pairs, one at a time, and may be gone through again.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -77,23 +76,23 @@ def _find_table(folder: Path, name: str) -> Path:
     return found[0]
 
 
+@dataclass(frozen=True)
 class OurFiles:
     """Our files of queries and documents; the right documents are those of `qrels`, else the queries' doc_id."""
 
-    def __init__(self, query_files: Sequence[str], doc_files: Sequence[str], qrels: str | None):
-        self._query_files = query_files
-        self._doc_files = doc_files
-        self._qrels = qrels
+    query_files: Sequence[str]
+    doc_files: Sequence[str]
+    qrels: str | None
 
     def documents(self) -> Iterator[tuple[str, DocumentRecord]]:
-        return read_documents(self._doc_files)
+        return read_documents(self.doc_files)
 
     def queries(self) -> Iterator[tuple[str, QueryRecord]]:
-        return read_queries(self._query_files)
+        return read_queries(self.query_files)
 
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
-        if self._qrels is not None:
-            yield from read_judgments(self._qrels)
+        if self.qrels is not None:
+            yield from read_judgments(self.qrels)
             return
         for where, query in self.queries():
             if not query.doc_ids:
@@ -110,10 +109,10 @@ class TrainingSet:
     """
 
     def __init__(self, read: TrainingRecords, ids_by_text: TextTable, tally: Tally):
-        self._tally = tally
-        self._read_again = lambda: read(tally.silent())
-        self._read = read
-        self._ids_by_text = ids_by_text
+        self._read, self._ids_by_text, self._tally = read, ids_by_text, tally
+
+    def _read_again(self) -> Iterator[tuple[str, TrainingRecord]]:
+        return self._read(self._tally.silent())
 
     def documents(self) -> Iterator[tuple[str, DocumentRecord]]:
         for where, record in self._read(self._tally):

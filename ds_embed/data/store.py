@@ -22,8 +22,6 @@ R records, T texts, S tokens. Opening maps the arrays and reads none of them, wh
 They are built by build_training_store and build_text_store.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,16 +155,6 @@ class TrainingStore(_Store):
     def _places_of(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         records = np.searchsorted(self.first_text, texts, side="right") - 1
         return records, (texts != self.first_text[records]).astype(np.int64)
-
-    def text_range(self, record: int) -> range:
-        """The texts of a record: its query first, its positive second, its negatives after them."""
-        start, end = self.first_text[record : record + 2].tolist()
-        return range(start, end)
-
-    def text_ranges(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(first text, number of texts) of each record, as int64 arrays of the shape of `records`."""
-        first = np.asarray(self.first_text[records])
-        return first, self.first_text[np.asarray(records) + 1] - first
 
 
 class TextStore(_Store):

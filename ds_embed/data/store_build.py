@@ -3,8 +3,6 @@
 A store is named by a hash of all that decides its contents, so building twice is reusing once.
 """
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import json
@@ -18,9 +16,9 @@ from typing import Any
 from ds_embed.data.files import BadRecord, Records, format_location
 from ds_embed.data.forms import AS_IT_IS, Columns, Reading, RecordFile, TrainingFile
 from ds_embed.data.records import QueryRecord, TrainingRecord, parse_document_record, parse_query_record
-from ds_embed.data.skipping import SkippedRecords
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import Progress, StoreWriter
+from ds_embed.data.tally import SkippedRecords
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerprint
 from ds_embed.settings.errors import UserError
 
@@ -66,13 +64,12 @@ def build_training_store(
             skipped = SkippedRecords() if skip_bad_records else None
             with StoreWriter(folder, sides[0], progress, with_ids=False) as writer:
                 for index, source in enumerate(sources):
-                    writer.encode_with(sides[index])
                     bad = {number: error for (file, number), error in conflicts.items() if file == index}
-                    for number, record in source.records(writer, skipped, bad):
-                        _add_training_record(writer, record, number, source.where, num_negatives, source.kind)
+                    for number, record in source.records(writer, sides[index], skipped, bad):
+                        _add_training_record(writer, record, number, source, num_negatives)
                 start = _manifest_start("training", settings, sources, sides)
                 start |= {"skipped_records": skipped.describe()} if skipped else {}
-                return writer.finish(start, [source.location for source in sources])
+                return writer.finish(start)
 
         conflicts = write_without({})
         if conflicts and not skip_bad_records:
@@ -88,7 +85,7 @@ def build_training_store(
 
 
 def _add_training_record(
-    writer: StoreWriter, record: TrainingRecord, number: int, where: str, num_negatives: int | None, kind: str
+    writer: StoreWriter, record: TrainingRecord, number: int, source: "_Source", num_negatives: int | None
 ) -> None:
     queries, documents = range(2)
     writer.add_text(queries, "query", record.query)
@@ -96,10 +93,10 @@ def _add_training_record(
     scores = record.neg_scores or [None] * len(record.neg_docs)
     for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
         writer.add_text(documents, "neg_doc", negative, score)
-    if not kind:
-        writer.count_negatives(len(record.neg_docs), where)
+    if not source.file.kind:
+        writer.count_negatives(len(record.neg_docs), source.where)
         if record.pos_score is None or record.neg_scores is None:
-            writer.count_record_without("scores", where)
+            writer.count_record_without("scores", source.where)
     writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)
 
 
@@ -126,7 +123,7 @@ def build_text_store(
     if (text_key, id_key) not in kinds:
         raise UserError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
     kind, parse, setting = kinds[text_key, id_key]
-    sources = [_Source(RecordFile(path, parse, Columns.asked(columns, kind))) for path in _listed(files)]
+    sources = [_Source(RecordFile(path, parse, Columns(columns, kind) if columns else None)) for path in _listed(files)]
     sides = {kind: TextTokenizer(tokenizer, text_format, setting)}
     settings = {"text_format": asdict(text_format), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
     settings |= {"columns": list(columns)} if columns else {}
@@ -135,8 +132,8 @@ def build_text_store(
         texts: dict[str, tuple[bytes, str]] = {}  # of queries: hash and place by id
         with StoreWriter(folder, sides, progress, with_ids=True) as writer:
             for source in sources:
-                for number, record in source.records(writer):
-                    if kind == "queries" and _is_repeated(texts, record, source.location(number)):
+                for number, record in source.records(writer, sides):
+                    if kind == "queries" and _is_repeated(texts, record, source.where):
                         source.num_repeats += 1
                         continue
                     if not getattr(record, text_key).strip():
@@ -164,35 +161,27 @@ class _Source:
     """One entry of the files and what identifies its contents. Its records are numbered through all of its parts."""
 
     def __init__(self, file: RecordFile):
-        self._file = file
+        self.file = file
         # Read before the first record, so that a later change shows.
         self.stamps = file.stamps()
         self.where = ""  # the place of the record that was read last
         self._parts: list[dict] = []
-        self._starts: list[int] = []  # numbers of the records of each part stand above it
-
-    @property
-    def kind(self) -> str:
-        """Of the training records that are being read: "" for queries with their right documents."""
-        return self._file.kind
-
-    def location(self, number: int) -> str:
-        part = bisect.bisect_left(self._starts, number) - 1
-        return format_location(self._file.parts[part], self._parts[part]["unit"], number - self._starts[part])
 
     def records(
         self,
         writer: StoreWriter,
+        sides: dict[str, TextTokenizer],
         skipped: SkippedRecords | None = None,
         known_bad: Mapping[int, BadRecord] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Any]]:
-        """(number, parsed record) of the entry; when they end, `writer` has put them all into its arrays.
+        """(number, parsed record) of the entry; when they end, `writer` has put them all into its arrays, by `sides`.
 
         A row may give several. Bad ones are raised, or counted in `skipped`; `known_bad` names more by number.
         """
         digest, last_bad = hashlib.sha256(), None
         self.num_records = self.num_repeats = 0
-        self._parts, self._starts, last = [], [], 0
+        self._parts = parts = []
+        last = 0
 
         def refuse(error: BadRecord) -> None:
             nonlocal last_bad
@@ -201,14 +190,13 @@ class _Source:
             skipped.add(error)
             last_bad = error
 
-        with self._file as file:
-            # What a store remembers must hold for readers in any working directory: the real path.
-            writer.start_source(lambda number: part_location(self._parts, number))
+        with self.file as file:
+            writer.start_source(sides, lambda number: part_location(parts, number))
             for part, stamp in zip(file.parts, self.stamps):
                 start, rows = last, Records(part, digest.update, refuse)
                 file.open_part(rows)
-                self._starts.append(start)
-                self._parts.append({"path": stamp["path"], "unit": rows.unit, "records_before": start})
+                # What a store remembers must hold for readers in any working directory: the real path.
+                parts.append({"path": stamp["path"], "unit": rows.unit, "records_before": start})
                 for number, row in rows:
                     last = start + number
                     try:
@@ -234,12 +222,12 @@ class _Source:
 
     def describe(self) -> dict:
         return {
-            "path": self._file.path,
+            "path": self.file.path,
             "parts": self._parts,
             "stamps": self.stamps,
             "sha256": self._sha256,
             "num_records": self.num_records - self.num_repeats,
-        } | self._file.facts()
+        } | self.file.facts()
 
 
 def part_location(parts: Sequence[Mapping[str, Any]], number: int) -> str:

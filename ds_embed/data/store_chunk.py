@@ -4,8 +4,6 @@ Repeated texts are common (a paragraph with many questions, a negative used agai
 text of a chunk is tokenized and hashed once. Letters: T texts, S tokens, R records, all of one chunk.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -3,9 +3,7 @@
 Letters: R records. Works on arrays of the build, by parts of the ids, so memory is flat in R.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +42,7 @@ def find_conflicts(folder: Path, files: Sequence[tuple[int, Callable[[int], str]
     return found
 
 
-def _conflicts(keys: np.ndarray, text_keys: Callable[[np.ndarray], np.ndarray]):
+def _conflicts(keys: np.ndarray, text_keys: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple[int, int]]:
     """(row, earlier row) of rows whose key stood before, first in the earlier row, with another text."""
     parts = -(-len(keys) // _ROWS_AT_ONCE)
     for part in range(parts):

@@ -1,8 +1,5 @@
 """The folder under a token store: arrays written piece by piece, and a manifest that says when it is whole."""
 
-from __future__ import annotations
-
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -25,17 +22,17 @@ class NpyWriter:
     def __init__(self, path: Path, dtype: Any):
         self._dtype = np.dtype(dtype)
         self._file = open(path, "wb")
-        self._num_items = 0
+        self.num_items = 0
         self._write_header()
 
     def append(self, values: Any) -> None:
         values = np.ascontiguousarray(values, self._dtype)
         self._file.write(values.data)
-        self._num_items += len(values)
+        self.num_items += len(values)
 
     def finish(self) -> None:
         """Enter the length."""
-        header_bytes = self._file.seek(0, os.SEEK_END) - self._num_items * self._dtype.itemsize
+        header_bytes = self._file.seek(0, os.SEEK_END) - self.num_items * self._dtype.itemsize
         self._file.seek(0)
         self._write_header()
         # numpy pads headers for exactly this: the length grows in place.
@@ -44,14 +41,11 @@ class NpyWriter:
 
     def close(self) -> None:
         """Give up: close without promising anything about the contents."""
-        with contextlib.suppress(OSError):  # what could not be flushed is about to be deleted
-            self._file.close()
+        self._file.close()
 
     def _write_header(self) -> None:
-        np.lib.format.write_array_header_1_0(
-            self._file,
-            {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._num_items,)},
-        )
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self._file, header | {"shape": (self.num_items,)})
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

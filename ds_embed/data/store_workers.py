@@ -4,8 +4,6 @@ They are programs of their own, so neither the parent's main module nor torch is
 standard input and output. A worker whose parent is gone reads the end of its input, and ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,9 +44,9 @@ class StoreWriter:
     """Gathers records into chunks and appends each chunk to the arrays of a store."""
 
     def __init__(self, folder: Path, sides: dict[str, TextTokenizer], progress: Progress | None, with_ids: bool):
-        """`sides` are the kinds of texts, with their encoders; `with_ids` says text store, not training."""
+        """`sides`: the kinds of texts, with the first file's encoders; `with_ids` says text store, not training."""
         self._folder = folder
-        self._sides = self._first_sides = sides
+        self._sides = sides
         self._progress = progress
         arrays = _COMMON_ARRAYS if with_ids else {**_COMMON_ARRAYS, **_TRAINING_ARRAYS}
         self._arrays = {name: NpyWriter(folder / f"{name}.npy", dtype) for name, dtype in arrays.items()}
@@ -55,8 +56,7 @@ class StoreWriter:
             self._ids = open(folder / IDS_NAME, "w", encoding="utf-8", newline="\n")
         else:
             self._arrays["first_text"].append([0])
-        self._num_records = self._num_texts = self._num_tokens = self._max_tokens = self._max_texts = 0
-        self._longest: dict = {"num_tokens_before_truncation": -1}
+        self._longest: dict[str, Any] = {"num_tokens": 0, "num_tokens_before_truncation": 0}
         self._files: list[File] = []
         self._workers: Workers | None = None  # of large stores
         self._pending: deque[tuple[Chunk, Future]] = deque()
@@ -71,28 +71,17 @@ class StoreWriter:
             if isinstance(error, UserError):
                 self._append_pending()  # an error in what was read before comes first, as in one process
         finally:
-            self._close()
+            if self._workers is not None:
+                self._workers.close()
+            for file in (*self._arrays.values(), *filter(None, [self._ids])):
+                with contextlib.suppress(OSError):  # what could not be written is about to be deleted
+                    file.close()
 
-    def _close(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
-        for array in self._arrays.values():
-            array.close()
-        if self._ids is not None:
-            with contextlib.suppress(OSError):  # after an error; finish() has closed it otherwise
-                self._ids.close()
-
-    def encode_with(self, sides: dict[str, TextTokenizer]) -> None:
-        """Encode the files that follow with these, of the same names."""
-        assert sides.keys() == self._sides.keys()
-        self._sides = sides
-
-    def start_source(self, location: Callable[[int], str]) -> None:
-        """The records that follow are of a file whose record numbers `location` turns into places."""
+    def start_source(self, sides: dict[str, TextTokenizer], location: Callable[[int], str]) -> None:
+        """The records that follow are of a file: encoded by `sides`, their numbers turned into places by `location`."""
         assert self._chunk is None or not self._chunk.numbers, "a chunk holds records of one file"
-        first_sides = self._first_sides if self._ids is None else None
         facts = {side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides}
-        self._files.append(File((self._sides, first_sides), location, facts))
+        self._files.append(File((sides, self._sides if self._ids is None else None), location, facts))
         self._start_chunk()
 
     def _start_chunk(self) -> None:
@@ -132,13 +121,16 @@ class StoreWriter:
         number, first = self._lacking[what]
         self._lacking[what] = number + 1, first or where
 
+    def _size_of(self, array: str) -> int:
+        return self._arrays[array].num_items
+
     def flush(self) -> None:
         """Have the chunk encoded, here or by the workers, and append what is ready to the arrays, in order."""
         chunk = self._chunk
         if not chunk.numbers:
             return
         self._start_chunk()
-        if self._workers is None and self._num_texts >= _WORKERS_FROM_TEXTS and count_processes() > 1:
+        if self._workers is None and self._size_of("lengths") >= _WORKERS_FROM_TEXTS and count_processes() > 1:
             self._workers = Workers(count_processes())
         if self._workers is None:
             self._append(chunk, chunk.texts.encode(*chunk.file.encoders))
@@ -159,11 +151,9 @@ class StoreWriter:
                 f"{chunk.where(text)}: {chunk.names[text]} gives no token with this tokenizer; "
                 "remove it, or set a prefix"
             )
-        encoded |= {"offsets": self._num_tokens + np.cumsum(lengths, dtype=np.int64), "lines": chunk.numbers}
-        ends = chunk.texts.ends
+        encoded |= {"offsets": self._size_of("tokens") + np.cumsum(lengths, dtype=np.int64), "lines": chunk.numbers}
         if self._ids is None:
-            encoded |= {"first_text": self._num_texts + np.array(ends), "scores": chunk.scores}
-            self._max_texts = max(self._max_texts, int(np.diff(ends, prepend=0).max()))
+            encoded |= {"first_text": self._size_of("lengths") + np.array(chunk.texts.ends), "scores": chunk.scores}
         else:
             self._ids.writelines(f"{row_id}\n" for row_id in chunk.texts.ids["row_id"])
         for name, values in encoded.items():
@@ -175,47 +165,32 @@ class StoreWriter:
             facts["num_texts"] += int(of_side.sum())
             facts["num_cut"] += int((full_lengths > lengths)[of_side].sum())
             facts["longest"] = max(facts["longest"], int(full_lengths[of_side].max(initial=0)))
-        longest = int(np.argmax(full_lengths))
-        if full_lengths[longest] > self._longest["num_tokens_before_truncation"]:
-            self._longest = {
-                "num_tokens_before_truncation": int(full_lengths[longest]),
-                "num_tokens": int(lengths[longest]),
-                "location": chunk.where(longest),
-                "key": chunk.names[longest],
-            }
-        self._max_tokens = max(self._max_tokens, int(lengths.max()))
-        self._num_tokens += int(lengths.sum())
-        self._num_texts += len(lengths)
-        self._num_records += len(chunk.numbers)
+        # Of the longest that are kept, the one that was longest before.
+        longest = int(np.argmax(np.where(lengths == lengths.max(), full_lengths, 0)))
+        counts = {"num_tokens": int(lengths[longest]), "num_tokens_before_truncation": int(full_lengths[longest])}
+        if tuple(counts.values()) > tuple(self._longest[name] for name in counts):
+            self._longest = counts | {"location": chunk.where(longest), "key": chunk.names[longest]}
         if self._progress is not None:
             self._progress(len(chunk.numbers))
 
-    def finish(
-        self, manifest: dict, locations: Sequence[Callable[[int], str]] = ()
-    ) -> dict[tuple[int, int], BadRecord]:
+    def finish(self, manifest: dict) -> dict[tuple[int, int], BadRecord]:
         """Close the arrays and write the manifest: what the caller knows, and what was counted here.
 
-        Of training records: unless ids conflict, which is returned, as find_conflicts has it. `locations` of each file
-        turn record numbers into places.
+        Of training records: unless ids conflict, which is returned, as find_conflicts has it.
         """
         self._append_pending()
         for array in self._arrays.values():
             array.finish()
         sizes = [file["num_records"] for file in manifest["files"]]
-        conflicts = {} if self._ids is not None else find_conflicts(self._folder, list(zip(sizes, locations)))
-        if conflicts:
+        places = [file.location for file in self._files]
+        if self._ids is None and (conflicts := find_conflicts(self._folder, list(zip(sizes, places)))):
             return conflicts
-        counts = {
-            "num_records": self._num_records,
-            "num_texts": self._num_texts,
-            "num_tokens": self._num_tokens,
-            "max_tokens": self._max_tokens,
-            "longest_text": self._longest,
-        }
+        sizes_of = {"num_records": "lines", "num_texts": "lengths", "num_tokens": "tokens"}
+        counts: dict[str, Any] = {name: self._size_of(array) for name, array in sizes_of.items()}
+        counts["longest_text"] = self._longest
         if self._ids is not None:
             self._ids.close()
         else:
-            counts["max_negatives"] = self._max_texts - 2
             more = write_positives(self._folder, sizes, [file.get("kind", "") for file in manifest["files"]])
             for file, facts in zip(self._files, more):
                 file.facts |= facts

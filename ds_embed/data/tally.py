@@ -1,22 +1,55 @@
-"""What a conversion did with the records it met: written, left out on request, or refused."""
+"""What was done with records: written, refused, or left out on request, counted by reason with the first places."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ds_embed.data.files import BadRecord
-from ds_embed.data.skipping import SkippedRecords, describe_skipped
 
 T = TypeVar("T")
+_PLACES_SHOWN = 3
+
+
+class SkippedRecords:
+    """What was left out so far; `add` takes the error that the record would have been."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, dict[str, Any]] = {}
+
+    def add(self, error: BadRecord) -> None:
+        entry = self._reasons.setdefault(_reason(error.problem), {"number": 0, "first": []})
+        entry["number"] += 1
+        if len(entry["first"]) < _PLACES_SHOWN:
+            entry["first"].append(error.where)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """{reason: {"number": records, "first": [places]}}, the commonest reason first; JSON can hold it."""
+        return dict(sorted(self._reasons.items(), key=lambda item: -item[1]["number"]))
+
+
+def describe_skipped(reasons: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each reason of SkippedRecords.describe."""
+    return [
+        f"{entry['number']:,} skipped: {reason} (at {', '.join(entry['first'])}"
+        + (", ...)" if entry["number"] > len(entry["first"]) else ")")
+        for reason, entry in reasons.items()
+    ]
+
+
+def _reason(problem: str) -> str:
+    """What is wrong, without what differs from record to record: places, ids, counts, details, the cure."""
+    without_names = re.sub(r"\[\d+\]| '.*?'", "", problem)
+    head = re.split(r"[;,(]| than at | at ", without_names)[0].strip()
+    return re.sub(r"\b\d+(?= )", "N", head)
 
 
 class Tally:
     """Counts by name, in the order of their first use, and what was skipped by reason and place."""
 
     def __init__(self, *, skip_bad_records: bool = False, skip_unknown: bool = False):
-        self._skip_bad_records = skip_bad_records
-        self._skip_unknown = skip_unknown
+        self._skip_bad_records, self._skip_unknown = skip_bad_records, skip_unknown
         self.counts: dict[str, int] = {}
         self.skipped = SkippedRecords()
 

@@ -153,7 +153,7 @@ class TextTokenizer:
         would have had without truncation (T, int64).
         """
         if not texts:
-            return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)
+            return np.empty(0, np.int32), *np.empty((2, 0), np.int64)
         id_lists = self._body_ids(texts)
         counts = np.fromiter(map(len, id_lists), np.int64, len(id_lists))
         body = np.fromiter(itertools.chain.from_iterable(id_lists), np.int32, int(counts.sum()))
@@ -172,12 +172,10 @@ class TextTokenizer:
         ends = np.cumsum(lengths)
         tokens = np.empty(int(ends[-1]), np.int32)
         is_body = np.ones(len(tokens), bool)
-        for index, token in enumerate(head):
-            tokens[ends - lengths + index] = token
-            is_body[ends - lengths + index] = False
-        for index, token in enumerate(tail):
-            tokens[ends - len(tail) + index] = token
-            is_body[ends - len(tail) + index] = False
+        for start, around in ((ends - lengths, head), (ends - len(tail), tail)):
+            for index, token in enumerate(around):
+                tokens[start + index] = token
+                is_body[start + index] = False
         tokens[is_body] = body
         return tokens, lengths, counts + num_around
 

@@ -1,7 +1,5 @@
 """Lines of judgments (TREC qrels, BEIR tsv, JSON) and of runs (TREC), one at a time."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@
 Shapes: n texts, D dimensions.
 """
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading
@@ -51,23 +49,14 @@ def benchmark(world: World, model: ModelArguments, text: TextArguments, argument
     UserError for a task, folder or prompt that there is not, for data that can't be had, or for a folder in use.
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
-    tasks = world.on_main("find tasks", lambda: _OnMain(find_tasks(arguments))).value
+    tasks: list[Any] = []  # of rank 0
+    world.on_main("find tasks", lambda: tasks.extend(find_tasks(arguments)))
     options = {"device": world.device, "bf16": arguments.bf16, "micro_batch_tokens": arguments.micro_batch_tokens}
     embedder = Embedder.from_source(find_source(model), model, text, world=world, **options)
     if world.is_main:
         logger.info("\n".join(embedder.card.describe(embedder.tokenizer)))
     own = {"prompts": arguments.prompts_by_key, "instruction_template": arguments.instruction_template}
     share_encoding(world, embedder, lambda shared: measure(MTEBModel(shared, **own), tasks, arguments.output_dir))
-
-
-class _OnMain:
-    """What only rank 0 has: the other ranks get None."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __reduce__(self):
-        return _OnMain, (None,)
 
 
 def find_tasks(arguments: BenchmarkArguments) -> list[Any]:

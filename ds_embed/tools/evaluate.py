@@ -7,21 +7,8 @@ from typing import Any
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, setting
 from ds_embed.settings.index_arguments import SearchIndexArguments
+from ds_embed.vectors import metrics
 from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
-from ds_embed.vectors.metrics import (
-    DEFAULT_MEASURES,
-    SearchRun,
-    evaluate,
-    hint_at_identical,
-    load_run,
-    match_qrels,
-    parse_measures,
-    read_qrels,
-    read_qrels_from_queries,
-    skip_unknown,
-    without_identical,
-    write_results,
-)
 from ds_embed.vectors.significance import compare_runs, describe_comparisons, read_per_query
 from ds_embed.vectors.vectors import read_embeddings
 
@@ -48,7 +35,7 @@ class EvaluateArguments(Settings):
     )
     output_dir: str | None = setting("folder for the results (default: --embeddings)", default=None)
     measures: list[str] = setting(
-        "measures, named as ir-measures names them", default_factory=lambda: list(DEFAULT_MEASURES)
+        "measures, named as ir-measures names them", default_factory=lambda: list(metrics.DEFAULT_MEASURES)
     )
     top_k: int = setting("number of documents kept for each query", default=100, at_least=1)
     write_run: bool = setting("write run.trec, whose ids cannot hold white space", default=True)
@@ -86,24 +73,24 @@ def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments
     """Measure, compare, write the results to --output_dir and print them."""
     # Mistakes that take no time to find come before the vectors are read.
     depth = arguments.top_k if arguments.run_file is None else None  # of a run file all is measured
-    names = [str(measure) for measure in parse_measures(arguments.measures, depth=depth)]
+    names = [str(measure) for measure in metrics.parse_measures(arguments.measures, depth=depth)]
     other = None if arguments.compare is None else read_per_query(arguments.compare, names)
     if arguments.qrels is not None:
-        qrels, source = read_qrels(arguments.qrels), arguments.qrels
+        qrels, source = metrics.read_qrels(arguments.qrels), arguments.qrels
     else:
-        qrels, source = read_qrels_from_queries(arguments.query_files), ", ".join(arguments.query_files)
+        qrels, source = metrics.read_qrels_from_queries(arguments.query_files), ", ".join(arguments.query_files)
     measure = _run_of_vectors if arguments.run_file is None else _run_of_file
     run, qrels, summary = measure(arguments, index, qrels, source, names)
-    if hint := hint_at_identical(run, qrels):
+    if hint := metrics.hint_at_identical(run, qrels):
         print(f"hint: {hint}", flush=True)
-    evaluation = evaluate(run, qrels, names)
+    evaluation = metrics.evaluate(run, qrels, names)
     comparisons = []
     if other is not None and arguments.compare is not None:
         comparisons = compare_runs(evaluation.per_query, other, names, arguments.compare)
         summary |= {"compared_with": arguments.compare, "comparison": [asdict(one) for one in comparisons]}
     output_dir = arguments.output_dir or arguments.embeddings or ""
-    written_run = run if arguments.write_run and isinstance(run, SearchRun) else None
-    paths = write_results(output_dir, written_run, evaluation, summary)
+    written_run = run if arguments.write_run and isinstance(run, metrics.SearchRun) else None
+    paths = metrics.write_results(output_dir, written_run, evaluation, summary)
     print()
     width = max(map(len, names))
     for name in names:
@@ -123,11 +110,11 @@ def _run_of_file(
     if index.index != "exact" or index.index_file is not None:
         raise UserError("--index: there are no vectors to search with --run_file; leave one of them out")
     assert arguments.run_file is not None
-    run = load_run(arguments.run_file)
+    run = metrics.load_run(arguments.run_file)
     if arguments.ignore_identical_ids:
         run = {query: {name: s for name, s in found.items() if name != query} for query, found in run.items()}
     qrels, unknown = _known_judgments(arguments, qrels, list(run), None, source)
-    unjudged = match_qrels(qrels, run, None, source)
+    unjudged = metrics.match_qrels(qrels, run, None, source)
     print(f"queries    {len(run)} of {arguments.run_file}, of which {len(qrels)} judged by {source}")
     return run, qrels, _summary(arguments, qrels, unjudged) | unknown
 
@@ -143,7 +130,7 @@ def _run_of_vectors(
         if dims >= dimensions:
             raise UserError(f"--truncate_dims {dims}: the vectors have {dimensions} dimensions; choose fewer")
     qrels, unknown = _known_judgments(arguments, qrels, queries.ids, documents.ids, source)
-    unjudged = match_qrels(qrels, queries.ids, None if arguments.skip_unknown else documents.ids, source)
+    unjudged = metrics.match_qrels(qrels, queries.ids, None if arguments.skip_unknown else documents.ids, source)
     for vectors in (queries, documents) if arguments.write_run else ():
         if (name := vectors.ids.first_with_white_space()) is not None:
             raise UserError(
@@ -171,7 +158,7 @@ def _run_of_vectors(
         print(f"index      {kind}: recall@{depth} against exact search {recall:.4f} on {sampled} queries")
         summary |= {"index": kind, f"index_recall@{depth}": recall, "index_recall_queries": sampled}
     if arguments.ignore_identical_ids:
-        scores, indices = without_identical(queries.ids, documents.ids, scores, indices, top_k)
+        scores, indices = metrics.without_identical(queries.ids, documents.ids, scores, indices, top_k)
     if arguments.truncate_dims or arguments.quantize:
         summary["compressed_vectors"] = measure_compressed(
             queries,
@@ -185,7 +172,7 @@ def _run_of_vectors(
             device=arguments.device,
             ignore_identical_ids=arguments.ignore_identical_ids,
         )
-    return SearchRun(queries.ids, documents.ids, scores, indices), qrels, summary
+    return metrics.SearchRun(queries.ids, documents.ids, scores, indices), qrels, summary
 
 
 def _summary(arguments: EvaluateArguments, qrels: dict, unjudged: list[str]) -> dict[str, Any]:
@@ -202,7 +189,7 @@ def _known_judgments(
     """The judgments to measure by, and the numbers of unknown ids with --skip_unknown true."""
     if not arguments.skip_unknown:
         return qrels, {}
-    qrels, unknown = skip_unknown(qrels, query_ids, document_ids)
+    qrels, unknown = metrics.skip_unknown(qrels, query_ids, document_ids)
     for name, number in unknown.items():
         if number:
             print(f"warning: {source}: {number} {name.removeprefix('num_').replace('_', ' ')}")

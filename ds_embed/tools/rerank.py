@@ -1,22 +1,20 @@
 """The rerank job: a run's best documents of each query in the order of a reranker's scores.
 
-    OUTPUT.work/chunk_XXXXXX.npy    scores of the pairs of a chunk of queries, a part of the artifact each; removed at the end
+    OUTPUT.work/chunk_XXXXXX.npz    scores of the pairs of a chunk of queries; removed at the end
 
 Shapes: n queries, k documents of a query.
 """
 
-from __future__ import annotations
-
-import io
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ds_embed.artifact.artifact import Artifact
-from ds_embed.artifact.durable import hold_lock, remove, replaced_when_whole
+from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.artifact.identity import identify_large, identify_texts, identify_weights
+from ds_embed.artifact.work import WorkFolder
 from ds_embed.data.records import read_document_texts, read_query_texts
 from ds_embed.job.ranks import World
 from ds_embed.models.reranker import find_reranker
@@ -27,7 +25,7 @@ from ds_embed.vectors.metrics import SearchRun, load_run, rank_documents, write_
 from ds_embed.vectors.search import search
 from ds_embed.vectors.vectors import read_embeddings
 
-KIND = "the work of reranking, form 1"
+KIND = "the work of reranking, form 2"
 CHUNK_QUERIES = 64
 
 logger = logging.getLogger(__name__)
@@ -42,12 +40,14 @@ def rerank(world: World, arguments: RerankArguments) -> None:
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
     output = Path(arguments.output_file).expanduser().resolve()
-    work = _Work(output, arguments)
-    world.on_main("rerank: begin", work.open)
+    made_from = world.on_main("rerank: what decides the output", lambda: _made_from(output, arguments))
+    work = WorkFolder(output.with_name(f"{output.name}.work"), KIND, "--output_file", made_from)
+    if world.on_main("rerank: begin", work.open) and world.is_main:
+        logger.info("going on with what %s holds", work.path)
     candidates = world.on_main("rerank: candidates", lambda: _candidates(arguments))
     texts = _texts(arguments, candidates)
     chunks = [candidates[start : start + CHUNK_QUERIES] for start in range(0, len(candidates), CHUNK_QUERIES)]
-    missing = world.on_main("rerank: chunks", lambda: work.missing(len(chunks)))
+    missing = world.on_main("rerank: chunks", lambda: work.missing_chunks(len(chunks)))
     if missing:
         scorer = CrossEncoder(
             world,
@@ -61,17 +61,42 @@ def rerank(world: World, arguments: RerankArguments) -> None:
         for number in missing:
             pairs = [(texts[0][query], texts[1][name]) for query, names in chunks[number] for name in names]
             scores = scorer.score(pairs)
-            world.on_main(f"rerank: chunk {number}", lambda: work.write(number, scores))
+            world.on_main(f"rerank: chunk {number}", lambda: work.write_chunk(number, scores=scores))
             if world.is_main:
                 logger.info("scored %d of %d chunks of %d queries", number + 1, len(chunks), CHUNK_QUERIES)
-    world.on_main("rerank: output", lambda: work.finish(chunks))
+
+    def finish() -> None:
+        run: dict[str, dict[str, float]] = {}
+        for number, chunk in enumerate(chunks):
+            scores = iter(np.load(work.chunk_path(number), allow_pickle=False)["scores"].tolist())
+            run |= {query: {name: next(scores) for name in names} for query, names in chunk}
+        with replaced_when_whole(output) as file:
+            write_run_lines(file, run, tag="ds_embed_rerank")
+        work.remove()
+        print(f"{len(run):,} queries, reranked, written to {output}")
+
+    world.on_main("rerank: output", finish)
+
+
+def _made_from(output: Path, arguments: RerankArguments) -> dict[str, str]:
+    if output.exists():
+        raise UserError(f"--output_file {output}: is there already; remove it, or choose another name")
+    settings = asdict(arguments)
+    made_from = {name: str(settings[name]) for name in ("top_k", "max_length", "bf16", "micro_batch_tokens")}
+    made_from["model"] = identify_weights(find_reranker(arguments.model_name_or_path).base)
+    made_from |= {name: identify_texts(settings[name]) for name in ("query_files", "doc_files")}
+    if arguments.run_file is not None:
+        return made_from | {"run_file": identify_texts([arguments.run_file])}
+    assert arguments.embeddings is not None
+    return made_from | {"embeddings": identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))}
 
 
 def _candidates(arguments: RerankArguments) -> Candidates:
     """The first top_k documents of each query, best first, of the run file or of exact search."""
     if arguments.run_file is not None:
-        run = load_run(arguments.run_file)
+        run: Any = load_run(arguments.run_file)
     else:
+        assert arguments.embeddings is not None
         queries, documents = read_embeddings(arguments.embeddings)
         depth = min(arguments.top_k, len(documents))
         run = SearchRun(
@@ -89,58 +114,3 @@ def _texts(arguments: RerankArguments, candidates: Candidates) -> tuple[dict[str
                 f"--{flag}: {len(missing):,} of the {len(ids):,} ids to rerank have no text there, such as '{missing[0]}'"
             )
     return found
-
-
-class _Work:
-    """The scores so far, on rank 0."""
-
-    def __init__(self, output: Path, arguments: RerankArguments):
-        self._output, self._arguments = output, arguments
-        self._path = output.with_name(f"{output.name}.work")
-
-    def open(self) -> None:
-        arguments, output = self._arguments, self._output
-        if output.exists():
-            raise UserError(f"--output_file {output}: is there already; remove it, or choose another name")
-        settings = asdict(arguments)
-        made_from = {name: str(settings[name]) for name in ("top_k", "max_length", "bf16", "micro_batch_tokens")}
-        made_from["model"] = identify_weights(find_reranker(arguments.model_name_or_path).base)
-        made_from |= {name: identify_texts(settings[name]) for name in ("query_files", "doc_files")}
-        if arguments.run_file is not None:
-            made_from["run_file"] = identify_texts([arguments.run_file])
-        else:
-            made_from["embeddings"] = identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))
-        self._path.mkdir(parents=True, exist_ok=True)
-        self._lock = hold_lock(self._path, "--output_file", inside=True)
-        self._artifact = Artifact(self._path, KIND, "--output_file", made_from, begun=self._path)
-        if self._artifact.look_begun() == "begun":
-            logger.info("going on with what %s holds", self._path)
-        kept = [part for part in self._artifact.begin() if self._artifact.holds(part)]
-        self._artifact.keep(kept)
-        self._done = {part.file for part in kept}
-
-    def missing(self, num_chunks: int) -> list[int]:
-        return [number for number in range(num_chunks) if _file(number) not in self._done]
-
-    def write(self, number: int, scores: np.ndarray) -> None:
-        content = io.BytesIO()
-        np.save(content, scores)
-        with self._artifact.or_named(str(self._path), "the chunks that are done are kept"):
-            self._artifact.write(_file(number), content.getbuffer())
-            self._artifact.save()
-
-    def finish(self, chunks: list[Candidates]) -> None:
-        run: dict[str, dict[str, float]] = {}
-        for number, chunk in enumerate(chunks):
-            scores = iter(np.load(self._path / _file(number), allow_pickle=False).tolist())
-            run |= {query: {name: next(scores) for name in names} for query, names in chunk}
-        with replaced_when_whole(self._output) as file:
-            write_run_lines(file, run, tag="ds_embed_rerank")
-        if self._lock is not None:
-            self._lock.close()
-        remove(self._path)
-        print(f"{len(run):,} queries, reranked, written to {self._output}")
-
-
-def _file(number: int) -> str:
-    return f"chunk_{number:06d}.npy"

@@ -11,8 +11,8 @@ import numpy as np
 from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.forms import Reading
 from ds_embed.data.order import SampleOrder
-from ds_embed.data.skipping import describe_skipped
 from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
+from ds_embed.data.tally import describe_skipped
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard

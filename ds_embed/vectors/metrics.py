@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import ir_measures
 import numpy as np
@@ -306,7 +306,7 @@ def write_results(output_dir: str | os.PathLike, run, evaluation: Evaluation, su
     return [folder / name for name in names]
 
 
-def write_run_lines(file: TextIO, run, tag: str = "ds_embed") -> None:
+def write_run_lines(file: IO[str], run, tag: str = "ds_embed") -> None:
     """Write `query Q0 document rank score tag` lines; ranks from 1, scores that keep their float32 value.
 
     UserError: an id with white space, which would shift the columns.

@@ -16,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from ds_embed.artifact.artifact import Artifact, inspect
+from ds_embed.artifact.artifact import Artifact
 from ds_embed.artifact.durable import sha256_of
 from ds_embed.settings.errors import UserError
 
@@ -146,13 +146,7 @@ def make_model(output_dir, wheel_path=None):
     # Everything is on this disk: without this, transformers asks the hub about names it sees.
     os.environ["HF_HUB_OFFLINE"] = "1"
     artifact = Artifact(Path(output_dir).absolute(), KIND, "--output_dir", {"gguf": GGUF_SHA256})
-    artifact.path.parent.mkdir(parents=True, exist_ok=True)
-    artifact.claim()
-    if artifact.look() == "whole":
-        # Every byte: a model with flipped bits loads without complaint and trains badly.
-        problem, _ = inspect(artifact.path, KIND)
-        if problem is not None:
-            raise UserError(f"--output_dir {output_dir}: {problem}; remove the folder and run again")
+    if artifact.is_there():
         print(f"{output_dir} is complete: nothing to do")
         return False
     if importlib.util.find_spec("gguf") is None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from function_pairs import LIMITS, read_file
 
-from ds_embed.artifact.artifact import Artifact, inspect
+from ds_embed.artifact.artifact import Artifact
 from ds_embed.settings.errors import UserError
 
 # Raise the form when the same sources would give other pairs, so that older folders are told apart.
@@ -125,12 +125,7 @@ def make_pairs(output_dir, sources, num_test=500, num_workers=1):
         "num_test": str(num_test),
     }
     artifact = Artifact(Path(output_dir).absolute(), KIND, "--output_dir", made_from)
-    artifact.path.parent.mkdir(parents=True, exist_ok=True)
-    artifact.claim()
-    if artifact.look() == "whole":
-        problem, _ = inspect(artifact.path, KIND)
-        if problem is not None:
-            raise UserError(f"--output_dir {output_dir}: {problem}; remove the folder and run again")
+    if artifact.is_there():
         print(f"{output_dir} is complete: nothing to do")
         return False
     files = [file for source in sources for file in list_files(source)]

@@ -4,17 +4,15 @@ Texts stay on disk (text_table.py). What memory holds grows by some 100 bytes an
 some 200 bytes a judgment.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from ds_embed.artifact.durable import folder_when_whole, replaced_when_whole
 from ds_embed.data.files import BadRecord, read_lines
-from ds_embed.data.forms import Columns, RecordFile, parse_training_record
+from ds_embed.data.forms import parse_training_record
 from ds_embed.data.records import TrainingRecord
 from ds_embed.data.retrieval_sets import RetrievalSet
 from ds_embed.data.tally import Tally
@@ -23,7 +21,6 @@ from ds_embed.data.trec import Judgment, unique_judgments, write_beir_qrels
 from ds_embed.tools.convert.tables import table_writer
 
 NumberedRecords = Iterator[tuple[str, TrainingRecord]]
-ParseRow = Callable[[str, dict], Any]
 
 
 def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_negatives: bool) -> NumberedRecords:
@@ -31,23 +28,25 @@ def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_n
 
     With `judged_negatives` the documents that are judged not relevant to the query are its negatives.
     """
-    wanted, negatives = set(), {}
+    wanted: set[str] = set()
+    negatives: dict[str, list[str]] = {}
     for _, judgment in unique_judgments(source.judgments()):
         if judgment.relevance > 0 or judged_negatives:
             wanted.add(judgment.doc_id)
         if judgment.relevance <= 0 and judged_negatives:
             negatives.setdefault(judgment.query_id, []).append(judgment.doc_id)
     with TextTable(work, "document id") as documents, TextTable(work, "query id") as queries:
-        for where, document in source.documents():
-            if document.doc_id in wanted:
-                _add(documents, document.doc_id, document.pos_doc, where, tally)
-        for where, query in source.queries():
-            _add(queries, query.query_id, query.query, where, tally)
+        _keep((item for item in source.documents() if item[1].doc_id in wanted), documents, tally)
+        _keep(source.queries(), queries, tally)
         for where, judgment in unique_judgments(source.judgments()):
             if judgment.relevance <= 0 or not _known(where, judgment, queries, documents, tally):
                 continue
             query_id, doc_id, _ = judgment
-            record = {"query": queries.get(query_id), "pos_doc": documents.get(doc_id), "query_id": query_id}
+            record: dict[str, Any] = {
+                "query": queries.get(query_id),
+                "pos_doc": documents.get(doc_id),
+                "query_id": query_id,
+            }
             texts = [documents.get(name) for name in negatives.get(query_id, ())]
             if None in texts:
                 name = negatives[query_id][texts.index(None)]
@@ -62,9 +61,8 @@ def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_n
 def write_training(path: Path, records: NumberedRecords, tally: Tally) -> None:
     """Our JSONL; keys without a value are left out."""
     with replaced_when_whole(path) as file:
-        for _, record in records:
+        for _, record in tally.counted("training records written", records):
             write_json_line(file, record.as_json())
-            tally.count("training records written")
 
 
 def write_pairs(path: Path, records: NumberedRecords, num_negatives: int, tally: Tally) -> None:
@@ -87,15 +85,11 @@ def write_beir(folder: Path, split: str, source: RetrievalSet, tally: Tally) -> 
         with TextTable(partial, "document id", keep_texts=False) as documents:
             with TextTable(partial, "query id", keep_texts=False) as queries:
                 with replaced_when_whole(partial / "corpus.jsonl") as file:
-                    for where, document in source.documents():
-                        if _add(documents, document.doc_id, document.pos_doc, where, tally):
-                            write_json_line(file, {"_id": document.doc_id, "title": "", "text": document.pos_doc})
-                            tally.count("documents written")
+                    for text, name in tally.counted("documents written", _new(source.documents(), documents, tally)):
+                        write_json_line(file, {"_id": name, "title": "", "text": text})
                 with replaced_when_whole(partial / "queries.jsonl") as file:
-                    for where, query in source.queries():
-                        if _add(queries, query.query_id, query.query, where, tally):
-                            write_json_line(file, {"_id": query.query_id, "text": query.query})
-                            tally.count("queries written")
+                    for text, name in tally.counted("queries written", _new(source.queries(), queries, tally)):
+                        write_json_line(file, {"_id": name, "text": text})
                 judgments = _known_judgments(source, queries, documents, tally)
                 write_beir_qrels(partial / "qrels" / f"{split}.tsv", judgments)
 
@@ -106,12 +100,9 @@ def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
         documents = stack.enter_context(TextTable(partial, "document id", keep_texts=False))
         queries = stack.enter_context(TextTable(partial, "query id"))
         with replaced_when_whole(partial / "docs.jsonl") as file:
-            for where, document in source.documents():
-                if _add(documents, document.doc_id, document.pos_doc, where, tally):
-                    write_json_line(file, document._asdict())
-                    tally.count("documents written")
-        for where, query in source.queries():
-            _add(queries, query.query_id, query.query, where, tally)
+            for text, name in tally.counted("documents written", _new(source.documents(), documents, tally)):
+                write_json_line(file, {"pos_doc": text, "doc_id": name})
+        _keep(source.queries(), queries, tally)
         relevant: dict[str, list[str]] = {}
 
         def judgments() -> Iterator[Judgment]:
@@ -132,20 +123,11 @@ def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
             tally.count("of them without a relevant document", without)
 
 
-def read_columns(
-    paths: Sequence[str], kind: str, words: Sequence[str], parse_row: ParseRow, tally: Tally
-) -> Iterator[tuple[str, Any]]:
-    """(place, parsed row) of files of "queries", "documents", "judgments" or "run", by the words of --columns."""
-    for path in paths:
-        for where, _, parsed in RecordFile(path, parse_row, Columns(words, kind)).read(tally.refuse):
-            yield where, parsed[0]
-
-
 def write_texts(path: Path, kind: str, records: Iterator[tuple[str, Any]], work: Path, tally: Tally) -> None:
     """Our JSONL of "queries" or "documents"; an id with two texts is refused."""
     with TextTable(work, f"{kind} id", keep_texts=False) as table, replaced_when_whole(path) as file:
         for where, record in records:
-            text, name = (record.query, record.query_id) if kind == "queries" else (record.pos_doc, record.doc_id)
+            text, name, *_ = record
             try:
                 if not table.add(name, text, where) and kind == "documents":
                     tally.count("repeated documents left out")
@@ -155,9 +137,9 @@ def write_texts(path: Path, kind: str, records: Iterator[tuple[str, Any]], work:
                 continue
             values = record._asdict()
             doc_ids = list(values.pop("doc_ids", ()))
-            write_json_line(
-                file, values | ({"doc_id": doc_ids[0] if len(doc_ids) == 1 else doc_ids} if doc_ids else {})
-            )
+            if doc_ids:
+                values["doc_id"] = doc_ids[0] if len(doc_ids) == 1 else doc_ids
+            write_json_line(file, values)
             tally.count(f"{kind} written")
 
 
@@ -170,10 +152,10 @@ def training_triples(
     """
     with TextTable(work, "query id") as queries, TextTable(work, "document id") as documents:
         for table, files in ((queries, query_files), (documents, collection_files)):
-            for where, (name, text) in _split_lines(files, ("id", "text"), tally):
-                _add(table, name, text, where, tally)
+            lines = _split_lines(files, ("id", "text"), tally)
+            _keep(((where, cells[::-1]) for where, cells in lines), table, tally)
         for where, cells in _split_lines(paths, ("query", "positive", "negative"), tally):
-            record = dict(zip(("query", "pos_doc", "neg_doc"), cells))
+            record: dict[str, str | None] = dict(zip(("query", "pos_doc", "neg_doc"), cells))
             if query_files:
                 texts = [queries.get(cells[0]), *map(documents.get, cells[1:])]
                 if None in texts:
@@ -188,16 +170,14 @@ def training_triples(
 
 
 def _split_lines(paths: Sequence[str], names: Sequence[str], tally: Tally) -> Iterator[tuple[str, list[str]]]:
-    number = len(names)
+    wanted = f"want {len(names)}, separated by tabs: {', '.join(names)}"
     for path in paths:
         for where, line in read_lines(path):
             cells = line.split("\t")
-            if len(cells) == number:
+            if len(cells) == len(names):
                 yield where, cells
             else:
-                tally.refuse(
-                    BadRecord(where, f"{len(cells)} columns; want {number}, separated by tabs: {', '.join(names)}")
-                )
+                tally.refuse(BadRecord(where, f"{len(cells)} columns; {wanted}"))
 
 
 def _known_judgments(
@@ -218,13 +198,19 @@ def _known(where: str, judgment: Judgment, queries: TextTable, documents: TextTa
     return True
 
 
-def _add(table: TextTable, name: str, text: str, where: str, tally: Tally) -> bool:
-    """Whether the text is new. One id with two texts is refused."""
-    try:
-        return table.add(name, text, where)
-    except BadRecord as error:
-        tally.refuse(error)
-        return False
+def _new(items: Iterable[tuple[str, Sequence[Any]]], table: TextTable, tally: Tally) -> Iterator[tuple[str, str]]:
+    """(text, id) of each (place, record that begins with them) whose id is new. One id with two texts is refused."""
+    for where, (text, name, *_) in items:
+        try:
+            if table.add(name, text, where):
+                yield text, name
+        except BadRecord as error:
+            tally.refuse(error)
+
+
+def _keep(items: Iterable[tuple[str, Sequence[Any]]], table: TextTable, tally: Tally) -> None:
+    for _ in _new(items, table, tally):
+        pass
 
 
 def write_json_line(file: IO, values: Mapping[str, Any]) -> None:

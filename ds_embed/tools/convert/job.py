@@ -1,7 +1,7 @@
 """What recipes/convert.py makes of what: each input read as training records, a retrieval set, rows or judgments."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,11 +9,10 @@ from typing import Any, get_type_hints
 
 from ds_embed.artifact.durable import check_writable_folder, remove
 from ds_embed.data import trec
-from ds_embed.data.forms import Reading, read_training_records
+from ds_embed.data.forms import Columns, Reading, RecordFile, read_training_records
 from ds_embed.data.records import parse_document_record, parse_query_record
 from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
-from ds_embed.data.skipping import describe_skipped
-from ds_embed.data.tally import Tally
+from ds_embed.data.tally import Tally, describe_skipped
 from ds_embed.data.text_table import TextTable
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, setting
@@ -71,7 +70,7 @@ class ConvertArguments(Settings):
     skip_bad_records: bool = setting("leave out and count records that can't be used", default=False)
     skip_unknown: bool = setting("leave out and count judgments and triples whose ids have no text", default=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.output_format not in OUTPUTS[self.input_format]:
             outputs = ", ".join(OUTPUTS[self.input_format])
@@ -134,11 +133,13 @@ def _write(arguments: ConvertArguments, output: Path, work: Path, tally: Tally) 
             else:
                 conversions.write_beir(output, arguments.split, source, tally)
     elif target in ("queries", "documents"):
-        conversions.write_texts(output, target, _rows(arguments, target, _text_parser(arguments), tally), work, tally)
+        parse_document = partial(parse_document_record, join_titles=arguments.join_titles)
+        parse = parse_query_record if target == "queries" else parse_document
+        conversions.write_texts(output, target, _rows(arguments, target, parse, tally), work, tally)
     elif target in _QRELS_OUTPUTS:
-        write = trec.write_trec_qrels if target == "trec_qrels" else trec.write_beir_qrels
+        write_qrels = trec.write_trec_qrels if target == "trec_qrels" else trec.write_beir_qrels
         unique = trec.unique_judgments(_judgments(arguments, tally))
-        write(output, tally.counted("judgments written", (judgment for _, judgment in unique)))
+        write_qrels(output, tally.counted("judgments written", (judgment for _, judgment in unique)))
     elif target == "trec_run":
         lines = (line for _, line in _rows(arguments, "run", trec.run_line, tally))
         trec.write_trec_run(output, tally.counted("lines written", lines), "converted")
@@ -163,15 +164,12 @@ def _records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversio
 
 
 def _rows(
-    arguments: ConvertArguments, kind: str, parse: conversions.ParseRow, tally: Tally
+    arguments: ConvertArguments, kind: str, parse: Callable[[str, dict], Any], tally: Tally
 ) -> Iterator[tuple[str, Any]]:
-    return conversions.read_columns(arguments.input, kind, arguments.columns, parse, tally)
-
-
-def _text_parser(arguments: ConvertArguments) -> conversions.ParseRow:
-    if arguments.output_format == "queries":
-        return parse_query_record
-    return partial(parse_document_record, join_titles=arguments.join_titles)
+    """(place, parsed row) of files of "queries", "documents", "judgments" or "run", by the words of --columns."""
+    for path in arguments.input:
+        for where, _, parsed in RecordFile(path, parse, Columns(arguments.columns, kind)).read(tally.refuse):
+            yield where, parsed[0]
 
 
 def _retrieval_set(arguments: ConvertArguments, tally: Tally) -> RetrievalSet:

@@ -1,7 +1,5 @@
 """Rows written as JSONL, CSV, TSV or Parquet, by column name, one at a time."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +14,7 @@ from ds_embed.settings.errors import UserError
 _ROWS_AT_ONCE = 1000
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
-WriteRow = Callable[[Mapping[str, Any]], None]
+WriteRow = Callable[[Mapping[str, Any]], object]
 
 
 @contextmanager

@@ -39,15 +39,27 @@ def check_alike(names: Sequence[str], sources: Sequence[ModelSource]) -> None:
                 )
 
 
-def average(names: Sequence[str], shares: Sequence[float], load: Callable[[int], Embedder]) -> Embedder:
-    """The first run with the mean of all; `load` gives each, whole, in float32. UserError when weights don't fit."""
-    mean = load(0)
+def average(
+    names: Sequence[str],
+    sources: Sequence[ModelSource],
+    shares: Sequence[float],
+    load: Callable[[ModelSource], Embedder],
+) -> Embedder:
+    """The first run with the mean of all, in float32. UserError when weights don't fit."""
+
+    def whole(source: ModelSource) -> Embedder:
+        run = load(source)
+        if source.is_adapted:
+            run.encoder.backbone = run.encoder.backbone.merge_and_unload(safe_merge=True)
+        return run
+
+    mean = whole(sources[0])
     tensors = dict(mean.encoder.named_parameters())
     with torch.no_grad():
         for tensor in tensors.values():
             tensor.mul_(shares[0])
         for number in range(1, len(names)):
-            other = load(number)
+            other = whole(sources[number])
             found = dict(other.encoder.named_parameters())
             shapes, known = ({name: tuple(t.shape) for name, t in table.items()} for table in (found, tensors))
             odd = sorted(name for name in shapes.keys() | known.keys() if shapes.get(name) != known.get(name))

@@ -110,27 +110,21 @@ def vectors_here(embedder: Embedder, texts: list[str]) -> np.ndarray:
 
 
 def vectors_of_transformers(
-    folder: Path,
-    base: str | None,
-    card: EmbeddingCard,
-    texts: list[str],
-    dtype: torch.dtype,
-    device: str,
-    trust_remote_code: bool,
+    folder: Path, base: str | None, card: EmbeddingCard, texts: list[str], device: str, trust: bool, dtype: torch.dtype
 ) -> np.ndarray:
     """With AutoModel, AutoTokenizer and pooling alone; with PEFT too where `folder` is an adapter on `base`."""
     from transformers import AutoConfig, AutoTokenizer
 
     whole = base or str(folder)
-    config = AutoConfig.from_pretrained(whole, trust_remote_code=trust_remote_code)
-    options = {"trust_remote_code": trust_remote_code, **without_pooler(config)}
+    config = AutoConfig.from_pretrained(whole, trust_remote_code=trust)
+    options = {"trust_remote_code": trust, **without_pooler(config)}
     model = auto_class(config).from_pretrained(whole, dtype=dtype, **options)
     if base is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder)).to(dtype)
     model = model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust)
     rows = []
     for text_format in card.text_formats():
         for start in range(0, len(texts), 8):
@@ -149,14 +143,12 @@ def vectors_of_transformers(
 
 
 def vectors_of_sentence_transformers(
-    folder: Path, texts: list[str], dtype: torch.dtype, device: str, trust_remote_code: bool
+    folder: Path, texts: list[str], device: str, trust: bool, dtype: torch.dtype
 ) -> np.ndarray:
     from sentence_transformers import SentenceTransformer
 
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)  # it reports every load
-    model = SentenceTransformer(
-        str(folder), device=device, trust_remote_code=trust_remote_code, model_kwargs={"dtype": dtype}
-    )
+    model = SentenceTransformer(str(folder), device=device, trust_remote_code=trust, model_kwargs={"dtype": dtype})
     sides = (model.encode_query, model.encode_document)
     encoded = [encode(texts, convert_to_tensor=True, show_progress_bar=False) for encode in sides]
     return torch.cat(encoded).float().cpu().numpy()

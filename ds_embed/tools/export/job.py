@@ -2,10 +2,9 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,18 +18,9 @@ from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.export_arguments import ExportArguments
+from ds_embed.tools.export import check
 from ds_embed.tools.export.average import average, check_alike, shares_of
-from ds_embed.tools.export.check import (
-    MIN_COSINE,
-    MIN_COSINE_ROUNDED,
-    Agreement,
-    check_texts,
-    odd_tokens,
-    spelled_texts,
-    vectors_here,
-    vectors_of_sentence_transformers,
-    vectors_of_transformers,
-)
 from ds_embed.tools.export.readme import is_plain, readme
 from ds_embed.vectors.embedder import Embedder
 
@@ -42,58 +32,46 @@ _LOAD = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(
-    runs: Sequence[str],
-    output_format: str,
-    output_dir: str,
-    *,
-    step: int | None = None,
-    weights: Sequence[float] = (),
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-) -> None:
-    """Write output_dir, which must be free, and print a line per check.
+def export(arguments: ExportArguments) -> None:
+    """Write --output_dir, which must be free, and print a line per check.
 
-    runs: one, or several whose mean is written, each counting as `weights` say; default alike. dtype: of the weights on disk, or auto for that of the base model. UserError when the run can't be
-    exported so, or when the library that the format is for gives other vectors; nothing is left then.
+    UserError when the run can't be exported so, or when the library that the format is for gives other vectors; nothing
+    is left then.
     """
-    target = Path(output_dir).expanduser().resolve()
+    target = Path(arguments.output_dir).expanduser().resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--output_dir {output_dir}: exists and is not empty; choose another")
-    flag = "run" if len(runs) == 1 else "average"
-    if flag == "average" and output_format == "adapter":
-        raise UserError("--format adapter: the mean of runs is a whole model; choose merged or sentence-transformers")
-    shares = shares_of(weights, len(runs))
-    sources = [_find_run(run, flag, step, output_format) for run in runs]
+        raise UserError(f"--output_dir {arguments.output_dir}: exists and is not empty; choose another")
+    runs = arguments.average or [arguments.run]
+    shares = shares_of(arguments.weights, len(runs))
+    sources = [_find_run(run, arguments) for run in runs]
     check_alike(runs, sources)
-    source = sources[0]
-    needs_modules = output_format == "sentence-transformers" or not is_plain(source.card)
+    needs_modules = arguments.format == "sentence-transformers" or not is_plain(sources[0].card)
     if needs_modules and importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
-            f"--format {output_format}: the package sentence-transformers is not installed; "
+            f"--format {arguments.format}: the package sentence-transformers is not installed; "
             "pip install sentence-transformers, or ds_embed as pip install -e '.[export]'"
         )
     # transformers imports DeepSpeed, where there is one, while it saves: it would warn that it had to find out.
-    os.environ.setdefault("DS_ACCELERATOR", torch.device(device).type)
-    job = _Export(runs, sources, shares, output_format, dtype, device, trust_remote_code)
+    os.environ.setdefault("DS_ACCELERATOR", torch.device(arguments.device).type)
+    job = _Export(arguments, runs, sources, shares)
     with folder_when_whole(target) as folder:
         job.fill(folder, target.name)
     print(f"written to {target}")
-    print("load it with " + _LOAD[output_format].format(target) + "; README.md has more")
+    print("load it with " + _LOAD[arguments.format].format(target) + "; README.md has more")
 
 
-def _find_run(run: str, flag: str, step: int | None, output_format: str) -> ModelSource:
-    source = find_model(run, flag=flag, step=step)
+def _find_run(run: str, arguments: ExportArguments) -> ModelSource:
+    flag = "average" if arguments.average else "run"
+    source = find_model(run, flag=flag, step=arguments.step)
     if source.card is None:
         raise UserError(f"--{flag} {run}: has no ds_embed.json, so it is no model that ds_embed has trained")
     for prefix in (source.card.query_prefix, source.card.doc_prefix):
         if TEXT_PLACE in prefix:
             raise UserError(
-                f"--format {output_format}: this run's prefix {prefix!r} goes on behind the text, and other libraries only "
+                f"--format {arguments.format}: this run's prefix {prefix!r} goes on behind the text, and other libraries only "
                 "put something in front of it; use ds_embed.Embedder or recipes/generate.py"
             )
-    if output_format == "adapter" and not source.is_adapted:
+    if arguments.format == "adapter" and not source.is_adapted:
         raise UserError(
             f"--format adapter: {run} was trained with all weights (--lora_rank 0) and has no adapter; "
             "choose --format merged or sentence-transformers"
@@ -104,16 +82,7 @@ def _find_run(run: str, flag: str, step: int | None, output_format: str) -> Mode
 class _Export:
     """One export: the run in float32, what it gives for the check texts, and where the parts go."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        sources: Sequence[ModelSource],
-        shares: Sequence[float],
-        output_format: str,
-        dtype: str,
-        device: str,
-        trust_remote_code: bool,
-    ):
+    def __init__(self, arguments: ExportArguments, names: list[str], sources: list[ModelSource], shares: list[float]):
         self.source = source = sources[0]
         self.card: EmbeddingCard = source.card
         if source.is_adapted:
@@ -121,25 +90,22 @@ class _Export:
         if len(sources) > 1:
             most = max(one.card.consumed_samples for one in sources)
             self.card = replace(self.card, consumed_samples=most, temperature=None)
-        self.output_format = output_format
-        self.device = device
-        self.trust_remote_code = trust_remote_code
-        self.config = load_config(source, trust_remote_code)
+        self.output_format, self.device = arguments.format, arguments.device
+        self.trust_remote_code = arguments.trust_remote_code
+        self.config = load_config(source, self.trust_remote_code)
         self.direction: dict[str, bool] = {}  # what config.json has to say of a decoder made bidirectional
-        if self.card.bidirectional and kind_of(self.config, trust_remote_code, source.base).is_causal:
+        if self.card.bidirectional and kind_of(self.config, self.trust_remote_code, source.base).is_causal:
             self.direction = self._find_direction()
         self.base_dtype = self.config.dtype or torch.float32
-        self.dtype = self.base_dtype if dtype == "auto" else DTYPES[dtype]
-        if len(sources) > 1:
-            self.run = average(names, shares, lambda number: self._merged(sources[number]))
-        else:
-            self.run = self._embedder(source)
-        # Whether the weights that are written are computed here, in float32.
-        self.is_computed = source.is_adapted or len(sources) > 1
+        self.dtype = self.base_dtype if arguments.dtype == "auto" else DTYPES[arguments.dtype]
         self.needs_merging = source.is_adapted and len(sources) == 1
+        # Weights that are computed here are float32; others are what they were in the base's type too.
+        is_computed = source.is_adapted or len(sources) > 1
+        self.is_exact = self.dtype == torch.float32 or (not is_computed and self.dtype == self.base_dtype)
+        self.run = self._embedder(source) if len(sources) == 1 else average(names, sources, shares, self._embedder)
         self.tokenizer = self_contained(self.run.tokenizer, self.card)
-        self.texts = check_texts(self.run.tokenizer, self.card)
-        self.vectors = vectors_here(self.run, self.texts)
+        self.texts = check.check_texts(self.run.tokenizer, self.card)
+        self.vectors = check.vectors_here(self.run, self.texts)
 
     def _find_direction(self) -> dict[str, bool]:
         """What direction_in_config gives for this model; UserError if nothing, or for an adapter."""
@@ -163,12 +129,10 @@ class _Export:
             self._write_weights(folder)
         hidden_size = self.config.get_text_config().hidden_size
         write_modules(folder, self.card, hidden_size, self.run.encoder.head.state_dict(), model_options)
-        if self.output_format == "sentence-transformers":
-            if self.card.query_max_length != self.card.doc_max_length:
-                notes.append(
-                    f"encode_query cuts at {self.card.query_max_length} tokens and encode_document at "
-                    f"{self.card.doc_max_length}; encode with prompt_name cuts both at the larger"
-                )
+        lengths = self.card.query_max_length, self.card.doc_max_length
+        if self.output_format == "sentence-transformers" and lengths[0] != lengths[1]:
+            cuts = "encode_query cuts at {} tokens and encode_document at {}".format(*lengths)
+            notes.append(f"{cuts}; encode with prompt_name cuts both at the larger")
         page = readme(self.card, name, self.output_format, bool(model_options), notes)
         (folder / "README.md").write_text(page, "utf-8")
         self.run = None  # one model at a time in memory
@@ -181,26 +145,19 @@ class _Export:
         text = TextArguments()
         return Embedder.from_source(source, model, text, device=self.device, bf16=False, keep_weights=True)
 
-    def _merged(self, source: ModelSource) -> Embedder:
-        """The run as a whole model."""
-        run = self._embedder(source)
-        if source.is_adapted:
-            run.encoder.backbone = run.encoder.backbone.merge_and_unload(safe_merge=True)
-        return run
-
     def _check_tokens(self, folder: Path) -> list[str]:
         """Compare token ids; returns what a user must know about texts that spell control tokens."""
         from transformers import AutoTokenizer
 
         exported = AutoTokenizer.from_pretrained(folder)
-        odd = odd_tokens(self.run.tokenizer, exported, self.card, self.texts)
+        odd = check.odd_tokens(self.run.tokenizer, exported, self.card, self.texts)
         if odd:
             raise UserError(
                 f"--run {self.source.tokenizer}: this tokenizer can't be made to do by itself what ds_embed does with "
                 f"it: {odd[0]!r} gets other tokens; nothing was written"
             )
         print(f"checked tokens: {len(self.texts)} texts as query and as document have the ids of the run")
-        odd = odd_tokens(self.run.tokenizer, exported, self.card, spelled_texts(self.run.tokenizer))
+        odd = check.odd_tokens(self.run.tokenizer, exported, self.card, check.spelled_texts(self.run.tokenizer))
         if not odd:
             return []
         return [f"texts that spell a control or added token, as in {odd[0]!r}, have other tokens than in ds_embed"]
@@ -209,44 +166,33 @@ class _Export:
         backbone = self.run.encoder.backbone
         if self.needs_merging:
             backbone = self.run.encoder.backbone = backbone.merge_and_unload(safe_merge=True)
-            agreement = Agreement.of(self.vectors, vectors_here(self.run, self.texts))
-            agreement.require(MIN_COSINE, "the adapter merged into the base in float32")
+            agreement = check.Agreement.of(self.vectors, check.vectors_here(self.run, self.texts))
+            agreement.require(check.MIN_COSINE, "the adapter merged into the base in float32")
             print(f"checked merging in float32: {agreement}")
         backbone.config.update(self.direction)
         backbone.to(self.dtype).save_pretrained(folder)
 
     def _check_vectors(self, folder: Path) -> None:
-        exact = self.output_format == "adapter" or self.dtype in (
-            (torch.float32,) if self.is_computed else (torch.float32, self.base_dtype)
-        )
         expected = self.vectors
-        if not exact:
+        if self.output_format != "adapter" and not self.is_exact:
             # The libraries must agree on the weights as they are stored; how far these are from the run is told apart.
-            expected = vectors_here(self._embedder(find_model(str(folder))), self.texts)
-            agreement = Agreement.of(self.vectors, expected)
-            what = f"the model with weights in {_name(self.dtype)} (--dtype float32 keeps them exact)"
-            agreement.require(MIN_COSINE_ROUNDED, what)
-            print(f"checked weights rounded to {_name(self.dtype)}: {agreement}")
-        for library, vectors in self._libraries(folder).items():
-            agreement = Agreement.of(expected, vectors(torch.float32)).require(MIN_COSINE, library)
-            print(f"checked {library} in float32: {agreement}")
-            low = Agreement.of(self.vectors, vectors(torch.bfloat16))
-            print(f"        {library} in bfloat16, for comparison: {low}")
-
-    def _libraries(self, folder: Path) -> dict[str, Any]:
-        """How each library that the format is for computes the vectors of the check texts, in a given dtype."""
+            expected = check.vectors_here(self._embedder(find_model(str(folder))), self.texts)
+            agreement = check.Agreement.of(self.vectors, expected)
+            name = str(self.dtype).removeprefix("torch.")
+            what = f"the model with weights in {name} (--dtype float32 keeps them exact)"
+            agreement.require(check.MIN_COSINE_ROUNDED, what)
+            print(f"checked weights rounded to {name}: {agreement}")
         rest = (self.device, self.trust_remote_code)
-        name = "PeftModel" if self.output_format == "adapter" else "AutoModel"
-        base = self.source.base if self.output_format == "adapter" else None
+        name, base = ("PeftModel", self.source.base) if self.output_format == "adapter" else ("AutoModel", None)
         libraries = {}
         if is_plain(self.card):
-            libraries[name] = lambda dtype: vectors_of_transformers(folder, base, self.card, self.texts, dtype, *rest)
+            libraries[name] = partial(check.vectors_of_transformers, folder, base, self.card, self.texts, *rest)
         if self.output_format == "sentence-transformers" or not libraries:
-            libraries["SentenceTransformer"] = lambda dtype: vectors_of_sentence_transformers(
-                folder, self.texts, dtype, *rest
+            libraries["SentenceTransformer"] = partial(
+                check.vectors_of_sentence_transformers, folder, self.texts, *rest
             )
-        return libraries
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        for library, vectors in libraries.items():
+            agreement = check.Agreement.of(expected, vectors(torch.float32)).require(check.MIN_COSINE, library)
+            print(f"checked {library} in float32: {agreement}")
+            low = check.Agreement.of(self.vectors, vectors(torch.bfloat16))
+            print(f"        {library} in bfloat16, for comparison: {low}")

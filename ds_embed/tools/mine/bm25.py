@@ -6,8 +6,6 @@ is and how long documents are is counted over all documents that are scored, pos
 Shapes: n queries, M candidates, k kept documents, p pairs.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable

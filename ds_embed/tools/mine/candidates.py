@@ -3,8 +3,6 @@
 Shapes: n queries, k kept documents, p pairs, D dimensions.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from ds_embed.job.ranks import World
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
-from ds_embed.tools.mine.catalog import NAMES, Catalog, table_path
+from ds_embed.tools.mine.catalog import TABLES, Catalog
 from ds_embed.vectors.generate import generate
 from ds_embed.vectors.search import pair_scores
 from ds_embed.vectors.sharded_search import search_sharded
@@ -63,18 +61,24 @@ def obtain_vectors(
     paths = world.on_main("mining: vectors that are there", known)
     if paths is not None:
         return paths
-    if arguments.embeddings is None:
-        embeddings = generate(world, model, text, _encode_arguments(folder, arguments))
-    else:
-        embeddings = Path(arguments.embeddings)
+    embeddings: str | Path | None = arguments.embeddings
+    if embeddings is None:
+        encode = EncodeArguments(
+            deepspeed=arguments.deepspeed,
+            bf16=arguments.bf16,
+            query_files=[str(folder / "catalog" / TABLES["queries"][0])],
+            doc_files=[str(folder / "catalog" / TABLES["documents"][0])],
+            output_prefix=str(folder / "vectors"),
+            micro_batch_tokens=arguments.micro_batch_tokens,
+            cache_dir=str(folder / "tokens"),
+        )
+        embeddings = generate(world, model, text, encode)
 
     def take() -> dict[str, str]:
-        queries, documents = read_embeddings(embeddings)
-        if arguments.embeddings is not None:
-            queries, documents = (_by_name(vectors, folder, name) for vectors, name in zip((queries, documents), NAMES))
-        paths = {"queries": str(queries), "documents": str(documents)}
-        if arguments.embeddings is None:
-            paths = {"queries": str(queries.path.resolve()), "documents": str(documents.path.resolve())}
+        paths = {}
+        for kind, vectors in zip(TABLES, read_embeddings(str(embeddings))):
+            is_ours = arguments.embeddings is None
+            paths[kind] = str(vectors.path.resolve() if is_ours else _by_name(vectors, folder, kind))
         with replaced_when_whole(done) as file:
             json.dump(paths, file)
         return paths
@@ -82,31 +86,19 @@ def obtain_vectors(
     return world.on_main("mining: vectors", take)
 
 
-def _encode_arguments(folder: Path, arguments: MiningArguments) -> EncodeArguments:
-    return EncodeArguments(
-        deepspeed=arguments.deepspeed,
-        bf16=arguments.bf16,
-        query_files=[str(table_path(folder / "catalog", "queries"))],
-        doc_files=[str(table_path(folder / "catalog", "documents"))],
-        output_prefix=str(folder / "vectors"),
-        micro_batch_tokens=arguments.micro_batch_tokens,
-        cache_dir=str(folder / "tokens"),
-    )
-
-
-def _by_name(vectors: Vectors, folder: Path, names_file: str) -> Path:
+def _by_name(vectors: Vectors, folder: Path, kind: str) -> Path:
     """A file with the rows of these ids, in the order of the table."""
-    names = (folder / "catalog" / names_file).read_text(encoding="utf-8").split("\n")[:-1]
+    names = (folder / "catalog" / f"{kind}.names").read_text(encoding="utf-8").split("\n")[:-1]
     row_of = {name: row for row, name in enumerate(vectors.ids)}
     missing = [name for name in names if name not in row_of]
     if missing:
-        kind, flag = ("query_id", "query_files") if names_file == NAMES[0] else ("doc_id", "doc_files")
+        flag = "query_files" if kind == "queries" else "doc_files"
         raise UserError(
             f"--embeddings: {len(missing)} of {len(names)} texts have no vector in {vectors.path}, such as that of "
-            f"{kind} '{missing[0]}'; encode them too (--{flag} of recipes/generate.py)"
+            f"{TABLES[kind][2]} '{missing[0]}'; encode them too (--{flag} of recipes/generate.py)"
         )
     rows = np.array([row_of[name] for name in names], dtype=np.int64)
-    path = folder / f"{names_file.removesuffix('.names')}.npy"
+    path = folder / f"{kind}.npy"
     copy = np.lib.format.open_memmap(path, "w+", np.float32, (len(rows), vectors.rows.shape[1]))
     for start in range(0, len(rows), _COPIED_ROWS):
         copy[start : start + _COPIED_ROWS] = vectors.rows[rows[start : start + _COPIED_ROWS]]

@@ -20,6 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 import orjson
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ds_embed.data.forms import Reading, read_training_records
 from ds_embed.data.identity import content_key, ranges, token_keys
@@ -29,9 +31,8 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
 
 _TEXTS_AT_ONCE = 1024
-NAMES = ("query.names", "doc.names")  # the users' ids of the tables' rows, one a line
-# kind: (file, key of the text, key of the id), as recipes/generate.py reads them
-_TABLES = {"queries": ("queries.jsonl", "query", "query_id"), "documents": ("documents.jsonl", "pos_doc", "doc_id")}
+# kind: (file, key of the text, key of the id), as recipes/generate.py reads them; KIND.names has the users' ids by row
+TABLES = {"queries": ("queries.jsonl", "query", "query_id"), "documents": ("documents.jsonl", "pos_doc", "doc_id")}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Ragged:
     values: np.ndarray
 
     @classmethod
-    def of_pairs(cls, owners: np.ndarray, values: np.ndarray, num_owners: int) -> Ragged:
+    def of_pairs(cls, owners: np.ndarray, values: np.ndarray | array, num_owners: int) -> Ragged:
         """Distinct (owner, value) pairs as the ascending list of each owner."""
         pairs = np.unique(np.stack([owners, values], axis=1), axis=0) if len(owners) else np.empty((0, 2), np.int64)
         return cls(np.searchsorted(pairs[:, 0], np.arange(num_owners + 1)), np.ascontiguousarray(pairs[:, 1]))
@@ -89,25 +90,16 @@ class Catalog:
     positives: Ragged  # of groups: the positive documents of all its records
     excluded: Ragged  # of groups: those, documents that share a doc_id with one, and the queries' own texts
 
-    @property
-    def num_records(self) -> int:
-        return len(self.record_queries)
-
     @classmethod
     def open(cls, folder: Path) -> Catalog:
         arrays = {path.stem: np.load(path, mmap_mode="r").view(np.ndarray) for path in folder.glob("*.npy")}
-        texts = {kind: Texts(folder / name, arrays[f"{kind}_offsets"], key) for kind, (name, key, _) in _TABLES.items()}
-        ragged = {
-            name: Ragged(arrays[f"{name}_first"], arrays[f"{name}_values"])
-            for name in ("existing", "positives", "excluded")
+        texts: dict[str, Any] = {
+            kind: Texts(folder / name, arrays[f"{kind}_offsets"], key) for kind, (name, key, _) in TABLES.items()
         }
-        plain = {name: arrays[name] for name in ("record_queries", "record_positives", "groups")}
+        lists = ("existing", "positives", "excluded")
+        ragged: dict[str, Any] = {name: Ragged(arrays[f"{name}_first"], arrays[f"{name}_values"]) for name in lists}
+        plain: dict[str, Any] = {name: arrays[name] for name in ("record_queries", "record_positives", "groups")}
         return cls(folder, json.loads((folder / "catalog.json").read_text())["candidates"], **texts, **plain, **ragged)
-
-
-def table_path(folder: Path, kind: str) -> Path:
-    """The JSONL file of "queries" or "documents", whose ids are the row numbers."""
-    return folder / _TABLES[kind][0]
 
 
 def match_key(text: str, normalized: bool) -> int:
@@ -126,8 +118,8 @@ class _Table:
     id_key: str
     rows: dict[int, int] = field(default_factory=dict)
     offsets: array = field(default_factory=lambda: array("q", [0]))
-    names: list[str] | None = None  # the users' ids, where they are needed
-    named: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # row and file of each of these
+    names: list[str | None] | None = None  # the users' ids, where they are needed
+    named: dict[str | None, tuple[int, str | None]] = field(default_factory=dict)  # row and file of each of these
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -166,16 +158,14 @@ class CatalogBuilder:
     `tokenizers` of queries and documents, where there are some: texts of the same tokens are one, as in training.
     """
 
-    def __init__(
-        self, folder: Path, arguments: MiningArguments, tokenizers: tuple[TextTokenizer, TextTokenizer] | None = None
-    ):
+    def __init__(self, folder: Path, arguments: MiningArguments, tokenizers: tuple[TextTokenizer, ...] | None = None):
         self._folder, self._arguments, self._tokenizers = folder, arguments, tokenizers
         self._needs_ids = arguments.embeddings is not None
         self._normalized = arguments.match_positives == "normalized"
-        names = [] if self._needs_ids else None
-        files = {kind: (open(folder / name, "wb"), key, id_key) for kind, (name, key, id_key) in _TABLES.items()}
-        self.queries = _Table(*files["queries"], names=names)
-        self.documents = _Table(*files["documents"], names=None if names is None else [])
+        self.queries, self.documents = (
+            _Table(open(folder / name, "wb"), key, id_key, names=[] if self._needs_ids else None)
+            for name, key, id_key in TABLES.values()
+        )
         self._rows_of_id: dict[tuple[str | None, str], list[int]] = {}  # by file and id; None is all of doc_files
         self._counts = {"repeated_documents": 0, "blank_documents": 0}
 
@@ -187,15 +177,13 @@ class CatalogBuilder:
         if not num_candidates:
             raise UserError("--doc_files: hold no document with a text, so there is nothing to choose from")
         relations = self._relations()
-        self.queries.file.close()
-        self.documents.file.close()
         for name, values in relations.items():
             np.save(self._folder / f"{name}.npy", values)
-        for kind, table in (("queries", self.queries), ("documents", self.documents)):
+        for kind, table in zip(TABLES, (self.queries, self.documents)):
+            table.file.close()
             np.save(self._folder / f"{kind}_offsets.npy", np.frombuffer(table.offsets, dtype=np.int64))
-        for name, table in zip(NAMES, (self.queries, self.documents)):
             if table.names is not None:
-                (self._folder / name).write_text("".join(f"{id_}\n" for id_ in table.names), encoding="utf-8")
+                (self._folder / f"{kind}.names").write_text("".join(f"{id_}\n" for id_ in table.names), "utf-8")
         counts = {
             "records": len(relations["record_queries"]),
             "queries": len(self.queries),
@@ -212,7 +200,7 @@ class CatalogBuilder:
         while block := list(itertools.islice(items, _TEXTS_AT_ONCE)):
             texts = [texts_of(item) for item in block]
             flat = [text for of_item in texts for text in of_item]
-            keys = [(match_key(text, self._normalized),) for text in flat]
+            keys: list[tuple[int, ...]] = [(match_key(text, self._normalized),) for text in flat]
             if self._tokenizers is not None:
                 tokens, lengths, _ = self._tokenizers[side].encode_flat(flat)
                 keys = [(*key, token_key) for key, token_key in zip(keys, token_keys(tokens, lengths).tolist())]
@@ -260,9 +248,9 @@ class CatalogBuilder:
 
     def _relations(self) -> dict[str, np.ndarray]:
         record_queries, record_positives = array("q"), array("q")
-        existing_records, existing_rows = array("q"), array("q")
-        positive_rows_of_record: list[tuple[int, ...]] = []
-        groups = _Groups()
+        existing_records, existing_rows, excluded_records, excluded_rows = (array("q") for _ in range(4))
+        same_group = array("q")  # pairs of queries
+        first_query: dict[Any, int] = {}  # of what queries share
         repeated = self._counts["repeated_documents"]
         keep = self._arguments.keep_existing
 
@@ -278,15 +266,18 @@ class CatalogBuilder:
                     f"{where}: query_id is missing, by which --embeddings has its vector; give every record its query_id"
                 )
             query = self.queries.row((content_key(record.query),), record.query, record.query_id, path, where)
-            groups.join(query, *(("text", key) for key in query_keys), record.query_id and (path, record.query_id))
+            for shared in (*query_keys, record.query_id and (path, record.query_id)):
+                if shared is not None:
+                    same_group.extend((query, first_query.setdefault(shared, query)))
             record_queries.append(query)
             record_positives.append(self._add_document(path, where, record.pos_doc, keys, record.doc_id))
             # A record's doc_id is that of its file, and names a document of doc_files.
             places = [] if record.doc_id is None else [(path, record.doc_id), (None, record.doc_id)]
             same_id = [row for place in places for row in self._rows_of_id.get(place, [])]
             # A text may be one with two others, by its words and by its tokens; and a query is no negative of itself.
-            same = self.documents.found((*keys, query_keys[0]))
-            positive_rows_of_record.append((*same_id, *same))
+            excluded = (record_positives[-1], *same_id, *self.documents.found((*keys, query_keys[0])))
+            excluded_records.extend([number] * len(excluded))
+            excluded_rows.extend(excluded)
             cure = "leave --keep_existing out, or let --model_name_or_path encode it"
             for negative, negative_keys in zip(record.neg_docs, negatives_keys):
                 known = self.documents.found(negative_keys)
@@ -295,51 +286,19 @@ class CatalogBuilder:
                     known[0] if known else self._add_document(path, where, negative, negative_keys, None, cure)
                 )
         self._counts["repeated_documents"] = repeated  # those of the corpus, not of this second reading
-        return self._as_arrays(
-            groups, record_queries, record_positives, positive_rows_of_record, existing_records, existing_rows
-        )
-
-    def _as_arrays(self, groups, record_queries, record_positives, positive_rows, existing_records, existing_rows):
-        record_queries, record_positives = (np.array(a, dtype=np.int64) for a in (record_queries, record_positives))
-        of_query = groups.of_queries(len(self.queries))
-        num_groups = int(of_query.max()) + 1
-        of_record = of_query[record_queries]
-        positives = Ragged.of_pairs(of_record, record_positives, num_groups)
-        more = np.repeat(of_record, [len(rows) for rows in positive_rows])
-        flat = np.fromiter((row for rows in positive_rows for row in rows), np.int64, len(more))
-        excluded = Ragged.of_pairs(
-            np.concatenate([of_record, more]), np.concatenate([record_positives, flat]), num_groups
-        )
-        owners = np.array(existing_records, dtype=np.int64)
-        first = np.searchsorted(owners, np.arange(len(record_queries) + 1))
-        existing = Ragged(first, np.array(existing_rows, dtype=np.int64))  # in the records' own order
-        relations = {"record_queries": record_queries, "record_positives": record_positives, "groups": of_query}
-        for name, ragged in (("positives", positives), ("excluded", excluded), ("existing", existing)):
-            relations |= {f"{name}_first": ragged.first, f"{name}_values": ragged.values}
-        return relations
-
-
-class _Groups:
-    """Queries joined by what they share (union-find)."""
-
-    def __init__(self):
-        self._parents: list[int] = []
-        self._first: dict[tuple[str, int | str], int] = {}
-
-    def join(self, query: int, *keys: tuple[str, int | str] | None) -> None:
-        while len(self._parents) <= query:
-            self._parents.append(len(self._parents))
-        for key in keys:
-            if key is not None:
-                self._parents[self._root(query)] = self._root(self._first.setdefault(key, query))
-
-    def _root(self, query: int) -> int:
-        while self._parents[query] != query:
-            self._parents[query] = self._parents[self._parents[query]]
-            query = self._parents[query]
-        return query
-
-    def of_queries(self, num_queries: int) -> np.ndarray:
-        """Group number (Q,) of each query."""
-        roots = np.array([self._root(query) for query in range(num_queries)], dtype=np.int64)
-        return np.unique(roots, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        pairs = np.array(same_group, np.int64).reshape(-1, 2)
+        graph = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(len(self.queries), len(self.queries)))
+        num_groups, groups = connected_components(graph, directed=False)
+        of_record = groups[np.array(record_queries)]
+        lists = {
+            "positives": Ragged.of_pairs(of_record, record_positives, num_groups),
+            "excluded": Ragged.of_pairs(of_record[np.array(excluded_records)], excluded_rows, num_groups),
+            # In the records' own order.
+            "existing": Ragged(
+                np.searchsorted(existing_records, np.arange(len(of_record) + 1)), np.array(existing_rows)
+            ),
+        }
+        relations = {"record_queries": record_queries, "record_positives": record_positives, "groups": groups}
+        for name, of_owners in lists.items():
+            relations |= {f"{name}_first": of_owners.first, f"{name}_values": of_owners.values}
+        return {name: np.array(values, dtype=np.int64) for name, values in relations.items()}

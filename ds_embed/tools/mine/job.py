@@ -8,41 +8,36 @@
 Chunks do not depend on the number of ranks. Each part is kept in the work folder as soon as it is whole.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from ds_embed.artifact.durable import remove_unfinished
-from ds_embed.artifact.identity import check_unchanged
+from ds_embed.artifact.durable import remove_unfinished, replaced_when_whole
+from ds_embed.artifact.identity import check_unchanged, identify_large, identify_texts, identify_weights
+from ds_embed.artifact.work import WorkFolder
+from ds_embed.data.files import list_parts, stamp_of
 from ds_embed.data.identity import ranges
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import choose_card, find_source, load_tokenizer
+from ds_embed.models.reranker import find_reranker
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.mining_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Catalog, CatalogBuilder
-from ds_embed.tools.mine.output import (
-    Mined,
-    plot_path,
-    plot_scores,
-    summarise,
-    summary_path,
-    write_records,
-    write_summary,
-)
+from ds_embed.tools.mine.output import Mined, plot_path, plot_scores, summarise, summary_path, write_records
 from ds_embed.tools.mine.rules import RULES, Pool, choose, make_pool
-from ds_embed.tools.mine.work import WorkFolder, describe_inputs
 
 logger = logging.getLogger(__name__)
 
+KIND = "the work of mining, form 4"
+_PLACES = ("output_file", "work_dir")  # decide no byte of the output
 CHUNK_QUERIES = 1024
 SCORED_CHUNK_QUERIES = 64  # a cross-encoder takes seconds for as many: little is lost with a chunk
 _RECORDS_AT_ONCE = 4096
@@ -57,8 +52,8 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
     arguments.check_model(model)
     output_file = Path(arguments.output_file).expanduser().resolve()
     work_dir = Path(arguments.work_dir or f"{output_file}.work").expanduser().resolve()
-    inputs = world.on_main("mining: what decides the output", lambda: describe_inputs(model, text, arguments))
-    work = WorkFolder(work_dir, inputs)
+    inputs = world.on_main("mining: what decides the output", lambda: _describe_inputs(model, text, arguments))
+    work = WorkFolder(work_dir, KIND, "--work_dir", inputs)
     if not world.on_main("mining: begin", lambda: _begin(work, output_file)):
         return
     folder = world.on_main(
@@ -73,15 +68,11 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
     def finish() -> None:
         mined = _collect(work, catalog, arguments)
         summary = summarise(mined, catalog, arguments, json.loads((folder / "catalog.json").read_text()))
-        unit = (
-            "score of the cross-encoder"
-            if arguments.cross_encoder
-            else "BM25"
-            if arguments.method == "bm25"
-            else "cosine"
-        )
-        plot_scores(output_file, mined, unit)
-        write_summary(output_file, summary, inputs)
+        unit = {"bm25": "BM25"}.get(arguments.method, "cosine")
+        plot_scores(output_file, mined, "score of the cross-encoder" if arguments.cross_encoder else unit)
+        with replaced_when_whole(summary_path(output_file)) as file:
+            json.dump(summary | {"inputs": inputs}, file, indent=2)
+            file.write("\n")
         write_records(output_file, mined, catalog, arguments)
         work.remove()
         print(json.dumps(summary, indent=2))
@@ -90,7 +81,28 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
     world.on_main("mining: output", finish)
 
 
-def _tokenizers(model: ModelArguments, text: TextArguments) -> tuple[TextTokenizer, TextTokenizer] | None:
+def _describe_inputs(model: ModelArguments, text: TextArguments, arguments: MiningArguments) -> dict[str, str]:
+    """All that decides the output, by the name of its flag where it has one."""
+    settings = {**asdict(model), **asdict(text), **asdict(arguments)}
+    inputs = {name: str(value) for name, value in settings.items() if name not in _PLACES}
+    for name in ("train_files", "doc_files", "corpus_files"):
+        inputs[name] = ", ".join(map(_identify, settings[name]))
+    if arguments.embeddings is not None:
+        inputs["embeddings"] = identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))
+    if model.model_name_or_path:
+        inputs |= find_source(model).identify(None)
+    if arguments.cross_encoder is not None:
+        inputs["cross_encoder"] = identify_weights(find_reranker(arguments.cross_encoder, flag="cross_encoder").base)
+    return inputs
+
+
+def _identify(entry: str) -> str:
+    """Files by what they hold, URLs and data sets by their stamps."""
+    parts = list_parts(entry)
+    return ", ".join(identify_texts([part]) if Path(part).is_file() else str(stamp_of(part)) for part in parts)
+
+
+def _tokenizers(model: ModelArguments, text: TextArguments) -> tuple[TextTokenizer, ...] | None:
     """Those of queries and documents; None without a model."""
     if not model.model_name_or_path:
         return None
@@ -133,7 +145,15 @@ def _check_sizes(catalog: Catalog, arguments: MiningArguments) -> None:
         )
 
 
-def _candidates(world, work, catalog, model, text, arguments) -> Any:
+def _candidates(
+    world: World,
+    work: WorkFolder,
+    catalog: Catalog,
+    model: ModelArguments,
+    text: TextArguments,
+    arguments: MiningArguments,
+) -> Any:
+    """What finds a query's candidates: a ModelCandidates, or Bm25Candidates with the same methods."""
     if arguments.method == "bm25":
         from ds_embed.tools.mine.bm25 import Bm25Candidates, build_bm25
 
@@ -169,14 +189,17 @@ def _mine_chunks(world: World, work: WorkFolder, catalog: Catalog, source: Any, 
         )
     by_query = np.argsort(catalog.record_queries, kind="stable")
     sorted_queries = catalog.record_queries[by_query]
-    for number in _with_progress(missing, num_chunks, world):
+    shown: dict[str, Any] = {"unit": "chunk", "desc": "mining", "dynamic_ncols": True, "disable": not world.is_main}
+    for number in tqdm(missing, total=num_chunks, initial=num_chunks - len(missing), **shown):
         queries = range(number * size, min((number + 1) * size, len(catalog.queries)))
         records = by_query[slice(*np.searchsorted(sorted_queries, [queries.start, queries.stop]))]
         found = _mine_chunk(catalog, source, scorer, queries, records, arguments)
         world.on_main(f"mining: chunk {number}", lambda: work.write_chunk(number, **found))
 
 
-def _mine_chunk(catalog, source, scorer, queries: range, records: np.ndarray, arguments) -> dict[str, np.ndarray]:
+def _mine_chunk(
+    catalog: Catalog, source: Any, scorer: Any, queries: range, records: np.ndarray, arguments: MiningArguments
+) -> dict[str, np.ndarray]:
     """The negatives of the records of these queries; the same on every rank."""
     query_rows = np.arange(queries.start, queries.stop)
     groups = catalog.groups[query_rows]
@@ -233,7 +256,9 @@ class _Pairs(Sequence):
         return self.catalog.queries[self.queries[place]], self.catalog.documents[self.documents[place]]
 
 
-def _find(catalog, source, queries: range, groups: np.ndarray, pairs: np.ndarray, arguments) -> tuple[Pool, np.ndarray]:
+def _find(
+    catalog: Catalog, source: Any, queries: range, groups: np.ndarray, pairs: np.ndarray, arguments: MiningArguments
+) -> tuple[Pool, np.ndarray]:
     """The pools of the queries, and the scores of pairs (place among the queries, document), which are sorted."""
     wanted = min(arguments.num_candidates, catalog.num_candidates)
     depth = min(catalog.num_candidates, wanted + int(catalog.excluded.counts(groups).max()))
@@ -251,7 +276,7 @@ def _find(catalog, source, queries: range, groups: np.ndarray, pairs: np.ndarray
 
 
 def _collect(work: WorkFolder, catalog: Catalog, arguments: MiningArguments) -> Mined:
-    num_records = catalog.num_records
+    num_records = len(catalog.record_queries)
     shape = (num_records, arguments.num_negatives)
     rows, scores = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.float32)
     positive_scores = np.empty(num_records, dtype=np.float32)
@@ -271,13 +296,3 @@ def _collect(work: WorkFolder, catalog: Catalog, arguments: MiningArguments) -> 
 
 def _chunk_size(arguments: MiningArguments) -> int:
     return CHUNK_QUERIES if arguments.cross_encoder is None else SCORED_CHUNK_QUERIES
-
-
-def _with_progress(missing: list[int], num_chunks: int, world: World) -> Any:
-    if not world.is_main:
-        return missing
-    from tqdm import tqdm
-
-    return tqdm(
-        missing, total=num_chunks, initial=num_chunks - len(missing), unit="chunk", desc="mining", dynamic_ncols=True
-    )

@@ -3,9 +3,6 @@
 Shapes: R records, K negatives of a record, E existing negatives that stay.
 """
 
-from __future__ import annotations
-
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +80,7 @@ def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: 
     UserError when the training files hold another number of records than before.
     """
     number = -1
-    with replaced_when_whole(output_file) as file:
+    with replaced_when_whole(output_file, binary=True) as file:
         for path in arguments.train_files:
             source = TrainingFile(path, reading(arguments), output_file.parent)
             for _, row, samples in source.read():
@@ -93,7 +90,7 @@ def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: 
                         break
                     record = row if source.is_own and len(samples) == 1 else sample.as_json()
                     if _set_negatives(record, number, mined, catalog) or not arguments.drop_without_negatives:
-                        file.buffer.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+                        file.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         if number != len(mined.rows) - 1:
             raise UserError("--train_files: changed while negatives were mined; start again once they are whole")
 
@@ -106,39 +103,26 @@ def _set_negatives(record: dict, number: int, mined: Mined, catalog: Catalog) ->
     negatives = [negatives] if isinstance(negatives, str) else negatives
     negatives = negatives + [catalog.documents[row] for row in rows]
     scores = np.concatenate([mined.existing_scores[kept], mined.scores[number, : len(rows)]])
-    if negatives:
-        record["neg_doc"] = negatives
-    else:
-        record.pop("neg_doc", None)
-    record["pos_score"] = mined.positive_scores[number]
-    if negatives:
-        record["neg_scores"] = scores
-    else:
-        record.pop("neg_scores", None)
+    record |= {"neg_doc": negatives, "pos_score": mined.positive_scores[number], "neg_scores": scores}
+    if not negatives:
+        del record["neg_doc"], record["neg_scores"]
     return bool(negatives)
-
-
-def write_summary(output_file: Path, summary: dict, inputs: dict) -> None:
-    with replaced_when_whole(summary_path(output_file)) as file:
-        json.dump(summary | {"inputs": inputs}, file, indent=2)
-        file.write("\n")
 
 
 def plot_scores(output_file: Path, mined: Mined, unit: str) -> None:
     """A histogram of the positives' and of the mined negatives' scores."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     negatives = mined.scores[mined.rows >= 0]
-    bins = np.histogram_bin_edges(np.concatenate([mined.positive_scores, negatives]).astype(np.float64), bins=60)
+    bins = np.histogram_bin_edges(
+        np.concatenate([mined.positive_scores, negatives]).astype(np.float64), bins=60
+    ).tolist()
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.subplots()
     for name, scores in (("positives", mined.positive_scores), ("mined negatives", negatives)):
         weights = np.full(len(scores), 1 / max(1, len(scores)))
         axes.hist(scores, bins=bins, weights=weights, alpha=0.6, label=f"{name} ({len(scores):,})")
-    axes.set_xlabel(unit)
-    axes.set_ylabel("share")
+    axes.set(xlabel=unit, ylabel="share")
     axes.legend()
     with replaced_when_whole(plot_path(output_file), binary=True) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -43,8 +43,8 @@ class Pool:
         """The same candidates by other scores (n, P); of equal ones the earlier stays first."""
         scores = np.where(self.rows < 0, -np.inf, scores).astype(np.float32)
         order = np.argsort(-scores, axis=1, kind="stable")
-        taken = (np.take_along_axis(values, order, axis=1) for values in (self.rows, scores))
-        return Pool(*taken, self.num_positives)
+        rows, scores = (np.take_along_axis(values, order, axis=1) for values in (self.rows, scores))
+        return Pool(rows, scores, self.num_positives)
 
 
 def make_pool(scores: np.ndarray, rows: np.ndarray, excluded: Ragged, groups: np.ndarray, num_candidates: int) -> Pool:

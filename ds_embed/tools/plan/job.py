@@ -26,19 +26,9 @@ from ds_embed.settings import (
     StepArguments,
     resolve_deepspeed_config,
 )
+from ds_embed.tools.plan import ranks
 from ds_embed.tools.plan.measure import ModelCost, measure_model
-from ds_embed.tools.plan.ranks import (
-    CONTEXT_BYTES,
-    FRAGMENTATION,
-    GIB,
-    Memory,
-    StepShape,
-    Zero,
-    payloads,
-    rank_flops,
-    rank_memory,
-    sending,
-)
+from ds_embed.tools.plan.ranks import GIB, Zero
 from ds_embed.training.loop import TrainingRun
 from ds_embed.training.prepare import file_formats, prepare_store, sample_order
 from ds_embed.training.schedule import count_steps
@@ -70,17 +60,8 @@ class Job:
 
     @cached_property
     def cost(self) -> ModelCost:
-        return measure_model(
-            self.config,
-            self.card,
-            self.model,
-            self.lora,
-            bf16=self.run.bf16,
-            gradient_checkpointing=self.step.gradient_checkpointing,
-            learnable_temperature=self.step.learnable_temperature,
-            num_tokens=self.longest_text,
-            on_gpu=self.on_gpu,
-        )
+        options = {"bf16": self.run.bf16, "num_tokens": self.longest_text, "on_gpu": self.on_gpu}
+        return measure_model(self.config, self.card, self.model, self.lora, self.step, **options)
 
     @cached_property
     def zero(self) -> Zero:
@@ -91,14 +72,14 @@ class Job:
         return plan_micro_batches(self.lengths, self.step.micro_batch_tokens, self.num_ranks)
 
     @cached_property
-    def shape(self) -> StepShape:
+    def shape(self) -> ranks.StepShape:
         width = 2 if self.run.bf16 else 4
-        return StepShape.of(self.plan, self.lengths, self.step.global_batch_size, self.step.grad_cache, width)
+        return ranks.StepShape.of(self.plan, self.lengths, self.step.global_batch_size, self.step.grad_cache, width)
 
     @cached_property
     def flops(self) -> float:
         """Of the slowest rank in a step."""
-        return rank_flops(self.cost, self.plan, self.lengths, self.step.grad_cache)
+        return ranks.rank_flops(self.cost, self.plan, self.lengths, self.step.grad_cache)
 
     @property
     def compute_seconds(self) -> float:
@@ -117,7 +98,7 @@ class Job:
             return torch.cuda.get_device_properties(0).total_memory
         return _DEFAULT_GPU_GIB * GIB
 
-    def memory(self, zero: Zero, budget: int | None = None) -> Memory:
+    def memory(self, zero: Zero, budget: int | None = None) -> ranks.Memory:
         """Of the rank with the most tokens. budget: another micro_batch_tokens than the job's."""
         shape = self.shape
         if budget is not None:
@@ -125,12 +106,12 @@ class Job:
         # Some step has a full micro-batch of the longest texts, whatever this one has.
         most = -(-len(self.lengths) // self.num_ranks) * self.longest_text
         shape = replace(shape, micro_batch_tokens=min(budget or self.step.micro_batch_tokens, most))
-        return rank_memory(self.cost, zero, shape, on_gpu=self.on_gpu)
+        return ranks.rank_memory(self.cost, zero, shape, on_gpu=self.on_gpu)
 
     def sending(self, zero: Zero) -> tuple[dict[str, float], float]:
         """Bytes that a rank sends in a step, by what for, and seconds."""
-        moved = payloads(self.cost, zero, self.shape, self.step.gradient_checkpointing)
-        return sending(moved, self.num_ranks, self.ranks_per_node, zero.group, self.hardware)
+        moved = ranks.payloads(self.cost, zero, self.shape, self.step.gradient_checkpointing)
+        return ranks.sending(moved, self.num_ranks, self.ranks_per_node, zero.group, self.hardware)
 
     def largest_budget(self, zero: Zero, available: float) -> int | None:
         """The largest micro_batch_tokens that fits into `available` bytes, in longest texts; None if none does."""
@@ -290,8 +271,8 @@ def table(job: Job) -> str:
     ]
     if job.on_gpu:
         lines.append(
-            f"Assumed: {CONTEXT_BYTES / GIB:.1f} GiB of CUDA context and communication buffers, "
-            f"{FRAGMENTATION:.0%} of the activations lost to fragments."
+            f"Assumed: {ranks.CONTEXT_BYTES / GIB:.1f} GiB of CUDA context and communication buffers, "
+            f"{ranks.FRAGMENTATION:.0%} of the activations lost to fragments."
         )
     if zero.offload_optimizer or zero.offload_param:
         lines.append("Not counted: the time of moving offloaded tensors and of AdamW on the CPU.")

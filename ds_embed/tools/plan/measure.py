@@ -22,7 +22,7 @@ from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import build_encoder
 from ds_embed.models.lora import add_lora
-from ds_embed.settings import LoraArguments, ModelArguments
+from ds_embed.settings import LoraArguments, ModelArguments, StepArguments
 
 # Attention on tensors that say they are on a CPU, which torch's registry of FLOPs lacks.
 flop_registry.setdefault(
@@ -85,10 +85,9 @@ def measure_model(
     card: EmbeddingCard,
     model: ModelArguments,
     lora: LoraArguments,
+    step: StepArguments,
     *,
     bf16: bool,
-    gradient_checkpointing: bool,
-    learnable_temperature: bool,
     num_tokens: int,
     on_gpu: bool,
 ) -> ModelCost:
@@ -110,13 +109,13 @@ def measure_model(
             head=card.head,
         )
         encoder.make_unit_vectors()
-        if gradient_checkpointing:
+        if step.gradient_checkpointing:
             # There is no random state to keep where there are no numbers.
             settings = {"use_reentrant": False, "preserve_rng_state": False}
             encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         if lora.lora_rank:
             add_lora(encoder, lora, seed=0, dtype=torch.bfloat16 if bf16 else torch.float32)
-        if learnable_temperature:
+        if step.learnable_temperature:
             encoder.learn_temperature()
     layers = (layer for layer in encoder.backbone.modules() if isinstance(layer, torch.nn.Linear))
     linear = [layer.weight.numel() for layer in layers if not layer.weight.requires_grad]
@@ -167,7 +166,7 @@ class Tally(TorchDispatchMode):
         self.live_bytes = self.peak_bytes = self.flops = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         if function._overloadpacket in flop_registry:

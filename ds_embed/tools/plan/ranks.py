@@ -192,20 +192,17 @@ def payloads(
     width, number = shape.width, shape.micro_batches
     backwards = number if shape.grad_cache and zero.stage != 1 else 1
     table = 4.0 * shape.num_texts * cost.num_dims
+    reduce = "all-reduce" if zero.stage < 3 else "reduce-scatter"
     moved = {
-        "gradients": (
-            float(width * cost.num_trained * backwards),
-            "all-reduce" if zero.stage < 3 else "reduce-scatter",
-        ),
+        "gradients": (float(width * cost.num_trained * backwards), reduce),
         "embeddings": (table, "all-gather"),
         "gradient of embeddings": (table, "reduce-scatter"),
     }
     if zero.stage in (1, 2):
         moved["updated weights"] = (float(width * cost.num_trained), "all-gather")
     if zero.stage == 3:
-        small, small_trained = (
-            sum(n for n in sizes if n <= zero.persistence) for sizes in (cost.trained + cost.frozen, cost.trained)
-        )
+        small_trained = sum(n for n in cost.trained if n <= zero.persistence)
+        small = small_trained + sum(n for n in cost.frozen if n <= zero.persistence)
         # Forward passes, and backward passes, of which there are at most 2 when graphs are kept.
         passes = 3 * number - 1 if shape.grad_cache else number + min(2, number)
         passes += number if gradient_checkpointing else 0

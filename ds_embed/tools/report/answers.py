@@ -9,15 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors.metrics import (
-    DEFAULT_MEASURES,
-    Qrels,
-    SearchRun,
-    evaluate,
-    hint_at_identical,
-    match_qrels,
-    without_identical,
-)
+from ds_embed.vectors import metrics
 from ds_embed.vectors.vectors import Vectors
 
 TOP_K = 100
@@ -47,7 +39,7 @@ class Answers:
 
 
 def find_answers(
-    queries: Vectors, documents: Vectors, qrels: Qrels, source: str, seed: int, ignore_identical: bool = False
+    queries: Vectors, documents: Vectors, qrels: metrics.Qrels, source: str, seed: int, ignore_identical: bool = False
 ) -> Answers:
     """Search all judged queries exactly; `source` names the judgments in errors.
 
@@ -60,7 +52,7 @@ def find_answers(
     qrels = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
     if not qrels:
         raise UserError(f"{source}: judges no document relevant (above 0), so there is nothing to show")
-    unjudged = match_qrels(qrels, queries.ids, documents.ids, source)
+    unjudged = metrics.match_qrels(qrels, queries.ids, documents.ids, source)
     query_rows = [row for row, name in enumerate(queries.ids) if name in qrels]
     query_ids = [queries.ids[row] for row in query_rows]
     wanted = {name for judged in qrels.values() for name in judged}.union(query_ids if ignore_identical else ())
@@ -72,7 +64,7 @@ def find_answers(
     depth = min(top_k + ignore_identical, len(documents))
     scores, indices = search(rows, documents.rows, depth, tie_rank=documents.ids.ranks)
     if ignore_identical:
-        scores, indices = without_identical(query_ids, documents.ids, scores, indices, top_k)
+        scores, indices = metrics.without_identical(query_ids, documents.ids, scores, indices, top_k)
     own = [documents.rows[of_query] @ row for of_query, row in zip(relevant, rows)]
     right_score = np.array([values.max() for values in own])
     is_relevant = np.stack([np.isin(*pair) for pair in zip(indices, relevant)])
@@ -96,9 +88,9 @@ def find_answers(
     drawn = generator.integers(len(documents), size=(len(chosen), _RANDOM_DOCUMENTS))
     random_score = np.einsum("nd,nkd->nk", rows[chosen], documents.rows[drawn])
     is_other = np.stack([~np.isin(of_query, relevant[query]) for query, of_query in zip(chosen, drawn)])
-    measures = [name for name in DEFAULT_MEASURES if top_k == TOP_K or int(name.split("@")[1]) <= top_k]
+    measures = [name for name in metrics.DEFAULT_MEASURES if top_k == TOP_K or int(name.split("@")[1]) <= top_k]
     lengths = np.linalg.norm(np.concatenate([rows, documents.rows[: len(rows)]]), axis=1)
-    found = SearchRun(query_ids, documents.ids, scores, indices)
+    found = metrics.SearchRun(query_ids, documents.ids, scores, indices)
     return Answers(
         query_ids=query_ids,
         document_ids=documents.ids,
@@ -110,8 +102,8 @@ def find_answers(
         random_score=random_score[is_other],
         scores=scores,
         indices=indices,
-        means=evaluate(found, qrels, measures).means,
-        hint=hint_at_identical(found, qrels),
+        means=metrics.evaluate(found, qrels, measures).means,
+        hint=metrics.hint_at_identical(found, qrels),
         num_unjudged=len(unjudged),
         score_name="cosine" if np.allclose(lengths, 1, atol=0.01) else "inner product",
     )

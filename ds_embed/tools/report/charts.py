@@ -43,9 +43,9 @@ _FATES = ((0, 1, "found first", BLUE), (1, 10, "in the first ten", GREEN), (10, 
 class Chart:
     """One picture; `caption` says how to read it."""
 
-    def __init__(self, name: str, title: str, xlabel: str = "", ylabel: str = "", size=(5.4, 3.2), is_share=False):
+    def __init__(self, name: str, title: str, xlabel: str = "", ylabel: str = "", is_share: bool = False):
         self.name, self.title, self.caption, self.is_share = name, title, "", is_share
-        self.figure = Figure(figsize=size, layout="constrained")
+        self.figure = Figure(figsize=(9.6, 6) if name == "map" else (5.4, 3.2), layout="constrained")
         self.axes = self.figure.subplots()
         self.axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         self.write_numbers()
@@ -202,7 +202,7 @@ def chart_of_documents(answers: Answers, rows: np.ndarray, points: np.ndarray, h
     for row, rank in zip(answers.right.tolist(), answers.rank.tolist()):
         ranks.setdefault(row, []).append(rank)
     medians = np.array([np.median(ranks.get(row, [np.nan])) for row in rows.tolist()])
-    chart = Chart("map", "Map of the documents", size=(9.6, 6))
+    chart = Chart("map", "Map of the documents")
     groups = [("no query", np.isnan(medians), GRAY)]
     groups += [(label, (medians > above) & (medians <= limit), colour) for above, limit, label, colour in _FATES]
     for label, chosen, colour in groups:
