@@ -1,11 +1,11 @@
-"""Measure a model on mteb's tasks by name, NanoBEIR, BEIR folders and own files: one command, one table.
+"""Measure a model on mteb tasks, NanoBEIR, BEIR folders and your own files, with one command and one table.
 
     ds-embed benchmark --model_name_or_path RUN --tasks SciFact STSBenchmark NanoBEIR beir/scifact --output_dir DIR
     python recipes/benchmark.py --model_name_or_path RUN --query_files queries.jsonl --doc_files docs.jsonl \
         --output_dir DIR
 
-Results are in mteb's format; started again, with the same model and settings, it goes on with the tasks that are
-not done. All ranks encode. Needs mteb: pip install -e '.[mteb]'.
+Results are in mteb's format. If it is started again with the same model and settings, it skips finished tasks. All
+ranks encode. It needs mteb: pip install -e '.[mteb]'.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     world = initialize()
     settings = parse_arguments(ModelArguments, TextArguments, BenchmarkArguments, argv=argv)
     if importlib.util.find_spec("mteb") is None:
-        raise UserError("mteb, which has the tasks and the measures, is not installed: pip install -e '.[mteb]'")
+        raise UserError("mteb, which provides the tasks and measures, is not installed: pip install -e '.[mteb]'")
     from ds_embed.tools.benchmark import benchmark
 
     benchmark(world, *settings)

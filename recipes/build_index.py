@@ -1,9 +1,9 @@
-"""Build a FAISS index of documents that recipes/generate.py encoded, in a file that faiss.read_index reads.
+"""Build a FAISS index of documents encoded by recipes/generate.py, in a file that faiss.read_index reads.
 
     python recipes/build_index.py --embeddings OUT/consumed_samplesX --index hnsw --output_file OUT/docs.faiss
 
 Row i of the index is line i of test_docs/doc.ids. Scores are inner products. recipes/evaluate.py and
-recipes/search.py take the file as --index_file.
+recipes/search.py read the file with --index_file.
 """
 
 import os
@@ -20,8 +20,8 @@ from ds_embed.vectors.vectors import read_vectors
 @dataclass(kw_only=True)
 class BuildIndexArguments(IndexArguments):
     embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
-    output_file: str = setting("file that gets the index")
-    index: str = setting(f"kind of the index: {', '.join(INDEX_KINDS)}", default="hnsw", choices=INDEX_KINDS)
+    output_file: str = setting("file to write the index to")
+    index: str = setting(f"kind of index: {', '.join(INDEX_KINDS)}", default="hnsw", choices=INDEX_KINDS)
 
 
 def main(argv=None):

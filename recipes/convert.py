@@ -1,4 +1,4 @@
-"""Convert data between our files and those of others, in both directions; docs/data_formats.md shows each.
+"""Convert data between our formats and other formats, in both directions; docs/data_formats.md describes each.
 
     python recipes/convert.py --input_format beir --input BEIR_FOLDER --split train --output_format training --output train.jsonl
     python recipes/convert.py --input_format beir --input BEIR_FOLDER --split test --output_format test --output TEST

@@ -1,4 +1,4 @@
-"""Say what this machine has for ds_embed, GPUs to disks, and what will be slow or fail on it.
+"""Report what this machine offers, from GPUs to disks, and what will be slow or fail on it.
 
 python recipes/doctor.py          (or: ds-embed doctor)
 """
@@ -12,8 +12,8 @@ from ds_embed.settings.fields import setting
 
 @dataclass
 class DoctorArguments:
-    cache_dir: str = setting("folder for prepared tokens, whose free space is told", default="~/.cache/ds_embed")
-    output_dir: str = setting("folder for runs, whose free space is told", default=".")
+    cache_dir: str = setting("folder for tokenized data; its free space is reported", default="~/.cache/ds_embed")
+    output_dir: str = setting("folder for runs; its free space is reported", default=".")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Measure retrieval with vectors that recipes/generate.py wrote: exact search, then nDCG, MRR and recall.
+"""Measure retrieval with vectors written by recipes/generate.py: exact search, then nDCG, MRR and recall.
 
     python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl
     python recipes/evaluate.py --embeddings OUT/consumed_samplesX --query_files queries.jsonl --index hnsw
@@ -6,8 +6,8 @@
         --compare OTHER_RESULTS --truncate_dims 64 128 256 --quantize int8 binary
     python recipes/evaluate.py --run_file bm25.trec --qrels qrels/test.tsv --output_dir BM25
 
-The right documents are those that the queries files name, or those of --qrels (TREC or BEIR format).
-Writes metrics.json, per_query.jsonl and run.trec (for trec_eval, or to fuse with other runs).
+The relevant documents are those named in the query files, or those in --qrels (TREC or BEIR format).
+It writes metrics.json, per_query.jsonl and run.trec (for trec_eval, or to fuse with other runs).
 """
 
 from ds_embed.job.ranks import run_recipe

@@ -1,10 +1,10 @@
-"""Write a run as a folder for other libraries, loaded there and compared before it is called done.
+"""Export a run to a folder for other libraries, and check it by loading it there and comparing the vectors.
 
     python recipes/export.py --run RUN --format sentence-transformers --output_dir DIR
 
 adapter: the LoRA matrices, for PEFT. merged: a whole model, for AutoModel. sentence-transformers: a whole
-model with pooling, normalisation and the prefixes as prompts. --average RUN1 RUN2 ..., instead of --run, writes the
-mean of runs of one base. Each has a README.md that shows how to load it.
+model with pooling, normalization and the prefixes as prompts. --average RUN1 RUN2 ... instead of --run writes the
+mean of runs that share a base model. Each folder has a README.md that shows how to load it.
 """
 
 from ds_embed.job.ranks import run_recipe
@@ -14,7 +14,7 @@ from ds_embed.settings.export_arguments import ExportArguments
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(ExportArguments, argv=argv)
-    from ds_embed.tools.export.job import export  # torch takes seconds to import; mistakes in flags are found before
+    from ds_embed.tools.export.job import export  # importing torch takes seconds; check the flags first
 
     export(arguments)
 

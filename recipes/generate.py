@@ -3,8 +3,8 @@
     deepspeed recipes/generate.py --deepspeed ds_configs/zero3.json --model_name_or_path MODEL_OR_RUN \
         --query_files queries.jsonl --doc_files docs.jsonl --output_prefix OUT
 
-Killed and started again, it goes on where it was. In a job array, each job adds --num_shards N --shard_index I, and
-`python recipes/generate.py` with the same flags and --num_shards N --merge_shards true puts the parts together.
+A job that was killed resumes when it is started again. In a job array, each job adds --num_shards N --shard_index I;
+`python recipes/generate.py` with the same flags and --num_shards N --merge_shards true then merges the shards.
 """
 
 from ds_embed.job.ranks import initialize, run_recipe

@@ -1,11 +1,12 @@
-"""Give training records hard negatives: near documents that are not their positives, with scores.
+"""Mine hard negatives for training records: similar documents that are not positives, with scores.
 
     deepspeed recipes/mine_negatives.py --model_name_or_path RUN --train_files train.jsonl \
         --output_file mined.jsonl --num_negatives 4 --relative_margin 0.05
     python recipes/mine_negatives.py --method bm25 --train_files train.jsonl --output_file mined.jsonl
 
-Candidates are the records' own pos_doc, or --doc_files. Writes the records with neg_doc, pos_score and
-neg_scores, a summary (.summary.json) and a plot of the scores (.scores.png). Started again after a kill it goes on.
+Candidates are the pos_doc of all records, or --doc_files. It writes the records with neg_doc, pos_score and
+neg_scores, a summary (.summary.json) and a plot of the scores (.scores.png). A job that was killed resumes when it is
+started again.
 """
 
 from ds_embed.job.ranks import initialize, run_recipe

@@ -1,10 +1,10 @@
-"""What a training job will take on GPUs that need not be here: memory by part and ZeRO stage, time, traffic.
+"""Predict what a training job will need on any number of GPUs: memory by part and ZeRO stage, time, traffic.
 
     python recipes/plan.py --model_name_or_path MODEL --deepspeed ds_configs/zero3.json \
         --global_batch_size 1024 --hard_negatives 4 --num_gpus 16 --gpu_memory_gb 80
 
-It takes the flags of train_gpt.py or train_bert.py, as the model is, whose config.json is enough; train_files are read
-where they are given.
+No GPU is needed, and of the model only its config.json. It takes the flags of train_gpt.py or train_bert.py, depending
+on the model; train_files are read if they are given.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from ds_embed.tools.plan.job import job_to_size, table
 
 
 def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Those of the recipe that trains the model which was given."""
+    """The defaults of the recipe that trains the given model."""
     trust = given.get("trust_remote_code", False)
     config = load_config(
         find_model(given["model_name_or_path"], given.get("adapter_path"), revision=given.get("model_revision")), trust
@@ -29,8 +29,10 @@ def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     world = initialize()
     if world.size > 1:
-        raise UserError("plan.py is one process: start it with python; --num_gpus says how many GPUs to plan for")
-    *settings, _, sizing = parse_arguments(  # what validation takes is not counted
+        raise UserError(
+            "plan.py runs as one process: start it with python; --num_gpus is the number of GPUs to plan for"
+        )
+    *settings, _, sizing = parse_arguments(  # validation is not included in the plan
         *TRAINING_ARGUMENTS, SizingArguments, defaults=SIZING_DEFAULTS, defaults_for=recipe_defaults
     )
     print(table(job_to_size(world, *settings, sizing)))

@@ -1,9 +1,9 @@
-"""Make a page of a run: its curves and, with vectors of its model, how it retrieves and where it fails.
+"""Create a report of a run: its curves and, given vectors of its model, its retrieval quality and its failures.
 
     python recipes/report.py RUN
     python recipes/report.py RUN --embeddings OUT/consumed_samplesX --query_files queries.jsonl --doc_files docs.jsonl
 
-Writes RUN/report/report.html, which needs no other file and no network, and a PNG of each chart beside it.
+It writes RUN/report/report.html, a self-contained page, and a PNG of each chart next to it.
 """
 
 import sys

@@ -1,10 +1,11 @@
-"""Reorder the best documents of each query by a reranker: a run file, or what exact search finds in vectors.
+"""Rerank the top documents of each query, from a run file or from exact search in vectors.
 
     python recipes/rerank.py --model_name_or_path RERANKER_RUN --run_file run.trec \
         --query_files queries.jsonl --doc_files docs.jsonl --output_file reranked.trec
     deepspeed recipes/rerank.py --model_name_or_path RERANKER_RUN --embeddings OUT/consumed_samplesX ...
 
-All ranks score; killed and started again, it goes on. recipes/evaluate.py --run_file measures what it writes.
+All ranks score. A job that was killed resumes when it is started again. recipes/evaluate.py --run_file measures the
+output.
 """
 
 from ds_embed.job.ranks import initialize, run_recipe

@@ -1,4 +1,4 @@
-"""Search a corpus that recipes/generate.py encoded with a query typed by hand.
+"""Search a corpus encoded by recipes/generate.py with a query from the command line.
 
     python recipes/search.py "how do I sort a list" --model_name_or_path RUN \
         --embeddings OUT/consumed_samplesX --doc_files docs.jsonl
@@ -16,19 +16,19 @@ from ds_embed.settings.index_arguments import SearchIndexArguments
 
 @dataclass
 class SearchArguments(Settings):
-    query: str = setting("the text to search for; may also stand first, without the flag")
+    query: str = setting("the text to search for; as the first argument it needs no flag")
     embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
     doc_files: list[str] = setting(
-        "files the documents came from, to show their text", default_factory=list, files=True
+        "files that the documents came from, to show their texts", default_factory=list, files=True
     )
-    top_k: int = setting("documents shown", default=5, above=0)
+    top_k: int = setting("number of documents shown", default=5, above=0)
     show_characters: int = setting("characters of each document shown", default=300, above=0)
     bf16: bool = setting("encode the query in bfloat16, as generate does by default", default=True)
 
     def __post_init__(self):
         super().__post_init__()
         if not self.query.strip():
-            raise UserError("--query: is empty; type what to search for")
+            raise UserError("--query: is empty; give the text to search for")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Train a bi-encoder of the BERT family (RoBERTa, MPNet, DistilBERT, ModernBERT, XLM-R, ...), by default whole.
+"""Train a bi-encoder of the BERT family (RoBERTa, MPNet, DistilBERT, ModernBERT, XLM-R, ...), by default all weights.
 
     deepspeed recipes/train_bert.py --deepspeed ds_configs/zero2.json --model_name_or_path MODEL \
         --train_files pairs.jsonl --output_dir RUN

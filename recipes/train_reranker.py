@@ -3,8 +3,8 @@
     deepspeed recipes/train_reranker.py --deepspeed ds_configs/zero2.json --model_name_or_path MODEL \
         --train_files mined.jsonl --hard_negatives 7 --output_dir RUN
 
-The records are an embedder's, with hard negatives (recipes/mine_negatives.py). RUN/model opens in transformers and in
-sentence-transformers' CrossEncoder; recipes/rerank.py and mine_negatives.py --cross_encoder take the run.
+The records are those of an embedder, with hard negatives (recipes/mine_negatives.py). RUN/model loads in transformers
+and in sentence-transformers' CrossEncoder; recipes/rerank.py and mine_negatives.py --cross_encoder read the run.
 """
 
 from ds_embed.job.ranks import initialize, run_recipe

@@ -83,12 +83,12 @@ def test_what_has_no_mean_is_refused_by_name(runs, tmp_path):
     for flags, message in [
         ([one, other], "--average .*pooled: its pooling is 'mean.max', and that of .*one is 'mean'"),
         ([one, moved], "--average .*moved: its base is '.*elsewhere', and that of"),
-        ([one], "--average .*: give two runs or more"),
+        ([one], "--average .*: give at least two runs"),
         ([one, two, "--weights", 1], "--weights 1: 1 for 2 runs of --average"),
         ([one, two, "--weights", 1, -1], "--weights 1 -1: their sum must be above 0"),
         ([one, two, "--format", "adapter"], "--format adapter: the mean of runs is a whole model"),
         ([one, two, "--step", 3], "--step 3: with --average give the folders"),
-        ([one, two, "--run", one], "give --run RUN, or --average"),
+        ([one, two, "--run", one], "give either --run RUN, or --average"),
     ]:
         with pytest.raises(ValueError, match=message):
             recipe("export", "--output_dir", tmp_path / "out", "--average", *flags)

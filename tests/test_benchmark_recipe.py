@@ -185,7 +185,7 @@ def test_killed_and_resumed_on_other_ranks(model, tmp_path):
         (["--tasks", "no/such"], "--tasks no/such: no such folder"),
         (["--tasks", "{small}", "{small}"], "two tasks are called small"),
         (["--tasks", "{small}", "--split", "dev"], "--split dev: there is no .*the splits here are test"),
-        (["--tasks", "{small}", "--prompts", "STS"], "--prompts STS: want KEY=TEXT"),
+        (["--tasks", "{small}", "--prompts", "STS"], "--prompts STS: expected KEY=TEXT"),
         (["--tasks", "{small}", "--prompts", "Similar=x"], "--prompts Similar=...: is neither one of the tasks"),
         (["--tasks", "{small}", "--instruction_template", "Instruct: "], "{instruction}, where mteb's"),
         (["--query_files", "{small}/queries.jsonl"], "give --doc_files too"),

@@ -142,12 +142,12 @@ def test_flags_of_other_frameworks_are_answered_with_ours(tmp_path):
     for name, answer in ELSEWHERE.items():
         assert name not in known, name
         assert set(re.findall(r"--(\w+)", answer)) <= known, name
-        with pytest.raises(UserError, match=f"^--{name}: here it is {re.escape(answer)}$"):
+        with pytest.raises(UserError, match=f"^--{name}: unknown flag; {re.escape(answer)}$"):
             parse("--output_dir", "x", f"--{name.replace('_', '-')}", "1")
     with pytest.raises(
-        UserError, match="--per_device_train_batch_size: here it is --global_batch_size, over all ranks"
+        UserError, match="--per_device_train_batch_size: unknown flag; use --global_batch_size, over all ranks"
     ):
         parse("--output_dir", "x", "--per_device_train_batch_size=8")
     (tmp_path / "c.yaml").write_text("save_steps: 3\n")
-    with pytest.raises(UserError, match="c.yaml: save_steps: here it is --save_interval"):
+    with pytest.raises(UserError, match="c.yaml: save_steps: unknown key; use --save_interval"):
         parse("--config", tmp_path / "c.yaml")

@@ -260,7 +260,7 @@ def test_one_call_with_everything(files, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--run_file", "x.trec"], "--embeddings or --run_file: give one of the two"),
+        (["--run_file", "x.trec"], "give either --embeddings or --run_file"),
         (["--truncate_dims", "3"], "--truncate_dims 3: the vectors have 3 dimensions; choose fewer"),
         (["--truncate_dims", "0"], "--truncate_dims 0: each must be at least 1"),
         (["--quantize", "int4"], "--quantize int4: choose one of int8, binary"),

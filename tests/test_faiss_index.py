@@ -135,7 +135,7 @@ def test_recipes_build_and_measure(rows, tmp_path, capsys):
     recipe("evaluate", *common, tmp_path / "one", "--index_file", tmp_path / "docs.faiss", "--ivf_probes", 1)
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert metrics["index"].endswith("ivf_probes 1)") and metrics["index_recall@10"] < recalls["file"]
-    with pytest.raises(ValueError, match="--index_file and --index hnsw: give one of them"):
+    with pytest.raises(ValueError, match="--index_file and --index hnsw: give only one"):
         recipe("evaluate", *common, tmp_path / "x", "--index", "hnsw", "--index_file", tmp_path / "docs.faiss")
     with pytest.raises(ValueError, match="--index annoy: choose one of"):
         recipe("evaluate", *common, tmp_path / "x", "--index", "annoy")

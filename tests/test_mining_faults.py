@@ -147,8 +147,8 @@ def test_bad_vectors_are_named(tmp_path, case):
 BAD_SETTINGS = {
     "k": ({"num_negatives": 45}, "--num_negatives 45, --range_min 0: there are only 42 documents"),
     "range": ({"range_max": 100}, "--range_max 100: there are only 42 documents"),
-    "window": ({"range_min": 5, "range_max": 6}, "--range_max 6: less --range_min 5 it leaves too few"),
-    "no model": ({"embeddings": None}, "give one of --model_name_or_path and --embeddings"),
+    "window": ({"range_min": 5, "range_max": 6}, "--range_max 6: with --range_min 5 this leaves too few"),
+    "no model": ({"embeddings": None}, "give either --model_name_or_path or --embeddings"),
     "bm25 and vectors": ({"method": "bm25"}, "--method bm25: uses no vectors"),
     "blank documents": ({"doc_files": ["BLANK"]}, "--doc_files: hold no document with a text"),
     "negatives without ids": ({"include_neg_docs": True}, "a neg_doc has no id"),

@@ -140,10 +140,10 @@ def test_order_of_a_run(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(sampling_probabilities=[0.5]), "--sampling_probabilities 0.5: there are 1, and --train_files has 2"),
+        (dict(sampling_probabilities=[0.5]), "--sampling_probabilities 0.5: has 1 values, but --train_files has 2"),
         (dict(sampling_probabilities=[0.5, 0.0]), "--sampling_probabilities 0.5 0.0: each must be greater than 0"),
         (dict(batching="sorted"), "--batching sorted: choose one of"),
-        (dict(batching="clustered", positives="random"), "--batching clustered: goes by each record's positive"),
+        (dict(batching="clustered", positives="random"), "--batching clustered: needs fixed positives"),
         (dict(hard_negatives_sampling="last"), "--hard_negatives_sampling last: choose one of"),
     ],
 )

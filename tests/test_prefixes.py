@@ -63,7 +63,7 @@ def data(tmp_path, **settings):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(query_prefixes=["x"], query_prefix="x"), "--query_prefixes: there are 1, and --train_files has 2 files"),
+        (dict(query_prefixes=["x"], query_prefix="x"), "--query_prefixes: has 1 values, but --train_files has 2 files"),
         (dict(doc_prefixes=["x", "y"]), "--doc_prefixes: give --doc_prefix too, the one that the trained model"),
         (dict(query_prefixes=["x", "{query}"], query_prefix=""), "--query_prefixes '{query}': only {text} can stand"),
         (dict(query_prefix="{text} {text}"), "--query_prefix '{text} {text}': .* once; found {text} {text}"),

@@ -222,7 +222,7 @@ def score(run, texts):
     "given, message",
     [
         (["--template", "{document} {query}"], "--template .*once each, in this order"),
-        (["--yes_no", "w1"], "--yes_no w1: give two words"),
+        (["--yes_no", "w1"], "--yes_no w1: give exactly two words"),
         (["--yes_no", "w1", "w2"], "is no decoder"),
         (["--max_length", 1000], "--max_length 1000: .*has positions for 128 tokens"),
         (["--max_length", 4], "--max_length 4: leaves no room"),
@@ -346,7 +346,7 @@ TEXTS = (("queries.jsonl", ("query_id", "query")), ("docs.jsonl", ("doc_id", "po
         (["--output_file", "{root}/run.trec"], "--output_file .*: is there already"),
         (["--doc_files", "{root}/queries.jsonl"], "pos_doc is missing"),
         (["--query_files", "{root}/one.jsonl"], "--query_files: 199 of the 200 ids to rerank have no text"),
-        (["--embeddings", "{root}"], "--run_file or --embeddings: give one of the two"),
+        (["--embeddings", "{root}"], "give either --run_file or --embeddings"),
         (["--model_name_or_path", "{root}/bert"], "has no trained classifier"),
         (["--max_length", 500], "--max_length 500: the model has positions for 128 tokens"),
         (["--top_k", 0], "--top_k 0: must be greater than 0"),

@@ -30,7 +30,7 @@ def test_warmup_as_a_share():
     assert rates(10, warmup_ratio=0.0) == rates(10)
     with pytest.raises(UserError, match="--warmup_ratio 1.0: must be below 1"):
         rates(10, warmup_ratio=1.0)
-    with pytest.raises(UserError, match="give it or --warmup_steps 2, not both"):
+    with pytest.raises(UserError, match="give either this or --warmup_steps 2, not both"):
         rates(10, warmup_ratio=0.1, warmup_steps=2)
 
 

@@ -13,11 +13,11 @@ CASES = {
     "--temperature 0.005: .* at least 0.01": dict(temperature=0.005, learnable_temperature=True),
     "--matryoshka_dims 8 8": dict(matryoshka_dims=[8, 8]),
     "--matryoshka_dims 0 8": dict(matryoshka_dims=[0, 8]),
-    "--matryoshka_weights 1.0: there are 1, and --matryoshka_dims has 2": dict(
+    "--matryoshka_weights 1.0: has 1 values, but --matryoshka_dims has 2": dict(
         matryoshka_dims=[4, 8], matryoshka_weights=[1.0]
     ),
     "--matryoshka_weights 0.0 1.0: each": dict(matryoshka_dims=[4, 8], matryoshka_weights=[0.0, 1.0]),
-    "--matryoshka_weights 1.0: there are 1, and --matryoshka_dims has 0": dict(matryoshka_weights=[1.0]),
+    "--matryoshka_weights 1.0: has 1 values, but --matryoshka_dims has 0": dict(matryoshka_weights=[1.0]),
     "--distillation_weight -1": dict(distillation_weight=-1.0),
     "--distillation_temperature 0": dict(distillation_temperature=0.0),
     "--negatives none": dict(negatives="none"),

@@ -13,38 +13,38 @@ INSTRUCTION = "{instruction}"
 
 @dataclass(kw_only=True)
 class BenchmarkArguments(JobArguments):
-    output_dir: str = setting("folder for the results, of any number of models; what is there is not measured again")
+    output_dir: str = setting("folder for the results of any number of models; finished tasks are not measured again")
     tasks: list[str] = setting(
-        "tasks (SciFact) and benchmarks (NanoBEIR, 'MTEB(eng, v2)') of mteb by name, and BEIR folders by path: "
-        "corpus.jsonl, queries.jsonl, qrels/",
+        "names of mteb tasks (SciFact) and benchmarks (NanoBEIR, 'MTEB(eng, v2)'), and paths of BEIR folders (with "
+        "corpus.jsonl, queries.jsonl, qrels/)",
         default_factory=list,
     )
-    split: str = setting("which qrels/SPLIT.tsv of a BEIR folder is measured", default="test")
+    split: str = setting("split of a BEIR folder to measure: qrels/SPLIT.tsv", default="test")
     query_files: list[str] = setting(
-        "own files as a further task: queries, whose doc_id is the right document unless --qrels is given",
+        "queries of an additional task of your own; doc_id is the relevant document unless --qrels is given",
         default_factory=list,
         files=True,
     )
     doc_files: list[str] = setting("the documents of query_files", default_factory=list, files=True)
     qrels: str | None = setting("judgments of query_files, as recipes/evaluate.py reads them", default=None)
-    task_name: str = setting("name of the task that query_files make", default="own")
+    task_name: str = setting("name of the task made of query_files", default="own")
     ignore_identical_ids: bool = setting(
-        "in folders and own files, leave out the document whose id is the query's own", default=False
+        "in BEIR folders and your own files, ignore the document that has the same id as the query", default=False
     )
     prompts: list[str] = setting(
-        r"KEY=TEXT: text in front of a task's texts, \n a new line; KEY is a task's name or mteb's type (STS, Retrieval), "
-        "alone or with -query or -document behind it, or query or document (default: as the model's own files say, "
-        "else its prefixes of queries and documents)",
+        r"KEY=TEXT: text put in front of a task's texts (\n is a line break); KEY is a task name or a task type of mteb "
+        "(STS, Retrieval), optionally followed by -query or -document, or just query or document (default: from the "
+        "model's own files, else its query and document prefixes)",
         default_factory=list,
     )
     instruction_template: str | None = setting(
-        rf"where no prompt has a task's name or type, mteb's own instruction in front of queries, such as 'Instruct: "
+        rf"for tasks without a prompt, text in front of queries with mteb's own instruction in it, such as 'Instruct: "
         rf"{INSTRUCTION}\nQuery: ' (default: the model's prefix)",
         default=None,
     )
     bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
     micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank: sets the memory", default=16384, above=0
+        "padded tokens per forward pass of one rank; determines memory use", default=16384, above=0
     )
 
     def __post_init__(self):
@@ -57,17 +57,17 @@ class BenchmarkArguments(JobArguments):
         if self.qrels is not None and not self.query_files:
             raise UserError(f"--qrels {self.qrels}: has no effect without --query_files; BEIR folders have their own")
         if Path(self.task_name).name != self.task_name or not self.task_name:
-            raise UserError(f"--task_name {self.task_name}: names a file, so it can't hold a /")
+            raise UserError(f"--task_name {self.task_name}: is used as a file name, so it can't contain a /")
         if self.instruction_template is not None:
             self.instruction_template = unescape(self.instruction_template)
             if INSTRUCTION not in self.instruction_template:
                 raise UserError(
-                    f"--instruction_template '{self.instruction_template}': {INSTRUCTION}, where mteb's instruction "
-                    "is to stand, is missing"
+                    f"--instruction_template '{self.instruction_template}': must contain {INSTRUCTION}, the placeholder "
+                    "for mteb's instruction"
                 )
         for word in self.prompts:
             if "=" not in word:
-                raise UserError(f"--prompts {word}: want KEY=TEXT, such as STS='Retrieve similar text: '")
+                raise UserError(f"--prompts {word}: expected KEY=TEXT, such as STS='Retrieve similar text: '")
 
     @property
     def prompts_by_key(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.shipped import shipped_folder
 
-# What our flags decide. In the JSON these are left out or "auto".
+# Keys that our flags decide; in the JSON they must be missing or "auto".
 _OURS = {
     "train_batch_size": "--global_batch_size",
     "train_micro_batch_size_per_gpu": "--micro_batch_tokens",
@@ -23,16 +23,16 @@ _OURS = {
 _REFUSED = {
     "fp16": "float16 gradients of a contrastive loss overflow; use --bf16 true, or --bf16 false for float32",
     "activation_checkpointing": "use --gradient_checkpointing true",
-    "pipeline": "the models are not cut into pipeline stages",
+    "pipeline": "models are not split into pipeline stages",
 }
 
 
 def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float, num_ranks: int = 1) -> dict[str, Any]:
-    """Return the DeepSpeed config of the JSON file at `path`, or of the shipped one of that name, with nothing left at "auto".
+    """Return the DeepSpeed config from the JSON at `path`, or the shipped one of that name, with every "auto" resolved.
 
-    The contrastive step owns batch, accumulation, optimizer and schedule; a JSON that sets one of
-    them is refused, since its value would not be what happens. Raises UserError naming the key.
-    num_ranks: of the job, which groups of ranks must divide.
+    The contrastive step controls batch, accumulation, optimizer and schedule; a JSON that sets one of them is
+    refused, because its value would have no effect. Raises UserError naming the key.
+    num_ranks: number of ranks of the job; must be a multiple of the hpZ group size.
     """
     path = _resolve_name(path)
     config = _read(path)
@@ -60,25 +60,25 @@ def resolve_deepspeed_config(path: str, *, bf16: bool, max_grad_norm: float, num
         )
     if zero.get("mics_shard_size", -1) > 0:
         raise UserError(f'{path}: "mics_shard_size" is not supported; use "zero_hpz_partition_size" (zero3_hpz.json)')
-    # The plan cuts the batch, so DeepSpeed sees one unit of work per rank and step.
+    # The plan splits the batch, so DeepSpeed sees one micro-batch per rank and step.
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_accumulation_steps"] = 1
     config["gradient_clipping"] = float(max_grad_norm)
-    config.setdefault("steps_per_print", 10**9)  # our own log has every step
-    # The optimizer is torch's AdamW: it needs no compiler, and fused it is as fast as DeepSpeed's own.
+    config.setdefault("steps_per_print", 10**9)  # our own log covers every step
+    # The optimizer is torch's AdamW: it needs no compiler, and its fused version is as fast as DeepSpeed's own.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     if config["bf16"]["enabled"] and stage in (1, 2, 3):
-        # A step may sum many micro-batches; summed in bfloat16 their small gradients would be lost.
+        # A step may sum many micro-batches; a sum in bfloat16 would lose their small gradients.
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     leftover = _find_auto(config, "")
     if leftover:
-        raise UserError(f'{path}: "{leftover}" is "auto" but no setting of ours decides it; give it a value')
+        raise UserError(f'{path}: "{leftover}" is "auto" but no flag decides it; give it a value')
     return config
 
 
 def _resolve_name(path: str) -> str:
-    """A shipped JSON by its bare name, such as zero3, wherever the command runs; anything else is a path."""
+    """The path of a shipped JSON given by its bare name, such as zero3; anything else is already a path."""
     if Path(path).exists():
         return path
     shipped = shipped_folder("ds_configs")
@@ -114,7 +114,7 @@ def _fill_precision(path: str, config: dict, bf16: bool) -> None:
             f'{path}: "bf16.enabled" is {str(section["enabled"]).lower()} but --bf16 is {str(bf16).lower()}; '
             'make the key "auto" and let --bf16 decide'
         )
-    # A gradient that is not finite must not reach the weights; the loop sees the refusal and counts it.
+    # A gradient that is not finite must not reach the weights; DeepSpeed then skips the step, and the loop counts it.
     if section["enabled"]:
         section.setdefault("check_grad_overflow", True)
 

@@ -6,7 +6,7 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
 from ds_embed.settings.job_arguments import JobArguments
 
-# Changes of these move a row by no more than rounding does.
+# Changing these changes a row only by rounding.
 ROUNDING_SETTINGS = ("micro_batch_tokens", "attn_implementation", "kernels")
 
 _COLUMN_KEYS = ("query", "query_id", "pos_doc", "doc_id", "title")
@@ -14,51 +14,52 @@ _COLUMN_KEYS = ("query", "query_id", "pos_doc", "doc_id", "title")
 
 @dataclass
 class EncodeArguments(JobArguments):
-    """Texts to encode. What decides a vector comes from the model's card; a flag is needed for base models only."""
+    """Texts to encode. Trained models bring their own pooling, prefixes and lengths; base models may need flags."""
 
     deepspeed: str | None = setting(
-        "DeepSpeed JSON, by path or shipped name; with ZeRO-3 no GPU holds the whole model (default: each rank holds it)",
+        "DeepSpeed JSON, a path or the name of a shipped one; with ZeRO-3 no GPU holds the whole model (default: every "
+        "rank holds the whole model)",
         default=None,
     )
     bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
     merge_adapter: bool = setting(
-        "add the LoRA matrices to the base's weights in float32 before they are rounded to bfloat16, which makes "
-        "encoding faster and moves vectors by what is printed; not under ZeRO-3",
+        "merge the LoRA matrices into the base weights in float32 before rounding to bfloat16; this makes encoding "
+        "faster and changes the vectors by the amount that is printed; not under ZeRO-3",
         default=False,
     )
     query_files: list[str] = setting(
-        "files of queries: query, query_id; as train_files", default_factory=list, files=True
+        "files of queries (query, query_id), given like train_files", default_factory=list, files=True
     )
     doc_files: list[str] = setting(
-        "files of documents: pos_doc, doc_id; as train_files", default_factory=list, files=True
+        "files of documents (pos_doc, doc_id), given like train_files", default_factory=list, files=True
     )
     columns: list[str] = setting(
-        "which key or column holds what, such as query=question or doc_id=number; for the keys query and query_id, "
-        "and for pos_doc, doc_id and title (default: told by the keys)",
+        "mapping of our keys (query, query_id, pos_doc, doc_id, title) to the keys or columns of the files, such as "
+        "query=question or doc_id=number (default: detected from the keys)",
         default_factory=list,
     )
-    output_prefix: str = setting("folder that gets consumed_samplesX/", default="embeddings")
+    output_prefix: str = setting("folder in which consumed_samplesX/ is created", default="embeddings")
     micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank: sets the memory", default=16384, above=0
+        "padded tokens per forward pass of one rank; determines memory use", default=16384, above=0
     )
     cache_dir: str = setting(
-        "folder for prepared tokens, seen by all nodes and reused by later runs", default="~/.cache/ds_embed"
+        "folder for tokenized data, visible to all nodes and reused by later runs", default="~/.cache/ds_embed"
     )
 
     save_seconds: float = setting(
-        "seconds between saves of the rows encoded so far; a job that was killed goes on from the last",
+        "seconds between saves of the encoded rows; a job that was killed resumes from the last save",
         default=30.0,
         at_least=0,
     )
     accept_changes: list[str] = setting(
-        "what may differ from how the rows so far were encoded, since it changes rounding alone: micro_batch_tokens, "
-        "attn_implementation, kernels (how the machine multiplies)",
+        "settings that may differ from those of the rows encoded so far, because they affect only rounding: "
+        "micro_batch_tokens, attn_implementation, kernels (the machine's matrix multiplication)",
         default_factory=list,
     )
-    num_shards: int = setting("parts that the rows are cut into, each encoded by a job of its own", default=1, above=0)
-    shard_index: int | None = setting("which of the num_shards parts this job encodes, from 0", default=None)
+    num_shards: int = setting("number of shards of the rows, each encoded by a separate job", default=1, above=0)
+    shard_index: int | None = setting("index of the shard that this job encodes, from 0", default=None)
     merge_shards: bool = setting(
-        "encode nothing and put the finished parts of num_shards jobs together; other flags as in those jobs",
+        "merge the finished shards of num_shards jobs and encode nothing; the other flags must be those of the jobs",
         default=False,
     )
 
@@ -68,12 +69,12 @@ class EncodeArguments(JobArguments):
             raise UserError("nothing to encode: give --query_files, --doc_files or both")
         for word in self.columns:
             if word.partition("=")[0] not in _COLUMN_KEYS:
-                raise UserError(f"--columns {word}: want KEY=COLUMN, where KEY is one of {', '.join(_COLUMN_KEYS)}")
+                raise UserError(f"--columns {word}: expected KEY=COLUMN, where KEY is one of {', '.join(_COLUMN_KEYS)}")
         for name in self.accept_changes:
             if name not in ROUNDING_SETTINGS:
                 raise UserError(
-                    f"--accept_changes {name}: only {', '.join(ROUNDING_SETTINGS)} may change, which move a row by no "
-                    "more than rounding; for another change choose another --output_prefix"
+                    f"--accept_changes {name}: only {', '.join(ROUNDING_SETTINGS)} may change, because they affect only "
+                    "rounding; for any other change choose another --output_prefix"
                 )
         self._check_shards()
 
@@ -86,7 +87,7 @@ class EncodeArguments(JobArguments):
         elif self.num_shards > 1:
             raise UserError(
                 f"--num_shards {self.num_shards}: give --shard_index 0 to {self.num_shards - 1}, or --merge_shards true "
-                "once all shards are finished"
+                "after all shards are finished"
             )
         if self.shard_index is not None and not 0 <= self.shard_index < self.num_shards:
             raise UserError(f"--shard_index {self.shard_index}: must be from 0 to {self.num_shards - 1}")

@@ -1,9 +1,9 @@
-"""The one type for what a user did."""
+"""The exception type for mistakes of a user."""
 
 
 class UserError(ValueError):
-    """What a user did and can cure: shown as one line, and the process exits with code 2.
+    """A mistake that the user can fix: it is shown as one line, and the process exits with code 2.
 
-    The text names the setting or file:line, the value and the cure. Every other exception is a bug: its traceback
+    The message names the setting or file:line, the value and the fix. Every other exception is a bug: its traceback
     is shown, and the process exits with code 1.
     """

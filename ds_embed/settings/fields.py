@@ -1,4 +1,4 @@
-"""Argument dataclasses are made of these: a field is a flag and a YAML key; its help gives its unit, and its bounds."""
+"""Building blocks of argument dataclasses: a field is a flag and a YAML key; its help gives its unit and bounds."""
 
 import dataclasses
 import glob
@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_embed.settings.errors import UserError
 
-# What a declared bound says, and its sign for the help.
+# Per kind of bound: the words of its error message, its sign in the help text, and its check.
 _BOUNDS = {
     "at_least": ("must be at least", ">=", lambda value, bound: value >= bound),
     "above": ("must be greater than", ">", lambda value, bound: value > bound),
@@ -29,10 +29,10 @@ def setting(
     files: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """A field of a `Settings`, with what its value, or each value of a list, must be.
+    """A field of a `Settings` class, with constraints on its value or on each value of a list.
 
-    files: names of files or folders that are there, or what only their reader can look for: URLs, data sets as
-    NAME:SPLIT, patterns. The other words are those of dataclasses.field.
+    files: the value names an existing file or folder, or something that only the reader can resolve: a URL, a data
+    set as NAME:SPLIT, or a glob pattern. Other keywords are passed to dataclasses.field.
     """
     given = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     bounds = {name: bound for name, bound in given.items() if bound is not None}
@@ -43,7 +43,7 @@ def setting(
 
 @dataclasses.dataclass
 class Settings:
-    """Base of the argument dataclasses: every value is as its field declares, or a UserError names the flag."""
+    """Base of the argument dataclasses: checks every value against its field; a UserError names the flag."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -67,5 +67,5 @@ def _check(flag: str, each: str, value: Any, field: dataclasses.Field) -> None:
 
 
 def listed(value: Any) -> str:
-    """A value, or a list of them, as it is typed behind its flag."""
+    """A value or a list of values, as it is typed after its flag."""
     return " ".join(map(listed, value)) if isinstance(value, list) else str(value)

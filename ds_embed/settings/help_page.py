@@ -1,4 +1,4 @@
-"""What --help prints: the flags to know first, then all others by subject."""
+"""The text of --help: the most important flags first, then all others by subject."""
 
 import dataclasses
 import re
@@ -6,12 +6,12 @@ import shutil
 import textwrap
 from argparse import ArgumentParser
 
-# Of the trainers some hundred flags; these are the ones that nobody gets round.
+# The training recipes have about a hundred flags; these are the ones that every user needs.
 KNOW_FIRST = (
     *("model_name_or_path", "train_files", "output_dir", "deepspeed", "global_batch_size", "hard_negatives"),
     *("max_length", "num_train_epochs", "learning_rate", "micro_batch_tokens", "grad_cache", "val_files"),
 )
-# A dataclass of settings is a subject; those without a title here are named by their own name.
+# Each dataclass of settings is a section; its title is listed here or derived from the class name.
 _TITLES = {
     "LoraArguments": "LoRA",
     "TextArguments": "texts",
@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def help_page(types: list[type], parser: ArgumentParser, usage: str) -> str:
-    """The page for a recipe that takes these dataclasses; parser.get_default knows the recipe's own defaults."""
+    """The help of a recipe that takes these dataclasses; parser.get_default knows the recipe's own defaults."""
     fields = {field.name: field for one in types for field in dataclasses.fields(one)}
     first = (
         [name for name in KNOW_FIRST if name in fields] if "train_files" in fields and "learning_rate" in fields else []

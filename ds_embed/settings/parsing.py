@@ -1,4 +1,4 @@
-"""From argv and an optional YAML file to argument dataclasses; every mistake is a UserError."""
+"""Parse argv and an optional YAML file into argument dataclasses; every mistake raises a UserError."""
 
 import dataclasses
 import difflib
@@ -13,13 +13,13 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.help_page import help_page
 
 _NOT_GIVEN = object()
-# What is said of flags of Hugging Face's trainer, sentence-transformers, Tevatron, FlagEmbedding, Automodel and ms-swift.
+# Our counterparts of flags of Hugging Face's trainer, sentence-transformers, Tevatron, FlagEmbedding, Automodel, ms-swift.
 _OURS = {
     "--global_batch_size, over all ranks": "per_device_train_batch_size local_batch_size",
     "--micro_batch_tokens, the tokens of a forward pass": "per_device_eval_batch_size mini_batch_size sub_batch_size "
     "gc_q_chunk_size gc_p_chunk_size cached_batch_size",
-    "--global_batch_size, over all ranks: micro-batches follow from --micro_batch_tokens": "gradient_accumulation_steps",
-    "nothing: negatives always come from all ranks": "negatives_cross_device negatives_x_device gather_across_devices "
+    "--global_batch_size, over all ranks; --micro_batch_tokens splits it": "gradient_accumulation_steps",
+    "not needed: negatives always come from all ranks": "negatives_cross_device negatives_x_device gather_across_devices "
     "do_distributed_inbatch_negative",
     "--save_interval": "save_steps ckpt_every_steps",
     "--log_interval": "logging_steps",
@@ -34,26 +34,28 @@ _OURS = {
     "--query_max_length": "query_max_len q_max_len",
     "--doc_max_length": "passage_max_len p_max_len",
     "--max_length": "max_seq_length",
-    "--hard_negatives, one less": "train_group_size n_passages train_n_passages",
+    "--hard_negatives, which is one less": "train_group_size n_passages train_n_passages",
     "--lora_rank": "lora_r lora",
     "--doc_prefix": "passage_prefix passage_instruction_for_retrieval",
     "--query_prefix": "query_instruction_for_retrieval query_instruction_for_embedding",
     "--pooling": "sentence_pooling_method pooling_method",
     "--normalize": "normalize_embeddings l2_normalize",
-    "--temperature, 1 divided by it": "scale",
+    "--temperature, which is 1 / scale": "scale",
     "--train_files": "train_data dataset dataset_path data_dir_list",
     "--train_files, NAME:SPLIT": "dataset_name",
     "--corpus_files, NAME:SPLIT": "corpus_name",
     "--corpus_files": "corpus_path",
     "--model_name_or_path": "model pretrained_model_name_or_path",
-    "nothing in a new run: --resume_if_exists goes on where --output_dir stands": "resume_from_checkpoint",
-    "nothing: an --output_dir that is there is gone on with or refused": "overwrite_output_dir",
+    "not needed: --resume_if_exists resumes the run in --output_dir": "resume_from_checkpoint",
+    "not available: an existing --output_dir is either resumed or refused": "overwrite_output_dir",
     "--bf16: bfloat16 or float32": "fp16",
     "--distillation_weight": "knowledge_distillation kd_loss_type",
-    "nothing: tokens are prepared once and mapped": "dataloader_num_workers",
-    "nothing: every batch is full": "dataloader_drop_last",
+    "not needed: data is tokenized once and memory-mapped": "dataloader_num_workers",
+    "not needed: every batch is full": "dataloader_drop_last",
 }
-ELSEWHERE = {name: ours for ours, names in _OURS.items() for name in names.split()}
+ELSEWHERE = {
+    name: ours if ours.startswith("not ") else f"use {ours}" for ours, names in _OURS.items() for name in names.split()
+}
 
 
 def parse_arguments(
@@ -64,8 +66,8 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Fill dataclasses from flags and from `--config FILE.yaml`, whose keys are flag names; flags win.
 
-    `defaults` stand for those of the fields they name, and what `defaults_for` makes of the settings that were given
-    for both; a required field with one of `defaults` may be left out.
+    `defaults` override the fields' own defaults, and the result of `defaults_for`, called with the given settings,
+    overrides both; a required field that is in `defaults` may be omitted.
     Returns one instance per type. Raises UserError on an unknown flag or key (with the nearest known
     name), on a value of the wrong type, on a missing required flag, and whatever the dataclasses'
     own checks raise.
@@ -82,12 +84,12 @@ def parse_arguments(
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
     if config_path is not None:
         argv = _yaml_as_flags(config_path, known) + argv
-    for arg in argv:  # a flag that nobody knows is told before those that are missing
+    for arg in argv:  # unknown flags are reported before missing ones
         name = arg.split("=")[0]
         if name.startswith("--") and " " not in name and name not in parser._option_string_actions:
             name = name.lstrip("-").replace("-", "_")
             if name in ELSEWHERE:
-                raise UserError(f"--{name}: here it is {ELSEWHERE[name]}")
+                raise UserError(f"--{name}: unknown flag; {ELSEWHERE[name]}")
             raise UserError(f"unknown flag --{name}{_nearest(name, known, '--')}; --help lists all")
     namespace, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(known, _NOT_GIVEN)))
     for arg in unknown:
@@ -112,7 +114,7 @@ def _make_parser(types):
             return super().add_argument(*names, **kwargs)
 
         def error(self, message):
-            # Every flag is known with dashes too; naming both would only make the message longer.
+            # Every flag also exists with dashes; naming both would only make the message longer.
             message = re.sub(r"/--[a-z0-9-]+", "", message)
             raise UserError(message.replace("the following arguments are required:", "missing required flag(s)"))
 
@@ -153,12 +155,12 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
     for key, value in content.items():
         if key not in known:
             if key in ELSEWHERE:
-                raise UserError(f"{path}: {key}: here it is {ELSEWHERE[key]}")
+                raise UserError(f"{path}: {key}: unknown key; {ELSEWHERE[key]}")
             raise UserError(f"{path}: unknown key '{key}'{_nearest(str(key), known, '')}")
         if isinstance(value, dict):
             raise UserError(f"{path}: key '{key}' takes a value or a list, not a mapping")
         if value is None or value == []:
-            continue  # 'name:' with nothing behind it leaves the default
+            continue  # 'name:' without a value keeps the default
         values = value if isinstance(value, list) else [value]
         # 1e-4 without a dot is a string in YAML 1.1, so everything goes through the flag's own type.
         flags += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]

@@ -14,24 +14,27 @@ class RerankArguments(JobArguments):
     )
     run_file: str | None = setting("TREC run file whose documents are reranked", default=None)
     embeddings: str | None = setting(
-        "folder OUT/consumed_samplesX of recipes/generate.py, whose exact search gives the documents, in place of run_file",
+        "folder OUT/consumed_samplesX written by recipes/generate.py; exact search in it gives the documents to rerank, "
+        "instead of run_file",
         default=None,
     )
     query_files: list[str] = setting("files with the texts of the queries", files=True)
     doc_files: list[str] = setting("files with the texts of the documents", files=True)
     output_file: str = setting("TREC run file to write; must not exist")
-    top_k: int = setting("documents of a query that are reranked, and written", default=100, above=0)
+    top_k: int = setting("number of documents per query to rerank and write", default=100, above=0)
     max_length: int | None = setting(
-        "longest pair in tokens (default: as the run was trained, else what the model allows, at most 512)",
+        "maximum pair length in tokens (default: as in training, else what the model supports, at most 512)",
         default=None,
         above=0,
     )
-    bf16: bool = setting("compute in bfloat16, whose scores have 3 digits; false computes in float32", default=False)
+    bf16: bool = setting(
+        "compute in bfloat16, which gives scores of about 3 digits; false computes in float32", default=False
+    )
     micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank: sets the memory", default=16384, above=0
+        "padded tokens per forward pass of one rank; determines memory use", default=16384, above=0
     )
 
     def __post_init__(self):
         super().__post_init__()
         if (self.run_file is None) == (self.embeddings is None):
-            raise UserError("--run_file or --embeddings: give one of the two, to say what is reranked")
+            raise UserError("give either --run_file or --embeddings, to say what is reranked")

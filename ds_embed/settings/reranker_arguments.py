@@ -1,4 +1,4 @@
-"""Training a reranker: what differs from training an embedder. Constants stand for its settings that mean nothing here."""
+"""Training a reranker: settings that differ from training an embedder. Those that don't apply are constants."""
 
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar
@@ -29,12 +29,14 @@ class RerankerModelArguments(Settings):
     )
     model_revision: str | None = _as(ModelArguments, "model_revision")
     template: str | None = setting(
-        r"text around query and document, such as 'query: {query}\ndocument: {document}\nrelevant:'; \n is a new line "
-        "(default: as the tokenizer joins two texts; where it puts nothing between them, as with most decoders, this one)",
+        r"text around query and document, such as 'query: {query}\ndocument: {document}\nrelevant:'; \n is a line break "
+        "(default: the tokenizer's own way of joining two texts; if it puts nothing between them, as with most decoders, "
+        "the example above)",
         default=None,
     )
     yes_no: list[str] = setting(
-        "two words, such as yes no: a decoder's new head starts as the difference of their logits behind the template",
+        "two words, such as yes no; a decoder's new head is initialized to the difference of their logits after the "
+        "template",
         default_factory=list,
     )
     attn_implementation: str | None = _as(ModelArguments, "attn_implementation")
@@ -46,7 +48,9 @@ class RerankerModelArguments(Settings):
         if self.template is not None:
             self.template = unescape(self.template)
         if self.yes_no and len(self.yes_no) != 2:
-            raise UserError(f"--yes_no {' '.join(self.yes_no)}: give two words, the one for relevant first")
+            raise UserError(
+                f"--yes_no {' '.join(self.yes_no)}: give exactly two words, first the one that means relevant"
+            )
 
 
 @dataclass(kw_only=True)
@@ -57,7 +61,7 @@ class RerankerLoraArguments(LoraArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.lora_variant in ("dora", "pissa"):
-            raise UserError(f"--lora_variant {self.lora_variant}: rerankers are trained with lora or rslora")
+            raise UserError(f"--lora_variant {self.lora_variant}: rerankers support lora and rslora only")
 
 
 @dataclass(kw_only=True)
@@ -66,15 +70,13 @@ class RerankerDataArguments(Settings):
     columns: list[str] = _as(DataArguments, "columns")
     corpus_files: list[str] = _as(DataArguments, "corpus_files")
     max_length: int | None = setting(
-        "longest pair in tokens, all included; the longer of its two texts is cut (default: what the tokenizer says, at "
-        "most 512)",
+        "maximum length of a pair in tokens, including template and special tokens; the longer of the two texts is "
+        "truncated (default: from the tokenizer, at most 512)",
         default=None,
         above=0,
     )
     hard_negatives: int = setting(
-        "hard negatives (neg_doc) in the group of each query; a record that has fewer gives some twice",
-        default=7,
-        at_least=1,
+        "hard negatives (neg_doc) in each query's group; some are repeated if a record has fewer", default=7, at_least=1
     )
     hard_negatives_sampling: str = _as(DataArguments, "hard_negatives_sampling")
     skip_bad_records: bool = _as(DataArguments, "skip_bad_records")
@@ -91,8 +93,8 @@ class RerankerStepArguments(Settings):
     global_batch_size: int = _as(StepArguments, "global_batch_size")
     micro_batch_tokens: int = _as(StepArguments, "micro_batch_tokens")
     loss: str = setting(
-        "listwise (softmax over a query's group), bce (each pair by itself) or kl (divergence from a teacher's pos_score "
-        "and neg_scores)",
+        "listwise (softmax over each query's group), bce (binary cross-entropy on each pair) or kl (KL divergence from a "
+        "teacher's pos_score and neg_scores)",
         default="listwise",
         choices=LOSSES,
     )
@@ -114,8 +116,8 @@ class RerankerStepArguments(Settings):
 @dataclass(kw_only=True)
 class RerankerValidationArguments(ValidationArguments):
     best_metric: str | None = setting(
-        "what makes a checkpoint the best: nDCG@10 or RR@10 of each held-out record's own documents, reranked, val_loss "
-        "(lower is better) or val_accuracy (default: nDCG@10)",
+        "metric that selects the best checkpoint: nDCG@10 or RR@10 after reranking each held-out record's own documents, "
+        "val_loss (lower is better) or val_accuracy (default: nDCG@10)",
         default=None,
     )
     val_query_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]

@@ -15,60 +15,59 @@ MIN_LEARNED_TEMPERATURE = 0.01
 class StepArguments(Settings):
     global_batch_size: int = setting("queries per optimizer step, over all ranks", default=64, above=0)
     micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank: sets the memory", default=4096, above=0
+        "padded tokens per forward pass of one rank; determines memory use", default=4096, above=0
     )
     negatives: str = setting(
-        "documents a query is scored against: all (every document of the batch), own (all positives and its own "
-        "hard negatives), pair (its positive against each own hard negative, two at a time)",
+        "documents each query is scored against: all (every document of the batch), own (all positives and its own "
+        "hard negatives), pair (its positive and one of its own hard negatives at a time)",
         default="all",
         choices=NEGATIVES,
     )
     temperature: float = setting("similarities are divided by this before the softmax", default=0.02, above=0)
     learnable_temperature: bool = setting(
-        f"train the temperature with the weights, from temperature on, never below {MIN_LEARNED_TEMPERATURE}",
-        default=False,
+        f"train the temperature too, starting at temperature and never below {MIN_LEARNED_TEMPERATURE}", default=False
     )
     label_smoothing: float = setting(
-        "share of the target that is spread over all candidates of a query", default=0.0, at_least=0, below=1
+        "share of the target probability spread over all candidates of a query", default=0.0, at_least=0, below=1
     )
     symmetric: bool = setting(
-        "mean of the query-to-document loss and of the loss of each positive against all queries", default=False
+        "average the query-to-document loss and the loss of each positive against all queries", default=False
     )
     false_negative_margin: float | None = setting(
-        "leave out negatives whose cosine is above the positive's by more than this (default: none are)",
+        "ignore negatives whose cosine exceeds the positive's by more than this (default: none are ignored)",
         default=None,
         at_least=-2,
         at_most=2,
     )
     matryoshka_dims: list[int] = setting(
-        "lengths in dimensions of the prefixes that are trained as embeddings, the whole one among them",
+        "numbers of leading dimensions that are trained as embeddings; must include the full dimension",
         default_factory=list,
     )
     matryoshka_weights: list[float] = setting(
-        "weight of each prefix's loss, as many as matryoshka_dims (default: 1 each)", default_factory=list, above=0
+        "loss weight of each of matryoshka_dims (default: 1 each)", default_factory=list, above=0
     )
     pair_loss: str | None = setting(
-        "loss of training files of scored pairs (query, pos_doc, score): cosent or angle (a higher score, a higher "
-        "similarity), cosine (the score is the cosine); without it a score is not read",
+        "loss for training files of scored pairs (query, pos_doc, score): cosent or angle (similarities are ranked by "
+        "score), cosine (the score is the target cosine); without it scores are not read",
         default=None,
         choices=SCORED_LOSSES,
     )
     pair_temperature: float = setting(
-        "similarities of scored pairs are divided by this, for cosent and angle", default=0.05, above=0
+        "similarities of scored pairs are divided by this in cosent and angle", default=0.05, above=0
     )
     distillation_weight: float = setting(
-        "weight of the divergence from the teacher's ranking (pos_score, neg_scores of a record), added to the loss",
+        "weight of the KL divergence from the teacher's scores (pos_score and neg_scores of a record) in the loss",
         default=0.0,
         at_least=0,
     )
     distillation_temperature: float = setting(
-        "the teacher's scores are divided by this before its softmax", default=1.0, above=0
+        "the teacher's scores are divided by this before the softmax", default=1.0, above=0
     )
     grad_cache: bool = setting(
-        "encode twice to keep no graph of the whole batch: exact, any batch size in the memory of one micro-batch",
+        "gradient caching: encode twice, so that any batch size fits in the memory of one micro-batch; gradients are exact",
         default=False,
     )
-    gradient_checkpointing: bool = setting("recompute activations in backward to save memory", default=False)
+    gradient_checkpointing: bool = setting("recompute activations in the backward pass to save memory", default=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,9 +78,9 @@ class StepArguments(Settings):
             )
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if len(set(dims)) < len(dims) or any(dim < 1 for dim in dims):
-            raise UserError(f"--matryoshka_dims {listed(dims)}: must be different numbers of at least 1")
+            raise UserError(f"--matryoshka_dims {listed(dims)}: must be distinct numbers of at least 1")
         if weights and len(weights) != len(dims):
             raise UserError(
-                f"--matryoshka_weights {listed(weights)}: there are {len(weights)}, "
-                f"and --matryoshka_dims has {len(dims)}"
+                f"--matryoshka_weights {listed(weights)}: has {len(weights)} values, "
+                f"but --matryoshka_dims has {len(dims)}"
             )

@@ -1,4 +1,4 @@
-"""What a training recipe takes: the settings of both, and the defaults in which they differ."""
+"""The settings of the training recipes, and the defaults in which they differ."""
 
 from ds_embed.settings.data_arguments import DataArguments
 from ds_embed.settings.model_arguments import LoraArguments, ModelArguments
@@ -15,7 +15,7 @@ TRAINING_ARGUMENTS = (
     RunArguments,
     ValidationArguments,
 )
-# Of train_bert; train_gpt has the fields' own. BERT-family models are small, so all their weights are trained
-# (models/lora.py), which wants a smaller rate than LoRA matrices that start at zero, with the loss that is usual for
-# bi-encoders.
+# Defaults of train_bert; train_gpt uses those of the fields. BERT-family models are small, so all their weights are
+# trained (models/lora.py), which needs a lower learning rate than LoRA matrices that start at zero. The loss is the
+# usual one for bi-encoders.
 BERT_DEFAULTS = {"learning_rate": 2e-5, "negatives": "own"}

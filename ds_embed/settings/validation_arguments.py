@@ -1,4 +1,4 @@
-"""Validation while training, and what follows from it: the best checkpoints, and when to stop early."""
+"""Validation during training, selection of the best checkpoints, and early stopping."""
 
 import os
 import re
@@ -10,68 +10,67 @@ from ds_embed.settings.fields import Settings, setting
 
 @dataclass
 class ValidationArguments(Settings):
-    """Without any val_*_files nothing is measured. All of this may change when a run is started again."""
+    """Without val_*_files and val_sets, no validation runs. All of these settings may change when a run is resumed."""
 
     val_files: list[str] = setting(
-        "held-out records in the format of train_files, for val_loss and val_accuracy (accuracy within the batch); of scored pairs "
-        "(pair_loss) val_spearman, the rank correlation of cosine and score, as the mean over their files",
+        "held-out records in the format of train_files, for val_loss and val_accuracy (accuracy within the batch); for "
+        "scored pairs (pair_loss), val_spearman: the rank correlation of cosine and score, averaged over the files",
         default_factory=list,
         files=True,
     )
     val_query_files: list[str] = setting(
-        "held-out queries: query, query_id, doc_id of the right document, for retrieval over all of val_doc_files",
+        "held-out queries (query, query_id, and doc_id of the relevant document) for retrieval over all of val_doc_files",
         default_factory=list,
         files=True,
     )
     val_doc_files: list[str] = setting(
-        "the documents that val_query_files are searched in: pos_doc, doc_id", default_factory=list, files=True
+        "documents (pos_doc, doc_id) that val_query_files are searched in", default_factory=list, files=True
     )
     val_sets: list[str] = setting(
-        "more test sets, NAME=FOLDER of queries.jsonl and docs.jsonl (as convert --output_format test writes them); "
-        "their measures are named NAME/nDCG@10 and, over all sets, mean/nDCG@10",
+        "additional test sets as NAME=FOLDER, with queries.jsonl and docs.jsonl in FOLDER (as convert --output_format "
+        "test writes them); their measures are named NAME/nDCG@10, and mean/nDCG@10 is the mean over all sets",
         default_factory=list,
     )
     val_metrics: list[str] = setting(
-        "retrieval measures, named as ir-measures names them (default: nDCG@10 RR@10 R@1 R@10 R@100)",
-        default_factory=list,
+        "retrieval measures, named as in ir-measures (default: nDCG@10 RR@10 R@1 R@10 R@100)", default_factory=list
     )
     val_check_interval: int = setting(
-        "optimizer steps between validations, besides the one after the last step; 0 has that one only",
+        "optimizer steps between validations; 0 validates only after the last step, which is always validated",
         default=0,
         at_least=0,
     )
     val_each_epoch: bool = setting("also validate at the end of each pass over the training data", default=False)
     val_before_training: bool = setting(
-        "also measure the model before the first step; it never counts as the best", default=False
+        "also validate before the first step; this result never counts as the best", default=False
     )
     ignore_identical_ids: bool = setting(
-        "leave out the document whose id is the query's own, where a query is one of val_doc_files (ArguAna, Quora)",
+        "ignore the document that has the same id as the query, for queries that are also documents (ArguAna, Quora)",
         default=False,
     )
     val_save_embeddings: bool = setting(
-        "keep the vectors of every validation, in output_dir/validation/consumed_samplesX/ as generate writes them",
+        "keep the vectors of every validation in output_dir/validation/consumed_samplesX/, as generate writes them",
         default=False,
     )
     best_metric: str | None = setting(
-        "what makes a checkpoint the best: val_loss (lower is better), val_accuracy, val_spearman or one of val_metrics "
-        "(default: the first of val_metrics, of the first test set, or val_loss without any)",
+        "metric that selects the best checkpoint: val_loss (lower is better), val_accuracy, val_spearman or one of "
+        "val_metrics (default: the first of val_metrics on the first test set, or val_loss without a test set)",
         default=None,
     )
     save_top_k: int = setting(
-        "best checkpoints to save and keep, beside the newest save_total_limit ones; 0 saves none for being good",
+        "number of best checkpoints to save and keep, in addition to the newest save_total_limit ones; 0 keeps none",
         default=1,
         at_least=0,
     )
     load_best_at_end: bool = setting(
-        "make output_dir/model from the best checkpoint; false takes the last step", default=False
+        "write the best checkpoint to output_dir/model instead of the last step", default=False
     )
     early_stopping_patience: int = setting(
-        "validations in a row without a better best_metric after which training ends; 0 never does",
+        "end training after this many consecutive validations without an improvement of best_metric; 0 disables this",
         default=0,
         at_least=0,
     )
     early_stopping_min_delta: float = setting(
-        "change of best_metric, in its own unit, that early stopping takes for better only when it is exceeded",
+        "early stopping counts a change of best_metric as an improvement only if it exceeds this (in the metric's unit)",
         default=0.0,
         at_least=0,
     )
@@ -86,7 +85,9 @@ class ValidationArguments(Settings):
         for entry in self.val_sets:
             name, _, folder = entry.partition("=")
             if not (re.fullmatch(r"[\w.-]*\w[\w.-]*", name) and folder) or name in (*sets, "mean"):
-                raise UserError(f"--val_sets {entry}: want NAME=FOLDER, each name once, none of them mean")
+                raise UserError(
+                    f"--val_sets {entry}: expected NAME=FOLDER with unique names; the name mean is reserved"
+                )
             files = [[os.path.join(folder, f"{kind}.jsonl")] for kind in ("queries", "docs")]
             for (path,) in files:
                 if not os.path.isfile(path):
@@ -123,4 +124,4 @@ class ValidationArguments(Settings):
             value = getattr(self, name)
             if value and not is_there:
                 shown = f" {str(value).lower()}" if isinstance(value, (bool, int, float)) else ""
-                raise UserError(f"--{name}{shown}: has no effect without {needed}; give that or leave this out")
+                raise UserError(f"--{name}{shown}: has no effect without {needed}; add that or remove --{name}")

@@ -16,41 +16,41 @@ from ds_embed.vectors.vectors import read_embeddings
 @dataclass
 class EvaluateArguments(Settings):
     embeddings: str | None = setting("folder OUT/consumed_samplesX with test_queries and test_docs", default=None)
-    run_file: str | None = setting("TREC run file to measure in place of --embeddings", default=None)
+    run_file: str | None = setting("TREC run file to measure instead of --embeddings", default=None)
     query_files: list[str] = setting(
-        "queries (JSONL or JSON array) whose doc_id is the right document; not read if --qrels is given",
+        "queries (JSONL or JSON array) whose doc_id is the relevant document; not read if --qrels is given",
         default_factory=list,
     )
     qrels: str | None = setting(
         "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score", default=None
     )
     skip_unknown: bool = setting(
-        "go on when judgments name ids without a vector: such queries are not measured, such documents count as not "
+        "accept judgments that name ids without a vector: such queries are not measured, such documents count as not "
         "retrieved",
         default=False,
     )
     ignore_identical_ids: bool = setting(
-        "leave out the document whose id is the query's own, where a query is one of the documents (ArguAna, Quora)",
+        "ignore the document that has the same id as the query, for queries that are also documents (ArguAna, Quora)",
         default=False,
     )
     output_dir: str | None = setting("folder for the results (default: --embeddings)", default=None)
     measures: list[str] = setting(
-        "measures, named as ir-measures names them", default_factory=lambda: list(metrics.DEFAULT_MEASURES)
+        "measures, named as in ir-measures", default_factory=lambda: list(metrics.DEFAULT_MEASURES)
     )
     top_k: int = setting("number of documents kept for each query", default=100, at_least=1)
-    write_run: bool = setting("write run.trec, whose ids cannot hold white space", default=True)
+    write_run: bool = setting("write run.trec, whose ids must not contain white space", default=True)
     device: str = setting("where the search runs: cpu or cuda", default="cpu")
     compare: str | None = setting("results folder of another run, to test the difference query by query", default=None)
     truncate_dims: list[int] = setting(
-        "also measure vectors cut to so many dimensions, scaled to length 1", default_factory=list, at_least=1
+        "also measure vectors truncated to these numbers of dimensions and normalized", default_factory=list, at_least=1
     )
     quantize: list[str] = setting(
-        f"also measure documents stored in fewer bits: {', '.join(QUANTIZED)} (a byte, a bit for each dimension)",
+        f"also measure quantized documents: {', '.join(QUANTIZED)} (one byte or one bit per dimension)",
         default_factory=list,
         choices=QUANTIZED,
     )
     rescore_multiplier: int = setting(
-        "binary: so many times top_k documents are reordered with the float32 query; 0 leaves that out",
+        "binary: rescore this many times top_k documents with the float32 query; 0 disables rescoring",
         default=4,
         at_least=0,
     )
@@ -58,7 +58,7 @@ class EvaluateArguments(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.embeddings is None) == (self.run_file is None):
-            raise UserError("--embeddings or --run_file: give one of the two, to say what is measured")
+            raise UserError("give either --embeddings or --run_file, to say what is measured")
         if not self.query_files and self.qrels is None:
             raise UserError("--query_files and --qrels are both missing; give one, to say what is right")
         if self.run_file is not None:

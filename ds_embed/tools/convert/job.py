@@ -36,24 +36,25 @@ OUTPUTS = {
 @dataclass
 class ConvertArguments(Settings):
     input_format: str = setting(
-        "beir (a folder), test (--query_files, --doc_files, --qrels), training (records in every form that training "
-        "reads), table (rows of any names, with --columns), msmarco (lines of query, positive, negative), qrels (TREC or "
+        "beir (a folder), test (--query_files, --doc_files, --qrels), training (records in any format that training "
+        "reads), table (rows with any column names, with --columns), msmarco (lines of query, positive, negative), qrels (TREC or "
         "BEIR), run (TREC)",
         choices=list(OUTPUTS),
     )
     output_format: str = setting(
-        "training, test, beir, pairs or triplets (sentence-transformers' columns), trec_qrels, beir_qrels; from tables "
-        "also queries, documents, trec_run; from runs table"
+        "training, test, beir, pairs or triplets (sentence-transformers' columns), trec_qrels, beir_qrels; from table "
+        "also queries, documents, trec_run; from run only table"
     )
     output: str = setting("file to write, or folder for beir and test; must not exist yet")
     input: list[str] = setting("files to read, or one folder for beir", default_factory=list, files=True)
     split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", default="test")
     columns: list[str] = setting(
-        "which key or column holds what, such as query=question neg_doc=worse,worst (default: told by the keys)",
+        "mapping of our keys to other keys or columns, such as query=question neg_doc=worse,worst (default: detected "
+        "from the keys)",
         default_factory=list,
     )
     corpus_files: list[str] = setting(
-        "documents that training records name by id, as in training", default_factory=list, files=True
+        "documents that training records refer to by id, as in training", default_factory=list, files=True
     )
     query_files: list[str] = setting(
         "queries of test; for id triples of MS MARCO, lines of id, text", default_factory=list, files=True
@@ -66,9 +67,11 @@ class ConvertArguments(Settings):
     judged_negatives: bool = setting(
         "documents judged not relevant become neg_doc of the query's records", default=False
     )
-    num_negatives: int = setting("negatives in each row of triplets; a record needs so many", default=1, above=0)
-    skip_bad_records: bool = setting("leave out and count records that can't be used", default=False)
-    skip_unknown: bool = setting("leave out and count judgments and triples whose ids have no text", default=False)
+    num_negatives: int = setting(
+        "negatives in each row of triplets; a record needs at least this many", default=1, above=0
+    )
+    skip_bad_records: bool = setting("skip and count invalid records", default=False)
+    skip_unknown: bool = setting("skip and count judgments and triples whose ids have no text", default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
