@@ -193,7 +193,7 @@ def test_run_that_may_not_be_resumed_is_refused(place, tmp_path):
         "false",
         timeout=SECONDS,
     )
-    assert_one_clear_error(result, ["--output_dir", "holds a run that was stopped", "--resume_if_exists"])
+    assert_one_clear_error(result, ["--output_dir", "contains a run that was stopped", "--resume_if_exists"])
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root can write anywhere")

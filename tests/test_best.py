@@ -40,7 +40,7 @@ def test_best_of_a_resumed_run(caplog):
     state = json.loads(json.dumps(best.state()))
     fresh = BestValidations(metric="nDCG@10", data="a", top_k=2, patience=3)
     assert fresh.restored(state, {10, 20, 30}) == best and fresh.restored(None, {10}) == fresh
-    assert fresh.restored(state, {10, 30}).kept == [Kept(10, 40, 0.5)] and "step 20, which is gone" in caplog.text
+    assert fresh.restored(state, {10, 30}).kept == [Kept(10, 40, 0.5)] and "step 20 was among the best" in caplog.text
     one = BestValidations(metric="nDCG@10", data="a", top_k=1).restored(state, {10, 20, 30})
     assert one.steps == {20} and one.num_without_better == 1 and not one.is_exhausted
     # Other files or another measure: not comparable.
@@ -48,6 +48,6 @@ def test_best_of_a_resumed_run(caplog):
         caplog.clear()
         anew = BestValidations(**other, top_k=1, patience=1).restored(state, {10, 20, 30})
         assert anew.kept == [] and anew.reference is None and anew.last_validation == 30
-        assert "starts anew" in caplog.text
+        assert "starts over" in caplog.text
     off = BestValidations().restored(state, {10, 20, 30})  # without validation from here on: still kept
     assert off.steps == {10, 20} and off.state() == state

@@ -87,7 +87,7 @@ def test_damaged_file(run_path, tmp_path, caplog, name, change):
     assert "step_00000020 is damaged" in caplog.text and name in caplog.text
     # Damage in both: an error, and no fresh start.
     change(tmp_path / "run" / "checkpoints" / "step_00000010" / name)
-    with pytest.raises(ValueError, match="none of them is whole.*step_00000020.*step_00000010"):
+    with pytest.raises(ValueError, match="all of its checkpoints are damaged.*step_00000020.*step_00000010"):
         find(tmp_path / "run")
 
 
@@ -174,7 +174,7 @@ def test_changed_run(run_path, tmp_path):
     assert find(run_path, fingerprint=changed, accepted=["learning_rate", "train_files"]).step == 20
     with pytest.raises(ValueError, match="--accept_changes rate: no such name"):
         find(run_path, accepted=["rate"])
-    with pytest.raises(ValueError, match="--max_steps 15: .*trained 20 steps already"):
+    with pytest.raises(ValueError, match="--max_steps 15: .*has already trained 20 steps"):
         find(run_path, max_steps=15)
 
 
@@ -217,7 +217,7 @@ def test_disk_that_fails_keeps_the_checkpoint_before(run_path, tmp_path, monkeyp
         monkeypatch.setattr(os, "pwrite", fail)
     else:
         monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(UserError, match="step 30 could not be written.*No space left.*step 20 is untouched"):
+    with pytest.raises(UserError, match="step 30 could not be written.*No space left.*step 20 is intact"):
         checkpoint.save_checkpoint(None, OneRank(), folder, 30, {}, before=lambda: None)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000010", "step_00000020"]
     assert damage(folder / "step_00000020") is None

@@ -91,7 +91,7 @@ def test_run_folder_says_it_too_where_it_can_be_said(tmp_path, caplog, kind, lor
     ours = embedder.encode_queries(texts)
     model = SentenceTransformer(str(run / "model"), device="cpu", model_kwargs={"dtype": torch.float32})
     cosines = (ours * model.encode_query(texts)).sum(1)
-    said = [record.message for record in caplog.records if "only ds_embed reads" in record.message]
+    said = [record.message for record in caplog.records if "only ds_embed loads" in record.message]
     if reason is None:
         assert cosines.min() > 0.99999 and not said
         # Its sentence-transformers files alone say as much.

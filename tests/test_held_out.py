@@ -76,7 +76,7 @@ def test_what_a_model_caches_serves_training():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(best_metric="R@7"), ["--best_metric R@7", "is not measured", "nDCG@10", "val_loss"]),
+        (dict(best_metric="R@7"), ["--best_metric R@7", "is not computed", "nDCG@10", "val_loss"]),
         (dict(val_metrics=["nDGC@10"]), ["--val_metrics", "nDGC@10"]),
         (dict(val_doc_files="twice"), ["--val_doc_files", "'d3'", "more than once"]),
         (dict(val_doc_files="few"), ["--val_query_files", "'d21'", "not in the corpus"]),

@@ -132,7 +132,7 @@ def test_order_of_a_run(tmp_path):
     assert weighted.probabilities == pytest.approx(SHARES) and weighted.batch_size is None
     by_size = sample_order(Store(SIZES), arguments(tmp_path, 3, batching="homogeneous"), step, seed=1)
     assert by_size.probabilities == pytest.approx(np.array(SIZES) / 357) and by_size.batch_size == 5
-    with pytest.raises(ValueError, match="1.jsonl holds 7 records, fewer than --global_batch_size 8"):
+    with pytest.raises(ValueError, match="1.jsonl has 7 records, fewer than --global_batch_size 8"):
         big = StepArguments(global_batch_size=8)
         sample_order(Store(SIZES), arguments(tmp_path, 3, batching="homogeneous"), big, seed=1)
 

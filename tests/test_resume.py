@@ -238,7 +238,7 @@ def test_signal_saves_and_asks_to_be_started_again(place):
 
 def test_finished_run_says_so_and_a_changed_one_is_refused(place, straight):
     again = check(train(place, "straight", num_ranks=0))
-    assert f"finished at step {STEPS} already" in again.stderr
+    assert f"already finished at step {STEPS}" in again.stderr
     assert losses(straight)[-1][0] == STEPS
     make_training_file(place / "other.jsonl", 100, num_negatives=1, seed=5)
     other = train(place, "straight", "--train_files", place / "other.jsonl", num_ranks=0)

@@ -54,7 +54,7 @@ BAD = {
         GOOD + [{"query": "a", "pos_doc": "b"}],
         ":5: a record of our own, and those before it are scored",
     ),
-    "one score": ([row | {"score": 1} for row in GOOD], "every pair has the score 1: there is nothing to tell apart"),
+    "one score": ([row | {"score": 1} for row in GOOD], "every pair has the score 1, so there is nothing to learn"),
     "no cosine": ([row | {"score": 9 * row["score"]} for row in GOOD], "--pair_loss cosine: .* from 0 to 6.75"),
 }
 
@@ -102,7 +102,7 @@ def test_training_and_validation(tmp_path, capsys):
             *("--global_batch_size", "8", "--report_to", "none", "--bf16", "false", "--hard_negatives", "1", *more),
         ]
 
-    with pytest.raises(ValueError, match="--pair_loss cosent: no file of --train_files holds scored pairs"):
+    with pytest.raises(ValueError, match="--pair_loss cosent: no file of --train_files has scored pairs"):
         train(flags([records], "--pair_loss", "cosent"))
     train(flags([records, pairs], "--pair_loss", "cosent", "--val_files", str(records), str(held_out)))
     lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]

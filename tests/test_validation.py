@@ -200,7 +200,7 @@ def test_each_validation_once(place, on_two_ranks):
     assert all(list(line) == names for line in lines)
     shown = [line for line in on_two_ranks.stderr.replace("\r", "\n").splitlines() if "val_loss" in line]
     # The signal did not have to wait for the validation that it came in.
-    stopped = on_two_ranks.stderr.index("SIGTERM: stopped after step 2, which is saved")
+    stopped = on_two_ranks.stderr.index("SIGTERM: stopped after step 2, which was saved")
     assert on_two_ranks.stderr.index("step 0: val_loss") < stopped < on_two_ranks.stderr.index("step 2: val_loss")
     assert len(shown) == 3 and f"val_loss {lines[-1]['val_loss']:.4f}" in shown[-1] and "best RR@10" in shown[-1]
 
@@ -269,7 +269,7 @@ def test_best_checkpoint_is_kept_and_becomes_the_model(place, on_two_ranks):
     _, lines = lines_of(place, "watched")
     best = max(lines[1:], key=lambda line: line["RR@10"])
     assert checkpoints(place, "watched") == sorted({best["step"], STEPS})
-    assert "finished at step 4 already" in on_two_ranks.stderr
+    assert "already finished at step 4" in on_two_ranks.stderr
     card = json.loads((place / "watched" / "model" / "ds_embed.json").read_text())
     assert card["consumed_samples"] == best["consumed_samples"]
     assert model_equals_checkpoint(place / "watched", best["step"])
@@ -310,13 +310,13 @@ def test_early_stopping(place, on_one_rank):
     _, lines = lines_of(place, "still")
     # Better than nothing at step 2, not better at 4; with more patience, on to 6.
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
-    assert "stopped after step 4 of 20: 1 validation(s) without a better RR@10" in on_one_rank.stderr
-    assert "finished at step 4 already" in on_one_rank.stderr
-    assert "a higher --early_stopping_patience trains on" in on_one_rank.stderr
-    assert "stopped after step 6 of 20: 2 validation(s) without a better RR@10" in on_one_rank.stderr
+    assert "stopped early after step 4 of 20: 1 validation(s) without a better RR@10" in on_one_rank.stderr
+    assert "already finished at step 4" in on_one_rank.stderr
+    assert "to train further, raise --early_stopping_patience" in on_one_rank.stderr
+    assert "stopped early after step 6 of 20: 2 validation(s) without a better RR@10" in on_one_rank.stderr
     assert checkpoints(place, "still") == [2, 4, 6]
     # The best is the first of equals. Even this rate moves lora_B, from zero to where bits can tell the steps apart.
-    assert on_one_rank.stderr.count("the best model is that of step 2, with RR@10") == 2
+    assert on_one_rank.stderr.count("the best model is from step 2, with RR@10") == 2
     assert model_equals_checkpoint(place / "still", 2) and not model_equals_checkpoint(place / "still", 6)
     assert json.loads((place / "still" / "model" / "ds_embed.json").read_text())["consumed_samples"] == 2 * BATCH
 

@@ -1,4 +1,4 @@
-"""The best validations of a run: which checkpoints they keep, and when training has stopped getting better.
+"""The best validations of a run: which checkpoints to keep, and when early stopping ends training.
 
 Plain numbers, the same on every rank; they travel in state.json of every checkpoint.
 """
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint that stays because its validation was among the best."""
+    """A checkpoint that is kept because its validation was among the best."""
 
     step: int
     consumed_samples: int
@@ -23,7 +23,7 @@ class Kept:
 
 @dataclass
 class BestValidations:
-    """metric: its name, None where nothing is measured; data: a hash of the files it is measured on."""
+    """metric: its name, or None without validation; data: a hash of the validation files."""
 
     metric: str | None = None
     data: str = ""
@@ -95,15 +95,15 @@ class BestValidations:
         if self.metric is not None and (state["metric"], state["data"]) != (self.metric, self.data):
             if state["metric"] is not None:
                 logger.warning(
-                    "warning: the best checkpoints so far were chosen by %s; %s, or the files it is measured on, "
-                    "can't be compared with that, so the search for the best starts anew",
+                    "warning: the best checkpoints so far were chosen by %s, which can't be compared with %s on the "
+                    "current files; the search for the best checkpoints starts over",
                     state["metric"],
                     self.metric,
                 )
             return replace(self, last_validation=state["last_validation"])
         kept = [Kept(**kept) for kept in state["kept"] if kept["step"] in steps_on_disk]
         if lost := {kept["step"] for kept in state["kept"]} - steps_on_disk:
-            logger.warning("warning: the best checkpoints included that of step %s, which is gone", min(lost))
+            logger.warning("warning: the checkpoint of step %s was among the best, but it no longer exists", min(lost))
         # Where nothing is measured any more, what was found stays.
         top_k = self.top_k if self.metric is not None else len(kept)
         return replace(self, **state | {"top_k": top_k, "kept": kept[:top_k]})

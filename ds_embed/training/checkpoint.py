@@ -46,7 +46,7 @@ def save_checkpoint(
 
     def publish() -> None:
         known = list_checkpoints(folder)
-        kept = f"the checkpoint of step {known[0][0]} is untouched" if known else "there is none before it"
+        kept = f"the checkpoint of step {known[0][0]} is intact" if known else "there is no earlier checkpoint"
         artifact = Artifact(checkpoint_path(folder, step), KIND, "--output_dir")
         with artifact.or_named(f"--output_dir {folder.parent}: the checkpoint of step {step}", kept):
             try:
@@ -73,7 +73,7 @@ def load_checkpoint(engine: Any, world: World, path: Path, state: dict[str, Any]
     def open_and_check() -> None:
         nonlocal reader
         reader = CheckpointReader(path)
-        reader.check(shapes, "use the model and LoRA settings of that run, or another --output_dir")
+        reader.check(shapes, "use the model and LoRA settings of that run, or choose another --output_dir")
 
     world.on_main(f"open {path}", open_and_check)
     restore_state(engine, world, state["adam_step"], reader.read if reader else None)

@@ -1,4 +1,4 @@
-"""A training run from settings to RUN/model/: prepare, step until done, save."""
+"""A training run from its settings to RUN/model/: prepare, run the steps, save."""
 
 import contextlib
 import logging
@@ -98,8 +98,8 @@ class TrainingRun:
         self.lora = resolve_lora(lora, self.source, config, model.trust_remote_code)
         if self.lora.lora_rank and self.lora.lora_variant == "dora" and self._stage == 3:
             raise UserError(
-                "--lora_variant dora: reads weights outside of their layer, where ZeRO-3 has let go of them; take a "
-                "--deepspeed of ZeRO 0 to 2, such as zero2"
+                "--lora_variant dora: reads weights outside of their layer, where ZeRO-3 has already released them; set "
+                "--deepspeed to a config with ZeRO 0 to 2, such as zero2"
             )
         self.card = choose_card(self.source, data, model)
         if step.matryoshka_dims:
@@ -115,8 +115,8 @@ class TrainingRun:
         self.store = prepare_store(world, data.train_files, data, step, self.tokenizer, file_formats(data, self.card))
         if step.pair_loss and "scored" not in self.store.kinds_of_files:
             raise UserError(
-                f"--pair_loss {step.pair_loss}: no file of --train_files holds scored pairs, whose keys are query, pos_doc and "
-                "score; name those that stand for them with --columns, or leave this out"
+                f"--pair_loss {step.pair_loss}: no file of --train_files has scored pairs (keys query, pos_doc and score); "
+                "map other keys to these with --columns, or remove this flag"
             )
         self.order = sample_order(self.store, data, step, run.seed)
         first = [step.global_batch_size * number for number in range(max(4, 256 // step.global_batch_size))]
@@ -157,11 +157,11 @@ class TrainingRun:
         return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps, best)
 
     def require_decoder(self) -> None:
-        """UserError for a BERT-style encoder. A decoder that is bidirectional by itself is trained by either recipe."""
+        """Raise UserError for a BERT-style encoder. Either recipe trains a decoder that is bidirectional by design."""
         if not self.kind.is_causal and is_bert_style(self.config):
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a BERT-style encoder; "
-                "recipes/train_gpt.py trains decoders, recipes/train_bert.py encoders"
+                "recipes/train_gpt.py trains decoders; use recipes/train_bert.py"
             )
 
     def require_encoder(self) -> None:
@@ -169,7 +169,7 @@ class TrainingRun:
         if self.kind.is_causal:
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a causal decoder; "
-                "recipes/train_bert.py trains encoders, recipes/train_gpt.py decoders"
+                "recipes/train_bert.py trains encoders; use recipes/train_gpt.py"
             )
 
     def train(self) -> None:
@@ -198,7 +198,7 @@ class TrainingRun:
         if self.world.is_main:
             logger.info("model written to %s", self.folder.model_dir)
             run = self.run.output_dir
-            logger.info("look at the run with: ds-embed report %s", run)
+            logger.info("report on the run with: ds-embed report %s", run)
             logger.info(
                 "encode with: ds-embed generate --model_name_or_path %s --doc_files ... --output_prefix OUT", run
             )
@@ -207,7 +207,7 @@ class TrainingRun:
         save_model(encoder, self.tokenizer, self._card_after(consumed), self.folder, self.world)
 
     def _card_after(self, consumed: int) -> Any:
-        """The card of the model that has trained on so many samples."""
+        """The card of the model after training on `consumed` samples."""
         return replace(self.card, consumed_samples=consumed, temperature=self.step_arguments.temperature)
 
     def _open_folder(self) -> None:
@@ -217,7 +217,7 @@ class TrainingRun:
         clear_way(self.folder, self.start)
 
     def _consumed(self, number: int) -> int:
-        """Samples consumed after step `number`; a resumed run counts on from where its checkpoint stood."""
+        """Samples consumed after step `number`; a resumed run continues the count of its checkpoint."""
         return self.start.consumed_samples + (number - self.start.step) * self.step_arguments.global_batch_size
 
     def _ends_epoch(self, number: int) -> bool:
@@ -226,7 +226,7 @@ class TrainingRun:
         return number > 0 and consumed // size > (consumed - self.step_arguments.global_batch_size) // size
 
     def _run_steps(self, engine: Any, stop: StopRequest) -> int:
-        """Train until max_steps or until nothing gets better; returns the last step."""
+        """Train until max_steps or early stopping; returns the last step."""
         contrastive = self._step(engine)
         number, seconds, told = self.start.step, 0.0, None
         engine.train()
@@ -272,7 +272,7 @@ class TrainingRun:
                     self._save(engine, number)
         if number < self.max_steps and self.world.is_main:
             logger.info(
-                "stopped after step %d of %d: %d validation(s) without a better %s (--early_stopping_patience)",
+                "stopped early after step %d of %d: %d validation(s) without a better %s (--early_stopping_patience)",
                 number,
                 self.max_steps,
                 self.best.num_without_better,
@@ -301,16 +301,16 @@ class TrainingRun:
         return is_among_best
 
     def _leave_if_asked(self, engine: Any, signal_name: str | None, number: int) -> None:
-        """End the job between two steps, all ranks at the same one, when any of them was sent a signal."""
+        """End the job after a step, the same one on all ranks, if any rank has received a signal."""
         if signal_name is None:
             return
         if number > self.saved_step:
             self._save(engine, number)
         self.folder.close()
         if self.world.is_main:
-            place = f"after step {number}, which is saved" if number else "before the first step"
+            place = f"after step {number}, which was saved" if number else "before the first step"
             logger.info(
-                "%s: stopped %s; the same command goes on from there (exit code %d)", signal_name, place, EXIT_REQUEUE
+                "%s: stopped %s; the same command resumes from there (exit code %d)", signal_name, place, EXIT_REQUEUE
             )
         raise SystemExit(EXIT_REQUEUE)
 
@@ -352,7 +352,7 @@ class TrainingRun:
         }
 
     def _report_skip(self, number: int, result: StepResult, batch: GlobalBatch) -> None:
-        """Warn of a step whose loss or gradient is not finite, or raise UserError when there were too many."""
+        """Warn about a step whose loss or gradient is not finite, or raise UserError after too many of them."""
         message = non_finite_message(number, result, batch, self.store)
         limit, skipped_steps = self.run.max_skipped_steps, self.skipped_steps
         if skipped_steps > limit:
@@ -400,7 +400,9 @@ class TrainingRun:
             "merge the adapter", lambda: merge_adapter(self.source, self.card, self.folder.own("base"), trust)
         )
         if not self.folder.path.joinpath("base", "config.json").exists():
-            raise UserError(f"--output_dir {self.folder.path}: must be on a file system that all nodes see, for base/")
+            raise UserError(
+                f"--output_dir {self.folder.path}: must be on a file system shared by all nodes, because of base/"
+            )
         return replace(self.source, base=str(self.folder.path / "base"), adapter=None)
 
     def batch(self, first_sample: int) -> GlobalBatch:

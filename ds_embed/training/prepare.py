@@ -1,4 +1,4 @@
-"""The token store of a training run: built once by rank 0, mapped by all, checked against the settings."""
+"""The token store of a training run: built once by rank 0, memory-mapped by all, checked against the settings."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def file_formats(
 
 
 def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
-    """Lines that say which prefix each file is trained with and which one the model keeps, where they differ."""
+    """Lines that say which prefix each file is trained with and which one the model stores, if they differ."""
     lines = []
     for what, prefixes, kept in (
         ("queries", data.query_prefixes, card.query_prefix),
@@ -82,7 +82,7 @@ def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
 
 
 def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) -> None:
-    """UserError, with file and line where there is one, when the data don't serve the settings."""
+    """Raise UserError, with file and line if known, when the data does not fit the settings."""
     for line in describe_skipped(store.manifest.get("skipped_records", {})):
         logger.warning("training data: %s", line)
     num_queries = sum(size for size, kind in zip(store.file_sizes, store.kinds_of_files) if not kind)
@@ -96,15 +96,15 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
         )
     if data.hard_negatives and number and step.negatives == "pair":
         raise UserError(
-            f"{first}: has no neg_doc, and rerankers and --negatives pair score a query against its own hard negatives alone "
-            f"({number:,} of {num_queries:,} records have none); leave these records out, give them some, or train an "
-            "embedder with --negatives own"
+            f"{first}: has no neg_doc, but rerankers and --negatives pair score a query only against its own hard negatives "
+            f"({number:,} of {num_queries:,} records have none); remove these records, add negatives, or train an embedder "
+            "with --negatives own"
         )
     if data.hard_negatives and number:
         share = number / num_queries
         logger.info(
-            "%s of %s records (%.1f%%) have no hard negatives: these queries are scored against the documents of "
-            "the batch alone",
+            "%s of %s records (%.1f%%) have no hard negatives: these queries are scored only against the documents of "
+            "the batch",
             f"{number:,}",
             f"{num_queries:,}",
             100 * share,
@@ -117,14 +117,14 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
 
 
 def _check_scored(file: dict[str, Any], step: StepArguments) -> None:
-    """UserError unless the scores of a file of scored pairs differ, and are cosines where the loss takes them for such."""
+    """Raise UserError if all scores of a file of scored pairs are equal, or if the loss needs cosines and they are none."""
     low, high = file["score_range"]
     if low == high:
-        raise UserError(f"{file['path']}: every pair has the score {low:g}: there is nothing to tell apart")
+        raise UserError(f"{file['path']}: every pair has the score {low:g}, so there is nothing to learn")
     if step.pair_loss == "cosine" and (low < -1 or high > 1):
         raise UserError(
-            f"--pair_loss cosine: the scores of {file['path']} go from {low:g} to {high:g}, and a cosine from -1 to 1; "
-            "scale them, or set --pair_loss cosent, which takes their order alone"
+            f"--pair_loss cosine: the scores of {file['path']} range from {low:g} to {high:g}, but a cosine from -1 to 1; "
+            "rescale them, or set --pair_loss cosent, which uses only their order"
         )
 
 
@@ -142,7 +142,7 @@ def _check_scores(store: TrainingStore, data: DataArguments) -> None:
 
 
 def check_contrast(batches: Iterable[GlobalBatch], store: TrainingStore, negatives: str, setting: str) -> None:
-    """UserError when no query of these batches has a negative, so that the loss is 0; a warning when some have none.
+    """Raise UserError if no query of these batches has a negative, so that the loss is 0; warn if some have none.
 
     `setting` names the files in messages.
     """
@@ -153,16 +153,16 @@ def check_contrast(batches: Iterable[GlobalBatch], store: TrainingStore, negativ
     records = np.concatenate([records[: len(lacks)] for records, lacks in looked_at])
     example = store.location(int(records[np.argmax(lacking)]))
     sizes = {len(records) for records, _ in looked_at}
-    cure = "raise --global_batch_size, add neg_doc and set --hard_negatives, or look at what the data repeat"
+    cure = "raise --global_batch_size, add neg_doc and set --hard_negatives, or check the data for repetitions"
     if lacking.all():
-        reason = "it stands alone in its batch" if sizes == {1} else "every document of its batch is a positive of it"
+        reason = "it is alone in its batch" if sizes == {1} else "every document of its batch is one of its positives"
         raise UserError(
-            f"{setting}: no query has a negative, so the loss is 0 and nothing is learned: of the one at {example}, "
+            f"{setting}: no query has a negative, so the loss is 0 and nothing is learned. For the query at {example}, "
             f"{reason}; {cure}"
         )
     logger.warning(
-        "warning: %s: %.1f%% of the queries of the first batches have no negative and teach nothing, such as the one at "
-        "%s; %s",
+        "warning: %s: %.1f%% of the queries of the first batches have no negative and contribute nothing to the loss, "
+        "such as the one at %s; %s",
         setting,
         100 * lacking.mean(),
         example,
@@ -181,8 +181,8 @@ def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments,
     for path, size in zip(data.train_files, sizes):
         if homogeneous and size < step.global_batch_size:
             raise UserError(
-                f"--batching homogeneous: {path} holds {size} records, fewer than --global_batch_size "
-                f"{step.global_batch_size}; lower it, leave the file out or set --batching mixed"
+                f"--batching homogeneous: {path} has {size} records, fewer than --global_batch_size "
+                f"{step.global_batch_size}; lower it, remove the file or set --batching mixed"
             )
     shares = shares or sizes
     probabilities = tuple(share / sum(shares) for share in shares)
@@ -195,6 +195,6 @@ def check_prefixes(step: StepArguments, num_dims: int) -> None:
     if dims and max(dims) != num_dims:
         shown = " ".join(map(str, dims))
         raise UserError(
-            f"--matryoshka_dims {shown}: the model's embeddings have {num_dims} dimensions; the largest must be "
-            f"{num_dims}, so that the whole embedding is trained too"
+            f"--matryoshka_dims {shown}: the largest must be {num_dims}, the dimension of the model's embeddings, so that "
+            "the whole embedding is trained too"
         )

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the progress bar, a line of metrics a step, and what went wrong in one."""
+"""The output of a run: the progress bar, one line of metrics per step, and the message for a failed step."""
 
 import math
 import re
@@ -25,7 +25,7 @@ class StepLog:
         interval: int,
         data: list[dict[str, Any]],
     ):
-        """`data` is what was read of each training file; it stands in the first line of each start."""
+        """`data` describes what was read from each training file; it is in the first line after each start."""
         self.data = {"data": data}
         self.world, self.folder, self.max_steps, self.interval = world, folder, max_steps, interval
         self.bar = None
@@ -45,7 +45,7 @@ class StepLog:
         peak_gib: float,
         skipped_steps: int | None,
     ) -> None:
-        """One line of metrics; a skipped step always has one, with the count of them, and null for what is no number."""
+        """Log one line of metrics; a skipped step always has one, with the count so far, and null for NaN."""
         is_logged = number % self.interval == 0 or number == self.max_steps or skipped_steps is not None
         if self.bar is None:
             return
@@ -94,7 +94,7 @@ class StepLog:
     def add_validation(
         self, number: int, consumed_samples: int, metrics: dict[str, float], seconds: float, best: str
     ) -> None:
-        """One line of metrics, and one on the terminal; `best` is what it says of the best validation so far."""
+        """Log one line of metrics and print one on the terminal; `best` describes the best validation so far."""
         if self.bar is None:
             return
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -116,22 +116,22 @@ def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def non_finite_message(number: int, result: StepResult, batch: GlobalBatch, store: TrainingStore) -> str:
-    """Which step, samples and records gave a loss or a gradient that is no number."""
+    """A message that names the step, samples and records whose loss or gradient is not finite."""
     shown = ", ".join(store.location(int(record)) for record in batch.records[:3])
     what = "the gradient is not finite" if result.is_finite else f"the loss is {result.loss}"
     return (
         f"step {number}: {what}; samples {batch.first_sample} to "
-        f"{batch.first_sample + len(batch.records) - 1}, the first from {shown}; no weight was changed by this step"
+        f"{batch.first_sample + len(batch.records) - 1}, the first ones from {shown}; this step changed no weights"
     )
 
 
 def peak_memory_gib(device: Any) -> float:
-    """Most memory this rank has held so far, in GiB: on the accelerator, or of the process where there is none."""
+    """Peak memory of this rank so far in GiB: on the accelerator, or of the process without one."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Not getrusage, which counts what the process was before it became this program.
+    # Not getrusage, which also counts memory from before this program was exec'ed.
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 

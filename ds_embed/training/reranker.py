@@ -1,4 +1,4 @@
-"""A reranker's training run: an embedder's, whose texts are pairs and whose table has one column, their scores.
+"""A reranker's training run: like an embedder's, but its texts are pairs and its table has one column, the scores.
 
 Plan, forward passes, gather, backward, checkpoints and log are those of training/step.py and loop.py; the loss sees each
 query's group. So what holds for any ranks, ZeRO stage, micro-batch and grad_cache there holds here.
@@ -165,7 +165,7 @@ class RerankerRun(TrainingRun):
         self.card: RerankerCard = choose_pairs(self.source, model, self.tokenizer, data.max_length, empty)
         if model.yes_no and not hasattr(empty, "score"):
             raise UserError(
-                f"--yes_no {' '.join(model.yes_no)}: {self.source.base} is no decoder with a head on one token"
+                f"--yes_no {' '.join(model.yes_no)}: {self.source.base} is not a decoder with a head on one token"
             )
 
     def _check_batches(self, batches: Iterable[GlobalBatch]) -> None:
@@ -212,7 +212,7 @@ class RerankerRun(TrainingRun):
             if self.lora.lora_rank:
                 add_lora_behind_head(scorer, self.lora, seed=self.run.seed, dtype=dtype)
         if self.world.is_main and new:
-            start = f"the logit of '{words[0]}' less that of '{words[1]}'" if words else "random numbers of the seed"
+            start = f"the logit of '{words[0]}' minus that of '{words[1]}'" if words else "random initialization"
             logger.info("new head       %s: %s", ", ".join(new), start)
         if self.step_arguments.gradient_checkpointing:
             scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

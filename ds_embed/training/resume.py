@@ -1,4 +1,4 @@
-"""Where a run starts: at its newest whole checkpoint, at the beginning, or not at all because it is done."""
+"""Where a run starts: at its newest complete checkpoint, at the beginning, or not at all because it is finished."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """The place in a run to go on from; a new run's is the default."""
+    """The position from which a run continues; the defaults are those of a new run."""
 
     step: int = 0  # the last step taken
     consumed_samples: int = 0
@@ -59,15 +59,15 @@ def find_start(
     else:
         found = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
         raise UserError(
-            f"--output_dir {folder.path}: it has checkpoints and none of them is whole ({found}). Bring back their "
-            f"files, or remove {folder.checkpoints_dir} to start afresh"
+            f"--output_dir {folder.path}: all of its checkpoints are damaged ({found}). Restore their files, or remove "
+            f"{folder.checkpoints_dir} to start from scratch"
         )
     state = read_state(path)
     check_unchanged(folder.path, made_from(path), fingerprint, accepted, "--output_dir", acceptable=fingerprint)
     if step > max_steps:
         raise UserError(
-            f"--max_steps {max_steps}: {path} has trained {step} steps already; "
-            "give at least that many or choose another --output_dir"
+            f"--max_steps {max_steps}: {path} has already trained {step} steps; "
+            "set it to at least that many or choose another --output_dir"
         )
     best = best.restored(state["best"], {step for step, _ in checkpoints})
     model = best.to_load
@@ -84,7 +84,7 @@ def find_start(
     )
     if start.is_finished:
         logger.info(
-            "%s: finished at step %d already, the model is in %s; a higher %s trains on",
+            "%s: already finished at step %d, the model is in %s; to train further, raise %s",
             folder.path,
             step,
             folder.model_dir,
@@ -94,7 +94,7 @@ def find_start(
     logger.info("resuming from %s: step %d of %d, sample %d", path, step, max_steps, start.consumed_samples)
     if state["max_steps"] != max_steps:
         logger.info(
-            "the learning rate follows the schedule of %d steps from here on; until here it was that of %d",
+            "from here on, the learning rate follows a schedule of %d steps; so far it followed one of %d steps",
             max_steps,
             state["max_steps"],
         )
@@ -102,7 +102,7 @@ def find_start(
 
 
 def clear_way(folder: RunFolder, start: Start) -> None:
-    """Put aside what the resumed run would stumble over; rank 0 calls it once the run is sure to start."""
+    """Rename damaged checkpoints that would be in the way; rank 0 calls it once the run is certain to start."""
     remove_all_unfinished(folder.checkpoints_dir)
     for path in start.damaged:
         logger.warning("warning: the damaged checkpoint is kept as %s", set_aside(path))
@@ -111,11 +111,11 @@ def clear_way(folder: RunFolder, start: Start) -> None:
 def _without_checkpoint(folder: RunFolder, best: BestValidations) -> Start:
     if folder.model_dir.exists():
         raise UserError(
-            f"--output_dir {folder.path}: holds a finished run without checkpoints, which can't go on; "
+            f"--output_dir {folder.path}: contains a finished run without checkpoints, which can't be resumed; "
             "remove it or choose another folder"
         )
     if folder.held_run:
-        logger.info("%s: the run there was stopped before its first checkpoint; it starts from step 1", folder.path)
+        logger.info("%s: the run was stopped before its first checkpoint and starts again from step 1", folder.path)
     return Start(best=best)
 
 

@@ -53,8 +53,8 @@ class RunFolder:
         if self.held_run and not resume_if_exists:
             state = "a finished run" if self.model_dir.exists() else "a run that was stopped"
             raise UserError(
-                f"--output_dir {self.path}: holds {state} and --resume_if_exists is false; "
-                "leave that flag out to go on with it, remove the folder or choose another"
+                f"--output_dir {self.path}: contains {state}, but --resume_if_exists is false; "
+                "remove that flag to resume the run, or remove the folder, or choose another one"
             )
 
     def _holds_run(self) -> bool:
@@ -67,7 +67,7 @@ class RunFolder:
             self._is_owned = True
 
     def own(self, name: str) -> Path:
-        """The path RUN/`name`, for this job to write: the run is its own from now on."""
+        """The path RUN/`name`, for this job to write; from now on the run belongs to this job."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         return self.path / name
@@ -108,7 +108,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(
                 f"--output_dir {self.path}: metrics.jsonl could not be written ({error.strerror}); the checkpoints are "
-                "untouched. Cure that and start the same command again"
+                "intact. Fix the problem and start the same command again"
             ) from error
         step = values["step"]
         skip = ("step", "time", "data")
@@ -116,7 +116,7 @@ class RunFolder:
         self._monitor.write_events([(f"{group}/{k}", v, step) for k, v in numbers.items()])
 
     def sync_log(self) -> None:
-        """Bring the lines written so far to the disk, for a checkpoint that counts on them."""
+        """Flush the lines written so far to disk, before a checkpoint that relies on them."""
         sync_file(self._metrics)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A trained model as users load it: a PEFT adapter or a whole Hugging Face model, with the card beside it."""
+"""Save a trained model as users load it: a PEFT adapter or a whole Hugging Face model, with its card."""
 
 import copy
 import logging
@@ -68,13 +68,15 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
     for name in ("query_prefix", "doc_prefix"):
         if world.is_main and (behind := getattr(card, name).partition(TEXT_PLACE)[2]):
             logger.warning(
-                "only ds_embed puts --%s's %r behind texts: other libraries give other vectors", name, behind
+                "only ds_embed applies the part of --%s after the text (%r): other libraries give different vectors",
+                name,
+                behind,
             )
     world.on_main("save model", lambda: folder.publish_model(fill))
 
 
 def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFolder, world: World) -> int | None:
-    """Put the best checkpoint into the engine, where asked for and not there; returns its samples, else None.
+    """Load the best checkpoint into the engine if requested and not loaded; returns its samples, else None.
 
     Every rank must call it. UserError when the checkpoint is damaged.
     """
@@ -88,18 +90,18 @@ def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFol
         if problem is not None:
             raise UserError(
                 f"--load_best_at_end: {path} is damaged ({problem}); start the same command with "
-                "--load_best_at_end false to make the model from the last step"
+                "--load_best_at_end false to save the model of the last step"
             )
         return read_state(path)
 
     load_checkpoint(engine, world, path, world.on_main("verify best checkpoint", verify))
     if world.is_main:
-        logger.info("the best model is that of step %d, with %s %.4f", chosen.step, best.metric, chosen.value)
+        logger.info("the best model is from step %d, with %s %.4f", chosen.step, best.metric, chosen.value)
     return chosen.consumed_samples
 
 
 def _direction(encoder: TextEncoder, card: EmbeddingCard, is_adapter: bool) -> dict[str, bool]:
-    """What tells transformers that a decoder was made bidirectional; what it can't be told so is said to the user."""
+    """The config that makes transformers load a decoder as bidirectional; if there is none, the user is told so."""
     if not isinstance(encoder.attention, BidirectionalAttention):
         return {}
     config = encoder.backbone.config
@@ -109,21 +111,23 @@ def _direction(encoder: TextEncoder, card: EmbeddingCard, is_adapter: bool) -> d
     elif "is_causal" not in direction:
         return direction
     elif any(w and w < max(card.query_max_length, card.doc_max_length) for w in encoder.attention.windows.values()):
-        reason = "in transformers its sliding window would be wider by one token"
+        reason = "in transformers its sliding window would be one token wider"
     elif is_adapter:
-        reason = "only its base could say so; recipes/export.py --format sentence-transformers makes a folder that does"
+        reason = (
+            "an adapter can't record this; recipes/export.py --format sentence-transformers writes a folder that does"
+        )
     else:
         return direction
     logger.warning(
-        "only ds_embed reads the trained model as bidirectional: other libraries take RUN/model for causal and give other "
-        "vectors (%s)",
+        "only ds_embed loads the trained model as bidirectional: other libraries treat RUN/model as causal and give "
+        "different vectors (%s)",
         reason,
     )
     return {}
 
 
 def _check_adapter(weights: dict[str, torch.Tensor]) -> None:
-    """Adapters saved empty or untrained under ZeRO-3 are a common bug elsewhere: notice before the run ends."""
+    """Check that an adapter is neither empty nor untrained, which is a common bug with ZeRO-3 elsewhere."""
     empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
     assert weights and not empty, f"LoRA weights gathered empty: {empty[:3]}"
     outputs = [tensor for name, tensor in weights.items() if "lora_B" in name]

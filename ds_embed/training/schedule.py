@@ -7,7 +7,7 @@ from ds_embed.settings.errors import UserError
 
 
 def warmup_steps(max_steps: int, arguments: OptimizerArguments) -> int:
-    """Steps of linear rise, of `max_steps`."""
+    """Steps of linear warmup in a run of `max_steps`."""
     if arguments.warmup_ratio is None:
         return arguments.warmup_steps
     return math.ceil(arguments.warmup_ratio * max_steps)
@@ -37,10 +37,10 @@ def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> f
 
 
 def count_steps(num_records: int, global_batch_size: int, arguments: OptimizerArguments) -> int:
-    """Steps of a run: max_steps or num_train_epochs, whichever ends first; one epoch if neither is given."""
+    """Steps of a run: max_steps or num_train_epochs, whichever is reached first; one epoch if neither is given."""
     if num_records < global_batch_size:
         raise UserError(
-            f"--global_batch_size {global_batch_size}: the training files hold only {num_records} records; "
+            f"--global_batch_size {global_batch_size}: the training files have only {num_records} records; "
             f"lower it to at most {num_records}"
         )
     epochs = arguments.num_train_epochs or (None if arguments.max_steps else 1.0)

@@ -128,7 +128,7 @@ class Validation:
         self.names += self.of_batches if arguments.val_files else []
         if arguments.best_metric not in (None, *self.names):
             raise UserError(
-                f"--best_metric {arguments.best_metric}: is not measured; choose one of {', '.join(self.names)}"
+                f"--best_metric {arguments.best_metric}: is not computed; choose one of {', '.join(self.names)}"
             )
         for one, (query_files, doc_files) in zip(self.test_sets, files.values()):
             to_encode = EncodeArguments(
