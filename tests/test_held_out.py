@@ -124,7 +124,7 @@ def test_log_is_cut_back_to_the_last_validation_that_counts():
         (dict(val_check_interval=5), ["--val_check_interval 5", "--val_files"]),
         (dict(val_sets=["/absent"]), ["--val_sets /absent", "NAME=FOLDER"]),
         (dict(val_sets=["a=/absent"]), ["--val_sets a=/absent", "queries.jsonl", "no such file"]),
-        (dict(val_sets=["mean=/absent"]), ["--val_sets mean=/absent", "none of them mean"]),
+        (dict(val_sets=["mean=/absent"]), ["--val_sets mean=/absent", "the name mean is reserved"]),
         (dict(val_each_epoch=True), ["--val_each_epoch true", "--val_files"]),
         (dict(val_query_files="queries"), ["--val_query_files", "--val_doc_files"]),
         (dict(val_files="absent"), ["--val_files", "no such file"]),
