@@ -52,7 +52,11 @@ CONSTANT = [{"query": "the label", "pos_doc": f"d{n}"} for n in range(12)]
     "records, settings, words",
     [
         (PAIRS, dict(size=1), ["--train_files", "the loss is 0", "is alone in its batch", "--global_batch_size"]),
-        ([PAIRS[0] | {"query": f"q{n}"} for n in range(12)], {}, ["no query has a negative", "is one of its positives"]),
+        (
+            [PAIRS[0] | {"query": f"q{n}"} for n in range(12)],
+            {},
+            ["no query has a negative", "is one of its positives"],
+        ),
         (CONSTANT, dict(symmetric=True), ["no query has a negative", "train.jsonl:"]),
         (PAIRS, dict(hard_negatives=1), ["--hard_negatives 1", "no record has a neg_doc", "train.jsonl:1"]),
         (
