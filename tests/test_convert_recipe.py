@@ -381,7 +381,7 @@ def test_as_a_user_runs_it(tmp_path):
         failed.stderr == f"error: --output {tmp_path}/pairs.csv: is there already; delete it or choose another name\n"
     )
     with pytest.raises(
-        ValueError, match="--output_format queries: training can become training, pairs, triplets, beir, test"
+        ValueError, match="--output_format queries: training can become training, pairs, triplets, texts, beir, test"
     ):
         convert("training", "queries", tmp_path / "x", "--input", source)
     for flags, message in (

@@ -47,6 +47,7 @@ BASE = dict(
     bidirectional=False,
     data="plain",
     loss={},
+    models={},
 )
 
 
@@ -56,7 +57,8 @@ def cases(num_ranks: int) -> dict[str, dict]:
 
     def add(**changes):
         case = BASE | changes
-        named = changes | {"loss": "+".join(changes["loss"])} if "loss" in changes else changes
+        words = {key: "+".join(changes[key]) for key in ("loss", "models") if key in changes}
+        named = changes | words | {k: v for k, v in changes.get("loss", {}).items() if k == "teacher_loss"}
         found["_".join(f"{k}-{v}" for k, v in named.items())] = case
 
     for zero in (0, 1, 2, 3):
@@ -93,6 +95,14 @@ def cases(num_ranks: int) -> dict[str, dict]:
     add(zero=1, grad_cache=False, loss=dict(distillation_weight=0.5, distillation_temperature=2.0))
     for zero, grad_cache in ((0, True), (2, False), (2, True), (3, False), (3, True)):
         add(zero=zero, grad_cache=grad_cache, lora=4 * (zero == 2), loss=dict(learnable_temperature=True))
+    # A guide, and a teacher of other dimensions, whose projection is trained.
+    for number, (teacher_loss, size) in enumerate((("cosine", 20), ("mse", 40), ("scores", 20))):
+        for zero in (0, 1, 2, 3):
+            loss = dict(guide_margin=0.1, teacher_loss=teacher_loss, teacher_weight=0.5, symmetric=zero == 2)
+            cached = (zero + number) % 2 == 0
+            add(zero=zero, grad_cache=cached, lora=4 * (zero == 3), loss=loss, models=dict(guide=12, teacher=size))
+    add(zero=3, grad_cache=True, loss=dict(teacher_loss="mse"), models=dict(teacher=32), data="mixed")
+    add(zero=2, grad_cache=False, negatives="own", loss=dict(guide_margin=0.0), models=dict(guide=12), data="mixed")
     # Records with and without hard negatives, siblings of one query, a sibling among the hard negatives.
     add(zero=2, grad_cache=True, data="mixed", loss=dict(symmetric=True))
     add(zero=3, grad_cache=False, data="mixed", negatives="own")
@@ -136,6 +146,8 @@ def material(tmp_path_factory):
             save_file(weights, folder / "2_Dense" / "model.safetensors")
         found[kind] = str(folder), str(build_training_store([data], tokenizer, *formats, 2, root / "cache"))
         if kind == "llama":
+            for num_dims in (12, 20, 32, 40):
+                write_vectors(root / f"vectors{num_dims}", TrainingStore.open(found[kind][1]), num_dims)
             mixed = build_training_store([_mixed(data)], tokenizer, *formats, 2, root / "cache")
             found["mixed"] = str(folder), str(mixed)
             pairs = [write_scored_pairs(root / f"scored{n}.jsonl", 20 + n, seed=n) for n in range(2)]
@@ -145,6 +157,30 @@ def material(tmp_path_factory):
                 )
                 found[name] = str(folder), str(store)
     return found
+
+
+def write_vectors(folder: Path, store: TrainingStore, num_dims: int) -> None:
+    """Random vectors of all texts of a store, other ones for a text as a query and as a document."""
+    ids = [f"{key % 2**64:016x}" for key in dict.fromkeys(store.content_keys.tolist())]
+    rng = np.random.default_rng(num_dims)
+    for subfolder, kind in (("test_queries", "query"), ("test_docs", "doc")):
+        (folder / subfolder).mkdir(parents=True)
+        rows = rng.standard_normal((len(ids), num_dims), np.float32)
+        np.save(folder / subfolder / f"{kind}.npy", rows * 3)
+        (folder / subfolder / f"{kind}.ids").write_text("".join(f"{name}\n" for name in ids))
+
+
+def vectors_of(folder: Path, keys: list[int], num_queries: int) -> torch.Tensor:
+    """Unit vectors of texts by their keys, queries and then documents, looked up one by one."""
+    found = []
+    for subfolder, kind, part in (
+        ("test_queries", "query", keys[:num_queries]),
+        ("test_docs", "doc", keys[num_queries:]),
+    ):
+        names = (folder / subfolder / f"{kind}.ids").read_text().splitlines()
+        rows = np.load(folder / subfolder / f"{kind}.npy")
+        found += [torch.from_numpy(rows[names.index(f"{key % 2**64:016x}")]).double() for key in part]
+    return torch.nn.functional.normalize(torch.stack(found), dim=1)
 
 
 def _mixed(path: Path) -> Path:
@@ -166,7 +202,11 @@ def complete(case: dict, material) -> dict:
     model, store = material[case["model"] if case["data"] == "plain" else case["data"]]
     pooling = "last" if case["model"] == "llama" else "mean"
     head = [DENSE, NORMALIZE] if case["model"] == "dense" else [NORMALIZE]
-    return case | {"model": model, "store": store, "pooling": pooling, "head": head}
+    return (
+        case
+        | {"model": model, "store": store, "pooling": pooling, "head": head}
+        | {"models": {name: str(material["root"] / f"vectors{num_dims}") for name, num_dims in case["models"].items()}}
+    )
 
 
 def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Tensor]]:
@@ -221,6 +261,16 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         for n, value in case["loss"].items()
         if n not in ("learnable_temperature", "pair_loss", "pair_temperature")
     }
+    keys = store.content_keys[batch.uses].tolist()
+    options |= {name: vectors_of(Path(folder), keys, batch.num_queries) for name, folder in case["models"].items()}
+    options |= dict(teacher_temperature=0.1)  # that of the loss, unless told otherwise
+    if (
+        "teacher" in options
+        and options.get("teacher_loss") != "scores"
+        and options["teacher"].shape[1] != table.shape[1]
+    ):
+        encoder.learn_projection(table.shape[1], options["teacher"].shape[1], seed=3)
+        options["projected"] = table @ encoder.projection.weight.double().T
     change = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     losses = []
     if batch.num_queries:
@@ -336,6 +386,7 @@ def test_gradient_equals_float64_reference(num_ranks, name, results, material):
         "bidirectional",
         "data",
         "loss",
+        "models",
     )
     key = json.dumps({name: case[name] for name in decisive})
     if key not in _references:

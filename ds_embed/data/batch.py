@@ -32,7 +32,7 @@ class GlobalBatch:
     records: np.ndarray  # (N + P,) record numbers in the store, those of scored pairs last
     texts: np.ndarray  # (U,) text numbers in the store, all different in their tokens
     lengths: np.ndarray  # (U,) tokens
-    uses: np.ndarray  # (T,) text numbers in the store, of what stands in each place
+    uses: np.ndarray  # (N + M,) text numbers in the store, of queries and documents
     rows: np.ndarray  # (T,) which of the U texts is the same tokens
     document_keys: np.ndarray  # (M, 2) documents that agree in a key are equal
     own_negatives: np.ndarray  # (N, K) documents that are each query's hard negatives, -1 for none

@@ -3,7 +3,6 @@
 All three hand out (place, record) pairs, one at a time, and may be gone through again.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Protocol
 
 from ds_embed.data.files import SUFFIXES
 from ds_embed.data.forms import RecordFile
+from ds_embed.data.identity import text_id
 from ds_embed.data.records import (
     DocumentRecord,
     QueryRecord,
@@ -102,7 +102,7 @@ class OurFiles:
 
 
 class TrainingSet:
-    """Training records as a set: positives judged 1, negatives 0. Texts without an id get one of their content.
+    """Training records as a set: positives judged 1, negatives 0. Texts without an id get their text_id.
 
     A negative that is the positive of some record is that document, and no negative of a query that it is a
     positive of. documents() must be gone through before judgments().
@@ -116,13 +116,13 @@ class TrainingSet:
 
     def documents(self) -> Iterator[tuple[str, DocumentRecord]]:
         for where, record in self._read(self._tally):
-            doc_id = record.doc_id or _content_id("d", record.pos_doc)
+            doc_id = record.doc_id or text_id(record.pos_doc)
             self._note(record.pos_doc, doc_id, where)
             yield where, DocumentRecord(record.pos_doc, doc_id)
         for where, record in self._read_again():
             for negative in record.neg_docs:
-                if self._note(negative, _content_id("d", negative), where):
-                    yield where, DocumentRecord(negative, _content_id("d", negative))
+                if self._note(negative, text_id(negative), where):
+                    yield where, DocumentRecord(negative, text_id(negative))
 
     def queries(self) -> Iterator[tuple[str, QueryRecord]]:
         for where, record in self._read_again():
@@ -131,25 +131,21 @@ class TrainingSet:
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
         positives: dict[str, set[str]] = {}
         for where, record in self._read_again():
-            doc_id = record.doc_id or _content_id("d", record.pos_doc)
+            doc_id = record.doc_id or text_id(record.pos_doc)
             positives.setdefault(_query_id(record), set()).add(doc_id)
             yield where, Judgment(_query_id(record), doc_id, 1)
         for where, record in self._read_again():
             for negative in record.neg_docs:
-                doc_id = self._ids_by_text.get(_content_id("", negative))
+                doc_id = self._ids_by_text.get(text_id(negative))
                 assert doc_id is not None, "documents() was not gone through"
                 if doc_id not in positives[_query_id(record)]:
                     yield where, Judgment(_query_id(record), doc_id, 0)
 
     def _note(self, text: str, doc_id: str, where: str) -> bool:
         """Whether the text is new; the first id of a text is kept."""
-        key = _content_id("", text)
+        key = text_id(text)
         return self._ids_by_text.get(key) is None and self._ids_by_text.add(key, doc_id, where)
 
 
 def _query_id(record: TrainingRecord) -> str:
-    return record.query_id or _content_id("q", record.query)
-
-
-def _content_id(kind: str, text: str) -> str:
-    return kind + hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return record.query_id or text_id(record.query)

@@ -15,6 +15,7 @@ from ds_embed.models.pooling import NORMALIZE, Normalize, build_head, pool
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder
+PROJECTION = "projection.weight"  # likewise, of a linear map to a teacher's dimensions
 
 
 class TextEncoder(nn.Module):
@@ -36,11 +37,19 @@ class TextEncoder(nn.Module):
         self.attention = attention
         self._attention_is_checked = not check_attention
         self.register_parameter(LOG_SCALE_CHANGE, None)
+        self.projection: nn.Linear | None = None
         self.initial_lora: dict[str, Tensor] = {}  # by name, where the base model gave up what these matrices hold
 
     def learn_temperature(self) -> None:
         """Add the parameter of a learned temperature; forward then returns its value (1,) beside the vectors."""
         self.log_scale_change = nn.Parameter(torch.zeros(1))
+
+    def learn_projection(self, num_dims: int, teacher_dims: int, seed: int) -> None:
+        """Add a linear map to F dimensions; forward in training then returns (B, D + F), its output behind the vectors."""
+        projection = nn.Linear(num_dims, teacher_dims, bias=False)
+        nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(seed))
+        # ZeRO-3 wants one type of all weights of a group.
+        self.projection = projection.to(next(self.backbone.parameters()).dtype)
 
     def make_unit_vectors(self) -> None:
         """For training, which compares by cosine: normalise also what the model itself leaves as long as it is."""
@@ -59,6 +68,9 @@ class TextEncoder(nn.Module):
             self._check_attention(input_ids)
         states = self._states(input_ids, lengths, has_padding)
         vectors = self.head(pool(states, lengths, self.pooling, prompt_lengths))
+        if self.projection is not None and self.training:
+            projected = self.projection(vectors.to(self.projection.weight.dtype))
+            vectors = torch.cat([vectors, projected.float()], 1)
         if self.log_scale_change is None:
             return vectors
         # A product, since under ZeRO-3 the parameter itself is empty again after the forward pass.

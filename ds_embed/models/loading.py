@@ -17,7 +17,7 @@ from ds_embed.models.attention import choose_attention, choose_direction
 from ds_embed.models.card import CARD_NAME, EmbeddingCard
 from ds_embed.models.checkpoint import STATE, CheckpointReader, checkpoint_in, found_again, read_state, steps_of, verify
 from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
-from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
+from ds_embed.models.encoder import LOG_SCALE_CHANGE, PROJECTION, TextEncoder, learned_temperature
 from ds_embed.models.kernels import DEVICE_KERNEL, register_device_kernel
 from ds_embed.models.kinds import (
     auto_class,
@@ -370,8 +370,8 @@ def _put_checkpoint_in(encoder: TextEncoder, source: ModelSource, dtype: torch.d
     reader = CheckpointReader(source.checkpoint)
     weights = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if LOG_SCALE_CHANGE in reader.tensors:  # no vector depends on it
-        shapes[LOG_SCALE_CHANGE] = (1,)
+    for name in {LOG_SCALE_CHANGE, PROJECTION} & reader.tensors.keys():  # no vector depends on them
+        shapes[name] = tuple(reader.tensors[name].get_slice(name).get_shape())
     reader.check(shapes, f"bring back the base model that it was trained from, {source.base}")
     with torch.no_grad():
         for name, weight in weights.items():

@@ -111,6 +111,8 @@ class RerankerStepArguments(Settings):
     symmetric: ClassVar[bool] = False
     false_negative_margin: ClassVar[None] = None
     pair_loss: ClassVar[None] = None
+    guide_embeddings: ClassVar[None] = None
+    teacher_embeddings: ClassVar[None] = None
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """The step: the global batch and its loss."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from ds_embed.settings.errors import UserError
@@ -7,6 +8,7 @@ from ds_embed.settings.fields import Settings, listed, setting
 
 NEGATIVES = ("all", "own", "pair")
 SCORED_LOSSES = ("cosent", "angle", "cosine")
+TEACHER_LOSSES = ("cosine", "mse", "scores")
 # A learned temperature stops here: below, scores grow faster than the embeddings learn (Radford et al. 2021, sec. 2.5).
 MIN_LEARNED_TEMPERATURE = 0.01
 
@@ -63,6 +65,36 @@ class StepArguments(Settings):
     distillation_temperature: float = setting(
         "the teacher's scores are divided by this before the softmax", default=1.0, above=0
     )
+    guide_embeddings: str | None = setting(
+        "folder that generate wrote, with vectors by another model of all texts of the training files: negatives whose cosine "
+        "there is above the positive's less guide_margin are left out (GISTEmbed)",
+        default=None,
+        files=True,
+    )
+    guide_margin: float = setting("see guide_embeddings", default=0.0, at_least=-2, at_most=2)
+    guide_margin_strategy: str = setting(
+        "guide_margin is one of cosines (absolute), or a share of the positive's (relative)",
+        default="absolute",
+        choices=("absolute", "relative"),
+    )
+    teacher_embeddings: str | None = setting(
+        "the same of a model to learn from, with teacher_loss added to the loss; vectors of other dimensions are compared "
+        "through a linear map, which is trained and dropped",
+        default=None,
+        files=True,
+    )
+    teacher_loss: str = setting(
+        "cosine (1 - the cosine of each text's vector with the teacher's), mse (their squared distance, unit vectors), scores (the "
+        "divergence from the teacher's similarities of each query with the documents of the batch)",
+        default="cosine",
+        choices=TEACHER_LOSSES,
+    )
+    teacher_weight: float = setting("weight of teacher_loss", default=1.0, above=0)
+    teacher_temperature: float | None = setting(
+        "the teacher's cosines are divided by this before its softmax, for scores (default: temperature)",
+        default=None,
+        above=0,
+    )
     grad_cache: bool = setting(
         "gradient caching: encode twice, so that any batch size fits in the memory of one micro-batch; gradients are exact",
         default=False,
@@ -75,6 +107,14 @@ class StepArguments(Settings):
             raise UserError(
                 f"--temperature {self.temperature}: with --learnable_temperature true it must be at least "
                 f"{MIN_LEARNED_TEMPERATURE}"
+            )
+        for field in dataclasses.fields(self):
+            owner, value = field.name.split("_")[0] + "_embeddings", getattr(self, field.name)
+            if owner != field.name and getattr(self, owner, value) is None and value != field.default:
+                raise UserError(f"--{field.name} {value}: changes nothing without --{owner}")
+        if self.teacher_temperature is not None and self.teacher_loss != "scores":
+            raise UserError(
+                f"--teacher_temperature {self.teacher_temperature}: is for --teacher_loss scores alone; leave it out"
             )
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if len(set(dims)) < len(dims) or any(dim < 1 for dim in dims):

@@ -16,6 +16,8 @@ _LOGISTICS = {
     "grad_cache",
     "gradient_checkpointing",
     "train_files",
+    "guide_embeddings",
+    "teacher_embeddings",
     "cache_dir",
     "max_length",
     "query_max_length",
@@ -51,10 +53,11 @@ def fingerprint(
     step: StepArguments,
     optimizer: OptimizerArguments,
     run: RunArguments,
+    vectors: dict[str, str],
 ) -> dict[str, str]:
     """Everything that decides the numbers of a run, by the name of its flag where it has one.
 
-    `manifest` is the token store's.
+    `manifest` is the token store's; `vectors` identify those of a guide and a teacher by their flags.
     `commit` is the revision of a model that comes from the hub.
     """
     known = {"train_files": identify_files(manifest), "tokenizer": identify_tokenizer(manifest)}
@@ -63,4 +66,4 @@ def fingerprint(
     for group in (lora, data, step, optimizer):
         settings = {name: value for name, value in asdict(group).items() if not name.startswith("val_")}
         known |= {name: repr(value) for name, value in settings.items() if name not in _LOGISTICS}
-    return known | {name: repr(getattr(run, name)) for name in _RUN_SETTINGS}
+    return known | vectors | {name: repr(getattr(run, name)) for name in _RUN_SETTINGS}

@@ -4,8 +4,9 @@ Shapes: U distinct texts of the global batch, T uses of them, b texts of a micro
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.order import key_of
 from ds_embed.data.plan import Plan, plan_micro_batches
 from ds_embed.job.ranks import World
+from ds_embed.training.stored_vectors import StoredVectors
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class StepInputs:
     positive_pairs: Tensor  # (P, 2)
     teacher_scores: Tensor  # (M,)
     pair_scores: Tensor  # (P,)
+    guide: Tensor | None = None  # (T, E) vectors of another model, which say what is no negative
+    teacher: Tensor | None = None  # (T, F) and of one to learn from
 
 
 def prepare_inputs(
@@ -51,10 +55,11 @@ def prepare_inputs(
     world: World,
     micro_batch_tokens: int,
     seed: int,
+    vectors: Mapping[str, StoredVectors] = MappingProxyType({}),
 ) -> StepInputs:
     """Plan the batch, and put what this rank needs of it on its device. Enters no collective: it runs in a thread.
 
-    collate: token ids (b, S), lengths (b,) and prompt lengths (b,) of some of batch.texts.
+    collate: token ids (b, S), lengths (b,) and prompt lengths (b,) of some of batch.texts. vectors: of "guide", "teacher".
     """
     is_cuda = world.device.type == "cuda"
 
@@ -85,4 +90,5 @@ def prepare_inputs(
             put(batch.positive_pairs),
             put(batch.teacher_scores),
             put(batch.pair_scores),
+            **{name: put(stored.of(batch)) for name, stored in vectors.items()},
         )

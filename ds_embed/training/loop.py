@@ -57,6 +57,7 @@ from ds_embed.training.save import load_best, save_model
 from ds_embed.training.schedule import count_steps, learning_rate
 from ds_embed.training.signals import StopRequest
 from ds_embed.training.step import ContrastiveStep, StepResult
+from ds_embed.training.stored_vectors import StoredVectors, guided_share
 from ds_embed.training.validation import StoppedMeanwhile, Validation
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,12 @@ class TrainingRun:
                 f"--pair_loss {step.pair_loss}: no file of --train_files has scored pairs (keys query, pos_doc and score); "
                 "map other keys to these with --columns, or remove this flag"
             )
+        named = {"guide": step.guide_embeddings, "teacher": step.teacher_embeddings}
+        self.vectors = {
+            name: StoredVectors(world, self.store, f"--{name}_embeddings", folder, data.cache_dir)
+            for name, folder in named.items()
+            if folder is not None
+        }
         self.order = sample_order(self.store, data, step, run.seed)
         first = [step.global_batch_size * number for number in range(max(4, 256 // step.global_batch_size))]
         world.on_main("check negatives", lambda: self._check_batches(map(self.batch, first)))
@@ -152,6 +159,10 @@ class TrainingRun:
             self.step_arguments,
             self.optimizer,
             self.run,
+            {
+                f"{n}_embeddings": self.vectors[n].identity if n in self.vectors else "none"
+                for n in ("guide", "teacher")
+            },
         )
         best = self.validation.best() if self.validation else None
         return find_start(self.folder, self.fingerprint, self.run.accept_changes, self.max_steps, best)
@@ -281,7 +292,7 @@ class TrainingRun:
         return number
 
     def _step(self, engine: Any) -> ContrastiveStep:
-        return ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed)
+        return ContrastiveStep(engine, self.store, self.world, self.step_arguments, self.run.seed, self.vectors)
 
     def _validate(self, engine: Any, stop: StopRequest, number: int, log: StepLog) -> bool:
         """Measure the model if that is due after step `number`; True when it is one of the best, to be saved."""
@@ -387,6 +398,9 @@ class TrainingRun:
             encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.step_arguments.learnable_temperature:
             encoder.learn_temperature()
+        teacher, num_dims = self.vectors.get("teacher"), self.card.dimensions(self.kind.num_dims)
+        if teacher is not None and self.step_arguments.teacher_loss != "scores" and teacher.num_dims != num_dims:
+            encoder.learn_projection(num_dims, teacher.num_dims, self.run.seed)
         if self.world.device.type == "cpu":
             use_cpu_dropout(encoder)
         return encoder
@@ -452,6 +466,18 @@ class TrainingRun:
             unit = "batches" if self.order.batch_size else "samples"
             shares = zip(self.data.train_files, self.order.source_sizes, self.order.probabilities)
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
+        if (guide := self.vectors.get("guide")) is not None:
+            share = guided_share(batch, guide.of(batch), self.step_arguments)
+            lines.append(
+                f"guide          {guide.num_dims} dimensions of {self.step_arguments.guide_embeddings}; of the first batch it leaves out "
+                f"{share:.2%} of the pairs of a query and another's document"
+            )
+        if (teacher := self.vectors.get("teacher")) is not None:
+            through = ", through a linear map" if encoder.projection is not None else ""
+            lines.append(
+                f"teacher        {teacher.num_dims} dimensions of {self.step_arguments.teacher_embeddings}{through}: "
+                f"{self.step_arguments.teacher_loss} times {self.step_arguments.teacher_weight:g}"
+            )
         if self.validation is not None:
             lines.append(f"validation     {self.validation.describe()}")
         lines += self.card.describe(self.tokenizer) + describe_prefixes(self.data, self.card)

@@ -13,7 +13,7 @@ from ds_embed.job.ranks import World
 from ds_embed.models.attention import BidirectionalAttention
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.checkpoint import checkpoint_path, damage, read_state
-from ds_embed.models.encoder import LOG_SCALE_CHANGE, TextEncoder, learned_temperature
+from ds_embed.models.encoder import LOG_SCALE_CHANGE, PROJECTION, TextEncoder, learned_temperature
 from ds_embed.models.engine import gather_weights
 from ds_embed.models.kinds import direction_in_config, without_pooler
 from ds_embed.models.lora import save_adapter
@@ -40,6 +40,7 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
     weights = gather_weights(encoder, trained if is_adapter else None, world)
     head = {name.removeprefix(_HEAD): weights.pop(name) for name in list(weights) if name.startswith(_HEAD)}
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+    weights.pop(PROJECTION, None)  # of use in training alone
     change = weights.pop(LOG_SCALE_CHANGE, None)
     if change is not None:
         card = replace(card, temperature=learned_temperature(card.temperature, change.squeeze()).item())

@@ -6,13 +6,15 @@ Shapes: N queries, T uses of texts, U distinct texts, n_r texts of rank r, D dim
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from ds_embed.data.batch import GlobalBatch, collate, collate_prompts
 from ds_embed.data.store import TrainingStore
@@ -23,6 +25,7 @@ from ds_embed.models.encoder import learned_temperature
 from ds_embed.settings import StepArguments
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 from ds_embed.training.inputs import MicroBatch, StepInputs, prepare_inputs
+from ds_embed.training.stored_vectors import StoredVectors
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,22 @@ class StepResult:
 class ContrastiveStep:
     """Computes the gradient of a global batch into the engine; the caller then runs engine.step()."""
 
-    def __init__(self, engine: Any, store: TrainingStore, world: World, arguments: StepArguments, seed: int):
+    def __init__(
+        self,
+        engine: Any,
+        store: TrainingStore,
+        world: World,
+        arguments: StepArguments,
+        seed: int,
+        vectors: Mapping[str, StoredVectors] = MappingProxyType({}),
+    ):
+        """vectors: those of a "guide" and a "teacher"."""
         self.engine = engine
         self.store = store
         self.world = world
         self.arguments = arguments
         self.seed = seed
+        self.vectors = vectors
         self.options = loss_options(arguments)
         # ZeRO-0 has no notion of a boundary: each backward averages what has accumulated, and averaging
         # an average again changes nothing, so the sum over micro-batches comes out right.
@@ -64,7 +77,8 @@ class ContrastiveStep:
 
     def prepare(self, batch: GlobalBatch) -> StepInputs:
         """Move 1, the plan, and the texts on this rank's device. It may run in a thread."""
-        return prepare_inputs(batch, self._collate, self.world, self.arguments.micro_batch_tokens, self.seed)
+        tokens = self.arguments.micro_batch_tokens
+        return prepare_inputs(batch, self._collate, self.world, tokens, self.seed, self.vectors)
 
     def _collate(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         return *collate(self.store, texts), collate_prompts(self.store, texts)
@@ -139,7 +153,7 @@ class ContrastiveStep:
 
     def _loss(self, table: Tensor, inputs: StepInputs, temperature: Tensor, first_query: int = 0) -> LossResult:
         """The part of this rank's share of queries first_query .. N (and of their positives) in the loss."""
-        batch, options = inputs.batch, self.options
+        batch, options, projected = inputs.batch, self.options, self._projected(inputs)
         num_samples = len(batch.records)
         result = LossResult(Sums.zero(table), torch.zeros_like(table))
         if batch.num_queries:
@@ -148,7 +162,7 @@ class ContrastiveStep:
             result = result.times(share) if share < 1 else result
         for _, start, stop in batch.scored_groups:
             scored = scored_loss(
-                table,
+                table[:, : table.shape[1] - projected],
                 self._pair_rows(inputs)[:, start:stop],
                 inputs.pair_scores[start:stop],
                 slice(*self._share(0, stop - start)),
@@ -158,7 +172,7 @@ class ContrastiveStep:
                 matryoshka_dims=options.matryoshka_dims,
                 matryoshka_weights=options.matryoshka_weights,
             )
-            result = result.plus(scored)
+            result = result.plus(scored._replace(gradient=pad(scored.gradient, (0, projected))))
         return result
 
     def _share(self, first: int, last: int) -> tuple[int, int]:
@@ -170,8 +184,14 @@ class ContrastiveStep:
         """Rows (2, P) of the table: the first and the second text of each scored pair."""
         return inputs.rows[inputs.batch.num_document_uses :].view(2, -1)
 
+    def _projected(self, inputs: StepInputs) -> int:
+        """How many columns of the table are not the embeddings', but what is compared with a teacher's vectors."""
+        return 0 if inputs.teacher is None or self.engine.module.projection is None else inputs.teacher.shape[1]
+
     def _contrastive(self, table: Tensor, inputs: StepInputs, temperature: Tensor, first_query: int) -> LossResult:
         batch = inputs.batch
+        models = {"guide": inputs.guide, "teacher": inputs.teacher}
+        models = {name: normalize(vectors, dim=1) for name, vectors in models.items() if vectors is not None}
         first, last = self._share(first_query, batch.num_queries)
         return contrastive_loss(
             table,
@@ -185,6 +205,8 @@ class ContrastiveStep:
             rows=None if inputs.rows is None else inputs.rows[: batch.num_document_uses],
             teacher_scores=inputs.teacher_scores,
             positive_pairs=inputs.positive_pairs,
+            projected=self._projected(inputs),
+            **models,
         )
 
     def _tell_all(self, values: Tensor) -> list[list[float]]:
@@ -265,6 +287,11 @@ def loss_options(arguments: StepArguments) -> LossOptions:
         matryoshka_weights=tuple(arguments.matryoshka_weights or [1.0] * len(dims)),
         distillation_weight=arguments.distillation_weight,
         distillation_temperature=arguments.distillation_temperature,
+        guide_margin=arguments.guide_margin,
+        guide_is_relative=arguments.guide_margin_strategy == "relative",
+        teacher_loss=arguments.teacher_loss,
+        teacher_weight=arguments.teacher_weight,
+        teacher_temperature=arguments.teacher_temperature or arguments.temperature,
     )
 
 

@@ -126,7 +126,7 @@ def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
     UserError naming the file and the cure: no such folder or file, not float32 (n, D), no rows,
     rows and ids that differ in number, NaN or infinity, repeated document ids, broken ids.
     """
-    rows_path, ids_path = _find(Path(folder), kind)
+    rows_path, ids_path = vector_files(folder, kind)
     rows, ids = _read_rows(rows_path), _read_ids(ids_path)
     if len(ids) != len(rows):
         raise UserError(f"{ids_path} has {len(ids)} ids and {rows_path} has {len(rows)} rows; {_AGAIN}")
@@ -139,7 +139,9 @@ def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
     return Vectors(rows_path, rows, ids)
 
 
-def _find(folder: Path, kind: str) -> tuple[Path, Path]:
+def vector_files(folder: str | os.PathLike, kind: str) -> tuple[Path, Path]:
+    """The files of rows and ids of one kind. UserError, with the cure, where they are not there."""
+    folder = Path(folder)
     subfolders, rows_name, ids_name = _LAYOUT[kind]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give OUT/consumed_samplesX of recipes/generate.py")

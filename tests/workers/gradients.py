@@ -19,6 +19,7 @@ from ds_embed.models.loading import find_model, load_encoder
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import LoraArguments, OptimizerArguments, StepArguments, resolve_deepspeed_config
 from ds_embed.training.step import ContrastiveStep
+from ds_embed.training.stored_vectors import StoredVectors
 
 
 def run_case(world, case: dict) -> dict[str, np.ndarray]:
@@ -60,7 +61,14 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
         negatives=case["negatives"],
         temperature=0.1,
         **case["loss"],
+        **{f"{name}_embeddings": folder for name, folder in case["models"].items()},
     )
+    vectors = {
+        name: StoredVectors(world, store, f"--{name}_embeddings", folder, Path(folder).parent / "cache")
+        for name, folder in case["models"].items()
+    }
+    if "teacher" in vectors and arguments.teacher_loss != "scores" and vectors["teacher"].num_dims != 32:
+        encoder.learn_projection(32, vectors["teacher"].num_dims, seed=3)
     if arguments.learnable_temperature:
         encoder.learn_temperature()
     engine = start_engine(encoder, config, OptimizerArguments(), world)
@@ -69,7 +77,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
         store, order, first_sample=4, num_queries=case["queries"], hard_negatives=case["hard_negatives"]
     )
     engine.train()
-    step = ContrastiveStep(engine, store, world, arguments, seed=3)
+    step = ContrastiveStep(engine, store, world, arguments, 3, vectors)
     if case.get("scale"):  # a deliberate error, to see the contract test notice
         surrogate = step._surrogate
         step._surrogate = lambda *parts: surrogate(*parts) * case["scale"]

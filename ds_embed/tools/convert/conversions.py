@@ -13,6 +13,7 @@ from typing import IO, Any
 from ds_embed.artifact.durable import folder_when_whole, replaced_when_whole
 from ds_embed.data.files import BadRecord, read_lines
 from ds_embed.data.forms import parse_training_record
+from ds_embed.data.identity import text_id
 from ds_embed.data.records import TrainingRecord
 from ds_embed.data.retrieval_sets import RetrievalSet
 from ds_embed.data.tally import Tally
@@ -76,6 +77,21 @@ def write_pairs(path: Path, records: NumberedRecords, num_negatives: int, tally:
                 continue
             write({"anchor": record.query, "positive": record.pos_doc, **dict(zip(names, record.neg_docs))})
             tally.count("rows written")
+
+
+def write_training_texts(folder: Path, records: NumberedRecords, tally: Tally) -> None:
+    """queries.jsonl and docs.jsonl: each text once, under its text_id, by which training finds its vector."""
+    with folder_when_whole(folder) as partial, ExitStack() as stack:
+        tables = [stack.enter_context(TextTable(partial, "text_id", keep_texts=False)) for _ in range(2)]
+        names = ("queries", "docs")
+        files = [stack.enter_context(replaced_when_whole(partial / f"{name}.jsonl")) for name in names]
+        for where, record in records:
+            for number, text in enumerate((record.query, record.pos_doc, *record.neg_docs)):
+                side, name = min(number, 1), text_id(text)
+                if tables[side].add(name, text, where):
+                    keys = (("query", "query_id"), ("pos_doc", "doc_id"))[side]
+                    write_json_line(files[side], dict(zip(keys, (text, name))))
+                    tally.count(f"{names[side]} written")
 
 
 def write_beir(folder: Path, split: str, source: RetrievalSet, tally: Tally) -> None:

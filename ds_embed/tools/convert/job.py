@@ -19,7 +19,7 @@ from ds_embed.settings.fields import Settings, listed, setting
 from ds_embed.tools.convert import conversions
 from ds_embed.tools.convert.tables import table_writer
 
-_TRAINING_OUTPUTS = ("training", "pairs", "triplets")
+_TRAINING_OUTPUTS = ("training", "pairs", "triplets", "texts")
 _QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")
 # What can be made of what.
 OUTPUTS = {
@@ -42,10 +42,10 @@ class ConvertArguments(Settings):
         choices=list(OUTPUTS),
     )
     output_format: str = setting(
-        "training, test, beir, pairs or triplets (sentence-transformers' columns), trec_qrels, beir_qrels; from table "
-        "also queries, documents, trec_run; from run only table"
+        "training, test, beir, pairs or triplets (sentence-transformers' columns), texts (each text of training records once, to "
+        "be encoded for a guide or a teacher), trec_qrels, beir_qrels; from table also queries, documents, trec_run; from run only table"
     )
-    output: str = setting("file to write, or folder for beir and test; must not exist yet")
+    output: str = setting("file to write, or folder for beir, test and texts; must not exist yet")
     input: list[str] = setting("files to read, or one folder for beir", default_factory=list, files=True)
     split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", default="test")
     columns: list[str] = setting(
@@ -122,6 +122,8 @@ def _write(arguments: ConvertArguments, output: Path, work: Path, tally: Tally) 
     target = arguments.output_format
     if target == "training":
         conversions.write_training(output, _records(arguments, work, tally), tally)
+    elif target == "texts":
+        conversions.write_training_texts(output, _records(arguments, work, tally), tally)
     elif target in ("pairs", "triplets"):
         num_negatives = arguments.num_negatives if target == "triplets" else 0
         conversions.write_pairs(output, _records(arguments, work, tally), num_negatives, tally)
