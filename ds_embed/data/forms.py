@@ -232,7 +232,10 @@ class _Form:
 
 def _key_in(row: dict, keys: tuple[str, ...]) -> str:
     """The first of the keys that has a value in the row, else the first that it has at all."""
-    return present(row, [key for key in keys if key in row] or keys)
+    for key in keys:
+        if row.get(key) is not None:
+            return key
+    return next((key for key in keys if key in row), keys[0])
 
 
 def _for_each(where: str, key: str, value: Any, positive: str, number: int) -> list[Any]:
@@ -410,6 +413,9 @@ def _texts(where: str, key: str, value: Any, optional: bool = False, titles: boo
         refuse(where, key, value, "a string or a list of strings" + (" (or leave the key out)" if optional else ""))
     texts, items = [], [value] if is_one else value
     for index, item in enumerate(items):
+        if type(item) is str and item and not item.isspace():
+            texts.append(item)
+            continue
         name = key if is_one else f"{key}[{index}]"
         if type(item) is dict:
             if item.get("image"):
