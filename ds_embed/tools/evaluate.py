@@ -113,10 +113,9 @@ def _run_of_file(
     run = metrics.load_run(arguments.run_file)
     if arguments.ignore_identical_ids:
         run = {query: {name: s for name, s in found.items() if name != query} for query, found in run.items()}
-    qrels, unknown = _known_judgments(arguments, qrels, list(run), None, source)
-    unjudged = metrics.match_qrels(qrels, run, None, source)
+    qrels, _, summary = _judged(arguments, qrels, list(run), None, source)
     print(f"queries    {len(run)} of {arguments.run_file}, of which {len(qrels)} judged by {source}")
-    return run, qrels, _summary(arguments, qrels, unjudged) | unknown
+    return run, qrels, summary
 
 
 def _run_of_vectors(
@@ -129,8 +128,7 @@ def _run_of_vectors(
     for dims in arguments.truncate_dims:
         if dims >= dimensions:
             raise UserError(f"--truncate_dims {dims}: the vectors have {dimensions} dimensions; choose fewer")
-    qrels, unknown = _known_judgments(arguments, qrels, queries.ids, documents.ids, source)
-    unjudged = metrics.match_qrels(qrels, queries.ids, None if arguments.skip_unknown else documents.ids, source)
+    qrels, unjudged, summary = _judged(arguments, qrels, queries.ids, documents.ids, source)
     for vectors in (queries, documents) if arguments.write_run else ():
         if (name := vectors.ids.first_with_white_space()) is not None:
             raise UserError(
@@ -152,7 +150,7 @@ def _run_of_vectors(
     depth = min(top_k + arguments.ignore_identical_ids, len(documents))
     scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, depth, **options)
     print(f"searched   in {time.perf_counter() - start:.1f} seconds")
-    summary = _summary(arguments, qrels, unjudged) | {"num_documents": len(documents), "top_k": top_k} | unknown
+    summary |= {"num_documents": len(documents), "top_k": top_k}
     if kind is not None:
         recall, depth, sampled = recall_against_exact(indices, queries.rows, documents.rows, **options)
         print(f"index      {kind}: recall@{depth} against exact search {recall:.4f} on {sampled} queries")
@@ -175,22 +173,16 @@ def _run_of_vectors(
     return metrics.SearchRun(queries.ids, documents.ids, scores, indices), qrels, summary
 
 
-def _summary(arguments: EvaluateArguments, qrels: dict, unjudged: list[str]) -> dict[str, Any]:
-    return {
-        "num_queries": len(qrels),
-        "num_queries_without_qrels": len(unjudged),
-        "ignore_identical_ids": arguments.ignore_identical_ids,
-    }
-
-
-def _known_judgments(
+def _judged(
     arguments: EvaluateArguments, qrels: dict, query_ids: Any, document_ids: Any, source: str
-) -> tuple[dict, dict[str, int]]:
-    """The judgments to measure by, and the numbers of unknown ids with --skip_unknown true."""
-    if not arguments.skip_unknown:
-        return qrels, {}
-    qrels, unknown = metrics.skip_unknown(qrels, query_ids, document_ids)
+) -> tuple[dict, list[str], dict[str, Any]]:
+    """The judgments to measure by, the queries without any, and what metrics.json says of both."""
+    unknown: dict[str, int] = {}
+    if arguments.skip_unknown:
+        qrels, unknown = metrics.skip_unknown(qrels, query_ids, document_ids)
     for name, number in unknown.items():
         if number:
             print(f"warning: {source}: {number} {name.removeprefix('num_').replace('_', ' ')}")
-    return qrels, unknown
+    unjudged = metrics.match_qrels(qrels, query_ids, None if arguments.skip_unknown else document_ids, source)
+    summary = {"num_queries": len(qrels), "num_queries_without_qrels": len(unjudged)}
+    return qrels, unjudged, summary | {"ignore_identical_ids": arguments.ignore_identical_ids} | unknown

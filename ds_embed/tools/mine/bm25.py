@@ -56,8 +56,10 @@ class Bm25Candidates:
         found_scores = np.full((high - low, k), -np.inf, dtype=np.float32)
         found_rows = np.full((high - low, k), -1, dtype=np.int64)
         pair_scores = []
+        vocabulary, none = self._index.vocab_dict, np.zeros(self._index.scores["num_docs"], dtype=np.float32)
         for place in range(low, high):
-            scores = self._scores(self._catalog.queries[queries[place]])
+            words = [vocabulary[w] for w in _words(self._catalog.queries[queries[place]]) if w in vocabulary]
+            scores = self._index.get_scores_from_ids(words) if words else none
             rows = _best(scores[: self._catalog.num_candidates], k)
             found_scores[place - low, : len(rows)] = scores[rows]
             found_rows[place - low, : len(rows)] = rows
@@ -69,13 +71,6 @@ class Bm25Candidates:
             self._gather(found_rows, counts),
             self._gather(of_pairs, np.diff(pair_bounds).tolist()),
         )
-
-    def _scores(self, query: str) -> np.ndarray:
-        vocabulary = self._index.vocab_dict
-        words = [vocabulary[word] for word in _words(query) if word in vocabulary]
-        if not words:
-            return np.zeros(self._index.scores["num_docs"], dtype=np.float32)
-        return self._index.get_scores_from_ids(words)
 
     def _gather(self, rows: np.ndarray, counts: list[int]) -> np.ndarray:
         return self._world.all_gather_rows(torch.from_numpy(rows).to(self._world.device), counts).cpu().numpy()
