@@ -52,18 +52,16 @@ class BeirFolder:
         if not self._qrels_path.is_file():
             splits = ", ".join(sorted(path.stem for path in folder.glob("qrels/*.tsv"))) or "none"
             raise UserError(f"--split {split}: there is no {self._qrels_path}; the splits here are {splits}")
-        self._corpus_path, self._queries_path = (_find_table(folder, name) for name in ("corpus", "queries"))
+        parse_document = partial(parse_document_record, join_titles=join_titles)
+        self._corpus = RecordFile(_find_table(folder, "corpus"), parse_document)
+        self._queries = RecordFile(_find_table(folder, "queries"), parse_query_record)
         self._tally = tally
-        self._join_titles = join_titles
 
     def documents(self) -> Iterator[tuple[str, DocumentRecord]]:
-        parse = partial(parse_document_record, join_titles=self._join_titles)
-        for where, _, documents in RecordFile(self._corpus_path, parse).read(self._tally.refuse):
-            yield where, documents[0]
+        return ((where, one) for where, _, (one,) in self._corpus.read(self._tally.refuse))
 
     def queries(self) -> Iterator[tuple[str, QueryRecord]]:
-        for where, _, queries in RecordFile(self._queries_path, parse_query_record).read(self._tally.refuse):
-            yield where, queries[0]
+        return ((where, one) for where, _, (one,) in self._queries.read(self._tally.refuse))
 
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
         return read_judgments(self._qrels_path)

@@ -173,8 +173,8 @@ def _rows(
 ) -> Iterator[tuple[str, Any]]:
     """(place, parsed row) of files of "queries", "documents", "judgments" or "run", by the words of --columns."""
     for path in arguments.input:
-        for where, _, parsed in RecordFile(path, parse, Columns(arguments.columns, kind)).read(tally.refuse):
-            yield where, parsed[0]
+        file = RecordFile(path, parse, Columns(arguments.columns, kind))
+        yield from ((where, one) for where, _, (one,) in file.read(tally.refuse))
 
 
 def _retrieval_set(arguments: ConvertArguments, tally: Tally) -> RetrievalSet:

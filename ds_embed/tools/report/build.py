@@ -43,12 +43,9 @@ def build_report(arguments: ReportArguments) -> tuple[Path, int]:
     run = read_run(arguments.run)
     other = None if arguments.compare is None else read_run(arguments.compare)
     with matplotlib.rc_context(STYLE):
-        sections = [
-            Section("Training", charts=draw_curves("training", run, other)),
-            Section("Retrieval while training", charts=draw_curves("retrieval", run, other)),
-            Section("Speed", charts=draw_curves("speed", run, other)),
-            *_vector_sections(arguments, run),
-        ]
+        titles = {"training": "Training", "retrieval": "Retrieval while training", "speed": "Speed"}
+        sections = [Section(title, charts=draw_curves(name, run, other)) for name, title in titles.items()]
+        sections += _vector_sections(arguments, run)
         if not sections[1].charts:
             missing = "val_query_files and --val_doc_files"
             sections[1].missing = f"No retrieval was measured: set --val_check_interval, --{missing}."
@@ -77,12 +74,9 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
     Vectors, judgments and texts come from the flags, else from what the run keeps of its validation. UserError for
     flags that ask for what can't be had.
     """
-    kept = [
-        (int(path.name[16:]), path)
-        for path in run.path.glob("validation/consumed_samples*")
-        if path.name[16:].isdigit()
-    ]
-    embeddings = arguments.embeddings or (str(max(kept)[1]) if kept else None)
+    kept = {path.name[16:]: str(path) for path in run.path.glob("validation/consumed_samples*")}
+    newest = max((number for number in kept if number.isdigit()), key=int, default="")
+    embeddings = arguments.embeddings or kept.get(newest)
     title = "Similarities and failures"
     if embeddings is None:
         for name in ("query_files", "doc_files", "qrels"):
@@ -149,14 +143,13 @@ def _failures_section(
         length = arguments.show_characters
         return text if len(text) <= length else text[:length].rstrip() + " …"
 
-    def found(query: int, rank: int, row: int, score: float) -> dict[str, Any]:
-        name = answers.document_ids[row]
-        text, is_right = cut(texts.get(name, "")), row in answers.relevant[query]
-        return {"rank": rank, "id": name, "score": score, "is_right": is_right, "text": text}
-
-    failures = []
-    for query, documents in shown.items():
-        name = answers.query_ids[query]
-        title = cut(questions.get(name, name))
-        failures.append({"text": title, "documents": [found(query, *document) for document in documents]})
+    failures: list[dict[str, Any]] = []
+    for query, of_query in shown.items():
+        name, found = answers.query_ids[query], []
+        for rank, row, score in of_query:
+            id_, is_right = answers.document_ids[row], row in answers.relevant[query]
+            found.append(
+                {"rank": rank, "id": id_, "score": score, "is_right": is_right, "text": cut(texts.get(id_, ""))}
+            )
+        failures.append({"text": cut(questions.get(name, name)), "documents": found})
     return Section("Worst queries", intro, failures=failures)
