@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from contest import Goal, Spread, flags, launched, notebook_of, play, print_goals, print_table, spread, write_results
-from train import steady
+from train import first_layers, steady
 
 from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
@@ -38,6 +38,7 @@ class OnceArguments(Settings):
     hard_negatives: int = setting("per query", default=4, above=0)
     max_length: int = setting("longest text in tokens", default=256, above=0)
     micro_batch_tokens: int = setting("padded tokens per forward pass", default=4096, above=0)
+    num_layers: int = setting("first layers of the model that are kept; 0 keeps all", default=0, at_least=0)
     goal: float = setting("times as fast as with distinct documents", default=5.0, above=0)
 
     def __post_init__(self):
@@ -60,14 +61,14 @@ def make_distinct(source: str, target: Path) -> None:
             file.write(json.dumps({"query": record["query"]} | documents) + "\n")
 
 
-def step(settings: OnceArguments, records: Path, batching: str) -> dict:
+def step(settings: OnceArguments, model: str, records: Path, batching: str) -> dict:
     """Tokens and seconds of a step, and its peak memory."""
     folder = Path(settings.output_dir).resolve()
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     words = flags(
         deepspeed="ds_configs/zero1.json",
-        model_name_or_path=settings.model_name_or_path,
+        model_name_or_path=model,
         train_files=records,
         output_dir=run,
         cache_dir=folder / "cache",
@@ -99,10 +100,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records, distinct = Path(settings.train_file).resolve(), folder / "distinct.jsonl"
     make_distinct(settings.train_file, distinct)
+    model = first_layers(settings.model_name_or_path, settings.num_layers, folder)
     contestants = {
-        DISTINCT: lambda _: step(settings, distinct, "mixed"),
-        ONCE: lambda _: step(settings, records, "mixed"),
-        CLUSTERED: lambda _: step(settings, records, "clustered"),
+        DISTINCT: lambda _: step(settings, model, distinct, "mixed"),
+        ONCE: lambda _: step(settings, model, records, "mixed"),
+        CLUSTERED: lambda _: step(settings, model, records, "clustered"),
     }
     results = play(contestants, settings.rounds, notebook_of(settings, folder))
     keys = ("seconds", "named", "encoded", "peak_gib")

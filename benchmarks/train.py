@@ -110,15 +110,7 @@ class Speed:
     def __init__(self, settings: SpeedArguments):
         self.settings, self.folder = settings, Path(settings.output_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = settings.model_name_or_path
-        if settings.num_layers:
-            self.model = str(self.folder / f"model-{settings.num_layers}-layers")
-            in_process(
-                "machine:keep_layers",
-                model=settings.model_name_or_path,
-                num_layers=settings.num_layers,
-                folder=self.model,
-            )
+        self.model = first_layers(settings.model_name_or_path, settings.num_layers, self.folder)
 
     def contestants(self) -> dict[str, Callable[[int], dict]]:
         settings = self.settings
@@ -223,6 +215,15 @@ class Speed:
             our_kernels=our_kernels,
             micro_batch_tokens=self.settings.micro_batch_tokens,
         )
+
+
+def first_layers(model: str, num_layers: int, folder: Path) -> str:
+    """The model, or a copy in `folder` that has only its first layers."""
+    if not num_layers:
+        return model
+    copy = str(folder / f"model-{num_layers}-layers")
+    in_process("machine:keep_layers", model=model, num_layers=num_layers, folder=copy)
+    return copy
 
 
 def recipe_of(pooling: str) -> str:
