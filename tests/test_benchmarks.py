@@ -214,7 +214,7 @@ def test_flag_embedding_takes_part_where_it_is_installed(script, monkeypatch, ma
 
 def test_kernels_are_compared_with_what_they_stand_for(script, material):
     result, printed = script(
-        "kernels",
+        "cpu_kernels",
         "--model_name_or_path",
         material / "bert",
         "--parts",

@@ -1,7 +1,7 @@
 """Do our own layers pay on this machine? Each against what it stands for, by turns in one process where that can be.
 
-    python benchmarks/kernels.py --model_name_or_path SmolLM2-135M-Instruct --output_dir kernels
-    python benchmarks/kernels.py --model_name_or_path all-MiniLM-L6-v2 --output_dir kernels --parts training encoding compiled
+    python benchmarks/cpu_kernels.py --model_name_or_path SmolLM2-135M-Instruct --output_dir kernels
+    python benchmarks/cpu_kernels.py --model_name_or_path all-MiniLM-L6-v2 --output_dir kernels --parts training encoding compiled
 
 "lora": a training pass (forwards and backwards) with LoraLinear and with PEFT's layers. "training": one with all weights,
 with our attention kernel for CPUs and dropout, and with torch's. "encoding": a forward pass with packed linear layers and with
@@ -30,7 +30,7 @@ PARTS = (*SHORT_PARTS, "products")
 @dataclass
 class KernelArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name")
-    output_dir: str = setting("folder for kernels.json")
+    output_dir: str = setting("folder for cpu_kernels.json")
     parts: list[str] = setting(f"what is compared: {', '.join(PARTS)}", default_factory=lambda: list(SHORT_PARTS))
     rounds: int = setting("timed passes of either side", default=7, above=0)
     num_texts: int = setting("texts of a pass", default=32, above=0)
@@ -201,7 +201,7 @@ def main() -> None:
     same = {name: getattr(settings, name) for name in names} | {"model": settings.model_name_or_path}
     rows, results = [], {}
     for part in settings.parts:
-        found = in_process("kernels:compare", part=part, **same)
+        found = in_process("cpu_kernels:compare", part=part, **same)
         results[part] = found
         sides = [name for name in found if not name.endswith(", first") and name != "peak_gib"]
         for ours, other in zip(sides[::2], sides[1::2]):
@@ -209,7 +209,7 @@ def main() -> None:
             seconds = [f"{1000 * Spread.of(found[side]).median:,.0f}" for side in (ours, other)]
             rows.append([part, f"{ours} / {other}", *seconds, gain, f"{found[f'{ours}, first'][0]:.1f}"])
     print_table(["part", "what", "ours, ms", "other, ms", "times as fast: median (range)", "first pass, s"], rows)
-    write_results(Path(settings.output_dir) / "kernels.json", settings, results)
+    write_results(Path(settings.output_dir) / "cpu_kernels.json", settings, results)
 
 
 if __name__ == "__main__":
