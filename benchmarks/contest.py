@@ -143,9 +143,12 @@ def play(
     return results
 
 
+_NOT_OF_A_MEASUREMENT = ("go_on", "rounds", "contestants", "goal", "marks")
+
+
 def notebook_of(settings: Any, folder: Path) -> Path:
     """The file of `play` for these settings; empty but where --go_on true asks for what an earlier call measured."""
-    told = {name: value for name, value in vars(settings).items() if name not in ("go_on", "rounds", "contestants")}
+    told = {name: value for name, value in vars(settings).items() if name not in _NOT_OF_A_MEASUREMENT}
     name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
     notebook = folder / f"rounds-{name}.jsonl"
     if not settings.go_on:
