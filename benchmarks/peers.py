@@ -156,12 +156,12 @@ def train_bare_loop(
     from ds_embed.data.order import SampleOrder
     from ds_embed.data.plan import plan_micro_batches
     from ds_embed.data.store import TrainingStore
-    from ds_embed.models.cpu import MATH_KERNEL, use_cpu_dropout, use_cpu_kernels
+    from ds_embed.models.cpu import MATH_KERNEL, use_cpu_dropout, use_kernels
 
     tokens = TrainingStore.open(store)
     order = SampleOrder(seed, tokens.file_sizes)
     if our_kernels:
-        use_cpu_kernels()
+        use_kernels()
     kernel = {"attn_implementation": MATH_KERNEL} if our_kernels else {}
     backbone = AutoModel.from_pretrained(model, dtype=torch.bfloat16, **kernel).train()
     if lora_rank:

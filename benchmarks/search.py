@@ -23,7 +23,7 @@ from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import setting
-from ds_embed.settings.index_arguments import INDEX_KINDS, IndexArguments
+from ds_embed.settings.tool_arguments import INDEX_KINDS, IndexArguments
 
 _ROWS_AT_ONCE = 50_000
 
@@ -123,7 +123,7 @@ def measure(arguments: BenchmarkArguments, case: dict) -> None:
             index = build_index(case["kind"], documents, arguments)
             result["built"] = time.perf_counter() - start
             start = time.perf_counter()
-            _, rows = search_index(index, queries, documents, k, arguments, tie_rank=ranks)
+            _, rows = search_index(index, queries, documents, k, arguments, tie_rank=ranks, device="cpu")
         result["seconds"] = time.perf_counter() - start
     if case["kind"] != "exact":
         result["name"] = index_kind(index)

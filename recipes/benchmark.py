@@ -12,8 +12,8 @@ import importlib.util
 
 from ds_embed.job.ranks import initialize, run_recipe
 from ds_embed.settings import ModelArguments, TextArguments, parse_arguments
-from ds_embed.settings.benchmark_arguments import BenchmarkArguments
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.tool_arguments import BenchmarkArguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.fields import setting
-from ds_embed.settings.index_arguments import INDEX_KINDS, IndexArguments
+from ds_embed.settings.tool_arguments import INDEX_KINDS, IndexArguments
 from ds_embed.vectors.vectors import read_vectors
 
 

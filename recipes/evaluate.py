@@ -12,7 +12,7 @@ It writes metrics.json, per_query.jsonl and run.trec (for trec_eval, or to fuse 
 
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.index_arguments import SearchIndexArguments
+from ds_embed.settings.tool_arguments import SearchIndexArguments
 from ds_embed.tools.evaluate import EvaluateArguments, evaluate_and_print
 
 

@@ -9,7 +9,7 @@ mean of runs that share a base model. Each folder has a README.md that shows how
 
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.export_arguments import ExportArguments
+from ds_embed.settings.tool_arguments import ExportArguments
 
 
 def main(argv: list[str] | None = None) -> None:

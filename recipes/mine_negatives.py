@@ -11,7 +11,7 @@ started again.
 
 from ds_embed.job.ranks import initialize, run_recipe
 from ds_embed.settings import ModelArguments, TextArguments, parse_arguments
-from ds_embed.settings.mining_arguments import MINING_DEFAULTS, MiningArguments
+from ds_embed.settings.tool_arguments import MINING_DEFAULTS, MiningArguments
 from ds_embed.tools.mine.job import mine
 
 

@@ -10,7 +10,7 @@ output.
 
 from ds_embed.job.ranks import initialize, run_recipe
 from ds_embed.settings import parse_arguments
-from ds_embed.settings.rerank_arguments import RerankArguments
+from ds_embed.settings.tool_arguments import RerankArguments
 from ds_embed.tools.rerank import rerank
 
 

@@ -11,7 +11,7 @@ from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import ModelArguments, TextArguments, parse_arguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, setting
-from ds_embed.settings.index_arguments import SearchIndexArguments
+from ds_embed.settings.tool_arguments import SearchIndexArguments
 
 
 @dataclass

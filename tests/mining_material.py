@@ -6,7 +6,7 @@ import numpy as np
 
 from ds_embed.job.ranks import World
 from ds_embed.settings import ModelArguments, TextArguments
-from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine.job import mine
 
 ONE_PROCESS = World.alone()

@@ -211,7 +211,7 @@ def test_other_matrices_than_the_run_has_are_refused(base, tmp_path, given, mess
 def test_flags_that_say_nothing_are_refused(base, tmp_path):
     with pytest.raises(UserError, match="--new_lora true: the model is no LoRA run"):
         resolve(LoraArguments(new_lora=True), base)
-    with pytest.raises(UserError, match="--lora_variant dora: without --lora_rank"):
+    with pytest.raises(UserError, match="--lora_variant dora: needs a --lora_rank"):
         resolve(LoraArguments(lora_variant="dora", lora_rank=0), base)
 
 

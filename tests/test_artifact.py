@@ -52,7 +52,7 @@ def make(path, made_from=MADE_FROM):
         told = made.begin()
         kept = []
         for part in told:
-            if not made.holds(part):
+            if not part.is_in(made.begun):
                 break
             kept.append(part)
         made.keep(kept)
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_what_was_saved(small_disk):
                 made.save()
             saved += 1
     assert 3 < saved < 8 and not path.exists()
-    kept = [part for part in artifact(path).begin() if artifact(path).holds(part)]
+    kept = [part for part in artifact(path).begin() if part.is_in(artifact(path).begun)]
     assert [part.name for part in kept] == [str(number) for number in range(saved)]
     with pytest.raises(UserError, match="--letters_dir: .*letters needs .* GiB and has 0.0 GiB free"):
         made.check_room(10**6)

@@ -45,7 +45,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         (["--output_dir", "x", "stray"], ["unexpected argument 'stray'"]),
         (["--output_dir", "x", "--max_steps", "1.5"], ["max_steps", "1.5"]),
         (["--output_dir", "x", "--bf16", "perhaps"], ["bf16", "perhaps"]),
-        (["--output_dir", "x", "--config"], ["--config needs"]),
+        (["--output_dir", "x", "--config"], ["--config: expected one argument"]),
         (["--config", "absent.yaml"], ["absent.yaml", "no such file"]),
     ],
 )

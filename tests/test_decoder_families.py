@@ -160,7 +160,7 @@ def choose(folder, card=None, **settings):
 def test_the_card_keeps_the_direction(folders, tmp_path):
     card = choose(folders["llama"], bidirectional=True)
     card.save(tmp_path)
-    known = EmbeddingCard.load(tmp_path)
+    known = EmbeddingCard.read(tmp_path / "ds_embed.json")
     assert known.bidirectional and choose(folders["llama"], known).bidirectional
     assert not choose(folders["llama"], known, bidirectional=False).bidirectional
     assert not choose(folders["llama"]).bidirectional

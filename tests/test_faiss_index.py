@@ -11,7 +11,7 @@ import pytest
 from mining_material import write_vectors
 from tiny import REPOSITORY, launch_environment
 
-from ds_embed.settings.index_arguments import IndexArguments, SearchIndexArguments
+from ds_embed.settings.tool_arguments import IndexArguments, SearchIndexArguments
 from ds_embed.vectors.faiss_index import build_index, read_index, search_by_arguments, write_index
 from ds_embed.vectors.search import search
 
@@ -145,7 +145,7 @@ def test_threads_are_those_of_torch():
     """FAISS brings an OpenMP of its own, which, imported first, does not hear of torch's threads."""
     code = (
         "import faiss, torch, numpy as np\n"
-        "from ds_embed.settings.index_arguments import IndexArguments\n"
+        "from ds_embed.settings.tool_arguments import IndexArguments\n"
         "from ds_embed.vectors.faiss_index import build_index\n"
         "torch.set_num_threads(2)\n"
         "rows = np.random.default_rng(0).standard_normal((3000, 64), dtype=np.float32)\n"

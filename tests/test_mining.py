@@ -9,7 +9,7 @@ from mining_material import make_files, read_jsonl, reference, run, same, unit, 
 from tiny import launch, make_model, make_tokenizer, make_training_file
 
 from ds_embed.settings import TextArguments
-from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine import job
 
 

@@ -153,7 +153,7 @@ BAD_SETTINGS = {
     "blank documents": ({"doc_files": ["BLANK"]}, "--doc_files: hold no document with a text"),
     "negatives without ids": ({"include_neg_docs": True}, "a neg_doc has no id"),
     "margin": ({"relative_margin": -0.1}, "--relative_margin -0.1: must be at least 0"),
-    "no such judge": ({"cross_encoder": "/nowhere/judge"}, "--cross_encoder /nowhere/judge: no model there"),
+    "no such judge": ({"cross_encoder": "/nowhere/judge"}, "--cross_encoder /nowhere/judge: no such folder"),
     "untrained judge": ({"cross_encoder": "BERT"}, "has no trained classifier"),
 }
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_embed.data.store import TrainingStore, build_training_store
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, encode_texts
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.kinds import Kind
 from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.settings import DataArguments, ModelArguments, TextArguments, parse_arguments
 from ds_embed.training.prepare import describe_prefixes, file_formats
@@ -63,7 +64,10 @@ def data(tmp_path, **settings):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(query_prefixes=["x"], query_prefix="x"), "--query_prefixes: has 1 values, but --train_files has 2 files"),
+        (
+            dict(query_prefixes=["x"], query_prefix="x"),
+            "--query_prefixes x: has 1 values, but --train_files has 2 files",
+        ),
         (dict(doc_prefixes=["x", "y"]), "--doc_prefixes: give --doc_prefix too, the one that the trained model"),
         (dict(query_prefixes=["x", "{query}"], query_prefix=""), "--query_prefixes '{query}': only {text} can stand"),
         (dict(query_prefix="{text} {text}"), "--query_prefix '{text} {text}': .* once; found {text} {text}"),
@@ -76,9 +80,8 @@ def test_mistakes_name_the_setting(tmp_path, settings, message):
 
 
 def choose(text, known=None):
-    return EmbeddingCard.choose(
-        text, ModelArguments("m"), decoder=True, bidirectional=False, base="m", known=known, longest=None
-    )
+    kind = Kind(is_causal=True, num_dims=8, longest=None)
+    return EmbeddingCard.choose(text, ModelArguments("m"), kind, "m", known, {})
 
 
 def test_new_lines_are_written_as_on_a_command_line(tmp_path):

@@ -229,7 +229,7 @@ def score(run, texts):
         (["--loss", "cosine"], "--loss cosine: choose one of listwise, bce, kl"),
         (["--hard_negatives", 0], "--hard_negatives 0: must be at least 1"),
         (["--lora_variant", "dora", "--lora_rank", 4], "--lora_variant dora: rerankers are trained with"),
-        (["--model_name_or_path", "no/such/model"], "no model there"),
+        (["--model_name_or_path", "no/such/model"], "no such folder"),
         (["--temperature", 1], "unknown flag --temperature"),
         (["--loss", "kl", "--train_files", "{plain}"], "which --loss kl needs in every record"),
         (["--train_files", "{bare}"], "no record has a neg_doc"),
@@ -251,7 +251,7 @@ def test_a_reranker_is_no_embedder(place):
 
     if not (place / "listwise-1" / "model").exists():
         train(place, 1, "listwise", "listwise-1")
-    with pytest.raises(UserError, match="is a reranker's, which scores pairs"):
+    with pytest.raises(UserError, match="is a reranker's, which makes no vectors"):
         Embedder.from_pretrained(place / "listwise-1")
 
 

@@ -164,7 +164,7 @@ def test_bad_arguments_are_named():
     for k in (0, 4):
         with pytest.raises(AssertionError, match=f"k is {k} and there are 3 documents"):
             search(rows, rows, k)
-    with pytest.raises(ValueError, match="4 dimensions and documents 2"):
+    with pytest.raises(ValueError, match="4 dimensions, documents 2"):
         search(rows, rows[:, :2], 1)
     for odd in (rows.astype(np.float64), rows[:0]):
         with pytest.raises(AssertionError, match="not float32"):

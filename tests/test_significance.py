@@ -78,11 +78,9 @@ def test_other_queries_and_broken_files_are_named(tmp_path):
     path = tmp_path / "per_query.jsonl"
     path.write_text(json.dumps({"query_id": "q0", "nDCG@10": 1}) + "\n")
     assert read_per_query(tmp_path, ["nDCG@10"]) == {"q0": {"nDCG@10": 1.0}}
-    with pytest.raises(
-        ValueError, match="per_query.jsonl:1: has no RR@10, only nDCG@10; give both runs the same --meas"
-    ):
+    with pytest.raises(ValueError, match="per_query.jsonl:1: has no RR@10, only nDCG@10; give both the same --meas"):
         read_per_query(tmp_path, ["nDCG@10", "RR@10"])
     for line in ("{", "[1]", '{"query": "q0"}'):
         path.write_text(line + "\n")
-        with pytest.raises(ValueError, match="per_query.jsonl:1: not a line of recipes/evaluate.py"):
+        with pytest.raises(ValueError, match="per_query.jsonl:1: no line of recipes/evaluate.py"):
             read_per_query(tmp_path, ["nDCG@10"])

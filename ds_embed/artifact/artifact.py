@@ -20,7 +20,6 @@ from ds_embed.artifact.durable import (
     free_bytes,
     hold_lock,
     put_in_place,
-    remove_all_unfinished,
     remove_unfinished,
     sha256_of,
     sync_file,
@@ -119,8 +118,12 @@ class Artifact:
                 if not path.name.startswith("."):  # what was written before begun.json had its name
                     _check_kind(self.begun, {}, self.kind, self._again(self.begun))
             return "absent"
-        old = _read_json(begun, self.kind, self._again(self.begun))["made_from"]
-        check_unchanged(self.begun, old, self.made_from, accepted, self.flag, **words)
+        try:
+            content = json.loads(begun.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{begun}: can't be read as JSON; {self._again(self.begun)}") from None
+        _check_kind(begun, content, self.kind, self._again(self.begun))
+        check_unchanged(self.begun, content["made_from"], self.made_from, accepted, self.flag, **words)
         return "begun"
 
     def begin(self, anew: bool = False) -> list[Part]:
@@ -132,7 +135,7 @@ class Artifact:
             remove_unfinished(self.path)
         self.begun.mkdir(parents=True, exist_ok=True)
         sync_path(self.begun.parent)
-        remove_all_unfinished(self.begun)
+        remove_unfinished(self.begun, inside=True)
         (self.begun / MANIFEST).unlink(missing_ok=True)
         text = json.dumps({"kind": self.kind, "made_from": self.made_from}, indent=1)
         begun = self.begun / BEGUN
@@ -148,10 +151,6 @@ class Artifact:
         self._parts = list(parts)
         with written_whole(self.begun / _PARTS) as file:
             file.writelines(_line(part) for part in self._parts)
-
-    def holds(self, part: Part) -> bool:
-        """Whether a part of what was begun is as it was written."""
-        return part.is_in(self.begun)
 
     def write(self, file: str, content: Any, start: int = 0, name: str = "") -> None:
         """Write a part, bytes or an array, at `start` of a file; nothing tells of it before `save` or `publish`."""
@@ -297,15 +296,6 @@ def _check_kind(path: Path, content: Mapping[str, Any], kind: str, cure: str) ->
     if content.get("kind") != kind:
         found = content.get("kind", "what another version of ds_embed wrote")
         raise UserError(f"{path}: holds {found}, and this version of ds_embed reads {kind}; {cure}")
-
-
-def _read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: can't be read as JSON; {cure}") from None
-    _check_kind(path, content, kind, cure)
-    return content
 
 
 def _manifest(kind: str, made_from: Mapping[str, str], parts: list[dict[str, Any]]) -> bytes:

@@ -114,19 +114,12 @@ def remove(path: Path) -> None:
         delete(removed)
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what jobs that were killed left of `path`, which the caller's lock protects from others."""
-    name = re.escape(path.name)
-    left = re.compile(f"{re.escape(UNFINISHED)}{name}(@[^@]*@[0-9]+-[0-9a-f]+)?|{re.escape(_REMOVED)}{name}")
-    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
-        if left.fullmatch(entry.name):
-            delete(entry)
-
-
-def remove_all_unfinished(folder: Path) -> None:
-    """Remove what jobs that were killed left in a folder that the caller's lock protects from others."""
+def remove_unfinished(path: Path, inside: bool = False) -> None:
+    """Remove what killed jobs left of `path`, or of anything in the folder `path`, which the caller's lock protects."""
+    name = ".*" if inside else f"{re.escape(path.name)}(@[^@]*@[0-9]+-[0-9a-f]+)?"
+    left, folder = re.compile(f"({re.escape(UNFINISHED)}|{re.escape(_REMOVED)}){name}"), path if inside else path.parent
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name.startswith((UNFINISHED, _REMOVED)):
+        if left.fullmatch(entry.name):
             delete(entry)
 
 

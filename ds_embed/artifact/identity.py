@@ -20,10 +20,8 @@ logger = logging.getLogger(__name__)
 
 def identify_model(base: str, adapter: str | os.PathLike | None, commit: str | None) -> dict[str, str]:
     """Weights and configs of a model. `commit` is the revision of a `base` that comes from the hub."""
-    return {
-        "base_model": identify_weights(base, commit),
-        "adapter": "none" if adapter is None else identify_weights(str(adapter)),
-    }
+    on_it = "none" if adapter is None else identify_weights(str(adapter))
+    return {"base_model": identify_weights(base, commit), "adapter": on_it}
 
 
 def identify_weights(name: str, commit: str | None = None) -> str:
@@ -76,9 +74,8 @@ def check_unchanged(
     unknown = [name for name in accepted if name not in acceptable]
     if unknown:
         raise UserError(f"--accept_changes {unknown[0]}: no such name; known are {', '.join(sorted(acceptable))}")
-    changes = {
-        name: f"{name} was {old[name]} and is {new[name]}" for name in new if old.get(name, new[name]) != new[name]
-    }
+    changed = (name for name, value in new.items() if old.get(name, value) != value)
+    changes = {name: f"{name} was {old[name]} and is {new[name]}" for name in changed}
     refused = [name for name in changes if name not in accepted]
     if refused:
         cure = f"Put that back, remove {path} to start afresh, or choose another {flag}"

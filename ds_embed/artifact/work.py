@@ -34,7 +34,7 @@ class WorkFolder(Artifact):
         # One that ended before its first part, as on a bad record, holds nothing that other inputs would spoil.
         has_parts = any(entry.is_dir() or entry.suffix == ".npz" for entry in self.path.glob("[!.]*"))
         was_there = has_parts and self.look_begun() == "begun"
-        kept = [part for part in self.begin() if self.holds(part)]
+        kept = [part for part in self.begin() if part.is_in(self.begun)]
         self.keep(kept)
         self._done = {part.file for part in kept}
         return was_there

@@ -199,7 +199,7 @@ def flat_tokens(store: TrainingStore, texts: np.ndarray, lengths: np.ndarray) ->
     return store.tokens[np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts, lengths)]
 
 
-def collate(store: TrainingStore, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def collate(store: TrainingStore | TextStore, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (b, S) int64, padded on the right with 0, and lengths (b,) of the given texts.
 
     With no text at all: one dummy text of one token.

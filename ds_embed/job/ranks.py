@@ -70,6 +70,7 @@ class World:
         `counts` holds n_r of every rank: all ranks know it from the plan, so it is not sent.
         """
         import torch
+        import torch.distributed as dist
 
         assert len(counts) == self.size and rows.shape[0] == counts[self.rank]
         if self.size == 1:
@@ -79,23 +80,39 @@ class World:
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty((self.size * longest, *rows.shape[1:]))
         self.mark()
-        _all_gather(gathered, padded)
+        # torch 2.13 renamed the call and warns at the old name.
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, padded)
         return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+    def rows_in_turn(self, sizes: list[int], rows_of: Callable[[int | None], Any]) -> list[Any]:
+        """The rows (sizes[i], ...) of every item i, arrays in order, on every rank; rank r computes r, r + W, ...
+
+        rows_of(None) makes no rows, (0, ...): so every rank calls it equally often, as ZeRO-3 wants.
+        """
+        import torch
+
+        by_rank = [range(rank, len(sizes), self.size) for rank in range(self.size)]
+        own = [*by_rank[self.rank], *[None] * (max(1, len(by_rank[0])) - len(by_rank[self.rank]))]
+        counts = [sum(sizes[item] for item in items) for items in by_rank]
+        gathered = self.all_gather_rows(torch.cat([rows_of(item) for item in own]), counts).cpu()
+        order = [item for items in by_rank for item in items]
+        parts = dict(zip(order, gathered.split([sizes[item] for item in order])))
+        return [parts[item].numpy() for item in range(len(sizes))]
 
     def reduce_scatter_rows(self, rows, counts: list[int]):
         """Sum the (R, D) rows of all ranks and return this rank's (n_r, D) of the sum."""
+        import torch.distributed as dist
+
         assert rows.shape[0] == sum(counts)
         if self.size == 1:
             return rows
         longest = max(counts)
         padded = rows.new_zeros((self.size * longest, *rows.shape[1:]))
-        start = 0
-        for r, count in enumerate(counts):
-            padded[r * longest : r * longest + count] = rows[start : start + count]
-            start += count
+        for r, part in enumerate(rows.split(counts)):
+            padded[r * longest : r * longest + len(part)] = part
         own = rows.new_empty((longest, *rows.shape[1:]))
         self.mark()
-        _reduce_scatter(own, padded)
+        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, padded)
         return own[: counts[self.rank]]
 
     def sum(self, values: list[float]) -> list[float]:
@@ -218,19 +235,6 @@ def _meet(rank: int, size: int) -> Any:
     return store
 
 
-def _all_gather(output, own) -> None:
-    import torch.distributed as dist
-
-    # torch 2.13 renamed the call and warns at the old name.
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(output, own)
-
-
-def _reduce_scatter(own, all_rows) -> None:
-    import torch.distributed as dist
-
-    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, all_rows)
-
-
 def run_recipe(main: Callable[[], Any]) -> int:
     """Run a recipe and turn its end into an exit code, with one message however many ranks fail.
 
@@ -287,7 +291,9 @@ def _report(error: BaseException) -> int:
             if os.environ.get("DS_EMBED_TRACEBACK"):
                 traceback.print_exception(error)
         return EXIT_USER_ERROR
-    code = _failed_elsewhere(error)
+    code = None
+    if isinstance(error, RuntimeError) and _world is not None and _world.watch is not None:
+        code = _world.watch.wait_for_news(10.0)  # of a rank whose end made a collective of this one fail
     if code is None:
         trace = "".join(traceback.format_exception(error))
         print(f"[rank {os.environ.get('RANK', 0)}]", trace, file=sys.stderr)
@@ -314,13 +320,6 @@ def _stop_at_once(number: int, frame: Any) -> None:
     if watch is not None:
         watch.leave(code)
     os._exit(code)
-
-
-def _failed_elsewhere(error: BaseException) -> int | None:
-    """The exit code of the rank whose end made a collective of this one fail, if that is what happened."""
-    if not isinstance(error, RuntimeError) or _world is None or _world.watch is None:
-        return None
-    return _world.watch.wait_for_news(10.0)
 
 
 def _first_to_report() -> bool:

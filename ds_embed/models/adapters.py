@@ -98,21 +98,15 @@ def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArgumen
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    if (folder / "adapter_model.safetensors").exists():
-        weights = load_file(folder / "adapter_model.safetensors")
-    elif (folder / "adapter_model.bin").exists():
-        weights = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-    else:
-        raise UserError(
-            f"{folder}: has adapter_config.json and neither adapter_model.safetensors nor adapter_model.bin"
-        )
+    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not safe.exists() and not pickled.exists():
+        raise UserError(f"{folder}: has adapter_config.json and neither {safe.name} nor {pickled.name}")
+    weights = load_file(safe) if safe.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
     # A training loop's own state dict still has the adapter's name in its keys.
     return {re.sub(r"(\.lora_[A-Za-z_]+)\.[^.]+(\.weight|\.bias)$", r"\1\2", name): w for name, w in weights.items()}
 
 
-def _on_bare_model(
-    backbone: torch.nn.Module, config: Any, weights: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
+def _on_bare_model(backbone: Any, config: Any, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The weights under the bare model's names; `config` is changed to say the same of it."""
     config.task_type = "FEATURE_EXTRACTION"
     config.auto_mapping = None

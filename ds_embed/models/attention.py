@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_embed.models.cpu import MATH_KERNEL
 from ds_embed.models.kernels import DEVICE_KERNEL
-from ds_embed.models.kinds import Kind, is_bert_style, make_layers_bidirectional, obey_config
+from ds_embed.models.kinds import Kind, is_bert_style, make_bidirectional
 from ds_embed.models.pooling import token_mask
 from ds_embed.settings.errors import UserError
 
@@ -70,6 +70,7 @@ class BidirectionalAttention:
     windows: dict[str, int | None]  # tokens, by type of layer; under "" those of all layers
 
     def arguments(self, lengths: Tensor, num_tokens: int, has_padding: bool, dtype: torch.dtype) -> dict[str, Any]:
+        mask: Any
         if self.kernel.startswith("flash"):  # takes the padding, and the window as we define it, by itself
             mask = token_mask(lengths, num_tokens).long() if has_padding else None
         else:
@@ -95,6 +96,9 @@ class BidirectionalAttention:
         return seen
 
 
+Attention = EncoderAttention | CausalAttention | BidirectionalAttention
+
+
 def _additive(mask: Tensor | None, num_tokens: int, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as the eager kernel adds it to scores; it takes none for causal, so here there is always one."""
     if mask is None:
@@ -116,26 +120,22 @@ def choose_direction(config: Any, kind: Kind, asked: bool | None, name: str) -> 
     return bool(asked)
 
 
-def choose_attention(
-    backbone: nn.Module, kind: Kind, bidirectional: bool
-) -> EncoderAttention | CausalAttention | BidirectionalAttention:
-    """How a loaded backbone is called; it is told in place where it is not causal."""
+def choose_attention(backbone: Any, kind: Kind, bidirectional: bool) -> Attention:
+    """How a loaded backbone is called; it is told in place where it is not causal. UserError for other kernels."""
     if kind.is_causal:
-        return make_bidirectional(backbone) if bidirectional else CausalAttention(backbone.config._attn_implementation)
-    obey_config(backbone)
+        return _both_ways(backbone) if bidirectional else CausalAttention(backbone.config._attn_implementation)
+    if getattr(backbone.config, "is_causal", True) is False:
+        make_bidirectional(backbone)
     takes_cache = "use_cache" in inspect.signature(backbone.forward).parameters
     return EncoderAttention(always_masks=not is_bert_style(backbone.config), takes_cache=takes_cache)
 
 
-def make_bidirectional(backbone: nn.Module) -> BidirectionalAttention:
-    """Tell the attention of a supported decoder, in place, that it is not causal. UserError for other kernels."""
+def _both_ways(backbone: Any) -> BidirectionalAttention:
     config = backbone.config
     kernel = config._attn_implementation
     if kernel not in _KERNELS:
-        raise UserError(
-            f"--attn_implementation {kernel}: with --bidirectional true choose one of {', '.join(_KERNELS)}"
-        )
-    make_layers_bidirectional(backbone)
+        raise UserError(f"--attn_implementation {kernel}: with --bidirectional true choose {', '.join(_KERNELS)}")
+    make_bidirectional(backbone)
     window = getattr(config, "sliding_window", None)
     if config.model_type not in _MASK_PER_LAYER_TYPE:
         return BidirectionalAttention(kernel, {"": window if config.model_type in _ONE_WINDOWED_MASK else None})

@@ -1,13 +1,12 @@
 """What a model folder says about how to use it: `ds_embed.json` beside the weights."""
 
-from __future__ import annotations
-
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_embed.data.tokenize import SpecialTokens, TextFormat
+from ds_embed.models.kinds import Kind
 from ds_embed.models.pooling import NORMALIZE
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX, unescape
@@ -42,53 +41,26 @@ class EmbeddingCard:
 
     @classmethod
     def choose(
-        cls,
-        text: TextArguments,
-        model: ModelArguments,
-        *,
-        decoder: bool,
-        bidirectional: bool,
-        base: str,
-        known: EmbeddingCard | None,
-        longest: int | None,
-        own: dict[str, Any] | None = None,
-    ) -> EmbeddingCard:
+        cls, text: TextArguments, model: ModelArguments, kind: Kind, base: str, known: Any, own: dict[str, Any]
+    ) -> "EmbeddingCard":
         """The card of a model: flags, else its own card `known`, else its `own` files' settings, else our defaults.
 
-        bidirectional: whether the model is so by itself. longest: tokens that it has positions for, None
-        where nothing limits them. UserError when a length exceeds it, or for a pooling that sees one token.
+        UserError when a length exceeds what it has positions for, or for a pooling that sees one token.
         """
-        flags = {
-            "pooling": model.pooling,
-            "bidirectional": model.bidirectional,
-            **{name: getattr(text, name) for name in ("query_prefix", "doc_prefix")},
-            **{name: getattr(text, name) or text.max_length for name in ("query_max_length", "doc_max_length")},
-        }
-        flags = {name: unescape(value) if name.endswith("prefix") and value else value for name, value in flags.items()}
-        defaults = {
-            "pooling": "last" if decoder else "mean",
-            "query_prefix": DEFAULT_QUERY_PREFIX,
-            "doc_prefix": DEFAULT_DOC_PREFIX,
-            "query_max_length": min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH),
-            "doc_max_length": min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH),
-            "append_eos": decoder,
-            "consumed_samples": 0,
-        }
-        for one in fields(cls):
-            if one.default is not MISSING:
-                defaults.setdefault(one.name, one.default)
-            elif one.default_factory is not MISSING:
-                defaults.setdefault(one.name, one.default_factory())
+        longest, decoder = kind.longest, kind.is_causal
+        flags: dict[str, Any] = {"base_model": base, "pooling": model.pooling, "bidirectional": model.bidirectional}
+        for name in ("query_prefix", "doc_prefix"):
+            flags[name] = getattr(text, name) and unescape(getattr(text, name))
+        for name in ("query_max_length", "doc_max_length"):
+            flags[name] = getattr(text, name) or text.max_length
+        pooling, length = "last" if decoder else "mean", min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+        default = cls(pooling, DEFAULT_QUERY_PREFIX, DEFAULT_DOC_PREFIX, length, length, decoder, base, 0).content
         card = {} if known is None else known.content
-        sources = {_FLAG: flags, CARD_NAME: card, OWN_FILES: own or {}, _DEFAULT: defaults}
-        values: dict[str, Any] = {"base_model": base}
-        origins = {}
-        for name in defaults.keys() - {"origins"}:
-            origins[name] = next(
-                where
-                for where, source in sources.items()
-                if (name in source and source[name] is not None) or where == _DEFAULT
-            )
+        sources = {_FLAG: flags, CARD_NAME: card, OWN_FILES: own, _DEFAULT: default}
+        origins, values = {}, dict[str, Any]()
+        for name in default:
+            known_to = (where for where, source in sources.items() if source.get(name) is not None)
+            origins[name] = next(known_to, _DEFAULT)
             values[name] = sources[origins[name]][name]
         for name in ("query_max_length", "doc_max_length"):
             if longest is not None and values[name] > longest:
@@ -96,10 +68,8 @@ class EmbeddingCard:
                     values[name] = longest
                     continue
                 flag = "max_length" if getattr(text, name) is None else name
-                raise UserError(
-                    f"--{flag} {values[name]}: {base} has positions for {longest} tokens; set it to at most {longest}"
-                )
-        if bidirectional and not values["bidirectional"]:
+                raise UserError(f"--{flag} {values[name]}: {base} has positions for {longest} tokens; lower it")
+        if not decoder and not values["bidirectional"]:
             values["bidirectional"], origins["bidirectional"] = True, "its config.json"
         if model.normalize is not None:
             dense = [layer for layer in values["head"] if layer != NORMALIZE]
@@ -112,6 +82,11 @@ class EmbeddingCard:
                 "choose last, mean or weighted_mean, or set --bidirectional true"
             )
         return cls(**values, origins=origins)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """What load_encoder and build_encoder have to know of it."""
+        return {"pooling": self.pooling, "bidirectional": self.bidirectional, "head": self.head}
 
     @property
     def makes_unit_vectors(self) -> bool:
@@ -135,16 +110,14 @@ class EmbeddingCard:
     def text_formats(self) -> tuple[TextFormat, TextFormat]:
         """How queries and how documents become tokens."""
         rest = (self.append_eos, self.include_prompt, self.strip)
-        return (
-            TextFormat(self.query_prefix, self.query_max_length, *rest),
-            TextFormat(self.doc_prefix, self.doc_max_length, *rest),
-        )
+        queries = TextFormat(self.query_prefix, self.query_max_length, *rest)
+        return queries, TextFormat(self.doc_prefix, self.doc_max_length, *rest)
 
     def describe(self, tokenizer: Any) -> list[str]:
         """Lines that say how texts become vectors, and where each part of that comes from."""
 
-        def of(*names: str) -> str:
-            return ", ".join(dict.fromkeys(self.origins.get(name, CARD_NAME) for name in names))
+        def of(name: str) -> str:
+            return self.origins.get(name, CARD_NAME)
 
         def side(name: str) -> str:
             prefix, length = f"{name}_prefix", f"{name}_max_length"
@@ -169,8 +142,9 @@ class EmbeddingCard:
             f"attention      {'bidirectional' if self.bidirectional else 'causal'} ({of('bidirectional')})",
         ]
         if self.prompts:
+            names = ", ".join(self.prompts)
             lines.append(
-                f"other prompts  {', '.join(self.prompts)}: kept for other libraries; to use one, pass its text as --query_prefix"
+                f"other prompts  {names}: kept for other libraries; to use one, pass its text as --query_prefix"
             )
         if not self.makes_unit_vectors:
             lines.append(
@@ -188,26 +162,16 @@ class EmbeddingCard:
         (folder / CARD_NAME).write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> EmbeddingCard | None:
-        """The card in `folder`, or None where there is none. UserError when it can't be understood."""
-        path = folder / CARD_NAME
-        return cls.read(path) if path.exists() else None
-
-    @classmethod
-    def read(cls, path: Path) -> EmbeddingCard:
+    def read(cls, path: Path) -> "EmbeddingCard":
         """The card in a file. UserError when it can't be understood."""
         return cls.of(json.loads(path.read_text("utf-8")), path)
 
     @classmethod
-    def of(cls, content: dict[str, Any], path: Path) -> EmbeddingCard:
-        """The card that `content`, of the file `path`, describes. UserError when it can't be understood."""
+    def of(cls, content: dict[str, Any], path: Path) -> "EmbeddingCard":
+        """The card that `content`, of the file `path`, describes."""
         if "pair_format" in content:
-            raise UserError(
-                f"{path}: is a reranker's, which scores pairs and makes no vectors; recipes/rerank.py takes it"
-            )
-        known = {one.name for one in fields(cls)} - {"origins"}
-        needed = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
-        if not needed <= set(content) <= known:
-            odd = ", ".join(sorted(set(content) - known | needed - set(content)))
-            raise UserError(f"{path}: missing or unknown keys ({odd}): written by another version of ds_embed?")
-        return cls(**content)
+            raise UserError(f"{path}: is a reranker's, which makes no vectors; recipes/rerank.py takes it")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise UserError(f"{path}: written by another version of ds_embed? {error}") from None

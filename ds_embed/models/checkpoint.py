@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_embed.artifact.artifact import MANIFEST, Part, inspect, read_whole
+from ds_embed.artifact.artifact import MANIFEST, inspect, read_whole
 from ds_embed.settings.errors import UserError
 
 KIND = "a checkpoint, form 2"
@@ -53,11 +53,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def verify(path: Path, names: str) -> None:
     """UserError naming the first of the checkpoint's files, of those whose names begin with `names`, that was changed."""
-    for part in _parts(path):
+    for part in read_whole(path, KIND, _OTHER)["parts"]:
         if part.file.startswith(names) and not part.is_in(path):
-            raise UserError(
-                f"{path / part.file}: was changed: its SHA-256 is not the one it was written with; {_OTHER}"
-            )
+            raise UserError(f"{path / part.file}: was changed: its SHA-256 is not as it was written; {_OTHER}")
 
 
 def checkpoint_in(flag: str, name: str, step: int | None) -> Path | None:
@@ -69,10 +67,10 @@ def checkpoint_in(flag: str, name: str, step: int | None) -> Path | None:
     if step is None:
         is_one = _NAME.fullmatch(path.name) or ((path / STATE).exists() and (path / MANIFEST).exists())
         return path.resolve() if path.is_dir() and is_one else None
-    folder = path / "checkpoints"
-    if not checkpoint_path(folder, step).is_dir():
+    checkpoint = checkpoint_path(path / "checkpoints", step)
+    if not checkpoint.is_dir():
         raise UserError(f"--step {step}: --{flag} {name} has no checkpoint of that step; {steps_of(path)}")
-    return checkpoint_path(folder, step).resolve()
+    return checkpoint.resolve()
 
 
 def steps_of(run: Path) -> str:
@@ -98,10 +96,6 @@ def found_again(ways: list[str], folder: Path) -> str:
     raise UserError(f"{folder}: {ways[0]}, which it was trained from, is gone; bring it back, or move both together")
 
 
-def _parts(path: Path) -> list[Part]:
-    return read_whole(path, KIND, _OTHER)["parts"]
-
-
 class CheckpointReader:
     """The tensors of a checkpoint by name, from however many shards."""
 
@@ -111,7 +105,7 @@ class CheckpointReader:
         self.path = path
         self.tensors: dict[str, Any] = {}  # name in the file: the open shard that holds it
         # Those that the manifest vouches for, whatever else lies there.
-        names = {part.file for part in _parts(path)}
+        names = {part.file for part in read_whole(path, KIND, _OTHER)["parts"]}
         for shard in sorted(name for name in names if name.endswith(".safetensors")):
             try:
                 file = safe_open(str(path / shard), framework="pt")
@@ -127,8 +121,7 @@ class CheckpointReader:
             name = odd[0]
             raise UserError(
                 f"{self.path}: {len(odd)} weight(s) don't fit the model, such as {name}: the checkpoint has "
-                f"{stored.get(name, 'none')}, the model trains {shapes.get(name, 'none')}; "
-                f"{cure}"
+                f"{stored.get(name, 'none')}, the model trains {shapes.get(name, 'none')}; {cure}"
             )
 
     def read(self, name: str, kind: str = WEIGHT) -> Tensor:

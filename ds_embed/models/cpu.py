@@ -1,10 +1,10 @@
 """Everything that is computed in another way on a CPU than on a GPU; GPUs see none of it.
 
-- Products of bfloat16, where the CPU has no instructions for them, go through float32 (`use_cpu_kernels`).
+- Products of bfloat16, where the CPU has no instructions for them, go through float32 (`use_kernels`).
 - Attention and dropout for training, several times as fast as torch's (`training_kernel`, `use_cpu_dropout`).
 - Linear layers for encoding, with weights in the order in which oneDNN multiplies them (`pack_linear_layers`).
 
-`use_cpu_kernels` is the only function that touches torch's own table of kernels. It is called where a model is loaded,
+`use_kernels` is the only function that touches torch's own table of kernels. It is called where a model is loaded,
 never in a forward pass; without that call torch computes every product itself.
 
 Shapes: B texts, S tokens, H heads in G groups that share keys and values, d dimensions a head; I and O dimensions in and
@@ -56,8 +56,8 @@ def multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def use_cpu_kernels() -> None:
-    """Let this process compute with our kernels where a tensor is on a CPU: attention by its name, and products.
+def use_kernels() -> None:
+    """Let this process compute with our kernels: attention by its name, and products where a tensor is on a CPU.
 
     Without AVX-512 torch multiplies matrices of bfloat16 number by number: a product of 2048 x 576 x 1536 takes 0.2 s,
     or 3 s with the weights transposed as backward passes need them, where float32 takes 0.03 s. On such a CPU torch's
@@ -66,9 +66,11 @@ def use_cpu_kernels() -> None:
     weights that ZeRO-3 gathers are all reached.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register(MATH_KERNEL, math_attention)
-    AttentionMaskInterface.register(MATH_KERNEL, mask_by_shape)
+    for name, kernel in ((MATH_KERNEL, math_attention), (DEVICE_KERNEL, sdpa_attention_forward)):
+        AttentionInterface.register(name, kernel)
+        AttentionMaskInterface.register(name, mask_by_shape)
     if not multiplies_bfloat16():
         multiply_through_float32()
 
@@ -109,7 +111,7 @@ def takes_math_kernel(config: Any) -> bool:
     """Whether models of this transformers config call their attention kernel by its name, and nothing but sdpa's way."""
     from transformers import MODEL_MAPPING
 
-    model_class = MODEL_MAPPING.get(type(config), None)
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return softcap is None and getattr(model_class, "_supports_attention_backend", False) and model_class._supports_sdpa
 
@@ -145,9 +147,8 @@ def math_attention(
     if not (module.training and is_slow_elsewhere and num_tokens == key.shape[2] and query.device.type == "cpu"):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **more
-        )
+        more |= {"scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **more)
     refused = [name for name in ("softcap", "position_bias", "s_aux") if more.get(name) is not None]
     if refused:
         raise UserError(f"--attn_implementation {MATH_KERNEL}: does not know {', '.join(refused)}; choose eager")
@@ -219,26 +220,13 @@ def draw_kept(shape: tuple[int, ...], probability: float, dtype: torch.dtype) ->
     return numbers.view(torch.int16)[:count].clamp_(highest, highest + 1).sub_(highest).to(dtype).view(shape)
 
 
-class _Drop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values: Tensor, kept: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(kept)
-        ctx.scale = scale
-        return (values * kept).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (kept,) = ctx.saved_tensors
-        return (gradient * kept).mul_(ctx.scale), None, None
-
-
 class CpuDropout(nn.Dropout):
     """As nn.Dropout (Srivastava et al. 2014), for tensors on the CPU."""
 
     def forward(self, values: Tensor) -> Tensor:
         if not self.training:
             return values
-        return _Drop.apply(values, draw_kept(values.shape, self.p, values.dtype), 1.0 / (1.0 - self.p))
+        return (values * draw_kept(values.shape, self.p, values.dtype)).mul_(1.0 / (1.0 - self.p))
 
 
 def use_cpu_dropout(model: nn.Module) -> None:

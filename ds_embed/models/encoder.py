@@ -6,10 +6,12 @@ bfloat16 is finest. The logarithm makes steps relative (Radford et al. 2021, sec
 Shapes: B texts, S tokens (right-padded), D dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ds_embed.models.attention import BidirectionalAttention, CausalAttention, EncoderAttention
+from ds_embed.models.attention import Attention, CausalAttention
 from ds_embed.models.kinds import probe_texts, sees_behind
 from ds_embed.models.pooling import NORMALIZE, Normalize, build_head, pool
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
@@ -21,11 +23,13 @@ PROJECTION = "projection.weight"  # likewise, of a linear map to a teacher's dim
 class TextEncoder(nn.Module):
     """A Hugging Face backbone (bare, or wrapped by PEFT), pooling, and what comes behind it."""
 
+    backbone: Any
+
     def __init__(
         self,
         backbone: nn.Module,
         pooling: str,
-        attention: EncoderAttention | CausalAttention | BidirectionalAttention,
+        attention: Attention,
         check_attention: bool = True,
         head: nn.Sequential | None = None,
     ):

@@ -1,7 +1,4 @@
-"""The DeepSpeed engine around the encoder: the only caller of deepspeed.initialize.
-
-Training and encoding both stand on it, so it is a room of its own, above both.
-"""
+"""The DeepSpeed engine around the encoder: the only caller of deepspeed.initialize."""
 
 import contextlib
 import io
@@ -29,9 +26,7 @@ def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     del keep
 
 
-def start_engine(
-    encoder: TextEncoder, deepspeed_config: dict[str, Any], arguments: OptimizerArguments, world: World
-) -> Any:
+def start_engine(encoder: TextEncoder, config: dict[str, Any], arguments: OptimizerArguments, world: World) -> Any:
     """Wrap the encoder and an AdamW over its trained weights in a DeepSpeed engine."""
     import deepspeed
 
@@ -41,13 +36,11 @@ def start_engine(
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
         # On a CPU a tenth of the time; an optimizer that is offloaded from another device runs on the CPU too.
-        fused=world.device.type in ("cuda", "cpu")
-        or "offload_optimizer" in deepspeed_config["zero_optimization"]
-        or None,
+        fused=world.device.type in ("cuda", "cpu") or "offload_optimizer" in config["zero_optimization"] or None,
     )
     # Its bfloat16 optimizer prints memory readings of its own start.
     with _exact_buffers(encoder), contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=deepspeed_config)
+        engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=config)
     if hasattr(engine.optimizer, "fp32_groups"):
         _undo_first_step(engine.optimizer)
     return engine
@@ -106,17 +99,17 @@ def take_step(engine: Any, rate: float) -> float:
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    norm = None
-    if engine.zero_optimization_stage() == 0:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm([g.float() for g in gradients]))
-        if not math.isfinite(norm):  # in float32 nothing would stop it from reaching the weights
-            engine.module.zero_grad()
-            return norm
-    engine.step()
-    if norm is None:
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
         norm = float(engine.get_global_grad_norm())
-    return norm if norm >= 0 else math.inf  # DeepSpeed's norm of a gradient that is not finite may be -1
+        return norm if norm >= 0 else math.inf  # DeepSpeed's norm of a gradient that is not finite may be -1
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm([g.float() for g in gradients]))
+    if math.isfinite(norm):
+        engine.step()
+    else:  # in float32 nothing would stop it from reaching the weights
+        engine.module.zero_grad()
+    return norm
 
 
 def gather_weights(encoder: torch.nn.Module, names: set[str] | None, world: World) -> dict[str, torch.Tensor]:
@@ -128,12 +121,11 @@ def gather_weights(encoder: torch.nn.Module, names: set[str] | None, world: Worl
 
     weights = {}
     for name, parameter in encoder.named_parameters():
-        if names is not None and name not in names:
-            continue
-        partitioned = hasattr(parameter, "ds_id")
-        with zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
-            if world.is_main:
-                weights[name] = parameter.detach().cpu().clone()
+        if names is None or name in names:
+            partitioned = hasattr(parameter, "ds_id")
+            with zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
+                if world.is_main:
+                    weights[name] = parameter.detach().cpu().clone()
     if names is None and world.is_main:
         persistent = encoder.state_dict(keep_vars=True).keys()
         weights |= {n: b.detach().cpu().clone() for n, b in encoder.named_buffers() if n in persistent}

@@ -5,13 +5,11 @@ import re
 import warnings
 from typing import Any
 
-from torch import nn
-
 from ds_embed.data.tokenize import encode_texts
 from ds_embed.models.adapters import changes_base, put_adapter_on, read_adapter
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.kinds import auto_class, loading_options
-from ds_embed.models.loading import ModelSource, check_checkpoint, load_config, without_foreign_code
+from ds_embed.models.loading import ModelSource, check_checkpoint, load_config, without_foreign_code, without_reports
 from ds_embed.settings.errors import UserError
 
 
@@ -40,31 +38,23 @@ def _check_4bit(source: ModelSource) -> None:
         )
 
 
-def _check_weights(source: ModelSource, trust_remote_code: bool) -> nn.Module:
+def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
     """The model without its weights, of which every one is in its files and has the shape that the config asks for.
 
     transformers would go on with random ones.
     """
-    from transformers.utils import logging
-
     config = load_config(source, trust_remote_code)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports what we are about to say
-    logging.disable_progress_bar()
-    try:
-        with without_foreign_code(source.base):
-            model, report = auto_class(config).from_pretrained(
-                source.base,
-                revision=source.revision,
-                config=config,
-                trust_remote_code=trust_remote_code,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **loading_options(config),
-            )
-    finally:
-        logging.set_verbosity(verbosity)
+    with without_foreign_code(source.base), without_reports():
+        model, report = auto_class(config).from_pretrained(
+            source.base,
+            revision=source.revision,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **loading_options(config),
+        )
     names = [name for name, _ in model.named_parameters()]
     # Poolers are no part of a token's state, whatever they hold.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
@@ -73,14 +63,16 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> nn.Module:
             f"{source.base}: its weight files lack {missing[0]} ({len(missing)} of the {len(names)} tensors that its "
             "config.json asks for); nothing is made up in their place: bring the files that belong together"
         )
-    for name, stored, wanted in sorted(report["mismatched_keys"]):
+    for name, *shapes in sorted(report["mismatched_keys"]):
+        stored, wanted = (" x ".join(map(str, shape)) for shape in shapes)
         raise UserError(
-            f"{source.base}: {name} is {_shape(stored)} in its weight files and {_shape(wanted)} by its config.json; bring "
-            "the files that belong together"
+            f"{source.base}: {name} is {stored} in its weight files and {wanted} by its config.json; bring the files that "
+            "belong together"
         )
-    known = {_unnumbered(name) for name in names}
+    known = {re.sub(r"\d+", "*", name) for name in names}
     for name in sorted(report["unexpected_keys"]):
-        if _unnumbered(name.removeprefix(f"{model.base_model_prefix}.")) in known:  # a layer more, and no head
+        # A layer more, and no head.
+        if re.sub(r"\d+", "*", name.removeprefix(f"{model.base_model_prefix}.")) in known:
             raise UserError(
                 f"{source.base}: its weight files hold {name}, which its config.json has no place for; bring the files "
                 "that belong together"
@@ -88,24 +80,14 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> nn.Module:
     return model
 
 
-def _check_tokens(source: ModelSource, card: EmbeddingCard, tokenizer: Any, model: nn.Module) -> None:
+def _check_tokens(source: ModelSource, card: EmbeddingCard, tokenizer: Any, model: Any) -> None:
     """Control tokens that no text is given, such as a [PAD] added to a Llama, may lie behind the table."""
     rows = model.get_input_embeddings().weight.shape[0]
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    given = {
-        int(number) for form in card.text_formats() for ids in encode_texts(tokenizer, ["a"], form) for number in ids
-    }
+    given = {int(i) for form in card.text_formats() for ids in encode_texts(tokenizer, ["a"], form) for i in ids}
     largest = max({*tokenizer.get_vocab().values()} - control | given)
     if largest >= rows:
         raise UserError(
             f"{source.tokenizer}: its tokenizer knows {tokenizer.convert_ids_to_tokens(largest)!r} as token {largest}, and "
             f"the embedding table of {source.base} has {rows} rows; bring the tokenizer that belongs to the model"
         )
-
-
-def _unnumbered(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
-
-
-def _shape(size: Any) -> str:
-    return " x ".join(map(str, size))

@@ -13,15 +13,6 @@ from torch import Tensor
 DEVICE_KERNEL = "sdpa_by_shape"  # torch's own kernel, with these masks
 
 
-def register_device_kernel() -> None:
-    """Let transformers' models take it by its name."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register(DEVICE_KERNEL, sdpa_attention_forward)
-    AttentionMaskInterface.register(DEVICE_KERNEL, mask_by_shape)
-
-
 def mask_by_shape(
     *,
     attention_mask: Tensor | None = None,

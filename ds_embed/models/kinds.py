@@ -21,7 +21,7 @@ from ds_embed.settings.errors import UserError
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 # Encoder-decoder models whose encoder transformers has as a model of its own.
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-_DPR = ["DPREncoder"]  # the architectures of its BERT's config until that is saved
+DPR = ["DPREncoder"]  # the architectures of its BERT's config until that is saved
 SAME_STATE = 1e-4  # relative difference up to which two states of a token count as the same
 
 
@@ -74,7 +74,7 @@ def backbone_class(config: Any, trust_remote_code: bool, name: str = "the model"
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     own = (getattr(config, "auto_map", None) or {}).get("AutoModel")
-    known = transformers.MODEL_MAPPING.get(type(config), None)
+    known: Any = transformers.MODEL_MAPPING.get(type(config), None)
     known = known[0] if isinstance(known, tuple) else known
     if own is not None and trust_remote_code:
         return get_class_from_dynamic_module(own, config.name_or_path)
@@ -95,13 +95,8 @@ def backbone_class(config: Any, trust_remote_code: bool, name: str = "the model"
     return known
 
 
-def obey_config(backbone: nn.Module) -> None:
-    """Tell every layer of a decoder, in place, what its config says: some kernels ask the layer alone."""
-    if getattr(backbone.config, "is_causal", True) is False:
-        make_layers_bidirectional(backbone)
-
-
-def make_layers_bidirectional(backbone: nn.Module) -> None:
+def make_bidirectional(backbone: Any) -> None:
+    """Tell every layer of a decoder, in place, that it is not causal: some kernels ask the layer alone."""
     for module in backbone.modules():
         if getattr(module, "is_causal", False):
             module.is_causal = False
@@ -154,8 +149,9 @@ def _small_copy(config: Any, model_class: type) -> nn.Module:
             if types:
                 text.layer_types = types[:needed]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
-        model = model_class(config, **without_pooler(config))
-    obey_config(model)
+        model: Any = model_class(config, **without_pooler(config))
+    if getattr(config, "is_causal", True) is False:
+        make_bidirectional(model)
     noise = torch.Generator().manual_seed(0)
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -210,29 +206,21 @@ def plain_config(config: Any, name: str) -> Any:
     if config.projection_dim:
         raise UserError(f"--model_name_or_path {name}: is a DPR encoder with a projection, which is not supported")
     fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "projection_dim")}
-    plain = BertConfig(**fields | {"architectures": _DPR})
+    plain = BertConfig(**fields | {"architectures": DPR})
     plain._commit_hash = getattr(config, "_commit_hash", None)
     return plain
 
 
-def own_settings(config: Any) -> dict[str, Any]:
-    """What a kind of model is always used with, by the name of the setting."""
-    return {"pooling": "cls"} if config.architectures == _DPR else {}
-
-
 def loading_options(config: Any) -> dict[str, Any]:
     """What from_pretrained is told about the weights: no pooler, and what DPR calls those of its BERT."""
-    names = (
-        {"key_mapping": {r"^(question_encoder|ctx_encoder)\.bert_model\.": ""}} if config.model_type == "bert" else {}
-    )
-    return names | without_pooler(config)
+    names = {r"^(question_encoder|ctx_encoder)\.bert_model\.": ""}
+    return ({"key_mapping": names} if config.model_type == "bert" else {}) | without_pooler(config)
 
 
 def without_pooler(config: Any) -> dict[str, Any]:
     """What a class must be told so that no pooler is built: BERT's would be trained without ever being used."""
     from transformers import MODEL_MAPPING
 
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        return {"add_pooling_layer": False}
-    return {}
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    takes = () if model_class is None else inspect.signature(model_class).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}

@@ -13,18 +13,17 @@ from ds_embed.artifact.artifact import MANIFEST
 from ds_embed.artifact.identity import identify_large, identify_model, identify_texts, identify_weights
 from ds_embed.data.tokenize import put_into_lower_case
 from ds_embed.models.adapters import put_adapter_on, read_adapter
-from ds_embed.models.attention import choose_attention, choose_direction
+from ds_embed.models.attention import OUR_KERNELS, choose_attention, choose_direction
 from ds_embed.models.card import CARD_NAME, EmbeddingCard
 from ds_embed.models.checkpoint import STATE, CheckpointReader, checkpoint_in, found_again, read_state, steps_of, verify
-from ds_embed.models.cpu import MATH_KERNEL, takes_math_kernel, use_cpu_kernels
+from ds_embed.models.cpu import takes_math_kernel, use_kernels
 from ds_embed.models.encoder import LOG_SCALE_CHANGE, PROJECTION, TextEncoder, learned_temperature
-from ds_embed.models.kernels import DEVICE_KERNEL, register_device_kernel
 from ds_embed.models.kinds import (
+    DPR,
     auto_class,
     backbone_class,
     kind_of,
     loading_options,
-    own_settings,
     plain_config,
     without_pooler,
 )
@@ -41,7 +40,7 @@ from ds_embed.models.sentence_transformers import (
 from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 
-_ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -70,7 +69,11 @@ class ModelSource:
         """The modules behind the pooling, as a card has them, with their weights, which a checkpoint brings later."""
         if self.checkpoint is not None:
             return build_head(head)
-        return load_head(head, self.files or ModelFiles(self.base, self.revision))
+        return load_head(head, self._files)
+
+    @property
+    def _files(self) -> ModelFiles:
+        return self.files or ModelFiles(self.base, self.revision)
 
     @property
     def says(self) -> dict[str, Any]:
@@ -84,7 +87,7 @@ class ModelSource:
             changed = "adapter" if self.is_adapted else "base_model"
             return known | {changed: f"checkpoint {identify_texts([self.checkpoint / MANIFEST])}, {known[changed]}"}
         layers = [layer for layer in self.says.get("head", []) if layer["type"] == "Dense"]
-        paths = [path for path in (head_weights(layer, self.files) for layer in layers) if path is not None]
+        paths = [path for path in (head_weights(layer, self._files) for layer in layers) if path is not None]
         known = identify_model(self.base, self.adapter, commit)
         known["load_in_4bit"] = str(self.load_in_4bit)
         return known | ({"dense_layers": identify_large(paths)} if paths else {})
@@ -105,17 +108,15 @@ def find_model(
     checkpoint = checkpoint_in(flag, model_name_or_path, step)
     if checkpoint is not None:
         if adapter_path is not None:
-            raise UserError(
-                f"--adapter_path {adapter_path}: goes on no checkpoint; export that first, by recipes/export.py"
-            )
+            raise UserError(f"--adapter_path {adapter_path}: goes on no checkpoint; export that, by recipes/export.py")
         return _find_checkpoint(checkpoint, flag)
-    files = _locate(flag, model_name_or_path, revision)
+    files = locate(flag, model_name_or_path, revision)
     if adapter_path is not None:
-        adapter = _locate("adapter_path", adapter_path, None)
-        if adapter.find(_ADAPTER) is None:
-            raise UserError(f"--adapter_path {adapter_path}: no {_ADAPTER} there; give a LoRA run or adapter")
+        adapter = locate("adapter_path", adapter_path, None)
+        if adapter.find(ADAPTER_CONFIG) is None:
+            raise UserError(f"--adapter_path {adapter_path}: no {ADAPTER_CONFIG} there; give a LoRA run or adapter")
         return _find_adapted(adapter, files)
-    if files.find(_ADAPTER) is None:
+    if files.find(ADAPTER_CONFIG) is None:
         return _find_whole(files)
     return _find_adapted(files, _find_base(files, flag))
 
@@ -152,6 +153,7 @@ def _find_checkpoint(path: Path, flag: str) -> ModelSource:
     places = {name: model[name] and found_again(model[name], path) for name in ("base", "adapter", "tokenizer")}
     card, reader = EmbeddingCard.of(model["card"], path / STATE), CheckpointReader(path)
     if LOG_SCALE_CHANGE in reader.tensors:
+        assert card.temperature is not None
         temperature = learned_temperature(card.temperature, reader.read(LOG_SCALE_CHANGE).squeeze())
         card = replace(card, temperature=temperature.item())
     return ModelSource(
@@ -168,19 +170,19 @@ def _find_checkpoint(path: Path, flag: str) -> ModelSource:
 
 def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
     """The base model that an adapter names: as it is named, beside the adapter, or where it stood when both were moved."""
-    folder, (card, _) = adapter.find(_ADAPTER).parent, _said_by(adapter)
+    folder, (card, _) = _folder_of(adapter), _said_by(adapter)
     config = read_adapter(folder)
     name = config.base_model_name_or_path
     if not name:
         raise UserError(
-            f"--{flag} {adapter.name}: its {_ADAPTER} names no base model; give that as --model_name_or_path, and this "
+            f"--{flag} {adapter.name}: its {ADAPTER_CONFIG} names no base model; give that as --model_name_or_path, and this "
             "as --adapter_path"
         )
     for place in (Path(name).expanduser(), folder / name, folder / (card.base_model if card else name)):
         if any((place / file).exists() for file in ("config.json", MODULES_NAME)):
             return ModelFiles(str(place.resolve()))
-    base = _locate(flag, name, config.revision, hint=f" (the base model that {adapter.name} names)")
-    if base.find(_ADAPTER) is not None:
+    base = locate(flag, name, config.revision, hint=f" (the base model that {adapter.name} names)")
+    if base.find(ADAPTER_CONFIG) is not None:
         raise UserError(
             f"--{flag} {adapter.name}: its base model {name} is an adapter itself; merge that first, by "
             "recipes/export.py --format merged"
@@ -200,7 +202,7 @@ def _find_whole(files: ModelFiles) -> ModelSource:
 
 def _find_adapted(adapter: ModelFiles, base: ModelFiles) -> ModelSource:
     """An adapter, downloaded where need be, on its base; what the adapter does not say or bring, the base does."""
-    folder = adapter.find(_ADAPTER).parent
+    folder = _folder_of(adapter)
     # All that there are, so that they are fetched; of the weights one kind, which put_adapter_on looks for.
     adapter.find("adapter_model.safetensors") or adapter.find("adapter_model.bin")
     tokenizer_files = [adapter.find(name) for name in _TOKENIZER_FILES]
@@ -218,28 +220,34 @@ def _find_adapted(adapter: ModelFiles, base: ModelFiles) -> ModelSource:
     )
 
 
+def _folder_of(adapter: ModelFiles) -> Path:
+    config = adapter.find(ADAPTER_CONFIG)
+    assert config is not None
+    return config.parent
+
+
 def _said_by(files: ModelFiles) -> tuple[EmbeddingCard | None, OwnFiles | None]:
     """The model's card or, where it has none, what its sentence-transformers files say."""
     path = files.find(CARD_NAME)
     return (None, read_own_files(files)) if path is None else (EmbeddingCard.read(path), None)
 
 
-def _locate(flag: str, name: str, revision: str | None, hint: str = "") -> ModelFiles:
+def locate(flag: str, name: str, revision: str | None, hint: str = "") -> ModelFiles:
     """The folder with the model's files, or the hub repository of that name."""
-    path = Path(name).expanduser()
+    path, reason = Path(name).expanduser(), None
     for folder in (path, path / "model"):
-        if any((folder / file).exists() for file in (_ADAPTER, "config.json", MODULES_NAME)):
+        if any((folder / file).exists() for file in (ADAPTER_CONFIG, "config.json", MODULES_NAME)):
             return ModelFiles(str(folder.resolve()))
-    if path.is_dir():
-        unfinished = (path / "config.yaml").exists()
+    if (path / "config.yaml").exists():
         reason = f"a run that has not finished: no model/ in it; {steps_of(path)}"
-        reason = reason if unfinished else "no config.json in this folder"
+    elif path.is_dir():
+        reason = "no config.json in this folder"
+    elif path.exists():
+        reason = "is a file; give the folder that holds config.json"
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        reason = "no such folder"
+    if reason is not None:
         raise UserError(f"--{flag} {name}{hint}: {reason}")
-    if path.exists():
-        raise UserError(f"--{flag} {name}{hint}: is a file; give the folder that holds config.json")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        if name.count("/") or name.startswith((".", "~")):
-            raise UserError(f"--{flag} {name}{hint}: no such folder")
     return ModelFiles(name, revision)
 
 
@@ -247,16 +255,13 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     """The transformers config of the base model. UserError when it is not one we can embed with."""
     from transformers import AutoConfig
 
+    where = {"revision": source.revision, "trust_remote_code": trust_remote_code}
     with without_foreign_code(source.base):
         try:
-            config = AutoConfig.from_pretrained(
-                source.base, revision=source.revision, trust_remote_code=trust_remote_code
-            )
+            config = AutoConfig.from_pretrained(source.base, **where)
         except OSError as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--model_name_or_path {source.base}: neither a folder here nor a model that could be fetched: {first}"
-            ) from None
+            why = f"neither a folder here nor a model that could be fetched: {str(error).strip().splitlines()[0]}"
+            raise UserError(f"--model_name_or_path {source.base}: {why}") from None
     config = plain_config(config, source.base)
     backbone_class(config, trust_remote_code, source.base)  # or says why there is none
     return config
@@ -273,21 +278,13 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
     if asked is None and kind.is_causal:
         asked = source.says.get("bidirectional")
     choose_direction(config, kind, asked, source.base)
-    own = own_settings(config)
+    own: dict[str, Any] = {"pooling": "cls"} if config.architectures == DPR else {}
     if source.own is not None and source.own.names_modules:  # sentence-transformers takes these for limits
         limits = source.own.tokenizer_length, getattr(config, "max_position_embeddings", None)
         length = min(filter(None, limits), default=None)
         own |= {"query_max_length": length, "doc_max_length": length}
-    card = EmbeddingCard.choose(
-        text,
-        model,
-        decoder=kind.is_causal,
-        bidirectional=not kind.is_causal,
-        base=source.base,
-        known=source.card,
-        longest=kind.longest,
-        own=own | (source.own.settings if source.own else {}),
-    )
+    own |= source.own.settings if source.own else {}
+    card = EmbeddingCard.choose(text, model, kind, source.base, source.card, own)
     card.dimensions(kind.num_dims)  # or says which parts don't fit, before anything is read or tokenized
     return card
 
@@ -296,11 +293,9 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     """The fast tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    revision = None if Path(source.tokenizer).is_dir() else source.revision
+    where = {"revision": None if Path(source.tokenizer).is_dir() else source.revision}
     with without_foreign_code(source.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.tokenizer, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **where)
     if not tokenizer.is_fast:
         raise UserError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
     if source.says.get("lower_case"):
@@ -314,7 +309,7 @@ def load_encoder(
     pooling: str,
     bidirectional: bool,
     bf16: bool,
-    attn_implementation: str | None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool,
     trained: LoraArguments | None = None,
     head: list[dict[str, Any]] | None = None,
@@ -329,8 +324,6 @@ def load_encoder(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar per rank for reading a file
-    use_cpu_kernels()
-    register_device_kernel()
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     if source.load_in_4bit is not None:
@@ -339,7 +332,7 @@ def load_encoder(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=source.load_in_4bit, bnb_4bit_compute_dtype=options["dtype"]
         )
-    with without_foreign_code(source.base), _named_attention(attn_implementation):
+    with without_foreign_code(source.base, attn_implementation):
         where = {"revision": source.revision, "config": config}
         backbone = auto_class(config).from_pretrained(source.base, **where, **options, **loading_options(config))
     if config.model_type == "bert":
@@ -365,6 +358,7 @@ def load_encoder(
 
 def _put_checkpoint_in(encoder: TextEncoder, source: ModelSource, dtype: torch.dtype) -> None:
     """The weights that the run trains as they were, all of them, each with the shape that the model has."""
+    assert source.lora is not None and source.checkpoint is not None
     if source.lora.lora_rank and source.adapter is None:
         add_lora(encoder, source.lora, seed=0, dtype=dtype)
     reader = CheckpointReader(source.checkpoint)
@@ -380,6 +374,7 @@ def _put_checkpoint_in(encoder: TextEncoder, source: ModelSource, dtype: torch.d
 
 def check_checkpoint(source: ModelSource, commit: str | None) -> None:
     """UserError when the weights of a checkpoint, or the base that they belong to, are not as they were."""
+    assert source.checkpoint is not None
     verify(source.checkpoint, "weights-")
     now = identify_weights(source.base, commit)
     if now != source.base_content:
@@ -400,10 +395,8 @@ def build_encoder(
     head: list[dict[str, Any]] | None = None,
 ) -> TextEncoder:
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
-    use_cpu_kernels()
-    register_device_kernel()
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
-    with _named_attention(attn_implementation):
+    with without_foreign_code(config.name_or_path, attn_implementation):
         backbone = auto_class(config).from_config(config, **options, **without_pooler(config))
     attention = choose_attention(backbone, kind_of(config, trust_remote_code), bidirectional)
     layers = build_head([NORMALIZE] if head is None else head).to(options["dtype"])
@@ -411,32 +404,34 @@ def build_encoder(
 
 
 def _model_options(config: Any, bf16: bool, attn_implementation: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What AutoModel is told about every backbone."""
-    if attn_implementation in (MATH_KERNEL, DEVICE_KERNEL) and not takes_math_kernel(config):
-        raise UserError(
-            f"--attn_implementation {attn_implementation}: {config.model_type} models can't take it; leave the flag out"
-        )
-    return {
-        "dtype": torch.bfloat16 if bf16 else torch.float32,
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code,
-    }
+    """What AutoModel is told about every backbone, which may name one of our kernels."""
+    use_kernels()
+    if attn_implementation in OUR_KERNELS and not takes_math_kernel(config):
+        raise UserError(f"--attn_implementation {attn_implementation}: not for a {config.model_type}; leave it out")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
 
 
 @contextlib.contextmanager
-def _named_attention(attn_implementation: str | None) -> Iterator[None]:
-    """A model's complaint, made inside, about the attention kernel that was asked for names the flag."""
+def without_reports() -> Iterator[None]:
+    """transformers draws no bars and tells of nothing but errors: the caller says what there is to say."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
-    except (ImportError, ValueError) as error:
-        if attn_implementation in (None, MATH_KERNEL, DEVICE_KERNEL):
-            raise
-        raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager
-def without_foreign_code(name: str) -> Iterator[None]:
-    """UserError naming the model when a file is missing, its weights are no plain tensors, or code of its own would run."""
+def without_foreign_code(name: str, attn_implementation: str | None = None) -> Iterator[None]:
+    """UserError naming the model when a file is missing, its weights are no plain tensors, or code of its own would run.
+
+    A complaint of the model about the attention kernel that was asked for names the flag.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -449,10 +444,12 @@ def without_foreign_code(name: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise UserError(f"{name}: {str(error).strip().splitlines()[0]}") from None
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except (ImportError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name}: comes with Python code of its own, which is not run; read it, and if you trust it give "
+                "--trust_remote_code true"
+            ) from None
+        if attn_implementation in (None, *OUR_KERNELS):
             raise
-        raise UserError(
-            f"{name}: comes with Python code of its own, which is not run; read it, and if you trust it give "
-            "--trust_remote_code true"
-        ) from None
+        raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None

@@ -6,6 +6,7 @@ Variants: rslora (Kalajdzievski 2023), dora (Liu et al. 2024), pissa (Meng et al
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed
 
 
 def last_parts(names: Iterable[str]) -> set[str]:
@@ -33,13 +35,13 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
     """
     from peft import LoraConfig, get_peft_model
 
-    arguments = arguments.with_defaults(16)
-    modules, variant = arguments.lora_target_modules, arguments.lora_variant
+    settings: Any = arguments.with_defaults(16)
+    modules, variant = settings.lora_target_modules, settings.lora_variant
     config = LoraConfig(
         task_type="FEATURE_EXTRACTION",
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         use_rslora=variant == "rslora",
         use_dora=variant == "dora",
@@ -49,10 +51,8 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
     try:
         encoder.backbone = get_peft_model(encoder.backbone, config)
     except ValueError as error:
-        linear = sorted(linear_modules(encoder.backbone))
-        raise UserError(
-            f"--lora_target_modules {' '.join(modules)}: {error}; linear modules of this model: {', '.join(linear)}"
-        ) from None
+        known = "linear modules of this model: " + ", ".join(sorted(linear_modules(encoder.backbone)))
+        raise UserError(f"--lora_target_modules {listed(modules)}: {error}; {known}") from None
     if variant == "pissa":  # what was taken from the base model's weights
         matrices = {n: p for n, p in encoder.backbone.named_parameters() if p.requires_grad}
         encoder.initial_lora = {n: p.detach().float().cpu().clone() for n, p in matrices.items()}

@@ -37,7 +37,7 @@ class _LoraProduct(torch.autograd.Function):
 class LoraLinear(PeftLinear):
     """As PEFT's layer, from which it differs in how it computes; what it has no formula for is left to PEFT."""
 
-    def forward(self, values: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    def forward(self, values: Tensor, *arguments: Any, **named: Any) -> Tensor:  # type: ignore[override]
         adapters, base = self.active_adapters, self.base_layer
         # Under ZeRO-3 weights are there only while the module that holds them is called. (Gathering this layer as one,
         # as DeepSpeed's leaf modules do, fails where a step has several backward passes.)

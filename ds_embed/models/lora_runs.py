@@ -39,9 +39,7 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
         is_decoder = not is_bert_style(config) or kind_of(config, trust_remote_code, source.base).is_causal
         resolved = arguments.with_defaults(16 if is_decoder else 0)
         if not resolved.lora_rank and arguments.lora_variant is not None:
-            raise UserError(
-                f"--lora_variant {arguments.lora_variant}: without --lora_rank, such as 16, there is no LoRA"
-            )
+            raise UserError(f"--lora_variant {arguments.lora_variant}: needs a --lora_rank, such as 16")
         _check_4bit(source, resolved)
         _check_targets(resolved, source, config, trust_remote_code)
         return resolved
@@ -68,10 +66,10 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
                 meant = linear_modules(_without_weights(source, config, trust_remote_code))
             meant = sorted(last_parts(meant))
         if meant != known:
-            asked, known = (listed(v) if isinstance(v, list) else v for v in (asked, known))
             raise UserError(
-                f"--{name} {asked}: the LoRA run that is trained further, {source.adapter}, has {known}; leave the flag "
-                "out to go on with its matrices, or set --new_lora true to merge them into the base and start new ones"
+                f"--{name} {listed(asked)}: the LoRA run that is trained further, {source.adapter}, has {listed(known)}; "
+                "leave the flag out to go on with its matrices, or set --new_lora true to merge them into the base and "
+                "start new ones"
             )
     if changes_base(adapter):
         raise UserError(
@@ -95,7 +93,7 @@ def _check_targets(resolved: LoraArguments, source: ModelSource, config: Any, tr
         return
     model = _without_weights(source, config, trust_remote_code)
     names = [f".{name}" for name, _ in model.named_modules()]
-    for target in resolved.lora_target_modules:
+    for target in resolved.lora_target_modules or ():
         if not target or not any(name.endswith(f".{target}") for name in names):
             raise UserError(
                 f"--lora_target_modules {target}: no module of {source.base} has this name; linear modules of this model: "
@@ -119,14 +117,8 @@ def merge_adapter(source: ModelSource, card: EmbeddingCard, folder: Path, trust_
         check_unchanged(folder, json.loads(record.read_text("utf-8")), made_from, (), "--output_dir")
         return
     logger.info("merging %s into %s: %s", source.adapter, source.base, folder)
-    encoder = load_encoder(
-        replace(source, load_in_4bit=None),
-        pooling=card.pooling,
-        bidirectional=card.bidirectional,
-        bf16=False,
-        attn_implementation=None,
-        trust_remote_code=trust_remote_code,
-    )
+    source = replace(source, load_in_4bit=None)
+    encoder = load_encoder(source, **card.encoding, bf16=False, trust_remote_code=trust_remote_code)
     with folder_when_whole(folder) as part:
         encoder.backbone.merge_and_unload(safe_merge=True).save_pretrained(part)
         (part / record.name).write_text(json.dumps(made_from, indent=2) + "\n", "utf-8")

@@ -3,8 +3,6 @@
 Shapes: B texts, S tokens (right-padded), D dimensions.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -51,9 +49,8 @@ def pool(states: Tensor, lengths: Tensor, pooling: str, prompt_lengths: Tensor |
         if name == "weighted_mean":
             weights = weights * torch.arange(1, states.shape[1] + 1, device=states.device)
         count = weights.sum(1, keepdim=True)
-        return torch.einsum("bsd,bs->bd", states.float(), weights) / (
-            count.sqrt() if name == "mean_sqrt_len" else count
-        )
+        count = count.sqrt() if name == "mean_sqrt_len" else count
+        return torch.einsum("bsd,bs->bd", states.float(), weights) / count
 
     parts = [pooled(name) for name in pooling.split("+")]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

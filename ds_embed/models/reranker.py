@@ -8,7 +8,6 @@ Shapes: b pairs, S tokens (right-padded).
 """
 
 import json
-import logging
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,22 +20,19 @@ from torch import Tensor, nn
 from ds_embed.data.pairs import PairFormat
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.card import CARD_NAME
-from ds_embed.models.cpu import use_cpu_kernels
-from ds_embed.models.kernels import register_device_kernel
+from ds_embed.models.cpu import use_kernels
 from ds_embed.models.kinds import count_positions
-from ds_embed.models.loading import ModelSource, without_foreign_code
+from ds_embed.models.loading import ADAPTER_CONFIG, ModelSource, locate, without_foreign_code, without_reports
 from ds_embed.models.lora import add_lora
 from ds_embed.models.pooling import token_mask
-from ds_embed.models.tokenizer import save_tokenizer
+from ds_embed.models.tokenizer import fast_tokenizer, plain_backend, save_tokenizer
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed
 from ds_embed.settings.reranker_arguments import RerankerModelArguments
 
 DEFAULT_TEMPLATE = "query: {query}\ndocument: {document}\nrelevant:"
 _DEFAULT_MAX_LENGTH = 512
-_PREFIX = "model."  # of the classifier in PairScorer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,17 +62,10 @@ class RerankerCard:
 
 def find_reranker(name: str, revision: str | None = None, flag: str = "model_name_or_path") -> ModelSource:
     """A whole model's folder, a reranker's run, or a hub name. UserError naming the flag."""
-    path = Path(name).expanduser()
-    for folder in (path / "model", path):
-        if (folder / "adapter_config.json").exists():
-            raise UserError(f"--{flag} {name}: is an adapter; merge it into its base first, by recipes/export.py")
-        if (folder / "config.json").exists():
-            return ModelSource(str(folder.resolve()), None, str(folder.resolve()), None)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"--{flag} {name}: no model there (no config.json); of a run that has not finished, wait for model/"
-        )
-    return ModelSource(name, None, name, None, revision)
+    files = locate(flag, name, revision)
+    if files.find(ADAPTER_CONFIG) is not None:
+        raise UserError(f"--{flag} {name}: is an adapter; merge it into its base first, by recipes/export.py")
+    return ModelSource(files.name, None, files.name, None, files.revision)
 
 
 def choose_pairs(
@@ -115,17 +104,16 @@ def default_max_length(source: ModelSource, tokenizer: Any, longest: int | None)
 
 def padding_token(tokenizer: Any) -> int:
     """The token that pairs are padded with. UserError where there is none."""
-    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    found = next((token for token in known if token is not None), None)
-    if found is None:
-        raise UserError(
-            "the tokenizer has no pad_token, which batches of pairs need; name one in tokenizer_config.json"
-        )
-    return found
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        if token is not None:
+            return token
+    raise UserError("the tokenizer has no pad_token, which batches of pairs need; name one in tokenizer_config.json")
 
 
 class PairScorer(nn.Module):
     """The classifier as DeepSpeed trains it: token ids in, scores out."""
+
+    model: Any
 
     def __init__(self, model: nn.Module, has_types: bool):
         super().__init__()
@@ -140,8 +128,8 @@ class PairScorer(nn.Module):
         ids = input_ids.masked_fill(~seen, self.model.config.pad_token_id)  # by which decoders find the last token
         types = {}
         if self.has_types:
-            places = torch.arange(ids.shape[1], device=ids.device)
-            types = {"token_type_ids": ((places >= first_lengths[:, None]) & seen).long()}
+            assert first_lengths is not None
+            types = {"token_type_ids": (seen & ~token_mask(first_lengths, ids.shape[1])).long()}
         return self.model(input_ids=ids, attention_mask=seen.long(), **types).logits.float()
 
 
@@ -153,9 +141,7 @@ def empty_classifier(config: Any, trust_remote_code: bool) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise UserError(
-            f"{config.name_or_path}: is no model with a classifier's head: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"{config.name_or_path}: has no classifier's head: {str(error).splitlines()[0]}") from None
 
 
 def configure(config: Any, tokenizer: Any, name: str) -> Any:
@@ -181,32 +167,24 @@ def load_scorer(
     trust_remote_code: bool,
     seed: int,
 ) -> tuple[PairScorer, list[str]]:
-    """The model with its weights, and the names of those of a head that it had none for, drawn from the seed.
+    """The model with its weights, and the names of those of a head that its files lack, drawn from the seed.
 
-    UserError for any other weight that its files lack.
+    UserError for any other weight that they lack.
     """
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging as library_logging
 
-    library_logging.disable_progress_bar()
-    use_cpu_kernels()
-    register_device_kernel()
+    use_kernels()
     torch.manual_seed(seed)
-    verbosity = library_logging.get_verbosity()
-    library_logging.set_verbosity_error()  # it reports what we are about to say
-    try:
-        with without_foreign_code(source.base):
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source.base,
-                revision=source.revision,
-                config=config,
-                dtype=torch.bfloat16 if bf16 else torch.float32,
-                attn_implementation=kernel,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    finally:
-        library_logging.set_verbosity(verbosity)
+    with without_foreign_code(source.base, kernel), without_reports():
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source.base,
+            revision=source.revision,
+            config=config,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            attn_implementation=kernel,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     inner = f"{model.base_model_prefix}."
     missing = sorted(name for name in report["missing_keys"] if name.startswith(inner) and "pooler" not in name)
     if missing:
@@ -229,17 +207,15 @@ def head_of_words(
         spellings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {word}", word)]
         one = [ids[0] for ids in spellings if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]
         if not one:
-            raise UserError(
-                f"--yes_no {' '.join(words)}: '{word}' is not one token of {source.tokenizer}; choose another"
-            )
+            raise UserError(f"--yes_no {listed(words)}: '{word}' is not one token of {source.tokenizer}; take another")
         tokens.append(one[0] if not (card.template or "").endswith(("\n", " ")) else one[-1])
-    model = AutoModelForCausalLM.from_pretrained(
-        source.base, revision=source.revision, trust_remote_code=trust_remote_code
-    )
+    with without_foreign_code(source.base), without_reports():
+        where = {"revision": source.revision, "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(source.base, **where)
     if model.get_output_embeddings() is None:
-        raise UserError(f"--yes_no {' '.join(words)}: {source.base} is no decoder, so words have no logits")
-    rows = model.get_output_embeddings().weight.detach().float()[tokens]
-    return (rows[0] - rows[1]).numpy()
+        raise UserError(f"--yes_no {listed(words)}: {source.base} is no decoder, so words have no logits")
+    yes, no = model.get_output_embeddings().weight.detach().float()[tokens]
+    return (yes - no).numpy()
 
 
 def put_head(scorer: PairScorer, row: np.ndarray) -> None:
@@ -271,24 +247,22 @@ def save_reranker(
 
     weights: all of the scorer's, by name.
     """
-    model = scorer.model
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
-    inner = getattr(model, model.base_model_prefix)
+    model, prefix = scorer.model, scorer.model.base_model_prefix
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # as the PairScorer has it
+    inner = getattr(model, prefix)
     if hasattr(inner, "peft_config"):
-        weights = _merged(weights, inner, f"{model.base_model_prefix}.")
-        setattr(model, model.base_model_prefix, inner.get_base_model())
+        weights = _merged(weights, inner, f"{prefix}.")
+        setattr(model, prefix, inner.get_base_model())
     model.save_pretrained(folder, state_dict=weights)
-    if hasattr(inner, "peft_config"):
-        setattr(model, model.base_model_prefix, inner)
+    setattr(model, prefix, inner)
     save_tokenizer(pair_tokenizer(tokenizer, card), folder)
     (folder / CARD_NAME).write_text(json.dumps(card.content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _merged(weights: dict[str, Tensor], peft: Any, inner: str) -> dict[str, Tensor]:
     """The weights under the plain model's names, W + s B A in float32 where there are matrices."""
-    scales = {
-        name: m.scaling["default"] for name, m in peft.named_modules() if isinstance(getattr(m, "scaling", None), dict)
-    }
+    scalings = {name: getattr(module, "scaling", None) for name, module in peft.named_modules()}
+    scales = {name: scaling["default"] for name, scaling in scalings.items() if isinstance(scaling, dict)}
     own, merged = f"{inner}base_model.model.", {}
     for name, weight in weights.items():
         if ".lora_" in name:
@@ -305,32 +279,17 @@ def _merged(weights: dict[str, Tensor], peft: Any, inner: str) -> dict[str, Tens
 
 def pair_tokenizer(tokenizer: Any, card: RerankerCard) -> Any:
     """A tokenizer that makes of a plain call with two texts what `card` says, template and length included."""
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    form = card.pair_format
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    options = {}
+    form, backend = card.pair_format, plain_backend(tokenizer)
+    inputs = list(tokenizer.model_input_names)
     if card.template is not None:
+        inputs = ["input_ids", "attention_mask"]
         named = {f"<{name}>": getattr(form, name) for name in ("head", "middle", "tail") if getattr(form, name)}
-        special = [
-            {"id": name, "ids": list(ids), "tokens": [backend.id_to_token(i) for i in ids]}
-            for name, ids in named.items()
-        ]
+        tokens = {name: [backend.id_to_token(i) for i in ids] for name, ids in named.items()}
+        special = [{"id": name, "ids": list(ids), "tokens": tokens[name]} for name, ids in named.items()]
         order = ["<head>", "$A", "<middle>", "$B", "<tail>"]
         pair = [part for part in order if part.startswith("$") or part in named]
         backend.post_processor = processors.TemplateProcessing(single="$A", pair=pair, special_tokens=special)
-        options = {"model_input_names": ["input_ids", "attention_mask"]}
-    names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    names["pad_token"] = backend.id_to_token(padding_token(tokenizer))
-    options = options or {"model_input_names": list(tokenizer.model_input_names)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        padding_side="right",
-        truncation_side="right",
-        model_max_length=form.max_length,
-        **options,
-        **names,
-    )
+    pad = backend.id_to_token(padding_token(tokenizer))
+    return fast_tokenizer(backend, tokenizer, form.max_length, pad, model_input_names=inputs)

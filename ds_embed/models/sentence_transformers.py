@@ -4,21 +4,17 @@ What such files say of vectors becomes the settings of a card. modules.json name
 names that are known here are understood and all others refused.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.pooling import ACTIVATIONS, NORMALIZE, build_head
 from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
-
-if TYPE_CHECKING:
-    from ds_embed.models.card import EmbeddingCard
 
 MODULES_NAME = "modules.json"
 _PROMPTS_NAME = "config_sentence_transformers.json"
@@ -75,12 +71,11 @@ class ModelFiles:
         """The content of a JSON file, None where there is none. UserError when it is no JSON, or of another kind."""
         found = self.find(path)
         try:
-            content = None if found is None else json.loads(found.read_text("utf-8"))
+            content: Any = None if found is None else json.loads(found.read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"{found}: is not JSON ({error}); bring back the file") from None
-        if not isinstance(content, kind | None) or (
-            kind is list and not all(isinstance(x, dict) for x in content or [])
-        ):
+        parts = content if isinstance(content, list) else [content]
+        if content is not None and not (isinstance(content, kind) and all(isinstance(part, dict) for part in parts)):
             raise UserError(f"{found}: is not in the form of sentence-transformers; bring back the file")
         return content
 
@@ -120,8 +115,7 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
     settings = _prompts(general, where) | {"similarity": general.get("similarity_fn_name")}
     if modules is None:
         return OwnFiles(settings)
-    kinds = [_kind(files, module) for module in modules]
-    paths = [module.get("path") or "" for module in modules]
+    kinds, paths = [_kind(files, module) for module in modules], [module.get("path") or "" for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= {"Dense", "Normalize"}:
         raise UserError(
             f"{files.name}: {MODULES_NAME} has the modules {', '.join(kinds)}; taken are Transformer, Pooling, and behind "
@@ -129,10 +123,8 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
         )
     pooling = _Content(files, paths[1], "Pooling")
     settings |= {"pooling": _pooling(pooling), "include_prompt": pooling.get("include_prompt", True)}
-    settings["head"] = [
-        _dense(_Content(files, path, "Dense")) if kind == "Dense" else NORMALIZE
-        for kind, path in zip(kinds[2:], paths[2:])
-    ]
+    behind = zip(kinds[2:], paths[2:])
+    settings["head"] = [_dense(_Content(files, at, kind)) if kind == "Dense" else NORMALIZE for kind, at in behind]
     # As sentence-transformers has it: no blank taken off, nothing put behind a text that the tokenizer does not.
     settings |= {"append_eos": False, "strip": False}
     length = _transformer(files, paths[0], settings)
@@ -161,7 +153,7 @@ class _Content(dict):
         self.path, self.where = path, f"{files.name}: {place}"
         if content is None and kind not in (None, "Transformer"):
             raise UserError(f"{self.where} is missing; bring back the file")
-        for key in self.keys() - _KNOWN.get(kind, self.keys()):
+        for key in self.keys() - _KNOWN.get(kind or "", self.keys()):
             self.require(key, False, {}, [], "")
 
     def __missing__(self, name: str) -> Any:
@@ -179,9 +171,7 @@ def _prompts(general: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise UserError(f"{where}: prompts {json.dumps(prompts)}: must be texts by name")
     if chosen is not None and chosen not in prompts:
-        raise UserError(
-            f"{where}: default_prompt_name {json.dumps(chosen)} is none of its prompts: {', '.join(prompts)}"
-        )
+        raise UserError(f"{where}: default_prompt_name {json.dumps(chosen)} is not among {', '.join(prompts)}")
     lowered = {name.lower(): text for name, text in reversed(list(prompts.items()))} | prompts
     default = prompts.get(chosen) or ""
     sides = {"query_prefix": ("query",), "doc_prefix": ("document", "passage", "corpus")}
@@ -189,9 +179,7 @@ def _prompts(general: dict[str, Any], where: str) -> dict[str, Any]:
     settings = {side: default if name is None else lowered[name] or "" for side, name in found.items()}
     for side, text in settings.items():
         if TEXT_PLACE in text:
-            raise UserError(
-                f"{where}: the prompt {text!r} would put the text at its {TEXT_PLACE}; take that out of the file"
-            )
+            raise UserError(f"{where}: the prompt {text!r} has a {TEXT_PLACE}; take that out of the file")
     taken = {"query", "document", *found.values()}
     return settings | {"prompts": {name: text or "" for name, text in prompts.items() if name.lower() not in taken}}
 
@@ -204,9 +192,7 @@ def _pooling(content: _Content) -> str:
     modes = [modes] if isinstance(modes, str) else modes
     for mode in modes:
         if mode not in names:
-            raise UserError(
-                f"{content.where}: pooling_mode {json.dumps(mode)} is unknown; known are {', '.join(names)}"
-            )
+            raise UserError(f"{content.where}: pooling_mode {json.dumps(mode)}: known are {', '.join(names)}")
     return "+".join(names[mode] for mode in modes)
 
 
@@ -239,9 +225,7 @@ def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int 
     modalities = content.get("modality_config") or {"text": {}}
     text = modalities.get("text", {"method": None})
     if "message" in modalities or text.get("method", "forward") != "forward":
-        raise UserError(
-            f"{content.where}: modality_config {', '.join(modalities)}: only plain text can be embedded here"
-        )
+        raise UserError(f"{content.where}: modality_config {', '.join(modalities)}: only text can be embedded here")
     for what, harmless in _HARMLESS.items():
         for name in (f"{what}_args", f"{what}_kwargs", "processor_kwargs" if what == "tokenizer" else f"{what}_args"):
             for argument, value in (content.get(name) or {}).items():
@@ -305,9 +289,7 @@ def write_modules(
     """
     from safetensors.torch import save_file
 
-    layers = [
-        layer | {"path": f"{i}_Dense"} if layer["type"] == "Dense" else layer for i, layer in enumerate(card.head, 2)
-    ]
+    layers = [x | {"path": f"{i}_Dense"} if x["type"] == "Dense" else x for i, x in enumerate(card.head, 2)]
     replace(card, head=layers).save(folder)
     kinds = ["Transformer", "Pooling", *(layer["type"] for layer in layers)]
     paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds[1:], 1))]
@@ -318,17 +300,12 @@ def write_modules(
     _write(folder / MODULES_NAME, modules)
     for path in paths[1:]:
         (folder / path).mkdir()
-    transformer: dict[str, Any] = {
-        "max_seq_length": max(card.query_max_length, card.doc_max_length),
-        "do_lower_case": card.lower_case,
-    }
+    longest = max(card.query_max_length, card.doc_max_length)
+    transformer: dict[str, Any] = {"max_seq_length": longest, "do_lower_case": card.lower_case}
     if card.query_max_length != card.doc_max_length:  # since version 6
         transformer |= {"query_length": card.query_max_length, "document_length": card.doc_max_length}
-    if model_options:
-        transformer["model_args"] = model_options
-    if config_options:
-        transformer["config_args"] = config_options
-    _write(folder / "sentence_bert_config.json", transformer)
+    options = {"model_args": model_options, "config_args": config_options}
+    _write(folder / "sentence_bert_config.json", transformer | {name: one for name, one in options.items() if one})
     names = card.pooling.split("+")
     pooling: dict[str, Any] = {"word_embedding_dimension": dimensions}
     if names == [name for name in _POOLINGS if name in names]:

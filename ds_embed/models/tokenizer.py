@@ -27,13 +27,9 @@ def self_contained(tokenizer: Any, card: EmbeddingCard) -> Any:
     wanted, come after that. Text that spells a special token stays text, unless a prefix has some: its are tokens.
     Padding is on the right.
     """
-    from tokenizers import Tokenizer, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import normalizers, processors
 
-    special = SpecialTokens.of(tokenizer, card.append_eos)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
+    special, backend = SpecialTokens.of(tokenizer, card.append_eos), plain_backend(tokenizer)
     if card.strip:
         own = [] if backend.normalizer is None else [backend.normalizer]
         backend.normalizer = normalizers.Sequence([normalizers.Strip(), *own])
@@ -42,19 +38,41 @@ def self_contained(tokenizer: Any, card: EmbeddingCard) -> Any:
     backend.post_processor = processors.TemplateProcessing(
         single=[*head, "$A", *tail], special_tokens=list(zip([*head, *tail], [*special.head, *special.tail]))
     )
-    names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    # Which one does not matter: the attention mask hides it.
-    names.setdefault("pad_token", names.get("eos_token") or names.get("unk_token") or backend.id_to_token(0))
-    spelled = [token for token in tokenizer.all_special_tokens if token in card.query_prefix + card.doc_prefix]
+    # Which one pads does not matter: the attention mask hides it.
+    pad = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token or backend.id_to_token(0)
+    return fast_tokenizer(
+        backend,
+        tokenizer,
+        max(card.query_max_length, card.doc_max_length),
+        pad,
+        split_special_tokens=not any(t in card.query_prefix + card.doc_prefix for t in tokenizer.all_special_tokens),
+        chat_template=tokenizer.chat_template,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def plain_backend(tokenizer: Any) -> Any:
+    """A copy of what a fast tokenizer works with, which neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def fast_tokenizer(backend: Any, like: Any, max_length: int, pad_token: str, **options: Any) -> Any:
+    """A tokenizer around a backend with the special tokens of another; pads and cuts on the right, at max_length tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {name: token for name, token in like.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        split_special_tokens=not spelled,
-        chat_template=tokenizer.chat_template,
         padding_side="right",
         truncation_side="right",
-        model_max_length=max(card.query_max_length, card.doc_max_length),
-        model_input_names=["input_ids", "attention_mask"],
-        **names,
+        model_max_length=max_length,
+        **names | {"pad_token": pad_token},
+        **options,
     )
 
 

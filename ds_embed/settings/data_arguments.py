@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, listed, setting
+from ds_embed.settings.fields import Settings, listed, optional, setting, several
 
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_QUERY_PREFIX = "query: "
@@ -17,27 +17,20 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 class TextArguments(Settings):
     """How a text becomes tokens; the same fields are stored beside a trained model."""
 
-    max_length: int | None = setting(
+    max_length: int | None = optional(
         "maximum length of a text in tokens, including special tokens; longer texts are truncated "
         f"(default: from the model's own files, else {DEFAULT_MAX_LENGTH})",
-        default=None,
         above=0,
     )
-    query_max_length: int | None = setting(
-        "maximum query length in tokens (default: max_length)", default=None, above=0
-    )
-    doc_max_length: int | None = setting(
-        "maximum document length in tokens (default: max_length)", default=None, above=0
-    )
-    query_prefix: str | None = setting(
+    query_max_length: int | None = optional("maximum query length in tokens (default: max_length)", above=0)
+    doc_max_length: int | None = optional("maximum document length in tokens (default: max_length)", above=0)
+    query_prefix: str | None = optional(
         f"text put in front of every query, such as an instruction; the query replaces {TEXT_PLACE} if it contains one; "
-        rf"\n is a line break (default: from the model's own files, else '{DEFAULT_QUERY_PREFIX}')",
-        default=None,
+        rf"\n is a line break (default: from the model's own files, else '{DEFAULT_QUERY_PREFIX}')"
     )
-    doc_prefix: str | None = setting(
+    doc_prefix: str | None = optional(
         "text put in front of every document, like query_prefix "
-        f"(default: from the model's own files, else '{DEFAULT_DOC_PREFIX}')",
-        default=None,
+        f"(default: from the model's own files, else '{DEFAULT_DOC_PREFIX}')"
     )
 
     def __post_init__(self):
@@ -66,55 +59,50 @@ class DataArguments(TextArguments):
         "URLs, or data sets as NAME:SPLIT or NAME:CONFIG:SPLIT; docs/data_formats.md lists the formats",
         files=True,
     )
-    columns: list[str] = setting(
+    columns: list[str] = several(
         "mapping of our keys to the keys or columns of the training and held-out records, such as query=question "
         "neg_doc=worse,worst; in_order takes the columns of a table as query, positive, negatives (default: the format "
-        "is detected from the keys)",
-        default_factory=list,
+        "is detected from the keys)"
     )
-    corpus_files: list[str] = setting(
-        "documents that training records refer to by id, as in Tevatron's positive_document_ids",
-        default_factory=list,
-        files=True,
+    corpus_files: list[str] = several(
+        "documents that training records refer to by id, as in Tevatron's positive_document_ids", files=True
     )
     positives: str = setting(
         "use of records with several positives: all (each positive is a sample) or random (one is drawn in every pass)",
-        default="all",
+        "all",
         choices=("all", "random"),
     )
-    sampling_probabilities: list[float] = setting(
+    sampling_probabilities: list[float] = several(
         "relative share of the samples drawn from each of train_files; a pass then has as many samples as there are "
         "records in total (default: every record once per pass)",
-        default_factory=list,
         above=0,
     )
-    query_prefixes: list[str] = setting(
+    query_prefixes: list[str] = several(
         "one query_prefix per train_files entry, if they need different instructions; query_prefix is then the one "
-        "stored with the trained model for later queries",
-        default_factory=list,
+        "stored with the trained model for later queries"
     )
-    doc_prefixes: list[str] = setting("one doc_prefix per train_files entry, like query_prefixes", default_factory=list)
+    doc_prefixes: list[str] = several("one doc_prefix per train_files entry, like query_prefixes")
     batching: str = setting(
         "mixed (a global batch has samples of all files), homogeneous (of one file) or clustered (mixed, with records "
         "that share documents in the same batch, so that fewer texts are encoded)",
-        default="mixed",
+        "mixed",
         choices=("mixed", "homogeneous", "clustered"),
     )
     hard_negatives: int = setting(
         "hard negatives (neg_doc) per query; a query without any is scored only against the documents of the batch",
-        default=0,
+        0,
         at_least=0,
     )
     hard_negatives_sampling: str = setting(
         "which of a record's negatives are used: the first ones, or a random choice in every pass",
-        default="first",
+        "first",
         choices=("first", "random"),
     )
     skip_bad_records: bool = setting(
-        "skip invalid training records and count them by reason, instead of stopping at the first one", default=False
+        "skip invalid training records and count them by reason, instead of stopping at the first one", False
     )
     cache_dir: str = setting(
-        "folder for tokenized data, visible to all nodes and reused by later runs", default="~/.cache/ds_embed"
+        "folder for tokenized data, visible to all nodes and reused by later runs", "~/.cache/ds_embed"
     )
 
     def __post_init__(self):
@@ -124,26 +112,15 @@ class DataArguments(TextArguments):
                 "--batching clustered: needs fixed positives, but --positives random draws a new one in every pass; set "
                 "--positives all or --batching mixed"
             )
-        shares, shown = self.sampling_probabilities, listed(self.sampling_probabilities)
-        if shares and len(shares) != len(self.train_files):
-            raise UserError(
-                f"--sampling_probabilities {shown}: has {len(shares)} values, but --train_files has "
-                f"{len(self.train_files)} files"
-            )
+        num_files = len(self.train_files)
+        for name in ("sampling_probabilities", "query_prefixes", "doc_prefixes"):
+            if (given := getattr(self, name)) and len(given) != num_files:
+                raise UserError(
+                    f"--{name} {listed(given)}: has {len(given)} values, but --train_files has {num_files} files"
+                )
         for name, single in (("query_prefixes", "query_prefix"), ("doc_prefixes", "doc_prefix")):
-            self._check_prefixes(name, single)
-
-    def _check_prefixes(self, name: str, single: str) -> None:
-        prefixes = getattr(self, name)
-        if not prefixes:
-            return
-        if len(prefixes) != len(self.train_files):
-            raise UserError(
-                f"--{name}: has {len(prefixes)} values, but --train_files has {len(self.train_files)} files"
-            )
-        for prefix in prefixes:
-            check_prefix(name, prefix)
-        if getattr(self, single) is None:
-            raise UserError(
-                f"--{name}: also set --{single}, the prefix that the trained model uses for later texts by default"
-            )
+            for prefix in getattr(self, name):
+                check_prefix(name, prefix)
+            if getattr(self, name) and getattr(self, single) is None:
+                what = "the prefix that the trained model uses for later texts by default"
+                raise UserError(f"--{name}: also set --{single}, {what}")

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from ds_embed.settings.data_arguments import DataArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import setting
-from ds_embed.settings.job_arguments import JobArguments
+from ds_embed.settings.fields import optional, same_as, setting, several
+from ds_embed.settings.run_arguments import JobArguments
 
 # Changing these changes a row only by rounding.
 ROUNDING_SETTINGS = ("micro_batch_tokens", "attn_implementation", "kernels")
@@ -16,51 +17,39 @@ _COLUMN_KEYS = ("query", "query_id", "pos_doc", "doc_id", "title")
 class EncodeArguments(JobArguments):
     """Texts to encode. Trained models bring their own pooling, prefixes and lengths; base models may need flags."""
 
-    deepspeed: str | None = setting(
+    deepspeed: str | None = optional(
         "DeepSpeed JSON, a path or the name of a shipped one; with ZeRO-3 no GPU holds the whole model (default: every "
-        "rank holds the whole model)",
-        default=None,
+        "rank holds the whole model)"
     )
-    bf16: bool = setting("bfloat16 weights and activations; false computes in float32", default=True)
+    bf16: bool = setting("bfloat16 weights and activations; false computes in float32", True)
     merge_adapter: bool = setting(
         "merge the LoRA matrices into the base weights in float32 before rounding to bfloat16; this makes encoding "
         "faster and changes the vectors by the amount that is printed; not under ZeRO-3",
-        default=False,
+        False,
     )
-    query_files: list[str] = setting(
-        "files of queries (query, query_id), given like train_files", default_factory=list, files=True
-    )
-    doc_files: list[str] = setting(
-        "files of documents (pos_doc, doc_id), given like train_files", default_factory=list, files=True
-    )
-    columns: list[str] = setting(
+    query_files: list[str] = several("files of queries (query, query_id), given like train_files", files=True)
+    doc_files: list[str] = several("files of documents (pos_doc, doc_id), given like train_files", files=True)
+    columns: list[str] = several(
         "mapping of our keys (query, query_id, pos_doc, doc_id, title) to the keys or columns of the files, such as "
-        "query=question or doc_id=number (default: detected from the keys)",
-        default_factory=list,
+        "query=question or doc_id=number (default: detected from the keys)"
     )
-    output_prefix: str = setting("folder in which consumed_samplesX/ is created", default="embeddings")
+    output_prefix: str = setting("folder in which consumed_samplesX/ is created", "embeddings")
     micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank; determines memory use", default=16384, above=0
+        "padded tokens per forward pass of one rank; determines memory use", 16384, above=0
     )
-    cache_dir: str = setting(
-        "folder for tokenized data, visible to all nodes and reused by later runs", default="~/.cache/ds_embed"
-    )
-
+    cache_dir: str = same_as(DataArguments, "cache_dir")
     save_seconds: float = setting(
-        "seconds between saves of the encoded rows; a job that was killed resumes from the last save",
-        default=30.0,
-        at_least=0,
+        "seconds between saves of the encoded rows; a job that was killed resumes from the last save", 30.0, at_least=0
     )
-    accept_changes: list[str] = setting(
+    accept_changes: list[str] = several(
         "settings that may differ from those of the rows encoded so far, because they affect only rounding: "
-        "micro_batch_tokens, attn_implementation, kernels (the machine's matrix multiplication)",
-        default_factory=list,
+        "micro_batch_tokens, attn_implementation, kernels (the machine's matrix multiplication)"
     )
-    num_shards: int = setting("number of shards of the rows, each encoded by a separate job", default=1, above=0)
-    shard_index: int | None = setting("index of the shard that this job encodes, from 0", default=None)
+    num_shards: int = setting("number of shards of the rows, each encoded by a separate job", 1, above=0)
+    shard_index: int | None = optional("index of the shard that this job encodes, from 0")
     merge_shards: bool = setting(
         "merge the finished shards of num_shards jobs and encode nothing; the other flags must be those of the jobs",
-        default=False,
+        False,
     )
 
     def __post_init__(self):
@@ -76,9 +65,6 @@ class EncodeArguments(JobArguments):
                     f"--accept_changes {name}: only {', '.join(ROUNDING_SETTINGS)} may change, because they affect only "
                     "rounding; for any other change choose another --output_prefix"
                 )
-        self._check_shards()
-
-    def _check_shards(self) -> None:
         if self.merge_shards and self.shard_index is not None:
             raise UserError("--merge_shards true: encodes no shard; leave out --shard_index")
         if self.merge_shards or self.shard_index is not None:

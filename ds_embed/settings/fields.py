@@ -20,6 +20,7 @@ _BOUNDS = {
 
 def setting(
     help: str,
+    default: Any = dataclasses.MISSING,
     *,
     at_least: float | None = None,
     above: float | None = None,
@@ -32,13 +33,31 @@ def setting(
     """A field of a `Settings` class, with constraints on its value or on each value of a list.
 
     files: the value names an existing file or folder, or something that only the reader can resolve: a URL, a data
-    set as NAME:SPLIT, or a glob pattern. Other keywords are passed to dataclasses.field.
+    set as NAME:SPLIT, or a glob pattern. A list as default is copied. Other keywords are passed to dataclasses.field.
     """
     given = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     bounds = {name: bound for name, bound in given.items() if bound is not None}
     if bounds:
         help += f" [{', '.join(f'{_BOUNDS[name][1]} {bound}' for name, bound in bounds.items())}]"
+    kwargs |= {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return dataclasses.field(metadata={"help": help, "declared": (bounds, choices, files)}, **kwargs)
+
+
+def optional(help: str, **declared: Any) -> Any:
+    """A setting that is None when it is omitted."""
+    return setting(help, None, **declared)
+
+
+def several(help: str, **declared: Any) -> Any:
+    """A setting that takes any number of values; the default is none."""
+    return setting(help, [], **declared)
+
+
+def same_as(owner: Any, name: str) -> Any:
+    """The setting of that name of another dataclass."""
+    known = owner.__dataclass_fields__[name]
+    given = {word: getattr(known, word) for word in ("default", "default_factory")}
+    return dataclasses.field(metadata=known.metadata, **given)
 
 
 @dataclasses.dataclass

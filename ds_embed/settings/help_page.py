@@ -26,20 +26,16 @@ _TITLES = {
 def help_page(types: list[type], parser: ArgumentParser, usage: str) -> str:
     """The help of a recipe that takes these dataclasses; parser.get_default knows the recipe's own defaults."""
     fields = {field.name: field for one in types for field in dataclasses.fields(one)}
-    first = (
-        [name for name in KNOW_FIRST if name in fields] if "train_files" in fields and "learning_rate" in fields else []
-    )
+    first = [name for name in KNOW_FIRST if name in fields and {"train_files", "learning_rate"} <= fields.keys()]
     lines = [f"usage: {usage} FLAGS", ""]
     lines += ["Settings are flags, or keys of one YAML file (--config FILE.yaml); flags win."]
     shown = set(first)
     groups = [("to know first", first)] if first else []
     for one in types:
-        title = (
-            _TITLES.get(one.__name__) or re.sub(r"(?<!^)(?=[A-Z])", " ", one.__name__.removesuffix("Arguments")).lower()
-        )
+        words = re.sub(r"(?<!^)(?=[A-Z])", " ", one.__name__.removesuffix("Arguments"))
         names = [field.name for field in dataclasses.fields(one) if field.name not in shown]
         shown.update(names)
-        groups.append((title, names))
+        groups.append((_TITLES.get(one.__name__, words.lower()), names))
     width = min(shutil.get_terminal_size().columns, 120)
     for title, names in groups:
         lines += ["", f"{title}:"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, setting
+from ds_embed.settings.fields import Settings, optional, setting
 
 POOLINGS = ("mean", "cls", "last", "weighted_mean", "max", "mean_sqrt_len")
 LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
@@ -14,39 +14,32 @@ QUANTIZATIONS = ("nf4",)
 @dataclass
 class ModelArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name: a base model, a run, a LoRA adapter")
-    adapter_path: str | None = setting("run or PEFT folder with a LoRA adapter to load on the base model", default=None)
-    model_revision: str | None = setting(
-        "branch, tag or commit of the model's hub repository, for all of its files (default: main)", default=None
+    adapter_path: str | None = optional("run or PEFT folder with a LoRA adapter to load on the base model")
+    model_revision: str | None = optional(
+        "branch, tag or commit of the model's hub repository, for all of its files (default: main)"
     )
-    step: int | None = setting(
+    step: int | None = optional(
         "use the checkpoint of this step of a run instead of RUN/model; equivalent to giving the folder "
-        "RUN/checkpoints/step_00000100 (to train from a checkpoint, export it first)",
-        default=None,
+        "RUN/checkpoints/step_00000100 (to train from a checkpoint, export it first)"
     )
-    pooling: str | None = setting(
+    pooling: str | None = optional(
         f"how the hidden states are pooled into one vector: {', '.join(POOLINGS)}, or several joined by +, which are "
-        "concatenated (default: from the model's own files, else last for decoders, mean for BERT)",
-        default=None,
+        "concatenated (default: from the model's own files, else last for decoders, mean for BERT)"
     )
-    normalize: bool | None = setting(
-        "scale vectors to unit length (default: from the model's own files, else true)", default=None
+    normalize: bool | None = optional("scale vectors to unit length (default: from the model's own files, else true)")
+    bidirectional: bool | None = optional(
+        "use bidirectional instead of causal attention in a decoder (default: as the model was built or trained)"
     )
-    bidirectional: bool | None = setting(
-        "use bidirectional instead of causal attention in a decoder (default: as the model was built or trained)",
-        default=None,
-    )
-    attn_implementation: str | None = setting(
+    attn_implementation: str | None = optional(
         "attention implementation: sdpa, eager, flash_attention_2, ..., or math, which is ds_embed's own for training "
         "on CPUs and the same as sdpa elsewhere (default: math for training on CPUs, else sdpa; eager if the model "
-        "supports neither)",
-        default=None,
+        "supports neither)"
     )
-    trust_remote_code: bool = setting("run Python code shipped with the model", default=False)
-    load_in_4bit: str | None = setting(
+    trust_remote_code: bool = setting("run Python code shipped with the model", False)
+    load_in_4bit: str | None = optional(
         "nf4: hold the linear layers of the base model in 4 bits (Dettmers et al. 2023) with bitsandbytes, for encoding "
         "or for training LoRA matrices on the frozen base; the matrices also work with the base model in full precision; "
         "not under ZeRO-3 (default: the precision of --bf16)",
-        default=None,
         choices=QUANTIZATIONS,
     )
 
@@ -63,38 +56,30 @@ class ModelArguments(Settings):
 class LoraArguments(Settings):
     """None means a default that depends on the model: a LoRA run that is trained further keeps its own settings."""
 
-    lora_rank: int | None = setting(
+    lora_rank: int | None = optional(
         "rank of the LoRA matrices; 0 trains all weights, after merging the LoRA matrices of a run into its base "
         "(default: the rank of the LoRA run that is trained further, else 16 for decoders and 0 for BERT)",
-        default=None,
         at_least=0,
     )
-    lora_alpha: float | None = setting(
-        "LoRA scale: updates are multiplied by lora_alpha / lora_rank (default: from the run, else 32)",
-        default=None,
-        above=0,
+    lora_alpha: float | None = optional(
+        "LoRA scale: updates are multiplied by lora_alpha / lora_rank (default: from the run, else 32)", above=0
     )
-    lora_dropout: float | None = setting(
-        "dropout probability on the input of the LoRA matrices (default: from the run, else 0)",
-        default=None,
-        at_least=0,
-        below=1,
+    lora_dropout: float | None = optional(
+        "dropout probability on the input of the LoRA matrices (default: from the run, else 0)", at_least=0, below=1
     )
-    lora_target_modules: list[str] | None = setting(
-        "names of the modules that get LoRA matrices, or all-linear (default: from the run, else all-linear)",
-        default=None,
+    lora_target_modules: list[str] | None = optional(
+        "names of the modules that get LoRA matrices, or all-linear (default: from the run, else all-linear)"
     )
-    lora_variant: str | None = setting(
+    lora_variant: str | None = optional(
         "lora; rslora: scaled by lora_alpha / sqrt(lora_rank); dora: with a trained magnitude per row of a weight; "
         "pissa: initialized from the largest singular values of a weight, and saved as a LoRA of twice the rank "
         "(default: from the run, else lora)",
-        default=None,
         choices=LORA_VARIANTS,
     )
     new_lora: bool = setting(
         "merge the LoRA run that is trained further into its base (in float32, as RUN/base) and start new matrices, "
         "instead of continuing with the existing ones",
-        default=False,
+        False,
     )
 
     def with_defaults(self, rank: int) -> "LoraArguments":

@@ -75,15 +75,17 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher adds --local_rank=N; the same number is in LOCAL_RANK.
     argv = [arg for arg in argv if not re.fullmatch(r"--local_rank=\d+", arg)]
-    argv, config_path = _take_config_flag(argv)
     parser = _make_parser(types)
     defaults = defaults or {}
     parser.set_defaults(**defaults)
     for action in parser._actions:
         action.required = action.required and action.dest not in defaults
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
-    if config_path is not None:
-        argv = _yaml_as_flags(config_path, known) + argv
+    first = type(parser)([], allow_abbrev=False, add_help=False)
+    first.add_argument("--config", type=Path)
+    config, argv = first.parse_known_args(argv)
+    if config.config is not None:
+        argv = [*_yaml_as_flags(config.config, known), *argv]
     for arg in argv:  # unknown flags are reported before missing ones
         name = arg.split("=")[0]
         if name.startswith("--") and " " not in name and name not in parser._option_string_actions:
@@ -98,9 +100,7 @@ def parse_arguments(
     # A boolean that is true by default has a second flag, --no_NAME; the first one holds the default.
     values = {action.dest: action.default for action in reversed(parser._actions)}
     values |= {**(defaults_for(given) if defaults_for else {}), **given}
-    return tuple(
-        t(**{f: values[f] for f in (field.name for field in dataclasses.fields(t)) if f in values}) for t in types
-    )
+    return tuple(t(**{f.name: values[f.name] for f in dataclasses.fields(t) if f.name in values}) for t in types)
 
 
 def _make_parser(types):
@@ -121,21 +121,6 @@ def _make_parser(types):
     return Parser(list(types), allow_abbrev=False, prog=Path(sys.argv[0]).name)
 
 
-def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
-    rest, path, i = [], None, 0
-    while i < len(argv):
-        if argv[i] == "--config":
-            if i + 1 == len(argv):
-                raise UserError("--config needs the path of a YAML file")
-            path, i = argv[i + 1], i + 2
-        elif argv[i].startswith("--config="):
-            path, i = argv[i].split("=", 1)[1], i + 1
-        else:
-            rest.append(argv[i])
-            i += 1
-    return rest, None if path is None else Path(path)
-
-
 def _yaml_as_flags(path: Path, known: dict) -> list[str]:
     import yaml
 
@@ -147,8 +132,7 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if content is None:
-        content = {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'name: value' lines, got a {type(content).__name__}")
     flags = []

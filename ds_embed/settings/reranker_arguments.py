@@ -1,11 +1,11 @@
 """Training a reranker: settings that differ from training an embedder. Those that don't apply are constants."""
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ds_embed.settings.data_arguments import DataArguments, unescape
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, setting
+from ds_embed.settings.fields import Settings, optional, same_as, setting, several
 from ds_embed.settings.model_arguments import LoraArguments, ModelArguments
 from ds_embed.settings.run_arguments import OptimizerArguments, RunArguments
 from ds_embed.settings.step_arguments import StepArguments
@@ -14,33 +14,23 @@ from ds_embed.settings.validation_arguments import ValidationArguments
 LOSSES = ("listwise", "bce", "kl")
 
 
-def _as(owner: type[Settings], name: str) -> Any:
-    """The setting of that name, as another recipe has it."""
-    known = owner.__dataclass_fields__[name]
-    names = ("default", "default_factory")
-    given: dict[str, Any] = {name: getattr(known, name) for name in names if getattr(known, name) is not MISSING}
-    return field(metadata=known.metadata, **given)
-
-
 @dataclass(kw_only=True)
 class RerankerModelArguments(Settings):
     model_name_or_path: str = setting(
         "model folder or hub name: an encoder, a decoder, a reranker, or a reranker's run"
     )
-    model_revision: str | None = _as(ModelArguments, "model_revision")
-    template: str | None = setting(
+    model_revision: str | None = same_as(ModelArguments, "model_revision")
+    template: str | None = optional(
         r"text around query and document, such as 'query: {query}\ndocument: {document}\nrelevant:'; \n is a line break "
         "(default: the tokenizer's own way of joining two texts; if it puts nothing between them, as with most decoders, "
-        "the example above)",
-        default=None,
+        "the example above)"
     )
-    yes_no: list[str] = setting(
+    yes_no: list[str] = several(
         "two words, such as yes no; a decoder's new head is initialized to the difference of their logits after the "
-        "template",
-        default_factory=list,
+        "template"
     )
-    attn_implementation: str | None = _as(ModelArguments, "attn_implementation")
-    trust_remote_code: bool = _as(ModelArguments, "trust_remote_code")
+    attn_implementation: str | None = same_as(ModelArguments, "attn_implementation")
+    trust_remote_code: bool = same_as(ModelArguments, "trust_remote_code")
     load_in_4bit: ClassVar[None] = None
 
     def __post_init__(self):
@@ -66,21 +56,20 @@ class RerankerLoraArguments(LoraArguments):
 
 @dataclass(kw_only=True)
 class RerankerDataArguments(Settings):
-    train_files: list[str] = _as(DataArguments, "train_files")
-    columns: list[str] = _as(DataArguments, "columns")
-    corpus_files: list[str] = _as(DataArguments, "corpus_files")
-    max_length: int | None = setting(
+    train_files: list[str] = same_as(DataArguments, "train_files")
+    columns: list[str] = same_as(DataArguments, "columns")
+    corpus_files: list[str] = same_as(DataArguments, "corpus_files")
+    max_length: int | None = optional(
         "maximum length of a pair in tokens, including template and special tokens; the longer of the two texts is "
         "truncated (default: from the tokenizer, at most 512)",
-        default=None,
         above=0,
     )
     hard_negatives: int = setting(
-        "hard negatives (neg_doc) in each query's group; some are repeated if a record has fewer", default=7, at_least=1
+        "hard negatives (neg_doc) in each query's group; some are repeated if a record has fewer", 7, at_least=1
     )
-    hard_negatives_sampling: str = _as(DataArguments, "hard_negatives_sampling")
-    skip_bad_records: bool = _as(DataArguments, "skip_bad_records")
-    cache_dir: str = _as(DataArguments, "cache_dir")
+    hard_negatives_sampling: str = same_as(DataArguments, "hard_negatives_sampling")
+    skip_bad_records: bool = same_as(DataArguments, "skip_bad_records")
+    cache_dir: str = same_as(DataArguments, "cache_dir")
     sampling_probabilities: ClassVar[tuple[float, ...]] = ()
     positives: ClassVar[str] = "all"
     batching: ClassVar[str] = "mixed"
@@ -90,17 +79,17 @@ class RerankerDataArguments(Settings):
 
 @dataclass(kw_only=True)
 class RerankerStepArguments(Settings):
-    global_batch_size: int = _as(StepArguments, "global_batch_size")
-    micro_batch_tokens: int = _as(StepArguments, "micro_batch_tokens")
+    global_batch_size: int = same_as(StepArguments, "global_batch_size")
+    micro_batch_tokens: int = same_as(StepArguments, "micro_batch_tokens")
     loss: str = setting(
         "listwise (softmax over each query's group), bce (binary cross-entropy on each pair) or kl (KL divergence from a "
         "teacher's pos_score and neg_scores)",
-        default="listwise",
+        "listwise",
         choices=LOSSES,
     )
-    distillation_temperature: float = _as(StepArguments, "distillation_temperature")
-    grad_cache: bool = _as(StepArguments, "grad_cache")
-    gradient_checkpointing: bool = _as(StepArguments, "gradient_checkpointing")
+    distillation_temperature: float = same_as(StepArguments, "distillation_temperature")
+    grad_cache: bool = same_as(StepArguments, "grad_cache")
+    gradient_checkpointing: bool = same_as(StepArguments, "gradient_checkpointing")
     negatives: ClassVar[str] = "pair"  # a query's documents are its own
     temperature: ClassVar[float] = 1.0
     learnable_temperature: ClassVar[bool] = False
@@ -117,10 +106,9 @@ class RerankerStepArguments(Settings):
 
 @dataclass(kw_only=True)
 class RerankerValidationArguments(ValidationArguments):
-    best_metric: str | None = setting(
+    best_metric: str | None = optional(
         "metric that selects the best checkpoint: nDCG@10 or RR@10 after reranking each held-out record's own documents, "
-        "val_loss (lower is better) or val_accuracy (default: nDCG@10)",
-        default=None,
+        "val_loss (lower is better) or val_accuracy (default: nDCG@10)"
     )
     val_query_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
     val_doc_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, listed, setting
+from ds_embed.settings.fields import Settings, listed, optional, setting, several
 
 NEGATIVES = ("all", "own", "pair")
 SCORED_LOSSES = ("cosent", "angle", "cosine")
@@ -15,55 +15,50 @@ MIN_LEARNED_TEMPERATURE = 0.01
 
 @dataclass
 class StepArguments(Settings):
-    global_batch_size: int = setting("queries per optimizer step, over all ranks", default=64, above=0)
+    global_batch_size: int = setting("queries per optimizer step, over all ranks", 64, above=0)
     micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank; determines memory use", default=4096, above=0
+        "padded tokens per forward pass of one rank; determines memory use", 4096, above=0
     )
     negatives: str = setting(
         "documents each query is scored against: all (every document of the batch), own (all positives and its own "
         "hard negatives), pair (its positive and one of its own hard negatives at a time)",
-        default="all",
+        "all",
         choices=NEGATIVES,
     )
-    temperature: float = setting("similarities are divided by this before the softmax", default=0.02, above=0)
+    temperature: float = setting("similarities are divided by this before the softmax", 0.02, above=0)
     learnable_temperature: bool = setting(
-        f"train the temperature too, starting at temperature and never below {MIN_LEARNED_TEMPERATURE}", default=False
+        f"train the temperature too, starting at temperature and never below {MIN_LEARNED_TEMPERATURE}", False
     )
     label_smoothing: float = setting(
-        "share of the target probability spread over all candidates of a query", default=0.0, at_least=0, below=1
+        "share of the target probability spread over all candidates of a query", 0.0, at_least=0, below=1
     )
     symmetric: bool = setting(
-        "average the query-to-document loss and the loss of each positive against all queries", default=False
+        "average the query-to-document loss and the loss of each positive against all queries", False
     )
-    false_negative_margin: float | None = setting(
+    false_negative_margin: float | None = optional(
         "ignore negatives whose cosine exceeds the positive's by more than this (default: none are ignored)",
-        default=None,
         at_least=-2,
         at_most=2,
     )
-    matryoshka_dims: list[int] = setting(
-        "numbers of leading dimensions that are trained as embeddings; must include the full dimension",
-        default_factory=list,
+    matryoshka_dims: list[int] = several(
+        "numbers of leading dimensions that are trained as embeddings; must include the full dimension"
     )
-    matryoshka_weights: list[float] = setting(
-        "loss weight of each of matryoshka_dims (default: 1 each)", default_factory=list, above=0
-    )
-    pair_loss: str | None = setting(
+    matryoshka_weights: list[float] = several("loss weight of each of matryoshka_dims (default: 1 each)", above=0)
+    pair_loss: str | None = optional(
         "loss for training files of scored pairs (query, pos_doc, score): cosent or angle (similarities are ranked by "
         "score), cosine (the score is the target cosine); without it scores are not read",
-        default=None,
         choices=SCORED_LOSSES,
     )
     pair_temperature: float = setting(
-        "similarities of scored pairs are divided by this in cosent and angle", default=0.05, above=0
+        "similarities of scored pairs are divided by this in cosent and angle", 0.05, above=0
     )
     distillation_weight: float = setting(
         "weight of the KL divergence from the teacher's scores (pos_score and neg_scores of a record) in the loss",
-        default=0.0,
+        0.0,
         at_least=0,
     )
     distillation_temperature: float = setting(
-        "the teacher's scores are divided by this before the softmax", default=1.0, above=0
+        "the teacher's scores are divided by this before the softmax", 1.0, above=0
     )
     guide_embeddings: str | None = setting(
         "folder that generate wrote, with vectors by another model of all texts of the training files: negatives whose cosine "
@@ -97,9 +92,9 @@ class StepArguments(Settings):
     )
     grad_cache: bool = setting(
         "gradient caching: encode twice, so that any batch size fits in the memory of one micro-batch; gradients are exact",
-        default=False,
+        False,
     )
-    gradient_checkpointing: bool = setting("recompute activations in the backward pass to save memory", default=False)
+    gradient_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
 
     def __post_init__(self):
         super().__post_init__()

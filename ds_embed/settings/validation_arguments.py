@@ -5,73 +5,65 @@ import re
 from dataclasses import dataclass
 
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, setting
+from ds_embed.settings.fields import Settings, optional, setting, several
 
 
 @dataclass
 class ValidationArguments(Settings):
     """Without val_*_files and val_sets, no validation runs. All of these settings may change when a run is resumed."""
 
-    val_files: list[str] = setting(
+    val_files: list[str] = several(
         "held-out records in the format of train_files, for val_loss and val_accuracy (accuracy within the batch); for "
         "scored pairs (pair_loss), val_spearman: the rank correlation of cosine and score, averaged over the files",
-        default_factory=list,
         files=True,
     )
-    val_query_files: list[str] = setting(
+    val_query_files: list[str] = several(
         "held-out queries (query, query_id, and doc_id of the relevant document) for retrieval over all of val_doc_files",
-        default_factory=list,
         files=True,
     )
-    val_doc_files: list[str] = setting(
-        "documents (pos_doc, doc_id) that val_query_files are searched in", default_factory=list, files=True
-    )
-    val_sets: list[str] = setting(
+    val_doc_files: list[str] = several("documents (pos_doc, doc_id) that val_query_files are searched in", files=True)
+    val_sets: list[str] = several(
         "additional test sets as NAME=FOLDER, with queries.jsonl and docs.jsonl in FOLDER (as convert --output_format "
-        "test writes them); their measures are named NAME/nDCG@10, and mean/nDCG@10 is the mean over all sets",
-        default_factory=list,
+        "test writes them); their measures are named NAME/nDCG@10, and mean/nDCG@10 is the mean over all sets"
     )
-    val_metrics: list[str] = setting(
-        "retrieval measures, named as in ir-measures (default: nDCG@10 RR@10 R@1 R@10 R@100)", default_factory=list
+    val_metrics: list[str] = several(
+        "retrieval measures, named as in ir-measures (default: nDCG@10 RR@10 R@1 R@10 R@100)"
     )
     val_check_interval: int = setting(
         "optimizer steps between validations; 0 validates only after the last step, which is always validated",
-        default=0,
+        0,
         at_least=0,
     )
-    val_each_epoch: bool = setting("also validate at the end of each pass over the training data", default=False)
+    val_each_epoch: bool = setting("also validate at the end of each pass over the training data", False)
     val_before_training: bool = setting(
-        "also validate before the first step; this result never counts as the best", default=False
+        "also validate before the first step; this result never counts as the best", False
     )
     ignore_identical_ids: bool = setting(
         "ignore the document that has the same id as the query, for queries that are also documents (ArguAna, Quora)",
-        default=False,
+        False,
     )
     val_save_embeddings: bool = setting(
         "keep the vectors of every validation in output_dir/validation/consumed_samplesX/, as generate writes them",
-        default=False,
+        False,
     )
-    best_metric: str | None = setting(
+    best_metric: str | None = optional(
         "metric that selects the best checkpoint: val_loss (lower is better), val_accuracy, val_spearman or one of "
-        "val_metrics (default: the first of val_metrics on the first test set, or val_loss without a test set)",
-        default=None,
+        "val_metrics (default: the first of val_metrics on the first test set, or val_loss without a test set)"
     )
     save_top_k: int = setting(
         "number of best checkpoints to save and keep, in addition to the newest save_total_limit ones; 0 keeps none",
-        default=1,
+        1,
         at_least=0,
     )
-    load_best_at_end: bool = setting(
-        "write the best checkpoint to output_dir/model instead of the last step", default=False
-    )
+    load_best_at_end: bool = setting("write the best checkpoint to output_dir/model instead of the last step", False)
     early_stopping_patience: int = setting(
         "end training after this many consecutive validations without an improvement of best_metric; 0 disables this",
-        default=0,
+        0,
         at_least=0,
     )
     early_stopping_min_delta: float = setting(
         "early stopping counts a change of best_metric as an improvement only if it exceeds this (in the metric's unit)",
-        default=0.0,
+        0.0,
         at_least=0,
     )
 
@@ -100,28 +92,18 @@ class ValidationArguments(Settings):
         for name, other in (("val_query_files", "val_doc_files"), ("val_doc_files", "val_query_files")):
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name}: retrieval needs queries and documents; give --{other} too")
-        self._check_needs(
-            ("val_metrics", "ignore_identical_ids", "val_save_embeddings"),
-            self.test_sets(),
-            "--val_query_files and --val_doc_files, or --val_sets",
-        )
-        self._check_needs(
-            (
-                *("val_check_interval", "val_each_epoch", "val_before_training", "best_metric", "load_best_at_end"),
-                "early_stopping_patience",
-            ),
-            self.is_on,
-            "--val_files, or --val_query_files and --val_doc_files, or --val_sets",
-        )
+        texts = "--val_query_files and --val_doc_files, or --val_sets"
+        always = "val_check_interval val_each_epoch val_before_training best_metric load_best_at_end"
         is_repeated = self.val_check_interval or self.val_each_epoch
-        self._check_needs(("early_stopping_patience",), is_repeated, "--val_check_interval or --val_each_epoch")
-        self._check_needs(("early_stopping_min_delta",), self.early_stopping_patience, "--early_stopping_patience")
-        self._check_needs(("load_best_at_end",), self.save_top_k, "--save_top_k 1 or more")
-
-    def _check_needs(self, names: tuple[str, ...], is_there: object, needed: str) -> None:
-        """UserError for a setting that would have no effect."""
-        for name in names:
-            value = getattr(self, name)
-            if value and not is_there:
-                shown = f" {str(value).lower()}" if isinstance(value, (bool, int, float)) else ""
-                raise UserError(f"--{name}{shown}: has no effect without {needed}; add that or remove --{name}")
+        for names, is_there, needed in (
+            ("val_metrics ignore_identical_ids val_save_embeddings", self.test_sets(), texts),
+            (f"{always} early_stopping_patience", self.is_on, f"--val_files, or {texts}"),
+            ("early_stopping_patience", is_repeated, "--val_check_interval or --val_each_epoch"),
+            ("early_stopping_min_delta", self.early_stopping_patience, "--early_stopping_patience"),
+            ("load_best_at_end", self.save_top_k, "--save_top_k 1 or more"),
+        ):
+            for name in names.split():  # settings that would have no effect
+                value = getattr(self, name)
+                if value and not is_there:
+                    shown = f" {str(value).lower()}" if isinstance(value, (bool, int, float)) else ""
+                    raise UserError(f"--{name}{shown}: has no effect without {needed}; add that or remove --{name}")

@@ -34,8 +34,8 @@ from ds_embed.job.ranks import World
 from ds_embed.models.loading import find_source
 from ds_embed.mteb_model import MTEBModel
 from ds_embed.settings import ModelArguments, TextArguments
-from ds_embed.settings.benchmark_arguments import BenchmarkArguments
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.tool_arguments import BenchmarkArguments
 from ds_embed.vectors.embedder import Embedder
 
 _SIDES = ("query", "document")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, setting
-from ds_embed.settings.index_arguments import SearchIndexArguments
+from ds_embed.settings.tool_arguments import SearchIndexArguments
 from ds_embed.vectors import metrics
 from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
 from ds_embed.vectors.significance import compare_runs, describe_comparisons, read_per_query

@@ -19,7 +19,7 @@ from ds_embed.data.records import read_document_texts, read_query_texts
 from ds_embed.job.ranks import World
 from ds_embed.models.reranker import find_reranker
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.rerank_arguments import RerankArguments
+from ds_embed.settings.tool_arguments import RerankArguments
 from ds_embed.vectors.cross_encoder import CrossEncoder
 from ds_embed.vectors.metrics import SearchRun, load_run, rank_documents, write_run_lines
 from ds_embed.vectors.search import search

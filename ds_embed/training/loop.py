@@ -380,13 +380,11 @@ class TrainingRun:
         with partitioned_loading(self.deepspeed_config):
             encoder = load_encoder(
                 source,
-                pooling=self.card.pooling,
-                bidirectional=self.card.bidirectional,
+                **self.card.encoding,
                 bf16=self.run.bf16,
                 attn_implementation=kernel,
                 trust_remote_code=self.model.trust_remote_code,
                 trained=self.lora,
-                head=self.card.head,
             )
             encoder.make_unit_vectors()
             if self.lora.lora_rank and source.adapter is None:

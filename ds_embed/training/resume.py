@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_embed.artifact.durable import remove_all_unfinished, set_aside
+from ds_embed.artifact.durable import remove_unfinished, set_aside
 from ds_embed.artifact.identity import check_unchanged
 from ds_embed.models.card import CARD_NAME
 from ds_embed.models.checkpoint import damage, list_checkpoints, read_state
@@ -103,7 +103,7 @@ def find_start(
 
 def clear_way(folder: RunFolder, start: Start) -> None:
     """Rename damaged checkpoints that would be in the way; rank 0 calls it once the run is certain to start."""
-    remove_all_unfinished(folder.checkpoints_dir)
+    remove_unfinished(folder.checkpoints_dir, inside=True)
     for path in start.damaged:
         logger.warning("warning: the damaged checkpoint is kept as %s", set_aside(path))
 

@@ -3,8 +3,6 @@
 Shapes: n rows (N queries, M documents), D dimensions, d of them kept, k documents for each query.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -33,7 +31,7 @@ class ChangedRows:
     ndim = 2
     dtype = np.dtype(np.float32)
 
-    def __init__(self, rows: np.ndarray | ChangedRows, change: Callable[[np.ndarray], np.ndarray], dims: int):
+    def __init__(self, rows: "np.ndarray | ChangedRows", change: Callable[[np.ndarray], np.ndarray], dims: int):
         self._rows = rows
         self._change = change
         self.shape = (len(rows), dims)
@@ -45,7 +43,7 @@ class ChangedRows:
         return self._change(np.asarray(self._rows[chosen])).astype(np.float32, copy=False)
 
 
-def truncated(rows: np.ndarray, dims: int) -> np.ndarray | ChangedRows:
+def truncated(rows: np.ndarray, dims: int) -> "np.ndarray | ChangedRows":
     """The first d dimensions, scaled to length 1 (Matryoshka); all D as they are."""
     if dims == rows.shape[1]:
         return rows
@@ -59,22 +57,15 @@ def truncated(rows: np.ndarray, dims: int) -> np.ndarray | ChangedRows:
 
 
 def measure_compressed(
-    queries: Vectors,
-    documents: Vectors,
-    k: int,
-    qrels: Qrels,
-    measures: Sequence[str],
-    *,
-    ignore_identical_ids: bool = False,
-    **settings,
+    queries: Vectors, documents: Vectors, k: int, qrels: Qrels, measures: list[str], ignore_identical_ids: bool, **how
 ) -> list[dict]:
     """{kind, dims, bytes_per_vector, measure: mean ...} of each way to store the documents; see search_compressed."""
     entries, depth = [], min(k + ignore_identical_ids, len(documents))
-    found = search_compressed(queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, **settings)
-    for kind, dims, size, *result in found:
+    found = search_compressed(queries.rows, documents.rows, depth, tie_rank=documents.ids.ranks, **how)
+    for kind, dims, size, scores, indices in found:
         if ignore_identical_ids:
-            result = without_identical(queries.ids, documents.ids, *result, k)
-        means = evaluate(SearchRun(queries.ids, documents.ids, *result), qrels, measures).means
+            scores, indices = without_identical(queries.ids, documents.ids, scores, indices, k)
+        means = evaluate(SearchRun(queries.ids, documents.ids, scores, indices), qrels, measures).means
         entries.append({"kind": kind, "dims": dims, "bytes_per_vector": size} | means)
     return entries
 

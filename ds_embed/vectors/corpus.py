@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from ds_embed.vectors.corpus_plan import CorpusPlan, MicroBatch
 
 KIND = "vectors, form 2"
 COMPUTED = ("kernels",)  # of made_from: in which way, which is that of the machine
-_ROUNDING = {"acceptable": ROUNDING_SETTINGS, "so_that": "goes on with rows that differ by rounding"}
+_ROUNDING: dict[str, Any] = {"acceptable": ROUNDING_SETTINGS, "so_that": "goes on with rows that differ by rounding"}
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +106,8 @@ class CorpusWriter:
                 if not finite.all():
                     where = self._plan.store.location(int(batch.texts[np.argmin(finite)]))
                     self._save()
-                    raise UserError(
-                        f"{where}: its vector holds NaN or infinity; try --bf16 false, or look at the loss of the "
-                        "model's training"
-                    )
+                    cure = "try --bf16 false, or look at the loss of the model's training"
+                    raise UserError(f"{where}: its vector holds NaN or infinity; {cure}")
                 self._rows[batch.rows - self._first] = of_texts[batch.uses]
                 self._num_done += len(batch.rows)
                 if self._block_done == len(self._rows):
@@ -138,7 +137,7 @@ class CorpusWriter:
 
         def take(file: str, name: str) -> Part | None:
             part = told.get((file, name))
-            if part is not None and not self._corpus.holds(part):
+            if part is not None and not part.is_in(self._corpus.begun):
                 logger.warning("warning: %s: saved rows are not as they were written and are encoded again", file)
                 part = None
             kept.extend([part] if part else [])

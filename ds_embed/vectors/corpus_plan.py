@@ -84,10 +84,8 @@ def cut_block(keys: Iterable[bytes], lengths: np.ndarray, micro_batch_tokens: in
     uses = place[text_of[rows]]
     starts = np.cumsum([0, *map(len, batches)])
     bounds = np.searchsorted(uses, starts)
-    return [
-        MicroBatch(first[texts], rows[low:high], uses[low:high] - start)
-        for texts, start, low, high in zip(batches, starts, bounds, bounds[1:])
-    ]
+    parts = zip(batches, starts, bounds, bounds[1:])
+    return [MicroBatch(first[texts], rows[a:b], uses[a:b] - start) for texts, start, a, b in parts]
 
 
 def rows_of_shard(num_rows: int, shard_index: int, num_shards: int, block_texts: int = BLOCK_TEXTS) -> range:

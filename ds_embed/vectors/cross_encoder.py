@@ -3,8 +3,6 @@
 Shapes: p pairs, S tokens of the longest pair of a micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 
 from ds_embed.data.plan import cut_by_length
 from ds_embed.job.ranks import World
-from ds_embed.models.cpu import pack_linear_layers, use_cpu_kernels
+from ds_embed.models.cpu import pack_linear_layers, use_kernels
 from ds_embed.models.kinds import count_positions
 from ds_embed.models.reranker import default_max_length, find_reranker
 from ds_embed.settings.errors import UserError
@@ -47,7 +45,7 @@ class CrossEncoder:
         source = find_reranker(name, flag=flag)
         self._tokenizer, self._model = _load(source.base, bf16, flag)
         self._model.to(world.device).eval().requires_grad_(False)
-        use_cpu_kernels()
+        use_kernels()
         pack_linear_layers(self._model)
         longest = count_positions(self._model)
         self._max_length = max_length or default_max_length(source, self._tokenizer, longest)
@@ -63,19 +61,18 @@ class CrossEncoder:
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Scores (p,) float32 of pairs, on every rank, the same bits for any number of ranks."""
         blocks = [range(start, min(start + _BLOCK_PAIRS, len(pairs))) for start in range(0, len(pairs), _BLOCK_PAIRS)]
-        shares = [blocks[rank :: self._world.size] for rank in range(self._world.size)]
-        own = [torch.empty(0, device=self._world.device)]
-        own += [self._score_block([pairs[i] for i in block]) for block in shares[self._world.rank]]
-        counts = [sum(map(len, share)) for share in shares]
-        gathered = self._world.all_gather_rows(torch.cat(own), counts).cpu().numpy()
-        scores = np.empty(len(pairs), dtype=np.float32)
-        scores[[i for share in shares for block in share for i in block]] = gathered
+
+        def scores_of(number: int | None) -> torch.Tensor:
+            if number is None:
+                return torch.empty(0, device=self._world.device)
+            return self._score_block([pairs[i] for i in blocks[number]])
+
+        shared = self._world.rows_in_turn(list(map(len, blocks)), scores_of)
+        scores = np.concatenate([np.empty(0, np.float32), *shared])
         if not np.isfinite(scores).all():
             bad = int(np.argmin(np.isfinite(scores)))
-            raise UserError(
-                f"--{self._flag}: the score of '{pairs[bad][0][:60]}' is {scores[bad]}; try --{self._prefix}bf16 false, or "
-                "another model"
-            )
+            what = f"the score of '{pairs[bad][0][:60]}' is {scores[bad]}"
+            raise UserError(f"--{self._flag}: {what}; try --{self._prefix}bf16 false, or another model")
         return scores
 
     def _score_block(self, uses: list[tuple[str, str]]) -> torch.Tensor:
@@ -95,9 +92,8 @@ class CrossEncoder:
             inputs = self._tokenizer.pad(chosen, return_tensors="pt").to(self._world.device)
             with torch.inference_mode():
                 logits = self._model(**inputs).logits.float()
-            scores[torch.from_numpy(batch).to(scores.device)] = logits[:, -1] - (
-                logits[:, 0] if logits.shape[1] == 2 else 0
-            )
+            first = logits[:, 0] if logits.shape[1] == 2 else 0
+            scores[torch.from_numpy(batch).to(scores.device)] = logits[:, -1] - first
         scores = scores[[place[pair] for pair in uses]]
         return scores.sigmoid() if self._probability else scores
 

@@ -8,28 +8,25 @@
 Shapes: n texts, D dimensions.
 """
 
-from __future__ import annotations
-
-import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ds_embed.data.tokenize import TextFormat, TextTokenizer
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import pack_linear_layers
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.fit import check_parts
-from ds_embed.models.loading import ModelSource, choose_card, find_source, load_tokenizer
+from ds_embed.models.loading import ModelSource, find_source
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus_plan import BLOCK_TEXTS, cut_block
 from ds_embed.vectors.encode import encode_tokens
-from ds_embed.vectors.load import check_merging, load_frozen, load_merged
+from ds_embed.vectors.load import ModelToEncode, check_merging
 
 _DTYPES = ("bfloat16", "float32")
 
@@ -73,7 +70,9 @@ class Embedder:
             self.dimensions = truncate_dim
         self._truncated = truncate_dim is not None
         self._world = world or World.alone()
-        self.name, self.source = card.base_model, None  # what from_source was asked for, and what that is
+        # What from_source was asked for, and what that is.
+        self.name = card.base_model
+        self.source: ModelSource | None = None
 
     @classmethod
     def from_pretrained(
@@ -84,48 +83,31 @@ class Embedder:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "bfloat16",
         revision: str | None = None,
-        step: int | None = None,
-        pooling: str | None = None,
-        normalize: bool | None = None,
-        bidirectional: bool | None = None,
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        load_in_4bit: str | None = None,
         merge_adapter: bool = False,
         micro_batch_tokens: int = 16384,
         truncate_dim: int | None = None,
         keep_weights: bool = False,
-        **text_settings: Any,
-    ) -> Embedder:
+        **settings: Any,
+    ) -> "Embedder":
         """Load a run, an exported or base model's folder, or a hub name, with an adapter on it if asked.
 
         device: default cuda where there is one, else cpu. dtype: bfloat16 (generate's default) or float32.
         truncate_dim: keep the first so many dimensions, normalised again. keep_weights: see Embedder.
-        merge_adapter: see generate's flag. revision: of a hub name. step: of a run, whose checkpoint is taken.
-        pooling, normalize, bidirectional and text_settings (max_length, query_max_length, doc_max_length,
-        query_prefix, doc_prefix) are needed for models only that say nothing of themselves.
-        `card.describe(tokenizer)` says what was taken. UserError names the setting, as the flag of generate.
+        merge_adapter: see generate's flag. revision: of a hub name. settings: others of generate by their flags: step of
+        a run, whose checkpoint is taken, attn_implementation, trust_remote_code, load_in_4bit; for models that say
+        nothing of themselves pooling, normalize, bidirectional, max_length, query_max_length, doc_max_length,
+        query_prefix, doc_prefix. `card.describe(tokenizer)` says what was taken. UserError names the setting.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in _DTYPES:
             raise UserError(f"dtype {dtype}: choose one of {', '.join(_DTYPES)}")
-        model = ModelArguments(
-            str(model_name_or_path),
-            adapter_path=None if adapter_path is None else str(adapter_path),
-            model_revision=revision,
-            step=step,
-            pooling=pooling,
-            normalize=normalize,
-            bidirectional=bidirectional,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            load_in_4bit=load_in_4bit,
-        )
-        source = find_source(model)
+        of_model = {one.name: settings.pop(one.name) for one in fields(ModelArguments) if one.name in settings}
+        adapter = None if adapter_path is None else str(adapter_path)
+        model = ModelArguments(str(model_name_or_path), adapter, model_revision=revision, **of_model)
         return cls.from_source(
-            source,
+            find_source(model),
             model,
-            TextArguments(**text_settings),
+            TextArguments(**settings),
             device=device,
             bf16=name == "bfloat16",
             merge_adapter=merge_adapter,
@@ -145,18 +127,17 @@ class Embedder:
         bf16: bool,
         merge_adapter: bool = False,
         **options: Any,
-    ) -> Embedder:
+    ) -> "Embedder":
         """What `from_pretrained` does for a model that find_model has found."""
-        card = choose_card(source, text, model)
-        tokenizer = load_tokenizer(source, model.trust_remote_code)
-        check_parts(source, card, tokenizer, model.trust_remote_code)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        found = ModelToEncode.of(source, text, model)
+        found.check()
+        device, cosine = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
         if merge_adapter:
             check_merging(source, model)
-            encoder, cosine = load_merged(source, card, tokenizer, model, bf16=bf16, device=device)
+            encoder, cosine = found.load_merged(bf16=bf16, device=device)
         else:
-            encoder, cosine = load_frozen(source, card, model, bf16=bf16), None
-        embedder = cls(encoder.to(device), tokenizer, card, **options)
+            encoder = found.load(bf16=bf16)
+        embedder = cls(encoder.to(device), found.tokenizer, found.card, **options)
         embedder.merging_cosine = cosine
         embedder.name, embedder.source = model.model_name_or_path, source
         return embedder
@@ -183,25 +164,22 @@ class Embedder:
         lengths = np.array([len(row) for row in tokens], dtype=np.int64)
         if len(tokens) and not lengths.min():
             raise UserError(f"text {int(lengths.argmin())} of the {name} has no tokens: leave blank texts out")
-        from tqdm import tqdm
-
         rows = np.empty((len(tokens), self.dimensions), dtype=np.float32)
         with tqdm(total=len(tokens), unit="text", desc=f"encoding {name}", disable=not progress) as bar:
             for start in range(0, len(tokens), BLOCK_TEXTS):
                 keys = (row.tobytes() for row in tokens[start : start + BLOCK_TEXTS])
                 batches = list(cut_block(keys, lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens))
-                shares = [batches[rank :: self._world.size] for rank in range(self._world.size)]
-                own = [torch.empty(0, self.dimensions, device=next(self.encoder.parameters()).device)]
-                for batch in shares[self._world.rank]:
-                    of_batch = [tokens[start + text] for text in batch.texts]
+
+                def vectors_of(number: int | None) -> torch.Tensor:
+                    if number is None:
+                        return torch.empty(0, self.dimensions, device=next(self.encoder.parameters()).device)
+                    of_batch = [tokens[start + text] for text in batches[number].texts]
                     vectors = encode_tokens(self.encoder, of_batch, tokenizer.prompt_length)[:, : self.dimensions]
-                    if self._truncated and self.card.makes_unit_vectors:
-                        vectors = torch.nn.functional.normalize(vectors, dim=1)
-                    own.append(vectors)
-                    bar.update(len(batch.rows))
-                counts = [sum(len(batch.texts) for batch in share) for share in shares]
-                gathered = self._world.all_gather_rows(torch.cat(own), counts).cpu().numpy()
-                for batch in itertools.chain.from_iterable(shares):
-                    vectors, gathered = np.split(gathered, [len(batch.texts)])
+                    bar.update(len(batches[number].rows))
+                    unit = self._truncated and self.card.makes_unit_vectors
+                    return torch.nn.functional.normalize(vectors, dim=1) if unit else vectors
+
+                shared = self._world.rows_in_turn([len(batch.texts) for batch in batches], vectors_of)
+                for batch, vectors in zip(batches, shared):
                     rows[start + batch.rows] = vectors[batch.uses]
         return rows

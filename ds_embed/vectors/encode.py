@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ds_embed.data.batch import collate, collate_prompts, pad
 from ds_embed.data.store import TextStore
@@ -42,18 +43,24 @@ def encode_store(
 ) -> None:
     """Make the corpus: float32 (n, D), and a line per row in file order.
 
-    encode: as TextEncoder.forward. Every rank must call this, and all make the
-    same number of forward passes. `rows` (default: all) start at a whole block. With `goes_on`, an earlier call that
-    was killed is gone on with: corpus.is_finished has compared what both are made from. Without it a corpus that
-    stands there is replaced. UserError when rows can't be written or are not finite; what was saved is kept.
+    encode: as TextEncoder.forward. Every rank must call this. `rows` (default: all) start at a whole block. With
+    `goes_on` it goes on from an earlier call that was killed: corpus.is_finished has compared what both are made from.
+    Without it a corpus that stands there is replaced. UserError when rows can't be written or are not finite; what was
+    saved is kept.
     """
     plan = CorpusPlan(store, range(store.num_texts) if rows is None else rows, micro_batch_tokens, block_texts)
     num_dims = _encode_texts(store, _NO_TEXTS, encode, world).shape[1]
     writer = CorpusWriter(corpus, plan, num_dims, goes_on, save_seconds)
     num_done = world.on_main(f"start {corpus.path}", writer.open)
     problem: UserError | None = None
-    progress = _progress_bar(len(plan.rows), num_done, world, corpus.name)
-    for group, vectors in _encode_groups(plan.batches(num_done), store, encode, world):
+    bar: dict[str, Any] = {"unit": "text", "desc": f"encoding {corpus.name}", "leave": None, "dynamic_ncols": True}
+    progress = tqdm(total=len(plan.rows), initial=num_done, disable=not world.is_main, **bar)
+    batches = plan.batches(num_done)
+    while group := _next_group(batches, world.size):
+        vectors = world.rows_in_turn(
+            [len(batch.texts) for batch in group],
+            lambda number: _encode_texts(store, _NO_TEXTS if number is None else group[number].texts, encode, world),
+        )
         # Of the group before, so that no rank waits for the disk.
         if world.max([float(problem is not None)])[0]:
             break
@@ -62,9 +69,8 @@ def encode_store(
                 writer.add(group, vectors)
             except UserError as error:
                 problem = error
-            progress.update(_num_rows(group))
-    if progress is not None:
-        progress.close()
+        progress.update(_num_rows(group))
+    progress.close()
 
     def publish() -> None:
         if problem is not None:
@@ -72,26 +78,6 @@ def encode_store(
         writer.publish()
 
     world.on_main(f"publish {corpus.path}", publish)
-
-
-def _encode_groups(
-    batches: Iterator[MicroBatch], store: TextStore, encode: Encode, world: World
-) -> Iterator[tuple[list[MicroBatch], list[np.ndarray]]]:
-    """Groups of micro-batches in order, on rank 0 with the vectors (u, D) of each one's texts."""
-    while group := _next_group(batches, world.size):
-        by_rank = [range(rank, len(group), world.size) for rank in range(world.size)]
-        own = [group[number].texts for number in by_rank[world.rank]]
-        own += [_NO_TEXTS] * (len(by_rank[0]) - len(own))
-        pieces = [_encode_texts(store, texts, encode, world) for texts in own]
-        counts = [sum(len(group[number].texts) for number in numbers) for numbers in by_rank]
-        gathered = world.all_gather_rows(torch.cat(pieces), counts)
-        if not world.is_main:
-            yield group, []
-            continue
-        order = [number for numbers in by_rank for number in numbers]
-        ends = np.cumsum([len(group[number].texts) for number in order])
-        vectors = dict(zip(order, np.split(gathered.cpu().numpy(), ends)))
-        yield group, [vectors[number] for number in range(len(group))]
 
 
 def _next_group(batches: Iterator[MicroBatch], num_ranks: int) -> list[MicroBatch]:
@@ -126,17 +112,8 @@ def _forward(
 ) -> torch.Tensor:
     """Vectors (u, D) float32 of token ids (u, S); lengths and prompts (u,)."""
     with torch.inference_mode():
-        inputs = [torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)]
+        inputs: list[Any] = [torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)]
         inputs.append(bool(lengths.min() < ids.shape[1]))
         if prompts is not None:
             inputs.append(torch.from_numpy(prompts).to(device))
         return encode(*inputs).float()
-
-
-def _progress_bar(num_rows: int, num_done: int, world: World, name: str) -> Any:
-    if not world.is_main:
-        return None
-    from tqdm import tqdm
-
-    description = f"encoding {name}"
-    return tqdm(total=num_rows, initial=num_done, unit="text", desc=description, leave=None, dynamic_ncols=True)

@@ -5,8 +5,6 @@ Scores stay ours: FAISS only chooses candidates, whose inner products are then s
 Shapes: N queries, M documents, D dimensions, K kept documents (k).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -19,8 +17,8 @@ import torch
 
 from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.index_arguments import IndexArguments, SearchIndexArguments
-from ds_embed.vectors.search import best_of, check_search, pair_scores, search
+from ds_embed.settings.tool_arguments import IndexArguments, SearchIndexArguments
+from ds_embed.vectors.search import Rows, best_of, check_search, pair_scores, search
 
 _ADDED_ROWS = 65536  # at a time: the documents are memory-mapped
 _MIN_DOCUMENTS_PER_LIST = 39  # FAISS warns of fewer: cells without a shape
@@ -69,7 +67,7 @@ def write_index(index: Any, path: str | os.PathLike) -> None:
         try:
             _faiss().write_index(index, file.name)
         except RuntimeError as error:
-            raise UserError(f"{path}: cannot be written ({_last_line(error)})") from None
+            raise UserError(f"{path}: cannot be written ({str(error).strip().splitlines()[-1]})") from None
 
 
 def read_index(path: str | os.PathLike, documents: np.ndarray) -> Any:
@@ -77,38 +75,32 @@ def read_index(path: str | os.PathLike, documents: np.ndarray) -> Any:
 
     UserError with the cure: no such file, not a FAISS index, no inner products, other documents.
     """
-    again = "build it again with recipes/build_index.py"
+
+    def refused(reason: str) -> UserError:
+        return UserError(f"--index_file {path}: {reason}; build it again with recipes/build_index.py")
+
     if not os.path.isfile(path):
-        raise UserError(f"--index_file {path}: no such file; {again}")
+        raise refused("no such file")
     faiss = _faiss()
     try:
         index = faiss.read_index(str(path))
     except RuntimeError as error:
-        raise UserError(f"--index_file {path}: not a whole FAISS index ({_last_line(error)}); {again}") from None
+        raise refused(f"not a whole FAISS index ({str(error).strip().splitlines()[-1]})") from None
     if (index.ntotal, index.d) != documents.shape:
-        raise UserError(
-            f"--index_file {path}: holds {index.ntotal} documents of {index.d} dimensions, and the embeddings "
-            f"have {documents.shape[0]} of {documents.shape[1]}; {again}"
-        )
+        there = f"the embeddings have {documents.shape[0]} of {documents.shape[1]}"
+        raise refused(f"holds {index.ntotal} documents of {index.d} dimensions, and {there}")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise UserError(f"--index_file {path}: does not compare by inner product; {again}")
+        raise refused("does not compare by inner product")
     if isinstance(index, faiss.IndexIVF):
         index.make_direct_map()
     for row in np.linspace(0, len(documents) - 1, _COMPARED_ROWS, dtype=np.int64):
         if not np.array_equal(index.reconstruct(int(row)), documents[row]):
-            raise UserError(f"--index_file {path}: row {row} is not that of the embeddings, which changed; {again}")
+            raise refused(f"row {row} is not that of the embeddings, which changed")
     return index
 
 
 def search_index(
-    index: Any,
-    queries: np.ndarray,
-    documents: np.ndarray,
-    k: int,
-    settings: IndexArguments,
-    *,
-    tie_rank: np.ndarray,
-    device: str = "cpu",
+    index: Any, queries: Rows, documents: Rows, k: int, settings: IndexArguments, *, tie_rank: np.ndarray, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """As search: scores float32 (N, k) and rows int64 (N, k), of the documents that the index finds.
 
@@ -140,24 +132,18 @@ def index_kind(index: Any) -> str:
 
 
 def search_by_arguments(
-    arguments: SearchIndexArguments,
-    queries: np.ndarray,
-    documents: np.ndarray,
-    k: int,
-    *,
-    tie_rank: np.ndarray,
-    device: str = "cpu",
+    asked: SearchIndexArguments, queries: Rows, documents: Rows, k: int, *, tie_rank: np.ndarray, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray, str | None]:
     """(scores, rows, kind): the search that the flags ask for, and its index in words (None: exact search)."""
-    if arguments.index_file is None and arguments.index == "exact":
+    if asked.index_file is None and asked.index == "exact":
         return *search(queries, documents, k, tie_rank=tie_rank, device=device), None
-    if arguments.index_file is not None:
-        index = read_index(arguments.index_file, documents)
+    if asked.index_file is not None:
+        index = read_index(asked.index_file, documents)
     else:
         start = time.perf_counter()
-        index = build_index(arguments.index, documents, arguments)
+        index = build_index(asked.index, documents, asked)
         print(f"index      built in {time.perf_counter() - start:.1f} seconds", flush=True)
-    scores, rows = search_index(index, queries, documents, k, arguments, tie_rank=tie_rank, device=device)
+    scores, rows = search_index(index, queries, documents, k, asked, tie_rank=tie_rank, device=device)
     return scores, rows, index_kind(index)
 
 
@@ -179,7 +165,3 @@ def _faiss() -> Any:
     # FAISS carries an OpenMP of its own, which knows nothing of torch's threads: ranks would fight over the cores.
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
-
-
-def _last_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1]

@@ -1,8 +1,7 @@
 """The generate job: a model and files of texts in, vectors on disk out."""
 
 import logging
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +15,21 @@ from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import describe_kernels, pack_linear_layers
 from ds_embed.models.engine import partitioned_loading, start_inference_engine
-from ds_embed.models.fit import check_parts
-from ds_embed.models.loading import ModelSource, check_stage, choose_card, find_source, load_config, load_tokenizer
+from ds_embed.models.loading import check_stage, find_source, load_config
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
 from ds_embed.vectors.corpus_plan import rows_of_shard
 from ds_embed.vectors.encode import encode_store
-from ds_embed.vectors.load import check_merging, load_frozen, load_merged
+from ds_embed.vectors.load import ModelToEncode, check_merging
 from ds_embed.vectors.metrics import judged_documents
 from ds_embed.vectors.vectors import Ids
 
-# Of the model and its card: where it comes from, and what only its training knew.
-_NOT_OF_ROWS = {
-    "model_name_or_path",
-    "adapter_path",
-    "model_revision",
-    "step",
-    "normalize",
-    "similarity",
-    "prompts",
-    "origins",
-    "trust_remote_code",
-    "load_in_4bit",  # which the source identifies
-    "base_model",
-    "consumed_samples",
-    "temperature",
-}
+# Of the model and its card: where it comes from (which the source identifies), and what only its training knew.
+_NOT_OF_ROWS = {"model_name_or_path", "adapter_path", "model_revision", "step", "load_in_4bit", "trust_remote_code"}
+_NOT_OF_ROWS |= {"normalize", "similarity", "prompts", "origins", "base_model", "consumed_samples", "temperature"}
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One kind of texts to encode: all of its rows, or those of a shard."""
-
-    corpus: Corpus
-    store: TextStore
-    rows: range
 
 
 def generate(world: World, model: ModelArguments, text: TextArguments, arguments: EncodeArguments) -> Path:
@@ -65,19 +41,18 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
     deepspeed_config: dict[str, Any] = {"zero_optimization": {"stage": 0}}
     if arguments.deepspeed is not None:
-        deepspeed_config = resolve_deepspeed_config(
-            arguments.deepspeed, bf16=arguments.bf16, max_grad_norm=0.0, num_ranks=world.size
-        )
+        settings: dict[str, Any] = {"bf16": arguments.bf16, "max_grad_norm": 0.0, "num_ranks": world.size}
+        deepspeed_config = resolve_deepspeed_config(arguments.deepspeed, **settings)
     stage = deepspeed_config["zero_optimization"].get("stage", 0)
     check_stage(model, stage)
     source = find_source(model)
     if arguments.merge_adapter:
         check_merging(source, model, stage)
-    card = choose_card(source, text, model)
-    tokenizer = load_tokenizer(source, model.trust_remote_code)
+    found = ModelToEncode.of(source, text, model)
+    card, tokenizer = found.card, found.tokenizer
     if world.is_main:
         logger.info("\n".join(card.describe(tokenizer)))
-    world.on_main("check model", lambda: check_parts(source, card, tokenizer, model.trust_remote_code))
+    world.on_main("check model", found.check)
     prefix = Path(arguments.output_prefix).expanduser().resolve()
     world.on_main("check output_prefix", lambda: check_writable_folder("--output_prefix", prefix))
     embeddings = prefix / f"consumed_samples{card.consumed_samples}"
@@ -94,48 +69,37 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     if len(stores) == 2:
         world.on_main("check judgments", lambda: _check_judgments(arguments, stores[1][2]))
     index, num_shards = arguments.shard_index, arguments.num_shards
-    jobs: list[_Job] = []
+    jobs: list[tuple[Corpus, TextStore, range]] = []
     for kind, folder, store in stores:
         rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
         path = embeddings / folder if index is None else shard_path(embeddings / folder, index, num_shards)
-        of_rows = made_from | _made_from(kind, store, card, model, arguments)
-        jobs.append(_Job(Corpus(path, kind, of_rows), store, rows))
+        jobs.append((Corpus(path, kind, made_from | _made_from(kind, store, card, model, arguments)), store, rows))
 
     def find_unfinished() -> list[int]:
-        for job in jobs:
-            job.corpus.claim()
-        return [i for i, job in enumerate(jobs) if not job.corpus.is_finished(arguments.accept_changes)]
+        for corpus, _, _ in jobs:
+            corpus.claim()
+        return [i for i, (corpus, _, _) in enumerate(jobs) if not corpus.is_finished(arguments.accept_changes)]
 
     unfinished = [jobs[i] for i in world.on_main("find what is unfinished", find_unfinished)]
     if arguments.merge_shards:
-
-        def merge() -> None:
-            for job in unfinished:
-                merge_shards(job.corpus, job.store, num_shards, arguments.accept_changes)
-
-        world.on_main("merge", merge)
+        for corpus, store, _ in unfinished:
+            world.on_main("merge", lambda: merge_shards(corpus, store, num_shards, arguments.accept_changes))
     elif unfinished:
         world.mark("load model")
-        encoder = _load(world, source, card, tokenizer, model, arguments, deepspeed_config)
-        for job in unfinished:
-            world.mark(f"encode {job.corpus.name}")
-            encode_store(
-                job.store,
-                encoder,
-                world,
-                job.corpus,
-                micro_batch_tokens=arguments.micro_batch_tokens,
-                rows=job.rows,
-                goes_on=True,
-                save_seconds=arguments.save_seconds,
-            )
+        encoder = _load(world, found, arguments, deepspeed_config)
+        for corpus, store, rows in unfinished:
+            world.mark(f"encode {corpus.name}")
+            budget, save_seconds = arguments.micro_batch_tokens, arguments.save_seconds
+            options = {"micro_batch_tokens": budget, "rows": rows, "goes_on": True, "save_seconds": save_seconds}
+            encode_store(store, encoder, world, corpus, **options)
     if arguments.doc_files and index is None:
         world.on_main("link test_doc", lambda: link_test_doc(embeddings))
     if world.is_main:
         for job in jobs:
+            corpus, _, rows = job
             state = "written to" if job in unfinished else "finished already, they are in"
-            logger.info("%s vectors %s %s", f"{len(job.rows):,} {job.corpus.name}", state, job.corpus.path)
-            job.corpus.release()
+            logger.info("%s vectors %s %s", f"{len(rows):,} {corpus.name}", state, corpus.path)
+            corpus.release()
     return embeddings
 
 
@@ -146,22 +110,21 @@ def build_stores(
 
     `prefix` is that of the flags that name the files. UserError: texts that are too long, one id on two documents.
     """
-    query_format, document_format = card.text_formats()
     kinds = [
-        ("query", "test_queries", arguments.query_files, "query", "query_id", query_format),
-        ("doc", "test_docs", arguments.doc_files, "pos_doc", "doc_id", document_format),
+        ("query", "test_queries", arguments.query_files, ("query", "query_id")),
+        ("doc", "test_docs", arguments.doc_files, ("pos_doc", "doc_id", "title")),
     ]
     stores = []
-    for kind, folder, files, text_key, id_key, text_format in kinds:
+    for (kind, folder, files, keys), form in zip(kinds, card.text_formats()):
         if files:
-            keys = {"query": ("query", "query_id"), "doc": ("pos_doc", "doc_id", "title")}[kind]
             columns = [word for word in arguments.columns if word.partition("=")[0] in keys]
-            build = partial(
-                build_text_store, files, text_key, id_key, tokenizer, text_format, arguments.cache_dir, columns=columns
-            )
-            path = world.on_main(
-                f"token store of {kind}", lambda: str(_checked(build(), arguments, f"--{prefix}{kind}_files"))
-            )
+
+            def build() -> str:
+                text, name = keys[:2]
+                path = build_text_store(files, text, name, tokenizer, form, arguments.cache_dir, columns=columns)
+                return str(_checked(path, arguments, f"--{prefix}{kind}_files"))
+
+            path = world.on_main(f"token store of {kind}", build)
             stores.append((kind, folder, TextStore.open(path)))
     return stores
 
@@ -217,25 +180,17 @@ def _made_from(
     return known | {name: repr(value) for name, value in settings.items()}
 
 
-def _load(
-    world: World,
-    source: ModelSource,
-    card: EmbeddingCard,
-    tokenizer: Any,
-    model: ModelArguments,
-    arguments: EncodeArguments,
-    deepspeed_config: dict[str, Any],
-) -> Any:
+def _load(world: World, found: ModelToEncode, arguments: EncodeArguments, deepspeed_config: dict[str, Any]) -> Any:
     """The encoder, or the engine around it under ZeRO-3, ready for forward passes."""
     if arguments.merge_adapter:
-        encoder, cosine = load_merged(source, card, tokenizer, model, bf16=arguments.bf16, device=world.device)
+        encoder, cosine = found.load_merged(bf16=arguments.bf16, device=world.device)
         if world.is_main:
             dtype = "bfloat16" if arguments.bf16 else "float32"
             told = "adapter merged into the base in float32, computed in %s: the smallest cosine of a few texts to base and "
             logger.info(told + "adapter side by side in float32 is %.6f", dtype, cosine)
     else:
         with partitioned_loading(deepspeed_config):
-            encoder = load_frozen(source, card, model, bf16=arguments.bf16)
+            encoder = found.load(bf16=arguments.bf16)
     if deepspeed_config["zero_optimization"].get("stage", 0) < 3:
         # Only ZeRO-3 changes a forward pass; the other stages would just cost a wrapper.
         encoder.to(world.device)

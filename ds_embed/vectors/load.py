@@ -1,5 +1,6 @@
 """The encoder of a job that encodes: frozen, as its card says, with the adapter beside the base or merged into it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ import torch
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
-from ds_embed.models.loading import ModelSource, load_encoder
-from ds_embed.settings import ModelArguments
+from ds_embed.models.fit import check_parts
+from ds_embed.models.loading import ModelSource, choose_card, load_encoder, load_tokenizer
+from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.encode import encode_tokens
 
@@ -24,6 +26,47 @@ _TEXTS = (
 )
 
 
+@dataclass(frozen=True)
+class ModelToEncode:
+    """A model that was found: how its texts become vectors, and what loads its encoder, frozen."""
+
+    source: ModelSource
+    card: EmbeddingCard
+    tokenizer: Any
+    arguments: ModelArguments
+
+    @classmethod
+    def of(cls, source: ModelSource, text: TextArguments, arguments: ModelArguments) -> "ModelToEncode":
+        card = choose_card(source, text, arguments)
+        return cls(source, card, load_tokenizer(source, arguments.trust_remote_code), arguments)
+
+    def check(self) -> None:
+        """UserError when its parts don't fit."""
+        check_parts(self.source, self.card, self.tokenizer, self.arguments.trust_remote_code)
+
+    def load(self, *, bf16: bool) -> TextEncoder:
+        """The encoder, with an adapter beside its base."""
+        asked = {name: getattr(self.arguments, name) for name in ("attn_implementation", "trust_remote_code")}
+        encoder = load_encoder(self.source, **self.card.encoding, bf16=bf16, **asked)
+        return encoder.eval().requires_grad_(False)
+
+    def load_merged(self, *, bf16: bool, device: torch.device | str) -> tuple[TextEncoder, float]:
+        """The encoder with the adapter merged into the base in float32 and then rounded to bfloat16 if asked.
+
+        And the smallest cosine of a few texts' vectors to those of base and adapter side by side in float32.
+        """
+        encoder = self.load(bf16=False).to(device)
+        texts = TextTokenizer(self.tokenizer, self.card.text_formats()[0])
+        tokens = texts.encode(_TEXTS)
+        before = encode_tokens(encoder, tokens, texts.prompt_length)
+        encoder.backbone = encoder.backbone.merge_and_unload(safe_merge=True)
+        if bf16:
+            for parameter in encoder.parameters():  # buffers, such as rotary frequencies, stay as exact as they are
+                parameter.data = parameter.data.bfloat16()
+        after = encode_tokens(encoder, tokens, texts.prompt_length)
+        return encoder, torch.nn.functional.cosine_similarity(before.double(), after.double()).min().item()
+
+
 def check_merging(source: ModelSource, model: ModelArguments, stage: int = 0) -> None:
     """UserError when there is no adapter that could be merged, or the base's weights are not whole numbers here."""
     reason = None
@@ -35,43 +78,3 @@ def check_merging(source: ModelSource, model: ModelArguments, stage: int = 0) ->
         reason = "under ZeRO-3 no rank holds a whole weight; leave out --deepspeed, or export the merged model first"
     if reason is not None:
         raise UserError(f"--merge_adapter true: {reason}")
-
-
-def load_frozen(source: ModelSource, card: EmbeddingCard, model: ModelArguments, *, bf16: bool) -> TextEncoder:
-    """As load_encoder, with vectors as the card says."""
-    encoder = load_encoder(
-        source,
-        pooling=card.pooling,
-        bidirectional=card.bidirectional,
-        bf16=bf16,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        head=card.head,
-    )
-    return encoder.eval().requires_grad_(False)
-
-
-def load_merged(
-    source: ModelSource,
-    card: EmbeddingCard,
-    tokenizer: Any,
-    model: ModelArguments,
-    *,
-    bf16: bool,
-    device: torch.device | str,
-) -> tuple[TextEncoder, float]:
-    """The encoder, frozen, with the adapter merged into the base in float32 and then rounded to bfloat16 if asked.
-
-    And the smallest cosine of a few texts' vectors to those of base and adapter side by side in float32.
-    """
-    encoder = load_frozen(source, card, model, bf16=False).to(device)
-    texts = TextTokenizer(tokenizer, card.text_formats()[0])
-    tokens = texts.encode(_TEXTS)
-    before = encode_tokens(encoder, tokens, texts.prompt_length)
-    encoder.backbone = encoder.backbone.merge_and_unload(safe_merge=True)
-    if bf16:
-        for parameter in encoder.parameters():  # buffers, such as rotary frequencies, stay as exact as they are
-            parameter.data = parameter.data.bfloat16()
-    after = encode_tokens(encoder, tokens, texts.prompt_length)
-    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double()).min().item()
-    return encoder, cosine

@@ -4,8 +4,6 @@ A run gives (query id, {document id: score}); qrels are {query id: {document id:
 relevance above 0 is relevant. Names are those of ir-measures: nDCG@10, RR@10, R@100.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -14,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import ir_measures
 import numpy as np
@@ -25,6 +23,7 @@ from ds_embed.data.trec import read_judgments, read_run, unique_judgments
 from ds_embed.settings.errors import UserError
 
 Qrels = dict[str, dict[str, int]]
+Run = Any  # {query id: {document id: score}}, or a SearchRun
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@1", "R@10", "R@100")
 _EXAMPLES = ", ".join(DEFAULT_MEASURES)
@@ -71,10 +70,8 @@ def read_qrels_from_queries(paths: Iterable[str | os.PathLike]) -> Qrels:
             raise UserError(f"{where}: doc_id is missing, the right document; add it or give --qrels")
         text, place = texts.setdefault(query.query_id, (hash(query.query), where))
         if text != hash(query.query):
-            raise UserError(
-                f"{where}: query_id '{query.query_id}' names another query text at {place}; "
-                "give each query text its own query_id"
-            )
+            what = f"query_id '{query.query_id}' names another query text at {place}"
+            raise UserError(f"{where}: {what}; give each query text its own query_id")
         qrels.setdefault(query.query_id, {}).update(dict.fromkeys(query.doc_ids, 1))
     return qrels
 
@@ -127,24 +124,20 @@ def without_identical(
 
     Search one more than depth. Where nothing is left, the index is -1 and the score -inf.
     """
-    is_own = np.array(
-        [
-            [index >= 0 and document_ids[index] == name for index in row]
-            for name, row in zip(query_ids, indices.tolist())
-        ]
-    )
+    found = zip(query_ids, indices.tolist())
+    is_own = np.array([[row >= 0 and document_ids[row] == name for row in rows] for name, rows in found])
     order = np.argsort(is_own, axis=1, kind="stable")[:, :depth]
     is_own, scores, indices = (np.take_along_axis(values, order, axis=1) for values in (is_own, scores, indices))
     return np.where(is_own, np.float32(-np.inf), scores), np.where(is_own, -1, indices)
 
 
-def hint_at_identical(run, qrels: Qrels) -> str | None:
+def hint_at_identical(run: Run, qrels: Qrels) -> str | None:
     """What to say where judged queries find a document of their own id first, in a run that keeps such."""
-    found = []
-    for query_id, scores in run.items():
-        if query_id in scores and query_id in qrels and not qrels[query_id].get(query_id, 0) > 0:
-            if max(scores.values()) == scores[query_id]:
-                found.append(query_id)
+    found = [
+        name
+        for name, scores in run.items()
+        if name in scores and name in qrels and qrels[name].get(name, 0) <= 0 and max(scores.values()) == scores[name]
+    ]
     if not found:
         return None
     return (
@@ -231,18 +224,18 @@ def parse_measures(names: Iterable[str], depth: int | None = None) -> list:
     return parsed
 
 
-def _cutoff(measure) -> int | None:
+def _cutoff(measure: Any) -> int | None:
     return measure.params.get("cutoff")
 
 
-def _whole(measure):
+def _whole(measure: Any) -> Any:
     """The measure as pytrec_eval is asked for it: RR without its cutoff, on a run that was cut."""
     if measure.NAME != "RR" or _cutoff(measure) is None or "judged_only" in measure.params:
         return measure
     return ir_measures.RR(**{name: value for name, value in measure.params.items() if name != "cutoff"})
 
 
-def evaluate(run, qrels: Qrels, measures: Iterable[str] = DEFAULT_MEASURES) -> Evaluation:
+def evaluate(run: Run, qrels: Qrels, measures: Iterable[str] = DEFAULT_MEASURES) -> Evaluation:
     """Measure a run, given as {query id: {document id: score}} or SearchRun, through pytrec_eval.
 
     Equal scores rank by descending document id, as in trec_eval, for every measure. A judged query
@@ -286,7 +279,7 @@ def rank_documents(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(scores.items(), key=lambda pair: (np.float32(pair[1]), pair[0]), reverse=True)
 
 
-def write_results(output_dir: str | os.PathLike, run, evaluation: Evaluation, summary: Mapping) -> list[Path]:
+def write_results(output_dir: str | os.PathLike, run: Run, evaluation: Evaluation, summary: Mapping) -> list[Path]:
     """Write run.trec, per_query.jsonl and metrics.json (means, then `summary`); returns their paths.
 
     All are written in full before the first takes its place; metrics.json comes last. A `run` of None
@@ -306,7 +299,7 @@ def write_results(output_dir: str | os.PathLike, run, evaluation: Evaluation, su
     return [folder / name for name in names]
 
 
-def write_run_lines(file: IO[str], run, tag: str = "ds_embed") -> None:
+def write_run_lines(file: IO[str], run: Run, tag: str = "ds_embed") -> None:
     """Write `query Q0 document rank score tag` lines; ranks from 1, scores that keep their float32 value.
 
     UserError: an id with white space, which would shift the columns.

@@ -1,26 +1,30 @@
-"""Exact search by inner product: the k best documents of every query, in blocks.
+"""Exact search by inner product: the k best documents of every query, in blocks, by one rank or by all together.
 
-Shapes: N queries, M documents, D dimensions, K kept documents (k), C candidates (k plus a margin).
+Shapes: W ranks, N queries, M documents, D dimensions, K kept documents (k), C candidates (k plus a margin).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from ds_embed.job.ranks import FailedElsewhere, World
 from ds_embed.settings.errors import UserError
 
 MEMORY_BYTES = 256 << 20
 """What the default blocks may take at a time, beside the (N, C) candidates (12 bytes each)."""
 _QUERY_BLOCK = 1024
+_Block = tuple[int, int, torch.Tensor, torch.Tensor]
+Rows = Any  # float32 (n, D): an array, memory-mapped or not, or what makes one of a slice
+_MERGED_QUERIES = 4096  # at a time: bounds the gathered (W N, K) candidates
 
 
 def search(
-    queries: np.ndarray,
-    documents: np.ndarray,
+    queries: Rows,
+    documents: Rows,
     k: int,
     *,
     query_block: int | None = None,
@@ -48,7 +52,8 @@ def search(
     with torch.inference_mode(), torch.autocast(target.type, enabled=False), _full_precision(target):
         # Select in fp32, which is fast, and more than k, because its rounding can swap neighbours.
         num_candidates = min(num_documents, k + max(32, k // 4))
-        rows, bound = _candidates(queries, documents, num_candidates, target, query_block, document_block)
+        blocks = _blocks(queries, documents, query_block, document_block, target, torch.float32)
+        rows, bound = _candidates(blocks, queries.shape, num_candidates)
         query_rows = np.repeat(np.arange(len(queries), dtype=np.int32), num_candidates)
         scores = pair_scores(queries, documents, query_rows, rows.ravel(), device).reshape(rows.shape)
         scores, rows = best_of(scores, rows, k, tie_rank)
@@ -56,26 +61,59 @@ def search(
         doubtful = ~(scores[:, -1] > bound)
         if num_candidates < num_documents and doubtful.any():
             # Many near-equal documents (or a collapsed model): all their scores in float64, in smaller blocks.
-            blocks = max(1, query_block // 2), max(1, document_block // 4)
-            exact = _search_exactly(queries[doubtful], documents, k, tie_rank, target, *blocks)
-            scores[doubtful], rows[doubtful] = exact
+            smaller = max(1, query_block // 2), max(1, document_block // 4)
+            blocks = _blocks(queries[doubtful], documents, *smaller, target, torch.float64)
+            scores[doubtful], rows[doubtful] = _search_exactly(blocks, k, tie_rank)
     return scores, rows
 
 
-def _candidates(
-    queries: np.ndarray,
-    documents: np.ndarray,
-    num_candidates: int,
-    device: torch.device,
-    query_block: int,
-    document_block: int,
+def search_sharded(
+    world: World, queries: Rows, documents: Rows, k: int, *, tie_rank: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The (N, C) documents with the largest fp32 scores, and (N,) what the score of no other document exceeds."""
+    """What search(queries, documents, k) gives, on every rank, for any number of ranks.
+
+    Every rank must call this with the same arguments; it reads only its own slice of `documents`, on its
+    own device. Errors as those of search; when one rank meets one, the others raise FailedElsewhere.
+    """
+    device = str(world.device)
+    if world.size == 1:
+        return search(queries, documents, k, tie_rank=tie_rank, device=device)
+    check_search(queries, documents, k, tie_rank)
+    if tie_rank is None:
+        tie_rank = np.arange(len(documents) - 1, -1, -1)
+    low, high = (len(documents) * rank // world.size for rank in (world.rank, world.rank + 1))
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    rows = np.full((len(queries), k), -1, dtype=np.int64)
+    error = None
+    if high > low:
+        count, ranks_of_slice = min(k, high - low), np.argsort(np.argsort(tie_rank[low:high]))
+        try:
+            found = search(queries, documents[low:high], count, tie_rank=ranks_of_slice, device=device)
+            scores[:, :count], rows[:, :count] = found[0], found[1] + low
+        except UserError as mistake:
+            error = mistake
+    # Agreed on before the next collective: a rank that left would hang the others in it.
+    if world.max([float(error is not None)])[0]:
+        raise error or FailedElsewhere("search")
+    for start in range(0, len(scores), _MERGED_QUERIES):
+        own = [torch.from_numpy(part[start : start + _MERGED_QUERIES]).to(world.device) for part in (scores, rows)]
+        counts = [len(own[0])] * world.size
+        # The best K of the W K candidates of each query: (W n, K) by rank become (n, W K) by query.
+        by_rank = [world.all_gather_rows(part, counts).cpu().chunk(world.size) for part in own]
+        by_query = [torch.cat(parts, dim=1).numpy() for parts in by_rank]
+        best = best_of(by_query[0], by_query[1], k, tie_rank)
+        scores[start : start + _MERGED_QUERIES], rows[start : start + _MERGED_QUERIES] = best
+    return scores, rows
+
+
+def _candidates(blocks: Iterator[_Block], shape: tuple[int, ...], num_candidates: int) -> tuple[np.ndarray, np.ndarray]:
+    """The (N, C) documents with the largest fp32 scores, and (N,) what the score of no other document exceeds.
+
+    shape: (N, D).
+    """
     best: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    query_norms, largest_norm = torch.zeros(len(queries), dtype=torch.float64), 0.0
-    for row, column, query_rows, document_rows in _blocks(
-        queries, documents, query_block, document_block, device, torch.float32
-    ):
+    query_norms, largest_norm = torch.zeros(shape[0], dtype=torch.float64), 0.0
+    for row, column, query_rows, document_rows in blocks:
         if row == 0:
             largest_norm = max(largest_norm, _norms(document_rows).max().item())
         if column == 0:
@@ -98,25 +136,14 @@ def _candidates(
         best[row] = (scores, indices)
     floor = torch.cat([scores.amin(dim=1).cpu() for scores, _ in best.values()]).double()
     # The textbook bound on a sum of D rounded products holds for every order of summation.
-    dimensions = queries.shape[1]
-    error = (dimensions + 2) * 2.0**-24 * query_norms * largest_norm + torch.finfo(torch.float32).tiny * dimensions
+    error = (shape[1] + 2) * 2.0**-24 * query_norms * largest_norm + torch.finfo(torch.float32).tiny * shape[1]
     return torch.cat([indices.cpu() for _, indices in best.values()]).numpy(), (floor + error).float().numpy()
 
 
-def _search_exactly(
-    queries: np.ndarray,
-    documents: np.ndarray,
-    k: int,
-    tie_rank: np.ndarray,
-    device: torch.device,
-    query_block: int,
-    document_block: int,
-) -> tuple[np.ndarray, np.ndarray]:
+def _search_exactly(blocks: Iterator[_Block], k: int, tie_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The k best (N, k) of all documents by their float64 scores; ties at the k-th place come out right."""
     best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for row, column, query_rows, document_rows in _blocks(
-        queries, documents, query_block, document_block, device, torch.float64
-    ):
+    for row, column, query_rows, document_rows in blocks:
         scores = (query_rows @ document_rows.T).float().cpu().numpy()
         rows = np.broadcast_to(np.arange(column, column + len(document_rows)), scores.shape)
         if row in best:
@@ -127,7 +154,7 @@ def _search_exactly(
 
 
 def pair_scores(
-    queries: np.ndarray, documents: np.ndarray, query_rows: np.ndarray, document_rows: np.ndarray, device: str = "cpu"
+    queries: Rows, documents: Rows, query_rows: np.ndarray, document_rows: np.ndarray, device: str = "cpu"
 ) -> np.ndarray:
     """Scores (P,) float32 of P pairs of rows, summed in float64: the numbers that search gives.
 
@@ -159,8 +186,8 @@ def best_of(scores: np.ndarray, rows: np.ndarray, k: int, tie_rank: np.ndarray) 
 
 
 def _blocks(
-    queries, documents, query_block, document_block, device, dtype
-) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    queries: Rows, documents: Rows, query_block: int, document_block: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[_Block]:
     """(first query, first document, queries, documents) of every block; documents are read once."""
     for column in range(0, len(documents), document_block):
         document_rows = _load(documents[column : column + document_block], device, dtype)
@@ -168,7 +195,7 @@ def _blocks(
             yield row, column, _load(queries[row : row + query_block], device, dtype), document_rows
 
 
-def _load(rows: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _load(rows: Rows, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     # A copy: torch cannot borrow read-only memory, and a block is small.
     return torch.from_numpy(np.array(rows, order="C")).to(device=device, dtype=dtype)
 
@@ -182,21 +209,17 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
 def _full_precision(device: torch.device) -> Iterator[None]:
     """A training run may have allowed TF32 or bf16 products; the error bound needs real fp32."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = getattr(backend, "matmul", None)
+    matmul: Any = getattr(backend, "matmul", None)
+    choose: Any
     if hasattr(matmul, "fp32_precision"):
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+        before, exact, choose = matmul.fp32_precision, "ieee", partial(setattr, matmul, "fp32_precision")
     else:  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        before, exact, choose = torch.get_float32_matmul_precision(), "highest", torch.set_float32_matmul_precision
+    choose(exact)
+    try:
+        yield
+    finally:
+        choose(before)
 
 
 def _device(name: str) -> torch.device:
@@ -212,16 +235,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def check_search(queries: np.ndarray, documents: np.ndarray, k: int, tie_rank: np.ndarray | None) -> None:
+def check_search(queries: Rows, documents: Rows, k: int, tie_rank: np.ndarray | None) -> None:
     """UserError when queries and documents are of different models; the rest is for callers to see to."""
     for rows in (queries, documents):
         assert rows.ndim == 2 and rows.dtype == np.float32 and 0 not in rows.shape, (
             f"not float32 (n, D): {rows.dtype} {rows.shape}"
         )
     if queries.shape[1] != documents.shape[1]:
-        raise UserError(
-            f"queries have {queries.shape[1]} dimensions and documents {documents.shape[1]}; use one model for both"
-        )
+        raise UserError(f"queries have {queries.shape[1]} dimensions, documents {documents.shape[1]}; use one model")
     assert 1 <= k <= len(documents), f"k is {k} and there are {len(documents)} documents"
     if tie_rank is not None:
         is_ranking = len(tie_rank) == len(documents) and (np.bincount(tie_rank) == 1).all()

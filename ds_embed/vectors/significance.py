@@ -3,8 +3,6 @@
 Shapes: N queries, M measures, B resamples of the queries.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -58,14 +56,11 @@ def read_per_query(folder: str | os.PathLike, measures: Sequence[str]) -> dict[s
                 entry = json.loads(line)
                 query_id = entry.pop("query_id")
             except (ValueError, AttributeError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}:{number}: not a line of recipes/evaluate.py; evaluate that run again"
-                ) from None
-            missing = [name for name in measures if type(entry.get(name)) not in (int, float)]
-            if missing:
-                raise UserError(
-                    f"{path}:{number}: has no {missing[0]}, only {', '.join(entry)}; give both runs the same --measures"
-                )
+                raise UserError(f"{path}:{number}: no line of recipes/evaluate.py; evaluate that run again") from None
+            for name in measures:
+                if type(entry.get(name)) not in (int, float):
+                    only = ", ".join(entry)
+                    raise UserError(f"{path}:{number}: has no {name}, only {only}; give both the same --measures")
             values[query_id] = {name: float(entry[name]) for name in measures}
     return values
 
@@ -100,9 +95,8 @@ def compare_runs(this: PerQuery, other: PerQuery, measures: Sequence[str], sourc
 def describe_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
     """A table, one line a measure under a header."""
     width = max(len(comparison.measure) for comparison in comparisons)
-    lines = [
-        f"{'':<{width}}    this   other  difference  95% interval        t-test p  randomization p  better/equal/worse"
-    ]
+    names = "  this   other  difference  95% interval        t-test p  randomization p  better/equal/worse"
+    lines = [f"{'':<{width}}  {names}"]
     for c in comparisons:
         interval = f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]"
         lines.append(

@@ -3,8 +3,6 @@
 Shapes: n rows of one kind (N queries, M documents), D dimensions.
 """
 
-from __future__ import annotations
-
 import codecs
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,18 +15,15 @@ import numpy as np
 from ds_embed.artifact.artifact import is_begun
 from ds_embed.settings.errors import UserError
 
-# kind: (folder names in order of preference, rows, ids)
-_LAYOUT = {
-    "query": (("test_queries",), "query.npy", "query.ids"),
-    "doc": (("test_docs", "test_doc"), "doc.npy", "doc.ids"),
-}
+# kind: folder names in order of preference
+_LAYOUT = {"query": ("test_queries",), "doc": ("test_docs", "test_doc")}
 _AGAIN = "write the vectors again with recipes/generate.py"
 _CHECK_BYTES = 64 << 20
 # Encoding one text twice, in other micro-batches and in bf16, moves its vector by about 1 %.
 _SAME_TEXT_DISTANCE = 0.05
 
 
-class Ids(Sequence):
+class Ids(Sequence[str]):
     """n ids in file order, held as one UTF-8 buffer and n + 1 offsets: 8 bytes an id beside its text.
 
     Indexing gives a str. Ids are not empty and hold no line feed and no NUL.
@@ -42,13 +37,13 @@ class Ids(Sequence):
         self._starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
 
     @classmethod
-    def from_strings(cls, ids: Iterable[str]) -> Ids:
+    def from_strings(cls, ids: Iterable[str]) -> "Ids":
         return cls("".join(f"{name}\n" for name in ids).encode())
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, row: int) -> str:
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]
         row = range(len(self))[row]  # negative rows, and IndexError past the end
         return self._lines[self._starts[row] : self._starts[row + 1] - 1].tobytes().decode()
 
@@ -56,7 +51,7 @@ class Ids(Sequence):
         for row in range(len(self)):
             yield self[row]
 
-    def take(self, rows: np.ndarray) -> Ids:
+    def take(self, rows: np.ndarray) -> "Ids":
         return Ids.from_strings(self[row] for row in rows)
 
     def first_with_white_space(self) -> str | None:
@@ -142,7 +137,7 @@ def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
 def vector_files(folder: str | os.PathLike, kind: str) -> tuple[Path, Path]:
     """The files of rows and ids of one kind. UserError, with the cure, where they are not there."""
     folder = Path(folder)
-    subfolders, rows_name, ids_name = _LAYOUT[kind]
+    subfolders, rows_name, ids_name = _LAYOUT[kind], f"{kind}.npy", f"{kind}.ids"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give OUT/consumed_samplesX of recipes/generate.py")
     found = next((folder / name for name in subfolders if (folder / name).is_dir()), None)
@@ -201,10 +196,8 @@ def _check_finite(path: Path, rows: np.ndarray, ids: Ids) -> None:
         finite = np.isfinite(rows[start : start + block])
         if not finite.all():
             bad = start + int(np.argmin(finite.all(axis=1)))
-            raise UserError(
-                f"{path}: row {bad} (id '{ids[bad]}') holds NaN or infinity; look at the model's loss and "
-                f"dtype, then {_AGAIN}"
-            )
+            cure = f"look at the model's loss and dtype, then {_AGAIN}"
+            raise UserError(f"{path}: row {bad} (id '{ids[bad]}') holds NaN or infinity; {cure}")
 
 
 def _without_repeats(rows_path: Path, ids_path: Path, rows: np.ndarray, ids: Ids, kind: str):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ds_embed.job.ranks import FailedElsewhere, World
-from ds_embed.vectors.sharded_search import search_sharded
+from ds_embed.vectors.search import search_sharded
 
 rank, folder, meeting = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=3)

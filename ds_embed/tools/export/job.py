@@ -18,7 +18,7 @@ from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import TEXT_PLACE
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.export_arguments import ExportArguments
+from ds_embed.settings.tool_arguments import ExportArguments
 from ds_embed.tools.export import check
 from ds_embed.tools.export.average import average, check_alike, shares_of
 from ds_embed.tools.export.readme import is_plain, readme

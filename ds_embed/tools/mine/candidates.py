@@ -12,11 +12,10 @@ from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.job.ranks import World
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import TABLES, Catalog
 from ds_embed.vectors.generate import generate
-from ds_embed.vectors.search import pair_scores
-from ds_embed.vectors.sharded_search import search_sharded
+from ds_embed.vectors.search import pair_scores, search_sharded
 from ds_embed.vectors.vectors import Vectors, read_embeddings
 
 _COPIED_ROWS = 65536

@@ -28,7 +28,7 @@ from ds_embed.data.identity import content_key, ranges, token_keys
 from ds_embed.data.records import TrainingRecord, read_documents
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.settings.tool_arguments import MiningArguments
 
 _TEXTS_AT_ONCE = 1024
 # kind: (file, key of the text, key of the id), as recipes/generate.py reads them; KIND.names has the users' ids by row

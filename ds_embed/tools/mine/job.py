@@ -29,7 +29,7 @@ from ds_embed.models.loading import choose_card, find_source, load_tokenizer
 from ds_embed.models.reranker import find_reranker
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Catalog, CatalogBuilder
 from ds_embed.tools.mine.output import Mined, plot_path, plot_scores, summarise, summary_path, write_records
 from ds_embed.tools.mine.rules import RULES, Pool, choose, make_pool

@@ -12,7 +12,7 @@ import orjson
 from ds_embed.artifact.durable import replaced_when_whole
 from ds_embed.data.forms import TrainingFile
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Catalog, reading
 from ds_embed.tools.mine.rules import RULES
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ds_embed.data.order import key_of, mix
-from ds_embed.settings.mining_arguments import MiningArguments
+from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Ragged
 
 RULES = ("positive", "absolute_margin", "relative_margin", "max_score", "min_score", "existing", "range_min")

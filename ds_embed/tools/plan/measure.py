@@ -101,12 +101,10 @@ def measure_model(
     with torch.device("meta"):
         encoder = build_encoder(
             config,
-            pooling=card.pooling,
-            bidirectional=card.bidirectional,
+            **card.encoding,
             bf16=bf16,
             attn_implementation=training_kernel(config, model.attn_implementation, "cuda" if on_gpu else "cpu"),
             trust_remote_code=model.trust_remote_code,
-            head=card.head,
         )
         encoder.make_unit_vectors()
         if step.gradient_checkpointing:
