@@ -68,7 +68,7 @@ def data(tmp_path, **settings):
             dict(query_prefixes=["x"], query_prefix="x"),
             "--query_prefixes x: has 1 values, but --train_files has 2 files",
         ),
-        (dict(doc_prefixes=["x", "y"]), "--doc_prefixes: give --doc_prefix too, the one that the trained model"),
+        (dict(doc_prefixes=["x", "y"]), "--doc_prefixes: also set --doc_prefix"),
         (dict(query_prefixes=["x", "{query}"], query_prefix=""), "--query_prefixes '{query}': only {text} can stand"),
         (dict(query_prefix="{text} {text}"), "--query_prefix '{text} {text}': .* once; found {text} {text}"),
         (dict(doc_prefix="{}: "), "--doc_prefix '{}: ': only {text}"),
