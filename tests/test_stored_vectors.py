@@ -173,9 +173,9 @@ def test_what_does_not_fit_is_refused_by_name(place):
 
 def test_settings_that_change_nothing_are_refused(place):
     for flags, message in (
-        (dict(guide_margin=0.1), "--guide_margin 0.1: changes nothing without --guide_embeddings"),
-        (dict(teacher_loss="mse"), "--teacher_loss mse: changes nothing without --teacher_embeddings"),
-        (dict(teacher_embeddings=str(place), teacher_temperature=0.1), "is for --teacher_loss scores alone"),
+        (dict(guide_margin=0.1), "--guide_margin 0.1: has no effect without --guide_embeddings"),
+        (dict(teacher_loss="mse"), "--teacher_loss mse: has no effect without --teacher_embeddings"),
+        (dict(teacher_embeddings=str(place), teacher_temperature=0.1), "applies only to --teacher_loss scores"),
         (dict(teacher_embeddings="nowhere"), "--teacher_embeddings nowhere: no such file"),
     ):
         with pytest.raises(UserError, match=message):

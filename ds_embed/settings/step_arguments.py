@@ -61,32 +61,32 @@ class StepArguments(Settings):
         "the teacher's scores are divided by this before the softmax", 1.0, above=0
     )
     guide_embeddings: str | None = setting(
-        "folder that generate wrote, with vectors by another model of all texts of the training files: negatives whose cosine "
-        "there is above the positive's less guide_margin are left out (GISTEmbed)",
+        "folder written by generate with another model's vectors of all training texts; negatives whose cosine in it is "
+        "above the positive's minus guide_margin are ignored (GISTEmbed)",
         default=None,
         files=True,
     )
     guide_margin: float = setting("see guide_embeddings", default=0.0, at_least=-2, at_most=2)
     guide_margin_strategy: str = setting(
-        "guide_margin is one of cosines (absolute), or a share of the positive's (relative)",
+        "meaning of guide_margin: a difference of cosines (absolute), or a fraction of the positive's cosine (relative)",
         default="absolute",
         choices=("absolute", "relative"),
     )
     teacher_embeddings: str | None = setting(
-        "the same of a model to learn from, with teacher_loss added to the loss; vectors of other dimensions are compared "
-        "through a linear map, which is trained and dropped",
+        "folder like guide_embeddings, with vectors of a teacher model; teacher_loss is added to the loss. If the "
+        "dimensions differ, a linear map is trained too and dropped at the end",
         default=None,
         files=True,
     )
     teacher_loss: str = setting(
-        "cosine (1 - the cosine of each text's vector with the teacher's), mse (their squared distance, unit vectors), scores (the "
-        "divergence from the teacher's similarities of each query with the documents of the batch)",
+        "cosine (1 - cosine of each text's vector and the teacher's), mse (squared distance of the two unit vectors), "
+        "scores (KL divergence from the teacher's similarities of each query with the documents of the batch)",
         default="cosine",
         choices=TEACHER_LOSSES,
     )
     teacher_weight: float = setting("weight of teacher_loss", default=1.0, above=0)
     teacher_temperature: float | None = setting(
-        "the teacher's cosines are divided by this before its softmax, for scores (default: temperature)",
+        "the teacher's cosines are divided by this before the softmax, for teacher_loss scores (default: temperature)",
         default=None,
         above=0,
     )
@@ -106,10 +106,10 @@ class StepArguments(Settings):
         for field in dataclasses.fields(self):
             owner, value = field.name.split("_")[0] + "_embeddings", getattr(self, field.name)
             if owner != field.name and getattr(self, owner, value) is None and value != field.default:
-                raise UserError(f"--{field.name} {value}: changes nothing without --{owner}")
+                raise UserError(f"--{field.name} {value}: has no effect without --{owner}")
         if self.teacher_temperature is not None and self.teacher_loss != "scores":
             raise UserError(
-                f"--teacher_temperature {self.teacher_temperature}: is for --teacher_loss scores alone; leave it out"
+                f"--teacher_temperature {self.teacher_temperature}: applies only to --teacher_loss scores; remove it"
             )
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if len(set(dims)) < len(dims) or any(dim < 1 for dim in dims):
