@@ -21,7 +21,7 @@ from ds_embed.vectors.vectors import read_vectors
 class BuildIndexArguments(IndexArguments):
     embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
     output_file: str = setting("file to write the index to")
-    index: str = setting(f"kind of index: {', '.join(INDEX_KINDS)}", default="hnsw", choices=INDEX_KINDS)
+    index: str = setting(f"kind of index: {', '.join(INDEX_KINDS)}", "hnsw", choices=INDEX_KINDS)
 
 
 def main(argv=None):

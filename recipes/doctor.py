@@ -12,8 +12,8 @@ from ds_embed.settings.fields import setting
 
 @dataclass
 class DoctorArguments:
-    cache_dir: str = setting("folder for tokenized data; its free space is reported", default="~/.cache/ds_embed")
-    output_dir: str = setting("folder for runs; its free space is reported", default=".")
+    cache_dir: str = setting("folder for tokenized data; its free space is reported", "~/.cache/ds_embed")
+    output_dir: str = setting("folder for runs; its free space is reported", ".")
 
 
 def main() -> None:

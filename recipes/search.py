@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ds_embed.job.ranks import run_recipe
 from ds_embed.settings import ModelArguments, TextArguments, parse_arguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, setting
+from ds_embed.settings.fields import Settings, setting, several
 from ds_embed.settings.tool_arguments import SearchIndexArguments
 
 
@@ -18,12 +18,10 @@ from ds_embed.settings.tool_arguments import SearchIndexArguments
 class SearchArguments(Settings):
     query: str = setting("the text to search for; as the first argument it needs no flag")
     embeddings: str = setting("folder OUT/consumed_samplesX with test_docs/")
-    doc_files: list[str] = setting(
-        "files that the documents came from, to show their texts", default_factory=list, files=True
-    )
-    top_k: int = setting("number of documents shown", default=5, above=0)
-    show_characters: int = setting("characters of each document shown", default=300, above=0)
-    bf16: bool = setting("encode the query in bfloat16, as generate does by default", default=True)
+    doc_files: list[str] = several("files that the documents came from, to show their texts", files=True)
+    top_k: int = setting("number of documents shown", 5, above=0)
+    show_characters: int = setting("characters of each document shown", 300, above=0)
+    bf16: bool = setting("encode the query in bfloat16, as generate does by default", True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, listed, setting
+from ds_embed.settings.fields import Settings, listed, optional, setting, several
 from ds_embed.settings.tool_arguments import SearchIndexArguments
 from ds_embed.vectors import metrics
 from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
@@ -15,44 +15,40 @@ from ds_embed.vectors.vectors import read_embeddings
 
 @dataclass
 class EvaluateArguments(Settings):
-    embeddings: str | None = setting("folder OUT/consumed_samplesX with test_queries and test_docs", default=None)
-    run_file: str | None = setting("TREC run file to measure instead of --embeddings", default=None)
-    query_files: list[str] = setting(
-        "queries (JSONL or JSON array) whose doc_id is the relevant document; not read if --qrels is given",
-        default_factory=list,
+    embeddings: str | None = optional("folder OUT/consumed_samplesX with test_queries and test_docs")
+    run_file: str | None = optional("TREC run file to measure instead of --embeddings")
+    query_files: list[str] = several(
+        "queries (JSONL or JSON array) whose doc_id is the relevant document; not read if --qrels is given"
     )
-    qrels: str | None = setting(
-        "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score", default=None
+    qrels: str | None = optional(
+        "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score"
     )
     skip_unknown: bool = setting(
         "accept judgments that name ids without a vector: such queries are not measured, such documents count as not "
         "retrieved",
-        default=False,
+        False,
     )
     ignore_identical_ids: bool = setting(
         "ignore the document that has the same id as the query, for queries that are also documents (ArguAna, Quora)",
-        default=False,
+        False,
     )
-    output_dir: str | None = setting("folder for the results (default: --embeddings)", default=None)
+    output_dir: str | None = optional("folder for the results (default: --embeddings)")
     measures: list[str] = setting(
         "measures, named as in ir-measures", default_factory=lambda: list(metrics.DEFAULT_MEASURES)
     )
-    top_k: int = setting("number of documents kept for each query", default=100, at_least=1)
-    write_run: bool = setting("write run.trec, whose ids must not contain white space", default=True)
-    device: str = setting("where the search runs: cpu or cuda", default="cpu")
-    compare: str | None = setting("results folder of another run, to test the difference query by query", default=None)
-    truncate_dims: list[int] = setting(
-        "also measure vectors truncated to these numbers of dimensions and normalized", default_factory=list, at_least=1
+    top_k: int = setting("number of documents kept for each query", 100, at_least=1)
+    write_run: bool = setting("write run.trec, whose ids must not contain white space", True)
+    device: str = setting("where the search runs: cpu or cuda", "cpu")
+    compare: str | None = optional("results folder of another run, to test the difference query by query")
+    truncate_dims: list[int] = several(
+        "also measure vectors truncated to these numbers of dimensions and normalized", at_least=1
     )
-    quantize: list[str] = setting(
+    quantize: list[str] = several(
         f"also measure quantized documents: {', '.join(QUANTIZED)} (one byte or one bit per dimension)",
-        default_factory=list,
         choices=QUANTIZED,
     )
     rescore_multiplier: int = setting(
-        "binary: rescore this many times top_k documents with the float32 query; 0 disables rescoring",
-        default=4,
-        at_least=0,
+        "binary: rescore this many times top_k documents with the float32 query; 0 disables rescoring", 4, at_least=0
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, Tra
 from ds_embed.data.tally import Tally, describe_skipped
 from ds_embed.data.text_table import TextTable
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, listed, setting
+from ds_embed.settings.fields import Settings, listed, optional, setting, several
 from ds_embed.tools.convert import conversions
 from ds_embed.tools.convert.tables import table_writer
 
@@ -46,32 +46,21 @@ class ConvertArguments(Settings):
         "be encoded for a guide or a teacher), trec_qrels, beir_qrels; from table also queries, documents, trec_run; from run only table"
     )
     output: str = setting("file to write, or folder for beir, test and texts; must not exist yet")
-    input: list[str] = setting("files to read, or one folder for beir", default_factory=list, files=True)
-    split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", default="test")
-    columns: list[str] = setting(
+    input: list[str] = several("files to read, or one folder for beir", files=True)
+    split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", "test")
+    columns: list[str] = several(
         "mapping of our keys to other keys or columns, such as query=question neg_doc=worse,worst (default: detected "
-        "from the keys)",
-        default_factory=list,
+        "from the keys)"
     )
-    corpus_files: list[str] = setting(
-        "documents that training records refer to by id, as in training", default_factory=list, files=True
-    )
-    query_files: list[str] = setting(
-        "queries of test; for id triples of MS MARCO, lines of id, text", default_factory=list, files=True
-    )
-    doc_files: list[str] = setting(
-        "documents of test; for id triples of MS MARCO, lines of id, text", default_factory=list, files=True
-    )
-    qrels: str | None = setting("judgments of test (default: the doc_id of each query)", default=None, files=True)
-    join_titles: bool = setting("put the title of a document in front of its text, as BEIR does", default=True)
-    judged_negatives: bool = setting(
-        "documents judged not relevant become neg_doc of the query's records", default=False
-    )
-    num_negatives: int = setting(
-        "negatives in each row of triplets; a record needs at least this many", default=1, above=0
-    )
-    skip_bad_records: bool = setting("skip and count invalid records", default=False)
-    skip_unknown: bool = setting("skip and count judgments and triples whose ids have no text", default=False)
+    corpus_files: list[str] = several("documents that training records refer to by id, as in training", files=True)
+    query_files: list[str] = several("queries of test; for id triples of MS MARCO, lines of id, text", files=True)
+    doc_files: list[str] = several("documents of test; for id triples of MS MARCO, lines of id, text", files=True)
+    qrels: str | None = optional("judgments of test (default: the doc_id of each query)", files=True)
+    join_titles: bool = setting("put the title of a document in front of its text, as BEIR does", True)
+    judged_negatives: bool = setting("documents judged not relevant become neg_doc of the query's records", False)
+    num_negatives: int = setting("negatives in each row of triplets; a record needs at least this many", 1, above=0)
+    skip_bad_records: bool = setting("skip and count invalid records", False)
+    skip_unknown: bool = setting("skip and count judgments and triples whose ids have no text", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
