@@ -101,9 +101,7 @@ class DataArguments(TextArguments):
     skip_bad_records: bool = setting(
         "skip invalid training records and count them by reason, instead of stopping at the first one", False
     )
-    cache_dir: str = setting(
-        "folder for tokenized data, visible to all nodes and reused by later runs", "~/.cache/ds_embed"
-    )
+    cache_dir: str = setting("folder for tokens, visible to all nodes and reused by later runs", "~/.cache/ds_embed")
 
     def __post_init__(self):
         super().__post_init__()

@@ -34,9 +34,7 @@ class EncodeArguments(JobArguments):
         "query=question or doc_id=number (default: detected from the keys)"
     )
     output_prefix: str = setting("folder in which consumed_samplesX/ is created", "embeddings")
-    micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank; determines memory use", 16384, above=0
-    )
+    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank; sets memory use", 16384, above=0)
     cache_dir: str = same_as(DataArguments, "cache_dir")
     save_seconds: float = setting(
         "seconds between saves of the encoded rows; a job that was killed resumes from the last save", 30.0, at_least=0

@@ -16,9 +16,7 @@ LOSSES = ("listwise", "bce", "kl")
 
 @dataclass(kw_only=True)
 class RerankerModelArguments(Settings):
-    model_name_or_path: str = setting(
-        "model folder or hub name: an encoder, a decoder, a reranker, or a reranker's run"
-    )
+    model_name_or_path: str = setting("model folder or hub name: an encoder, decoder, reranker, or reranker's run")
     model_revision: str | None = same_as(ModelArguments, "model_revision")
     template: str | None = optional(
         r"text around query and document, such as 'query: {query}\ndocument: {document}\nrelevant:'; \n is a line break "

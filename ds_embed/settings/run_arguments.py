@@ -92,9 +92,7 @@ class RunArguments(JobArguments):
         "project in Weights & Biases or Comet (default: from WANDB_PROJECT or COMET_PROJECT_NAME, else ds_embed)"
     )
     report_team: str | None = optional("team in Weights & Biases, or workspace in Comet (default: your account's)")
-    run_name: str | None = optional(
-        "name of the run in Weights & Biases or Comet (default: the last part of output_dir)"
-    )
+    run_name: str | None = optional("name of the run in Weights & Biases or Comet (default: last part of output_dir)")
 
     def __post_init__(self):
         super().__post_init__()

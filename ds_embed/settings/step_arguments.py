@@ -16,9 +16,7 @@ MIN_LEARNED_TEMPERATURE = 0.01
 @dataclass
 class StepArguments(Settings):
     global_batch_size: int = setting("queries per optimizer step, over all ranks", 64, above=0)
-    micro_batch_tokens: int = setting(
-        "padded tokens per forward pass of one rank; determines memory use", 4096, above=0
-    )
+    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank; sets memory use", 4096, above=0)
     negatives: str = setting(
         "documents each query is scored against: all (every document of the batch), own (all positives and its own "
         "hard negatives), pair (its positive and one of its own hard negatives at a time)",
@@ -32,9 +30,7 @@ class StepArguments(Settings):
     label_smoothing: float = setting(
         "share of the target probability spread over all candidates of a query", 0.0, at_least=0, below=1
     )
-    symmetric: bool = setting(
-        "average the query-to-document loss and the loss of each positive against all queries", False
-    )
+    symmetric: bool = setting("average the query-to-document loss and that of each positive against all queries", False)
     false_negative_margin: float | None = optional(
         "ignore negatives whose cosine exceeds the positive's by more than this (default: none are ignored)",
         at_least=-2,
@@ -57,9 +53,7 @@ class StepArguments(Settings):
         0.0,
         at_least=0,
     )
-    distillation_temperature: float = setting(
-        "the teacher's scores are divided by this before the softmax", 1.0, above=0
-    )
+    distillation_temperature: float = setting("the teacher's scores are divided by this before softmax", 1.0, above=0)
     guide_embeddings: str | None = setting(
         "folder written by generate with another model's vectors of all training texts; negatives whose cosine in it is "
         "above the positive's minus guide_margin are ignored (GISTEmbed)",

@@ -17,9 +17,7 @@ INDEX_KINDS = ("flat", "hnsw", "ivf")
 class IndexArguments(Settings):
     """Parameters of FAISS indexes; the search parameters may change from one search to the next."""
 
-    hnsw_links: int = setting(
-        "HNSW's M: links per document and layer; more links raise recall and memory use", 32, at_least=2
-    )
+    hnsw_links: int = setting("HNSW's M: links per document and layer; more raise recall and memory", 32, at_least=2)
     hnsw_ef_construction: int = setting("HNSW: candidates considered when a document is added", 200, above=0)
     hnsw_ef_search: int = setting("HNSW: candidates considered per query, at least top_k", 128, above=0)
     ivf_lists: int = setting(
@@ -58,18 +56,14 @@ MINING_DEFAULTS = {"model_name_or_path": ""}
 
 @dataclass(kw_only=True)
 class MiningArguments(Settings):
-    train_files: list[str] = setting(
-        "training files whose records get negatives, in any format that training reads", files=True
-    )
+    train_files: list[str] = setting("training files whose records get negatives, in any training format", files=True)
     columns: list[str] = several("mapping of our keys to those of the training files, as in training")
     corpus_files: list[str] = same_as(DataArguments, "corpus_files")
     output_file: str = setting("JSONL file for the records, in order, with neg_doc, pos_score and neg_scores")
     work_dir: str | None = optional(
         "folder for work in progress, visible to all nodes, removed at the end (default: output_file + .work)"
     )
-    method: str = setting(
-        "how candidates are found: by the model's vectors (model) or by BM25 (bm25)", "model", choices=METHODS
-    )
+    method: str = setting("candidates by the model's vectors (model) or by BM25 (bm25)", "model", choices=METHODS)
     embeddings: str | None = optional(
         "folder OUT/consumed_samplesX with vectors for the records' query_id and doc_id, instead of a model"
     )
@@ -255,9 +249,7 @@ class ReportArguments(Settings):
         "query texts and, without --qrels, their relevant documents (default: the run's val_query_files)", files=True
     )
     doc_files: list[str] = several("document texts (default: the run's val_doc_files)", files=True)
-    qrels: str | None = optional(
-        "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score"
-    )
+    qrels: str | None = optional("judgments: TREC qrels, a BEIR tsv, or JSON lines with query_id, doc_id and score")
     ignore_identical_ids: bool | None = optional(
         "ignore the document that has the same id as the query (default: as in the run's validation)"
     )
@@ -321,9 +313,7 @@ class HardwareArguments(Settings):
         "their share of the machine's memory)",
         above=0,
     )
-    gpu_tflops: float = setting(
-        "peak dense throughput of one GPU in 10^12 FLOP/s, in the precision used", 989.0, above=0
-    )
+    gpu_tflops: float = setting("peak dense throughput of a GPU in 10^12 FLOP/s, in the precision used", 989.0, above=0)
     efficiency: float = setting("fraction of gpu_tflops that is achieved", 0.41, above=0, at_most=1)
     node_gb_per_second: float = setting(
         "bandwidth from one GPU to the others of its node, in 10^9 bytes per second", 450.0, above=0

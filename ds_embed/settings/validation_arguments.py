@@ -26,18 +26,14 @@ class ValidationArguments(Settings):
         "additional test sets as NAME=FOLDER, with queries.jsonl and docs.jsonl in FOLDER (as convert --output_format "
         "test writes them); their measures are named NAME/nDCG@10, and mean/nDCG@10 is the mean over all sets"
     )
-    val_metrics: list[str] = several(
-        "retrieval measures, named as in ir-measures (default: nDCG@10 RR@10 R@1 R@10 R@100)"
-    )
+    val_metrics: list[str] = several("measures, named as in ir-measures (default: nDCG@10 RR@10 R@1 R@10 R@100)")
     val_check_interval: int = setting(
         "optimizer steps between validations; 0 validates only after the last step, which is always validated",
         0,
         at_least=0,
     )
     val_each_epoch: bool = setting("also validate at the end of each pass over the training data", False)
-    val_before_training: bool = setting(
-        "also validate before the first step; this result never counts as the best", False
-    )
+    val_before_training: bool = setting("also validate before the first step; it never counts as the best", False)
     ignore_identical_ids: bool = setting(
         "ignore the document that has the same id as the query, for queries that are also documents (ArguAna, Quora)",
         False,

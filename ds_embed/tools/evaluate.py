@@ -20,9 +20,7 @@ class EvaluateArguments(Settings):
     query_files: list[str] = several(
         "queries (JSONL or JSON array) whose doc_id is the relevant document; not read if --qrels is given"
     )
-    qrels: str | None = optional(
-        "judgments: a TREC qrels file, a BEIR tsv, or JSON lines with query_id, doc_id and score"
-    )
+    qrels: str | None = optional("judgments: TREC qrels, a BEIR tsv, or JSON lines with query_id, doc_id and score")
     skip_unknown: bool = setting(
         "accept judgments that name ids without a vector: such queries are not measured, such documents count as not "
         "retrieved",
