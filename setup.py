@@ -20,6 +20,7 @@ setup(
     package_dir=BESIDE,
     entry_points={"console_scripts": ["ds-embed = ds_embed.cli:main"]},
     package_data={
+        "ds_embed.tools.export": ["readme.md"],
         "ds_embed.tools.report": ["page.html"],
         "ds_embed.ds_configs": ["*.json"],
         "ds_embed.slurm": ["*.sh"],
