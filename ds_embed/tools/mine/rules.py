@@ -113,15 +113,13 @@ def _verdicts(pool: Pool, lowest_positive: np.ndarray, arguments: MiningArgument
     scores, lowest = pool.scores.astype(np.float64), lowest_positive.astype(np.float64)[:, None]
     verdicts = np.full(scores.shape, _LEFT, dtype=np.uint8)
     verdicts[pool.rows < 0] = _NOBODY
-    tests = []
-    if arguments.absolute_margin is not None:
-        tests.append(("absolute_margin", scores > lowest - arguments.absolute_margin))
-    if arguments.relative_margin is not None:
-        tests.append(("relative_margin", scores > lowest - np.abs(lowest) * arguments.relative_margin))
-    if arguments.max_score is not None:
-        tests.append(("max_score", scores > arguments.max_score))
-    if arguments.min_score is not None:
-        tests.append(("min_score", scores < arguments.min_score))
-    for rule, out in tests:
-        verdicts[out & (verdicts == _LEFT)] = RULES.index(rule)
+    limits = {
+        "absolute_margin": lambda limit: scores > lowest - limit,
+        "relative_margin": lambda limit: scores > lowest - np.abs(lowest) * limit,
+        "max_score": lambda limit: scores > limit,
+        "min_score": lambda limit: scores < limit,
+    }
+    for rule, is_out in limits.items():
+        if (limit := getattr(arguments, rule)) is not None:
+            verdicts[is_out(limit) & (verdicts == _LEFT)] = RULES.index(rule)
     return verdicts

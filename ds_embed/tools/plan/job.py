@@ -78,8 +78,16 @@ class Job:
 
     @cached_property
     def flops(self) -> float:
-        """Of the slowest rank in a step."""
-        return ranks.rank_flops(self.cost, self.plan, self.lengths, self.step.grad_cache)
+        """Of the slowest rank in a step; a round of micro-batches takes as long as its longest."""
+        total, rounds = 0.0, list(zip(*self.plan.micro_batches))
+        for number, together in enumerate(rounds, start=1):
+            is_twice = self.step.grad_cache and number < len(rounds)  # it encodes all but the last again
+            parts = ("flops", "forward_flops") if is_twice else ("flops",)
+            shapes = [(len(texts), float(self.lengths[texts].max())) for texts in together if len(texts)]
+            total += max(
+                (n * sum(self.cost.flops(part, length) for part in parts) for n, length in shapes), default=0.0
+            )
+        return total
 
     @property
     def compute_seconds(self) -> float:
@@ -109,9 +117,17 @@ class Job:
         return ranks.rank_memory(self.cost, zero, shape, on_gpu=self.on_gpu)
 
     def sending(self, zero: Zero) -> tuple[dict[str, float], float]:
-        """Bytes that a rank sends in a step, by what for, and seconds."""
+        """Bytes that a rank sends in a step, by what for, and seconds. A ring over nodes is as fast as the network."""
+        sent, seconds = {}, 0.0
         moved = ranks.payloads(self.cost, zero, self.shape, self.step.gradient_checkpointing)
-        return ranks.sending(moved, self.num_ranks, self.ranks_per_node, zero.group, self.hardware)
+        for name, (num_bytes, kind) in moved.items():
+            members = zero.group if kind == "group all-gather" else self.num_ranks
+            sent[name] = num_bytes * (members - 1) / members * (2 if kind == "all-reduce" else 1)
+            bandwidth = self.hardware.node_gb_per_second
+            if members > self.ranks_per_node:
+                bandwidth = min(bandwidth, self.hardware.network_gb_per_second)
+            seconds += sent[name] / (bandwidth * 1e9)
+        return sent, seconds
 
     def largest_budget(self, zero: Zero, available: float) -> int | None:
         """The largest micro_batch_tokens that fits into `available` bytes, in longest texts; None if none does."""

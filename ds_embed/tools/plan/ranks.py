@@ -22,7 +22,6 @@ import numpy as np
 
 from ds_embed.data.plan import Plan
 from ds_embed.losses.contrastive import TILE_DOCUMENTS, TILE_QUERIES
-from ds_embed.settings import HardwareArguments
 from ds_embed.tools.plan.measure import ModelCost
 
 GIB = 2**30
@@ -172,19 +171,6 @@ def _weights(cost: ModelCost, zero: Zero, shape: StepShape) -> tuple[float, floa
     return held, shape.width * (whole + min(large, zero.prefetch))
 
 
-def rank_flops(cost: ModelCost, plan: Plan, lengths: np.ndarray, grad_cache: bool) -> float:
-    """FLOPs of a step, each round of micro-batches as long as its longest; grad_cache encodes all but the last twice.
-
-    lengths: tokens (T,) of the batch's texts.
-    """
-    total, rounds = 0.0, list(zip(*plan.micro_batches))
-    for number, together in enumerate(rounds, start=1):
-        parts = ("flops", "forward_flops") if grad_cache and number < len(rounds) else ("flops",)
-        shapes = [(len(texts), float(lengths[texts].max())) for texts in together if len(texts)]
-        total += max((n * sum(cost.flops(part, length) for part in parts) for n, length in shapes), default=0.0)
-    return total
-
-
 def payloads(
     cost: ModelCost, zero: Zero, shape: StepShape, gradient_checkpointing: bool
 ) -> dict[str, tuple[float, str]]:
@@ -211,21 +197,3 @@ def payloads(
         moved["gathered within groups"] = (once * (passes - from_all), "group all-gather")
         moved["updated weights"] = (float(width * small_trained), "all-gather")
     return moved
-
-
-def sending(
-    moved: dict[str, tuple[float, str]], num_ranks: int, ranks_per_node: int, group: int, hardware: HardwareArguments
-) -> tuple[dict[str, float], float]:
-    """Bytes that a rank sends, by what for, and seconds that it takes. A ring over nodes is as fast as the network.
-
-    group: ranks that gather among themselves under hpZ, 1 without.
-    """
-    sent, seconds = {}, 0.0
-    for name, (num_bytes, kind) in moved.items():
-        members = group if kind == "group all-gather" else num_ranks
-        sent[name] = num_bytes * (members - 1) / members * (2 if kind == "all-reduce" else 1)
-        bandwidth = hardware.node_gb_per_second
-        if members > ranks_per_node:
-            bandwidth = min(bandwidth, hardware.network_gb_per_second)
-        seconds += sent[name] / (bandwidth * 1e9)
-    return sent, seconds
