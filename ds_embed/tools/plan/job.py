@@ -60,7 +60,7 @@ class Job:
 
     @cached_property
     def cost(self) -> ModelCost:
-        options = {"bf16": self.run.bf16, "num_tokens": self.longest_text, "on_gpu": self.on_gpu}
+        options: dict[str, Any] = {"bf16": self.run.bf16, "num_tokens": self.longest_text, "on_gpu": self.on_gpu}
         return measure_model(self.config, self.card, self.model, self.lora, self.step, **options)
 
     @cached_property

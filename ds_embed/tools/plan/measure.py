@@ -110,7 +110,8 @@ def measure_model(
         if step.gradient_checkpointing:
             # There is no random state to keep where there are no numbers.
             settings = {"use_reentrant": False, "preserve_rng_state": False}
-            encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+            backbone: Any = encoder.backbone
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         if lora.lora_rank:
             add_lora(encoder, lora, seed=0, dtype=torch.bfloat16 if bf16 else torch.float32)
         if step.learnable_temperature:
