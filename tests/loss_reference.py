@@ -28,8 +28,9 @@ def reference(
     teacher_weight=1.0,
     teacher_temperature=1.0,
     projected=None,
+    queries=None,
 ):
-    """Mean loss over all queries of the table (queries, positives, hard negatives) of unit vectors.
+    """Mean loss over all queries (or some) of the table (queries, positives, hard negatives) of unit vectors.
 
     own: the documents that are each query's hard negatives (default: as many for each, in order).
     pairs: of a query and a document that is no negative of it, beside what the keys say.
@@ -53,6 +54,7 @@ def reference(
         batch_teacher=teacher if teacher_loss == "scores" else None,
         teacher_weight=teacher_weight,
         teacher_temperature=teacher_temperature,
+        chosen=range(num_queries) if queries is None else queries,
     )
     tables = [(1.0, table)]
     if matryoshka_dims:
@@ -86,10 +88,11 @@ def _one_table(
     batch_teacher,
     teacher_weight,
     teacher_temperature,
+    chosen,
 ):
     queries, documents = table[:num_queries], table[num_queries:]
     losses = []
-    for i in range(num_queries):
+    for i in chosen:
         own = owns[i]
         visible = {"all": range(len(documents)), "own": [*range(num_queries), *own], "pair": own}[negatives]
         score = documents @ queries[i] / temperature

@@ -29,7 +29,7 @@ def check(tmp_path, records, *, hard_negatives=0, size=4, **settings):
         assemble_batch(store, order, first_sample=n * size, num_queries=size, hard_negatives=hard_negatives)
         for n in range(4)
     ]
-    check_contrast(batches, store, step.negatives, "--train_files")
+    check_contrast(batches, store, [step.negatives], "--train_files")
     return batches
 
 

@@ -10,7 +10,15 @@ import torch
 from loss_reference import reference, scored_reference
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import save_file
-from tiny import check, launch, make_model, make_training_file, write_scored_pairs, write_teacher_scores
+from tiny import (
+    check,
+    launch,
+    make_model,
+    make_training_file,
+    write_labelled_texts,
+    write_scored_pairs,
+    write_teacher_scores,
+)
 
 from ds_embed.data.batch import assemble_batch, collate
 from ds_embed.data.forms import Reading
@@ -106,6 +114,19 @@ def cases(num_ranks: int) -> dict[str, dict]:
     # Records with and without hard negatives, siblings of one query, a sibling among the hard negatives.
     add(zero=2, grad_cache=True, data="mixed", loss=dict(symmetric=True))
     add(zero=3, grad_cache=False, data="mixed", negatives="own")
+    # Labelled texts, alone and beside queries and documents, whose hard negatives are drawn.
+    for zero, data in enumerate(("labels", "labels_and_records") * 2):
+        loss, hards = dict(symmetric=True), 2
+        if zero > 1:
+            loss, hards = dict(negatives_per_file=["pair", "all"][: zero - 1]), [2, 1][: zero - 1]
+        add(zero=zero, grad_cache=zero < 2, data=data, queries=16, hard_negatives=hards, loss=loss)
+    # Files with settings of their own, the two of scored pairs among them.
+    for zero, data in enumerate(("files", "files", "all_files", "all_files")):
+        own = dict(negatives_per_file=["all", "pair", "own", "own"], temperature_per_file=[0.1, 0.2, 0.07, 1.0])
+        own = {name: values[: 4 if data == "all_files" else 2] for name, values in own.items()}
+        more = dict(pair_loss="cosent", pair_temperature=0.1) if data == "all_files" else dict(symmetric=True)
+        hards = [1, 2, 0, 0][: len(own["negatives_per_file"])]
+        add(zero=zero, grad_cache=zero % 2 == 1, data=data, queries=16, hard_negatives=hards, loss=own | more)
     # Scored pairs alone, and two files of them beside queries and documents.
     for zero, (loss, data) in enumerate(
         [("cosent", "both"), ("angle", "both"), ("cosine", "both"), ("cosent", "scored")]
@@ -151,9 +172,13 @@ def material(tmp_path_factory):
             mixed = build_training_store([_mixed(data)], tokenizer, *formats, 2, root / "cache")
             found["mixed"] = str(folder), str(mixed)
             pairs = [write_scored_pairs(root / f"scored{n}.jsonl", 20 + n, seed=n) for n in range(2)]
-            for name, files in (("scored", pairs[:1]), ("both", [data, *pairs])):
+            other = write_teacher_scores(make_training_file(root / "other.jsonl", 40, 2, seed=8, num_documents=9))
+            labels = write_labelled_texts(root / "labels.jsonl", 40)
+            named = {"labels": [labels], "labels_and_records": [labels, data]}
+            named |= {"scored": pairs[:1], "both": [data, *pairs], "files": [data, other]}
+            for name, files in (named | {"all_files": [data, other, *pairs]}).items():
                 store = build_training_store(
-                    files, tokenizer, *formats, 2, root / "cache", reading=Reading(scored=True)
+                    files, tokenizer, *formats, 2, root / "cache", reading=Reading(kinds=("scored", "labels"))
                 )
                 found[name] = str(folder), str(store)
     return found
@@ -271,23 +296,28 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
     ):
         encoder.learn_projection(table.shape[1], options["teacher"].shape[1], seed=3)
         options["projected"] = table @ encoder.projection.weight.double().T
+    modes, temperatures = (options.pop(f"{name}_per_file", None) for name in ("negatives", "temperature"))
     change = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     losses = []
-    if batch.num_queries:
+    assert len(batch.groups) == {"files": 2, "all_files": 2, "scored": 0}.get(
+        case["data"], 1 + (case["data"] == "labels_and_records" and modes is not None)
+    )
+    for group in batch.groups:
         contrastive = reference(
             table[: batch.num_document_uses],
             torch.from_numpy(batch.document_keys),
             batch.num_queries,
-            0.1 * torch.exp(-change),
-            case["negatives"],
+            temperatures[group.file] if temperatures else 0.1 * torch.exp(-change),
+            modes[group.file] if modes else case["negatives"],
             teacher_scores=torch.from_numpy(batch.teacher_scores).double(),
             own=[[number for number in own if number >= 0] for own in batch.own_negatives.tolist()],
             pairs=batch.positive_pairs.tolist(),
+            queries=range(group.start, group.stop),
             **options,
         )
-        losses.append(contrastive * batch.num_queries / n)
-    assert len(batch.scored_groups) == {"scored": 1, "both": 2}.get(case["data"], 0)
-    for _, start, stop in batch.scored_groups:
+        losses.append(contrastive * (group.stop - group.start) / n)
+    assert len(batch.scored_groups) == {"scored": 1, "both": 2, "all_files": 2}.get(case["data"], 0)
+    for _, start, stop, _ in batch.scored_groups:
         both = table[batch.num_document_uses :].view(2, -1, table.shape[1])[:, start:stop]
         scores = torch.from_numpy(batch.pair_scores[start:stop]).double()
         for dims, weight in zip(options.get("matryoshka_dims", [32]), options.get("matryoshka_weights", [1.0])):
@@ -392,7 +422,7 @@ def test_gradient_equals_float64_reference(num_ranks, name, results, material):
     if key not in _references:
         _references[key] = reference_gradients(case, material)
     loss, gradients = _references[key]
-    if case["queries"] * (1 + case["hard_negatives"]) == 1:  # no negatives: nothing to learn from
+    if case["queries"] == 1 and case["hard_negatives"] == 0:  # no negatives: nothing to learn from
         assert found[name]["loss"] == 0 and all(not found[name][n].any() for n in gradients)
         return
     assert found[name]["loss"] == pytest.approx(loss, rel=1e-5)

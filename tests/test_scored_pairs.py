@@ -7,7 +7,7 @@ import torch
 from loss_reference import scored_reference
 from scipy.stats import spearmanr
 from store_material import tokenizer, write_jsonl  # noqa: F401
-from tiny import load_recipe, make_model, make_training_file, write_scored_pairs
+from tiny import check, launch, make_model, make_training_file, write_scored_pairs
 
 from ds_embed.data.forms import Reading, read_training_records
 from ds_embed.data.store import TrainingStore, build_training_store
@@ -17,7 +17,7 @@ from ds_embed.settings import DataArguments, StepArguments
 from ds_embed.training.prepare import check_store
 from ds_embed.vectors.embedder import Embedder
 
-SCORED = Reading(scored=True)
+SCORED = Reading(kinds=("scored",))
 
 
 @pytest.mark.parametrize("loss", ["cosent", "angle", "cosine"])
@@ -76,7 +76,7 @@ def test_read_in_every_form(tmp_path):
     texts = [{"text1": row["sentence1"], "text2": row["sentence2"], "score": row["score"]} for row in GOOD]
     table = "A\tB\tgrade\tscore\n" + "".join(f"{r['sentence1']}\t{r['sentence2']}\t{r['score']}\tx\n" for r in GOOD)
     (tmp_path / "table.tsv").write_text(table)
-    columns = Reading(("query=A", "pos_doc=B", "score=grade"), scored=True)
+    columns = Reading(("query=A", "pos_doc=B", "score=grade"), kinds=("scored",))
     paths = [write_jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((GOOD, ours, texts))]
     read = [[record for _, record in read_training_records([path], SCORED)] for path in paths]
     read.append([record for _, record in read_training_records([tmp_path / "table.tsv"], columns)])
@@ -88,23 +88,22 @@ def test_read_in_every_form(tmp_path):
         next(read_training_records([paths[0]]))
 
 
-def test_training_and_validation(tmp_path, capsys):
+def test_training_and_validation(tmp_path):
     model = make_model(tmp_path / "model", "bert")
     pairs = write_scored_pairs(tmp_path / "pairs.jsonl", 60)
     held_out = write_scored_pairs(tmp_path / "held_out.jsonl", 21, seed=9)
     records = make_training_file(tmp_path / "records.jsonl", 40, num_negatives=1)
-    train = load_recipe("train_bert").main
 
-    def flags(files, *more):
-        return [
-            *("--deepspeed", "zero0", "--model_name_or_path", str(model), "--train_files", *map(str, files)),
-            *("--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--max_steps", "3"),
-            *("--global_batch_size", "8", "--report_to", "none", "--bf16", "false", "--hard_negatives", "1", *more),
+    def train(files, *more):
+        flags = [
+            *("--deepspeed", "zero0", "--model_name_or_path", model, "--train_files", *files),
+            *("--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--max_steps", 3),
+            *("--global_batch_size", 8, "--report_to", "none", "--bf16", "false", "--hard_negatives", 1, *more),
         ]
+        return launch(0, "recipes/train_bert.py", *flags, "--pair_loss", "cosent")
 
-    with pytest.raises(ValueError, match="--pair_loss cosent: no file of --train_files has scored pairs"):
-        train(flags([records], "--pair_loss", "cosent"))
-    train(flags([records, pairs], "--pair_loss", "cosent", "--val_files", str(records), str(held_out)))
+    assert "--pair_loss cosent: no file of --train_files has scored pairs" in train([records]).stderr
+    check(train([records, pairs], "--val_files", records, held_out))
     lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [line["accuracy"] is None for line in lines[:3]] == [False] * 3
     last = lines[-1]

@@ -43,7 +43,7 @@ def test_from_flags_and_file(tmp_path):
     file.write_text("matryoshka_dims: [32, 8]\nmatryoshka_weights: []\nlabel_smoothing: 1e-1\nsymmetric: true\n")
     argv = ["--config", str(file), "--false_negative_margin", "-0.05", "--symmetric", "false"]
     (step,) = parse_arguments(StepArguments, argv=argv, defaults={"negatives": BERT_DEFAULTS["negatives"]})
-    options = loss_options(step)
+    options = loss_options(step, step.negatives)
     assert options.matryoshka_dims == (32, 8) and options.matryoshka_weights == (1.0, 1.0)
     assert (options.negatives, options.label_smoothing, options.symmetric) == ("own", 0.1, False)
     assert options.false_negative_margin == -0.05

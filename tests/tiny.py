@@ -139,6 +139,18 @@ def write_teacher_scores(path: Path, seed: int = 0) -> Path:
     return path
 
 
+def write_labelled_texts(path: Path, num_texts: int, num_labels: int = 4, seed: int = 0) -> Path:
+    """Texts of a few words, some of them drawn from those of their label; the first text stands under two labels."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(num_texts):
+            label = number % num_labels
+            words = rng.sample(WORDS[10 * label : 10 * label + 10], k=3) + rng.sample(WORDS, k=2)
+            text = " ".join(WORDS[:4] if number < 2 else words)
+            file.write(json.dumps({"text": text, "label": f"class {label}"}) + "\n")
+    return path
+
+
 def write_scored_pairs(path: Path, num_pairs: int, seed: int = 0) -> Path:
     """Scored pairs of sentences, the score being the share of words that the two have in common; many are equal."""
     rng = random.Random(seed)

@@ -8,12 +8,13 @@ T = N + M uses, U distinct texts. Uses stand in this order: N queries, N positiv
 P second ones, 2 P more uses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from ds_embed.data.identity import positive_pairs
+from ds_embed.data.identity import positive_pairs, ranges
 from ds_embed.data.order import SampleOrder, key_of, mix
 from ds_embed.data.store import TextStore, TrainingStore
 
@@ -24,6 +25,7 @@ class Group(NamedTuple):
     file: int
     start: int
     stop: int
+    num_own: int = 0  # hard negatives of a query at most
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,21 @@ class GlobalBatch:
         """Tokens of the T uses: what a step would encode if it encoded each of them."""
         return int(self.lengths[self.rows].sum())
 
-    def without_negatives(self, negatives: str) -> np.ndarray:
+    def num_shared(self, negatives: str) -> int:
+        """How many documents every query is scored against, beside its own negatives; `negatives` is the setting."""
+        return {"all": len(self.document_keys), "own": self.num_queries, "pair": 0}[negatives]
+
+    def without_negatives(self, negatives: Sequence[str]) -> np.ndarray:
         """Which of the first queries (at most 256) have nothing to be scored against (bool), by what keys and pairs say.
 
-        `negatives` is the setting of that name.
+        `negatives` are the settings of that name, by file; the last one is that of a group of all files.
         """
         keys, rows = self.document_keys, min(self.num_queries, 256)
-        num_shared = {"all": len(keys), "own": self.num_queries, "pair": 0}[negatives]
-        masked = (keys[:rows, None] == keys[None, :num_shared]).any(2)
-        inside = self.positive_pairs[(self.positive_pairs < [rows, num_shared]).all(1)]
+        masked = (keys[:rows, None] == keys[None]).any(2)
+        inside = self.positive_pairs[self.positive_pairs[:, 0] < rows]
         masked[inside[:, 0], inside[:, 1]] = True
+        for group in self.groups:
+            masked[group.start : group.stop, self.num_shared(negatives[group.file]) :] = True
         own = self.own_negatives[:rows]
         is_negative = (own >= 0) & (keys[own] != keys[:rows, None]).all(2)
         return masked.all(1) & ~is_negative.any(1)
@@ -77,35 +84,52 @@ def assemble_batch(
     *,
     first_sample: int,
     num_queries: int,
-    hard_negatives: int,
+    hard_negatives: int | Sequence[int],
     hard_negatives_sampling: str = "first",
 ) -> GlobalBatch:
     """Samples first_sample .. first_sample + num_queries of a run as a global batch.
 
     A record without negatives has none of its own here, and is scored against those of others. Scored pairs come last.
+    With hard negatives for each file, the queries stand file by file.
     """
     records, samples = order.records(first_sample, num_queries), first_sample + np.arange(num_queries)
     files = store.files_of(records)
     is_scored = np.isin(files, [file for file, kind in enumerate(store.kinds_of_files) if kind == "scored"])
     num_queries -= np.count_nonzero(is_scored)
-    if num_queries < len(records):
+    wanted = np.broadcast_to(hard_negatives, len(store.file_sizes))
+    is_by_file = not isinstance(hard_negatives, int)
+    if num_queries < len(records) or is_by_file:
         by_file = np.lexsort((files, is_scored))
         records, samples, files = records[by_file], samples[by_file], files[by_file]
     pairs_first = np.asarray(store.first_text[records[num_queries:]])
     first_text = np.asarray(store.first_text[records[:num_queries]])
     num_available = np.asarray(store.first_text[records[:num_queries] + 1]) - first_text - 2
-    choice = choose_negatives(order.seed, samples[:num_queries], num_available, hard_negatives, hard_negatives_sampling)
-    has_own = np.broadcast_to(num_available[:, None] > 0, choice.shape)
-    negatives = ((first_text + 2)[:, None] + choice)[has_own]
-    uses = np.concatenate([first_text, first_text + 1, negatives])
+    most = int(wanted.max())
+    choice = choose_negatives(order.seed, samples[:num_queries], num_available, most, hard_negatives_sampling)
+    positives, choice = first_text + 1, (first_text + 2)[:, None] + choice
+    labels, own_labels = np.zeros(num_queries, np.int64), np.zeros(choice.shape, np.int64)
+    is_labelled = np.isin(files[:num_queries], [f for f, kind in enumerate(store.kinds_of_files) if kind == "labels"])
+    if is_labelled.any():
+        texts = records[:num_queries][is_labelled]
+        draws = _draws(key_of(order.seed, 6), samples[:num_queries][is_labelled, None].astype(np.uint64), 1 + most)
+        positive, others = store.labelled.draw(texts, draws)
+        positives[is_labelled], choice[is_labelled] = store.first_text[positive] + 1, store.first_text[others] + 1
+        labels[is_labelled], own_labels[is_labelled] = store.labelled.keys_of(texts), store.labelled.keys_of(others)
+        num_available[is_labelled] = most
+    has_own = (num_available[:, None] > 0) & (np.arange(most) < wanted[files[:num_queries], None])
+    negatives = choice[has_own]
+    uses = np.concatenate([first_text, positives, negatives])
     texts, rows = distinct_texts(store, np.concatenate([uses, pairs_first, pairs_first + 1]))
     own = np.full(choice.shape, -1, dtype=np.int64)
     own[has_own] = np.arange(num_queries, num_queries + len(negatives))
     keys = np.asarray(store.text_keys[uses])
     pairs = positive_pairs(keys[:num_queries], keys[num_queries:], store.several_positives)
+    if is_labelled.any():  # the text itself, behind which another label may stand
+        own_texts = np.asarray(store.text_keys[first_text[is_labelled] + 1])
+        pairs = np.concatenate([pairs, _where_equal(own_texts, keys[num_queries:], np.flatnonzero(is_labelled))])
     of_negatives = pairs[pairs[:, 1] >= num_queries]
     places = np.flatnonzero(has_own)[of_negatives[:, 1] - num_queries]
-    is_own = places // max(1, hard_negatives) == of_negatives[:, 0]
+    is_own = places // max(1, most) == of_negatives[:, 0]
     own.flat[places[is_own]] = -1
     return GlobalBatch(
         first_sample=first_sample,
@@ -114,20 +138,22 @@ def assemble_batch(
         lengths=store.lengths_of(texts),
         uses=uses,
         rows=rows,
-        document_keys=_document_keys(keys, num_queries),
+        document_keys=_document_keys(keys, num_queries, np.concatenate([labels, own_labels[has_own]])),
         own_negatives=own,
         positive_pairs=pairs,
         teacher_scores=store.scores[uses[num_queries:]],
-        groups=(Group(-1, 0, num_queries),),
-        scored_groups=_groups(files[num_queries:]),
+        groups=_groups(files[:num_queries], wanted)
+        if is_by_file
+        else (Group(-1, 0, num_queries, most),) * bool(num_queries),
+        scored_groups=_groups(files[num_queries:], wanted * 0),
         pair_scores=store.scores[pairs_first + 1],
     )
 
 
-def _groups(files: np.ndarray) -> tuple[Group, ...]:
-    """What stands together, of files (n,) in ascending order."""
+def _groups(files: np.ndarray, num_own: np.ndarray) -> tuple[Group, ...]:
+    """What stands together, of files (n,) in ascending order; num_own (F,) of each file."""
     found, first, counts = np.unique(files, return_index=True, return_counts=True)
-    return tuple(map(Group, found.tolist(), first.tolist(), (first + counts).tolist()))
+    return tuple(map(Group, found.tolist(), first.tolist(), (first + counts).tolist(), num_own[found].tolist()))
 
 
 def choose_negatives(
@@ -155,14 +181,22 @@ def _draws(key: np.uint64, samples: np.ndarray, num_draws: int) -> np.ndarray:
     return mix(mix(samples ^ key) + np.arange(num_draws, dtype=np.uint64)[None, :])
 
 
-def _document_keys(text_keys: np.ndarray, num_queries: int) -> np.ndarray:
-    """Keys (M, 2) of text_keys (T,): that of the document, and that of the query that a positive answers.
+def _where_equal(keys: np.ndarray, documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Pairs (P, 2) of a query and a document (M,) whose keys are equal, of n queries with these keys."""
+    order = np.argsort(documents, kind="stable")
+    low, high = (np.searchsorted(documents, keys, side=side, sorter=order) for side in ("left", "right"))
+    return np.stack([np.repeat(queries, high - low), order[ranges(low, high - low)]], axis=1)
 
-    A hard negative answers none, and has a number there that no other document has.
+
+def _document_keys(text_keys: np.ndarray, num_queries: int, labels: np.ndarray) -> np.ndarray:
+    """Keys (M, 2) of text_keys (T,): that of the document, and that of the query that a positive answers, or its label.
+
+    A hard negative without a label (labels (M,), 0) answers none, and has a number there that no other document has.
     """
     documents = text_keys[num_queries:]
     keys = np.stack([documents, -1 - np.arange(len(documents))], axis=1)
     keys[:num_queries, 1] = text_keys[:num_queries]
+    keys[:, 1] = np.where(labels == 0, keys[:, 1], labels)
     return keys
 
 

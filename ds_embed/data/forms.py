@@ -35,7 +35,18 @@ from ds_embed.settings.errors import UserError
 
 _LISTS = ("neg_doc", "neg_scores")  # may be spread over several columns
 COLUMN_KEYS = {
-    "training": ("query", "pos_doc", "neg_doc", "query_id", "doc_id", "pos_score", "neg_scores", "score"),
+    "training": (
+        "query",
+        "pos_doc",
+        "neg_doc",
+        "query_id",
+        "doc_id",
+        "pos_score",
+        "neg_scores",
+        "score",
+        "text",
+        "label",
+    ),
     "queries": ("query", "query_id", "doc_id"),
     "documents": ("pos_doc", "doc_id", "title"),
     "judgments": ("query_id", "doc_id", "relevance"),
@@ -51,7 +62,7 @@ _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'{\[].*)?\]\s*""", re.DOTALL)
 _QUERIES = ("anchor", "query", "question")
 _GRADES = ("label", "labels", "score", "scores")  # which must be 1
 _MORE = ("query_id", "corpus_id")
-_NOUNS = {"": "records", "scored": "scored pairs"}
+_NOUNS = {"": "records", "scored": "scored pairs", "labels": "labelled texts"}
 _METADATA = "merlin_metadata.json"
 
 Lookup = Callable[[str, str, Any], str]  # (place, name of the id in errors, id) to the text of a document
@@ -62,7 +73,7 @@ class Reading(NamedTuple):
 
     columns: tuple[str, ...] = ()  # the words of --columns
     corpus_files: tuple[str, ...] = ()  # documents that records name by id
-    scored: bool = False  # records with a "score" are scored pairs, which only some losses can use
+    kinds: tuple[str, ...] = ()  # what is read beside queries with their documents: "scored" pairs, "labels" of texts
 
 
 AS_IT_IS = Reading()
@@ -158,7 +169,7 @@ class _Form:
     doc_ids: str | None = "doc_id"
     pos_scores: str | None = None
     neg_scores: str | None = None
-    kind: str = ""  # "scored": its records are no queries with their right documents
+    kind: str = ""  # a kind of Reading.kinds, where its records are no queries with their right documents
 
     def fits(self, row: dict) -> bool:
         for alternatives in self.keys:  # plain loops: this runs for every record
@@ -181,6 +192,8 @@ class _Form:
             return [plain]
         if self is _SCORED:
             return [_scored_pair(where, row)]
+        if self is _LABELS:
+            return [_labelled_text(where, row)]
         for key in _GRADES if self.more is _GRADES else ():
             if row.get(key) not in (None, 1, "1", "1.0"):
                 raise BadRecord(
@@ -349,8 +362,16 @@ def _scored_pair(where: str, row: dict) -> TrainingRecord:
     return TrainingRecord(text_of(where, first, row), text_of(where, second, row), (), None, None, score, None)
 
 
+def _labelled_text(where: str, row: dict) -> TrainingRecord:
+    text, label = text_of(where, "text", row), id_of(where, "label", row.get("label"))
+    if label is None:
+        raise BadRecord(where, "label is missing, want the name or the number of the text's class")
+    return TrainingRecord(text, text, (), None, None, None, None, label)
+
+
 _PAIRS = ("query", "sentence1", "text1"), ("pos_doc", "sentence2", "text2")
 _SCORED = _Form("scored pairs", (*_PAIRS, ("score",)), None, _own, query_id=None, doc_ids=None, kind="scored")
+_LABELS = _Form("labelled texts", (("text",), ("label",)), None, _own, query_id=None, doc_ids=None, kind="labels")
 _OWN = _Form("our own", (("query",), ("pos_doc",)), "neg_doc", _own, pos_scores="pos_score", neg_scores="neg_scores")
 _AUTOMODEL = replace(_OWN, name="Automodel", keys=(("question",), ("pos_doc",)), query_id="question_id", more=_MORE)
 _AUTOMODEL_IDS = replace(_AUTOMODEL, keys=(("question", "query"), ("pos_doc",)), side=_of_ids, doc_ids=None)
@@ -506,7 +527,7 @@ class TrainingFile(RecordFile):
     def __init__(self, entry: str | os.PathLike, reading: Reading = AS_IT_IS, work_dir: Path | None = None):
         super().__init__(entry, lambda *_: None, Columns(reading.columns, "training") if reading.columns else None)
         self.form: _Form | None = None
-        self._forms = (_SCORED, *_FORMS) if reading.scored else _FORMS
+        self._forms = (*(form for form in (_SCORED, _LABELS) if form.kind in reading.kinds), *_FORMS)
         self.score_range: list[float] = []  # of scored pairs
         self.num_rows, self.fewest, self.most = 0, 0, 0
         self._num_prompts = 0
@@ -521,7 +542,7 @@ class TrainingFile(RecordFile):
 
     @property
     def kind(self) -> str:
-        """ "scored" where the records are scored pairs; "" for queries with their right documents."""
+        """A kind of Reading.kinds; "" for queries with their right documents."""
         return (self.form or _OWN).kind
 
     @property
@@ -557,7 +578,7 @@ class TrainingFile(RecordFile):
     def parse(self, where: str, row: dict) -> list[TrainingRecord]:
         if self._columns is not None:
             row = self._columns.mapped(where, row)
-            self.form = self.form or next((form for form in self._forms[:1] if form.fits(row)), _OWN)
+            self.form = self.form or next((form for form in self._forms if form.fits(row)), _OWN)
         elif self.form is None or not self.form.fits(row):
             form = next((form for form in self._forms if form.fits(row)), None)
             if form is not None and self.form is not None:

@@ -22,6 +22,7 @@ class TrainingRecord(NamedTuple):
     doc_id: str | None
     pos_score: float | None
     neg_scores: tuple[float, ...] | None  # of each of neg_docs
+    label: str | None = None  # of a labelled text, which is query and pos_doc in one
 
     def as_json(self) -> dict[str, Any]:
         """The record in our own form, without the keys that have no value."""

@@ -15,6 +15,8 @@ R records, T texts, S tokens. Opening maps the arrays and reads none of them, wh
     content_keys.npy   (T,) int64       key of each text as it stands in the data, that of its text_id (identity.py)
     query_ids.npy      (R,) int64       key of each record's query_id, 0 for none; doc_ids.npy likewise
     several_*.npy                       queries with several positives, and these: see identity.write_positives
+    labels.npy         (R,) int64       key of the label of each labelled text, which is the only text of its record, as
+                                        query and as positive; 0 elsewhere
     scores.npy         (T,) float32     a teacher's score of each document for its query, NaN where there is none
   queries and documents only (one text a record):
     ids.txt                             UTF-8, line i is the id of row i
@@ -24,12 +26,14 @@ They are built by build_training_store and build_text_store.
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ds_embed.data.identity import POSITIVES_ARRAYS
+from ds_embed.data.labels import LabelledTexts
 from ds_embed.data.store_build import build_text_store, build_training_store, part_location
 from ds_embed.data.store_files import read_manifest
 from ds_embed.data.store_writer import IDS_NAME
@@ -74,7 +78,7 @@ class _Store:
 
     def facts(self) -> list[dict[str, Any]]:
         """What was read of each file: its path, records, negatives and positives, and texts that were cut."""
-        left_out = ("parts", "stamps", "sha256")
+        left_out = ("parts", "stamps", "sha256", "without_negatives")
         facts = [{k: v for k, v in file.items() if k not in left_out} for file in self.manifest["files"]]
         formats = self.manifest["settings"]
         for number, file in enumerate(facts):
@@ -133,9 +137,17 @@ class TrainingStore(_Store):
         self.text_keys = self._map("text_keys", self.num_texts)
         self.content_keys = self._map("content_keys", self.num_texts)
         self.ids = tuple(self._map(name, self.num_records) for name in ("query_ids", "doc_ids"))
+        self.labels = self._map("labels", self.num_records)
         self.kinds_of_files = tuple(file.get("kind", "") for file in self.manifest["files"])
         self.several_positives = tuple(self._map(name, None) for name in POSITIVES_ARRAYS)
         self.scores = self._map("scores", self.num_texts)
+
+    @cached_property
+    def labelled(self) -> LabelledTexts:
+        """The labelled texts, by label."""
+        kinds = np.repeat(self.kinds_of_files, self.file_sizes)
+        records = np.flatnonzero(kinds == "labels")
+        return LabelledTexts.of(records, self.files_of(records), self.labels[records])
 
     def files_of(self, records: np.ndarray) -> np.ndarray:
         """The number of the file of each record, same shape."""

@@ -57,7 +57,7 @@ def build_training_store(
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
     if reading != AS_IT_IS:
-        settings |= {"columns": list(reading.columns), "scored": reading.scored}
+        settings |= {"columns": list(reading.columns), "kinds": list(reading.kinds)}
 
     def write(folder: Path) -> None:
         def write_without(conflicts: dict[tuple[int, int], BadRecord]) -> dict[tuple[int, int], BadRecord]:
@@ -97,7 +97,7 @@ def _add_training_record(
         writer.count_negatives(len(record.neg_docs), source.where)
         if record.pos_score is None or record.neg_scores is None:
             writer.count_record_without("scores", source.where)
-    writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id)
+    writer.end_record(number, query_id=record.query_id, doc_id=record.doc_id, label=record.label)
 
 
 def build_text_store(

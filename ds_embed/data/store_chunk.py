@@ -34,7 +34,7 @@ class ChunkTexts:
         self.sides: list[int] = []  # per text
         self.places: list[int] = []  # per text: its place among the distinct texts of its side
         self.ends: list[int] = []  # per record: texts up to its end
-        self.ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "row_id": []}
+        self.ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "label": [], "row_id": []}
 
     def encode(
         self, sides: dict[str, TextTokenizer], first_sides: dict[str, TextTokenizer] | None
@@ -57,7 +57,7 @@ class ChunkTexts:
             arrays["text_keys"] = self._text_keys(sides, first_sides, encoded)[chosen]
             texts = itertools.chain(*self.distinct)
             arrays["content_keys"] = content_keys(list(texts))[chosen]
-            arrays |= {f"{name}s": self._id_keys(name) for name in ("query_id", "doc_id")}
+            arrays |= {f"{name}s": self._id_keys(name) for name in ("query_id", "doc_id", "label")}
         return arrays
 
     def _text_keys(self, sides: dict[str, TextTokenizer], first_sides: dict, encoded: list) -> np.ndarray:

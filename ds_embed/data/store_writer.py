@@ -34,7 +34,7 @@ _CHUNK_CHARACTERS = 16_000_000
 _SHARE_OF_WORKERS = 4
 _WORKERS_FROM_TEXTS = 16_384
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
-_KEYS = ("first_text", "text_keys", "content_keys", "query_ids", "doc_ids")
+_KEYS = ("first_text", "text_keys", "content_keys", "query_ids", "doc_ids", "labels")
 _TRAINING_ARRAYS = {**dict.fromkeys(_KEYS, "i8"), "scores": "f4"}
 
 Progress = Callable[[int], object]
@@ -114,6 +114,7 @@ class StoreWriter:
         if not least < number < most:
             facts["negatives"] = min(least, number), max(most, number)
         if not number:
+            facts.setdefault("without_negatives", where)
             self.count_record_without("negatives", where)
 
     def count_record_without(self, what: str, where: str) -> None:

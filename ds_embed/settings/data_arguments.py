@@ -47,6 +47,14 @@ def check_prefix(name: str, prefix: str) -> None:
         raise UserError(f"--{name} '{prefix}': only {TEXT_PLACE} can stand in it, once; found {' '.join(places)}")
 
 
+def check_one_for_each(name: str, values: list, train_files: list[str]) -> None:
+    """UserError unless the list is empty or has a value for each file."""
+    if values and len(values) != len(train_files):
+        raise UserError(
+            f"--{name} {listed(values)}: has {len(values)} values, but --train_files has {len(train_files)} files"
+        )
+
+
 def unescape(prefix: str) -> str:
     r"""Replace the escapes \n, \t and \\ in a prefix that was given as a flag or in YAML."""
     return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], prefix)
@@ -56,7 +64,8 @@ def unescape(prefix: str) -> str:
 class DataArguments(TextArguments):
     train_files: list[str] = setting(
         "training records: files (JSON, JSONL, CSV, TSV, Parquet, compressed or not), folders of them, glob patterns, "
-        "URLs, or data sets as NAME:SPLIT or NAME:CONFIG:SPLIT; docs/data_formats.md lists the formats",
+        "URLs, or data sets as NAME:SPLIT or NAME:CONFIG:SPLIT; docs/data_formats.md lists the formats. In YAML, an entry can also be a mapping of path with "
+        "weight, negatives, hard_negatives, temperature, query_prefix or doc_prefix",
         files=True,
     )
     columns: list[str] = several(
@@ -93,6 +102,7 @@ class DataArguments(TextArguments):
         0,
         at_least=0,
     )
+    hard_negatives_per_file: list[int] = several("hard_negatives of each of train_files, where they differ", at_least=0)
     hard_negatives_sampling: str = setting(
         "which of a record's negatives are used: the first ones, or a random choice in every pass",
         "first",
@@ -110,12 +120,8 @@ class DataArguments(TextArguments):
                 "--batching clustered: needs fixed positives, but --positives random draws a new one in every pass; set "
                 "--positives all or --batching mixed"
             )
-        num_files = len(self.train_files)
-        for name in ("sampling_probabilities", "query_prefixes", "doc_prefixes"):
-            if (given := getattr(self, name)) and len(given) != num_files:
-                raise UserError(
-                    f"--{name} {listed(given)}: has {len(given)} values, but --train_files has {num_files} files"
-                )
+        for name in ("sampling_probabilities", "hard_negatives_per_file", "query_prefixes", "doc_prefixes"):
+            check_one_for_each(name, getattr(self, name), self.train_files)
         for name, single in (("query_prefixes", "query_prefix"), ("doc_prefixes", "doc_prefix")):
             for prefix in getattr(self, name):
                 check_prefix(name, prefix)

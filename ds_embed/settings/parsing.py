@@ -136,6 +136,8 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'name: value' lines, got a {type(content).__name__}")
     flags = []
+    if isinstance(files := content.get("train_files"), list) and any(isinstance(one, dict) for one in files):
+        content |= _of_each_file(path, files, content)
     for key, value in content.items():
         if key not in known:
             if key in ELSEWHERE:
@@ -151,6 +153,38 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
     return flags
 
 
-def _nearest(name: str, known: dict, dashes: str) -> str:
+# What a file of train_files can have of its own in YAML, and the list behind train_files that it stands in.
+_PER_FILE = {
+    "path": "train_files",
+    "weight": "sampling_probabilities",
+    "negatives": "negatives_per_file",
+    "hard_negatives": "hard_negatives_per_file",
+    "temperature": "temperature_per_file",
+    "query_prefix": "query_prefixes",
+    "doc_prefix": "doc_prefixes",
+}
+
+
+def _of_each_file(path: Path, files: list, content: dict) -> dict[str, list]:
+    """The lists that stand for train_files as mappings; what a file does not say is that of the whole YAML file."""
+    files = [one if isinstance(one, dict) else {"path": one} for one in files]
+    names = {name for one in files for name in one}
+    for name in names - _PER_FILE.keys():
+        raise UserError(f"{path}: train_files: unknown key '{name}'{_nearest(str(name), _PER_FILE, '')}")
+    lists = {}
+    for name in ["path", *sorted(names - {"path"})]:
+        lists[_PER_FILE[name]] = [one.get(name, content.get(name)) for one in files]
+        if None in lists[_PER_FILE[name]]:
+            number = lists[_PER_FILE[name]].index(None)
+            shown = f"{number + 1} ({files[number].get('path')})"
+            raise UserError(f"{path}: train_files: number {shown} has no {name}, and others have one; give one for all")
+        if name != "path" and _PER_FILE[name] in content:
+            raise UserError(
+                f"{path}: {_PER_FILE[name]} and a {name} in train_files say the same; leave one of them out"
+            )
+    return lists
+
+
+def _nearest(name: str, known: Mapping, dashes: str) -> str:
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {dashes}{match[0]}?)" if match else ""

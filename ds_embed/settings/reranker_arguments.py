@@ -71,6 +71,7 @@ class RerankerDataArguments(Settings):
     sampling_probabilities: ClassVar[tuple[float, ...]] = ()
     positives: ClassVar[str] = "all"
     batching: ClassVar[str] = "mixed"
+    hard_negatives_per_file: ClassVar[tuple[int, ...]] = ()
     query_prefixes: ClassVar[tuple[str, ...]] = ()
     doc_prefixes: ClassVar[tuple[str, ...]] = ()
 
@@ -100,6 +101,8 @@ class RerankerStepArguments(Settings):
     pair_loss: ClassVar[None] = None
     guide_embeddings: ClassVar[None] = None
     teacher_embeddings: ClassVar[None] = None
+    negatives_per_file: ClassVar[tuple[str, ...]] = ()
+    temperature_per_file: ClassVar[tuple[float, ...]] = ()
 
 
 @dataclass(kw_only=True)

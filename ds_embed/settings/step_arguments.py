@@ -23,6 +23,12 @@ class StepArguments(Settings):
         "all",
         choices=NEGATIVES,
     )
+    negatives_per_file: list[str] = several(
+        "negatives of each of train_files, where their queries are scored in different ways", choices=NEGATIVES
+    )
+    temperature_per_file: list[float] = several(
+        "temperature of each of train_files; temperature is then that of validation alone", above=0
+    )
     temperature: float = setting("similarities are divided by this before the softmax", 0.02, above=0)
     learnable_temperature: bool = setting(
         f"train the temperature too, starting at temperature and never below {MIN_LEARNED_TEMPERATURE}", False
@@ -104,6 +110,10 @@ class StepArguments(Settings):
         if self.teacher_temperature is not None and self.teacher_loss != "scores":
             raise UserError(
                 f"--teacher_temperature {self.teacher_temperature}: applies only to --teacher_loss scores; remove it"
+            )
+        if self.learnable_temperature and self.temperature_per_file:
+            raise UserError(
+                "--temperature_per_file: --learnable_temperature true learns one for all; give one of the two"
             )
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if len(set(dims)) < len(dims) or any(dim < 1 for dim in dims):

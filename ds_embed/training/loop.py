@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_embed.artifact.identity import identify_weights
 from ds_embed.data.ahead import made_ahead
-from ds_embed.data.batch import GlobalBatch, assemble_batch
+from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.plan import plan_micro_batches
 from ds_embed.job.ranks import EXIT_REQUEUE, World
 from ds_embed.models.checkpoint import checkpoint_path, way_to
@@ -47,8 +47,10 @@ from ds_embed.training.prepare import (
     check_prefixes,
     describe_prefixes,
     file_formats,
+    modes_of_files,
     prepare_store,
     sample_order,
+    training_batch,
 )
 from ds_embed.training.report import StepLog, non_finite_message, peak_memory_gib, whole_size
 from ds_embed.training.resume import Start, clear_way, find_start
@@ -142,7 +144,8 @@ class TrainingRun:
         self.skipped_steps, self.saved_step = self.start.skipped_steps, self.start.step
 
     def _check_batches(self, batches: Iterable[GlobalBatch]) -> None:
-        check_contrast(batches, self.store, self.step_arguments.negatives, "--train_files")
+        negatives = [*self._modes()[0], self.step_arguments.negatives]
+        check_contrast(batches, self.store, negatives, "--train_files")
 
     @property
     def _stage(self) -> int:
@@ -419,14 +422,10 @@ class TrainingRun:
 
     def batch(self, first_sample: int) -> GlobalBatch:
         """The global batch of the samples from `first_sample` on."""
-        return assemble_batch(
-            self.store,
-            self.order,
-            first_sample=first_sample,
-            num_queries=self.step_arguments.global_batch_size,
-            hard_negatives=self.data.hard_negatives,
-            hard_negatives_sampling=self.data.hard_negatives_sampling,
-        )
+        return training_batch(self.store, self.order, self.data, self.step_arguments, first_sample)
+
+    def _modes(self) -> tuple[list[str], list[int]]:
+        return modes_of_files(self.data, self.step_arguments, len(self.data.train_files))
 
     def _print_arithmetic(self, encoder: Any) -> None:
         """Print what a step consists of, as computed from the first batch."""
@@ -434,15 +433,20 @@ class TrainingRun:
         plan = plan_micro_batches(batch.lengths, self.step_arguments.micro_batch_tokens, self.world.size)
         trained = sum(whole_size(p) for p in encoder.parameters() if p.requires_grad)
         total = sum(whole_size(p) for p in encoder.parameters())
-        hard = self.data.hard_negatives
-        seen = {"all": batch.num_queries * (1 + hard), "own": batch.num_queries + hard, "pair": 1 + hard}
+        modes, hards = self._modes()
+        negatives = [*modes, self.step_arguments.negatives]
+        seen = [
+            batch.num_shared(mode) + (0 if mode == "all" else group.num_own) - (mode != "pair")
+            for group in batch.groups
+            for mode in [negatives[group.file]]
+        ]
         lines = [
             f"records        {self.store.num_records:,} in {len(self.data.train_files)} file(s)",
             f"steps          {self.max_steps:,} of {len(batch.records):,} samples",
             f"weights        {trained:,} trained of {total:,}, "
             f"{'bf16' if self.run.bf16 else 'fp32'}, ZeRO-{self._stage}, {self.world.size} rank(s)",
             f"first step     {len(batch.rows):,} texts with {batch.num_tokens_named:,} tokens, at most "
-            f"{max(0, seen[self.step_arguments.negatives] - 1):,} negatives per query",
+            f"{max([0, *seen]):,} negatives per query",
             f"unique texts   {len(batch.texts):,} with {plan.num_tokens:,} tokens; each is encoded once",
             f"micro-batches  {plan.num_micro_batches} per rank, at most {self.step_arguments.micro_batch_tokens:,} tokens each, "
             f"{plan.padding_share:.1%} padding",
@@ -464,6 +468,13 @@ class TrainingRun:
             unit = "batches" if self.order.batch_size else "samples"
             shares = zip(self.data.train_files, self.order.source_sizes, self.order.probabilities)
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
+        if self.data.hard_negatives_per_file or self.step_arguments.negatives_per_file:
+            by_file = zip(self.data.train_files, modes, hards)
+            lines += [
+                f"file           negatives {mode}, {hard} of its own a query: {path}" for path, mode, hard in by_file
+            ]
+        for path, value in zip(self.data.train_files, self.step_arguments.temperature_per_file):
+            lines.append(f"file           temperature {value:g}: {path}")
         if (guide := self.vectors.get("guide")) is not None:
             share = guided_share(batch, guide.of(batch), self.step_arguments)
             lines.append(

@@ -2,13 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ds_embed.data.batch import GlobalBatch
+from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.forms import Reading
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
@@ -17,7 +17,7 @@ from ds_embed.data.tokenize import TextFormat
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.settings import DataArguments, StepArguments
-from ds_embed.settings.data_arguments import unescape
+from ds_embed.settings.data_arguments import check_one_for_each, unescape
 from ds_embed.settings.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,10 @@ def prepare_store(
 
     `formats` says how queries and documents become tokens. `name` must be unique in the job.
     """
-    num_negatives = data.hard_negatives if data.hard_negatives_sampling == "first" else None  # None: all
+    most = max(data.hard_negatives_per_file or [data.hard_negatives])
+    num_negatives = most if data.hard_negatives_sampling == "first" else None  # None: all
+
+    kinds = ("labels",) * isinstance(data, DataArguments) + ("scored",) * (step.pair_loss is not None)
 
     def build() -> str:
         path = build_training_store(
@@ -46,7 +49,7 @@ def prepare_store(
             num_negatives,
             data.cache_dir,
             skip_bad_records=data.skip_bad_records,
-            reading=Reading(tuple(data.columns), tuple(data.corpus_files), scored=step.pair_loss is not None),
+            reading=Reading(tuple(data.columns), tuple(data.corpus_files), kinds),
         )
         store = TrainingStore.open(path)
         logger.info("%s\n%s", name, "\n".join(store.describe()))
@@ -86,21 +89,28 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
     for line in describe_skipped(store.manifest.get("skipped_records", {})):
         logger.warning("training data: %s", line)
     num_queries = sum(size for size, kind in zip(store.file_sizes, store.kinds_of_files) if not kind)
-    for file in store.manifest["files"]:
-        if file.get("kind") == "scored":
-            _check_scored(file, step)
     first, number = (store.manifest[f"{what}_without_negatives"] for what in ("first_record", "records"))
-    if data.hard_negatives and number == num_queries:
+    modes, hards = modes_of_files(data, step, len(store.file_sizes))
+    if any(hards) and number == num_queries and "labels" not in store.kinds_of_files:
         raise UserError(
-            f"--hard_negatives {data.hard_negatives}: no record has a neg_doc{f' (the first: {first})' if first else ''}; set it to 0 or add them"
+            f"--hard_negatives {max(hards)}: no record has a neg_doc{f' (the first: {first})' if first else ''}; set it to 0 or add them"
         )
-    if data.hard_negatives and number and step.negatives == "pair":
-        raise UserError(
-            f"{first}: has no neg_doc, but rerankers and --negatives pair score a query only against its own hard negatives "
-            f"({number:,} of {num_queries:,} records have none); remove these records, add negatives, or train an embedder "
-            "with --negatives own"
-        )
-    if data.hard_negatives and number:
+    for file, kind, mode, hard in zip(store.manifest["files"], store.kinds_of_files, modes, hards):
+        if kind == "scored":
+            _check_scored(file, step)
+        elif mode == "pair" and not hard:
+            raise UserError(
+                f"--negatives pair: scores each positive of {file['path']} against hard negatives; set --hard_negatives 1 or more"
+            )
+        elif mode == "pair" and "without_negatives" in file:
+            raise UserError(
+                f"{file['without_negatives']}: has no neg_doc, but rerankers and --negatives pair score a query only against "
+                f"its own hard negatives ({number:,} of {num_queries:,} records have none); remove these records, add "
+                "negatives, or train an embedder with --negatives own"
+            )
+    if "labels" in store.kinds_of_files:
+        _check_labels(store)
+    if any(hards) and number:
         share = number / num_queries
         logger.info(
             "%s of %s records (%.1f%%) have no hard negatives: these queries are scored only against the documents of "
@@ -110,10 +120,20 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
             100 * share,
         )
     check_texts_fit(store, step.micro_batch_tokens)
-    if num_queries and step.negatives == "pair" and data.hard_negatives == 0:
-        raise UserError("--negatives pair: scores each positive against hard negatives; set --hard_negatives 1 or more")
     if step.distillation_weight:
-        _check_scores(store, data)
+        _check_scores(store, min(hards))
+
+
+def _check_labels(store: TrainingStore) -> None:
+    """UserError unless every label stands twice, and its file has another one."""
+    texts = store.labelled
+    number, in_file = texts.of_label[1], texts.of_file[1]
+    for is_bad, problem in (
+        (number == 1, "no other text of its file has its label, so there is no positive for it; leave it out"),
+        (number == in_file, "every text of its file has this label, so there is no negative for it"),
+    ):
+        if is_bad.any():
+            raise UserError(f"{store.location(int(texts.records[np.argmax(is_bad)]))}: {problem}")
 
 
 def _check_scored(file: dict[str, Any], step: StepArguments) -> None:
@@ -128,8 +148,31 @@ def _check_scored(file: dict[str, Any], step: StepArguments) -> None:
         )
 
 
-def _check_scores(store: TrainingStore, data: DataArguments) -> None:
-    if data.hard_negatives == 0:
+def modes_of_files(data: DataArguments, step: StepArguments, num_files: int) -> tuple[list[str], list[int]]:
+    """What each file's queries are scored against, and how many hard negatives each has."""
+    return (
+        list(step.negatives_per_file) or [step.negatives] * num_files,
+        list(data.hard_negatives_per_file) or [data.hard_negatives] * num_files,
+    )
+
+
+def training_batch(
+    store: TrainingStore, order: SampleOrder, data: DataArguments, step: StepArguments, first_sample: int
+) -> GlobalBatch:
+    """The global batch of the samples from `first_sample` on; file by file where the files' settings differ."""
+    is_by_file = data.hard_negatives_per_file or step.negatives_per_file or step.temperature_per_file
+    return assemble_batch(
+        store,
+        order,
+        first_sample=first_sample,
+        num_queries=step.global_batch_size,
+        hard_negatives=modes_of_files(data, step, len(store.file_sizes))[1] if is_by_file else data.hard_negatives,
+        hard_negatives_sampling=data.hard_negatives_sampling,
+    )
+
+
+def _check_scores(store: TrainingStore, fewest: int) -> None:
+    if fewest == 0:
         raise UserError(
             "--distillation_weight: the teacher ranks a query's hard negatives; set --hard_negatives 1 or more"
         )
@@ -141,10 +184,12 @@ def _check_scores(store: TrainingStore, data: DataArguments) -> None:
         )
 
 
-def check_contrast(batches: Iterable[GlobalBatch], store: TrainingStore, negatives: str, setting: str) -> None:
+def check_contrast(
+    batches: Iterable[GlobalBatch], store: TrainingStore, negatives: Sequence[str], setting: str
+) -> None:
     """Raise UserError if no query of these batches has a negative, so that the loss is 0; warn if some have none.
 
-    `setting` names the files in messages.
+    negatives: as GlobalBatch.without_negatives takes them. `setting` names the files in messages.
     """
     looked_at = [(batch.records, batch.without_negatives(negatives)) for batch in batches]
     lacking = np.concatenate([lacks for _, lacks in looked_at])
@@ -171,7 +216,9 @@ def check_contrast(batches: Iterable[GlobalBatch], store: TrainingStore, negativ
 
 
 def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments, seed: int) -> SampleOrder:
-    """The order of the run's samples. UserError when a file can't fill a batch of its own."""
+    """The order of the run's samples. UserError when a file can't fill a batch of its own, or settings are not one for each."""
+    for name in ("negatives_per_file", "temperature_per_file"):
+        check_one_for_each(name, getattr(step, name), data.train_files)
     shares = data.sampling_probabilities
     homogeneous = data.batching == "homogeneous"
     documents = (store.first_text, store.text_keys) if data.batching == "clustered" else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from ds_embed.data.batch import GlobalBatch, collate, collate_prompts
+from ds_embed.data.batch import GlobalBatch, Group, collate, collate_prompts
 from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import World
 from ds_embed.losses import LossOptions, LossResult, Sums, contrastive_loss
@@ -70,7 +70,11 @@ class ContrastiveStep:
         self.arguments = arguments
         self.seed = seed
         self.vectors = vectors
-        self.options = loss_options(arguments)
+        # Of each file that has its own, and of all others.
+        num_files = len(store.file_sizes)
+        modes = arguments.negatives_per_file or [arguments.negatives] * num_files
+        self.options = [loss_options(arguments, negatives) for negatives in (*modes, arguments.negatives)]
+        self.temperatures = [*(arguments.temperature_per_file or [None] * num_files), None]
         # ZeRO-0 has no notion of a boundary: each backward averages what has accumulated, and averaging
         # an average again changes nothing, so the sum over micro-batches comes out right.
         self.has_boundary = engine.zero_optimization_stage() > 0
@@ -153,14 +157,17 @@ class ContrastiveStep:
 
     def _loss(self, table: Tensor, inputs: StepInputs, temperature: Tensor, first_query: int = 0) -> LossResult:
         """The part of this rank's share of queries first_query .. N (and of their positives) in the loss."""
-        batch, options, projected = inputs.batch, self.options, self._projected(inputs)
+        batch, options, projected = inputs.batch, self.options[-1], self._projected(inputs)
         num_samples = len(batch.records)
         result = LossResult(Sums.zero(table), torch.zeros_like(table))
-        if batch.num_queries:
-            share = batch.num_queries / num_samples
-            result = self._contrastive(table, inputs, temperature, first_query)
-            result = result.times(share) if share < 1 else result
-        for _, start, stop in batch.scored_groups:
+        first, last = self._share(first_query, batch.num_queries)
+        for group in batch.groups:
+            start, stop = max(first, group.start), min(last, group.stop)
+            if start < stop:
+                result = result.plus(self._contrastive(table, inputs, temperature, group, start, stop))
+        if batch.num_queries < num_samples:
+            result = result.times(batch.num_queries / num_samples)
+        for _, start, stop, _ in batch.scored_groups:
             scored = scored_loss(
                 table[:, : table.shape[1] - projected],
                 self._pair_rows(inputs)[:, start:stop],
@@ -188,20 +195,22 @@ class ContrastiveStep:
         """How many columns of the table are not the embeddings', but what is compared with a teacher's vectors."""
         return 0 if inputs.teacher is None or self.engine.module.projection is None else inputs.teacher.shape[1]
 
-    def _contrastive(self, table: Tensor, inputs: StepInputs, temperature: Tensor, first_query: int) -> LossResult:
-        batch = inputs.batch
+    def _contrastive(
+        self, table: Tensor, inputs: StepInputs, temperature: Tensor, group: Group, first: int, last: int
+    ) -> LossResult:
+        """The part of the queries first .. last, which are some of a group."""
+        batch, own_temperature = inputs.batch, self.temperatures[group.file]
         models = {"guide": inputs.guide, "teacher": inputs.teacher}
         models = {name: normalize(vectors, dim=1) for name, vectors in models.items() if vectors is not None}
-        first, last = self._share(first_query, batch.num_queries)
         return contrastive_loss(
             table,
             inputs.document_keys,
-            inputs.own_negatives,
+            inputs.own_negatives[:, : group.num_own],
             num_queries=batch.num_queries,
             first_query=first,
             last_query=last,
-            temperature=temperature,
-            options=self.options,
+            temperature=temperature if own_temperature is None else own_temperature,
+            options=self.options[group.file],
             rows=None if inputs.rows is None else inputs.rows[: batch.num_document_uses],
             teacher_scores=inputs.teacher_scores,
             positive_pairs=inputs.positive_pairs,
@@ -275,11 +284,11 @@ class ContrastiveStep:
             del output  # its graph, before the next one grows
 
 
-def loss_options(arguments: StepArguments) -> LossOptions:
-    """The settings of the loss as the losses take them."""
+def loss_options(arguments: StepArguments, negatives: str) -> LossOptions:
+    """The settings of the loss as the losses take them, for one way of scoring queries."""
     dims = tuple(arguments.matryoshka_dims)
     return LossOptions(
-        negatives=arguments.negatives,
+        negatives=negatives,
         label_smoothing=arguments.label_smoothing,
         symmetric=arguments.symmetric,
         false_negative_margin=arguments.false_negative_margin,

@@ -78,7 +78,7 @@ def _rows_of_texts(store: TrainingStore, found: tuple[Vectors, Vectors]) -> np.n
     side_of = np.ones(store.num_texts, np.int8)
     side_of[first] = 0
     for kind, start, size in zip(store.kinds_of_files, np.cumsum([0, *store.file_sizes]), store.file_sizes):
-        if kind:  # scored pairs have a loss of their own
+        if kind == "scored":  # scored pairs have a loss of their own
             side_of[store.first_text[start] : store.first_text[start + size]] = -1
     rows = np.full(store.num_texts, -1)
     for side, (vectors, (one, several, id_name)) in enumerate(zip(found, _SIDES)):

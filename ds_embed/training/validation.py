@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Validation:
         card: EmbeddingCard,
         folder: RunFolder,
     ):
+        data, step = _of_all_files(data), _of_all_files(step)
         self.world, self.arguments, self.data, self.step, self.seed = world, arguments, data, step, seed
         self.folder = folder
         files = arguments.test_sets()
@@ -121,7 +122,7 @@ class Validation:
             self.of_batches = (self.of_batches if "" in kinds else []) + (self.of_pairs if "scored" in kinds else [])
             batches = (batch for batch, _ in itertools.islice(self._batches(), 4))
             world.on_main(
-                "check held-out negatives", lambda: check_contrast(batches, self.store, step.negatives, "--val_files")
+                "check held-out negatives", lambda: check_contrast(batches, self.store, [step.negatives], "--val_files")
             )
         self.names = [one.label(measure) for one in self.test_sets for measure in self.measures]
         self.names += [f"mean/{measure}" for measure in self.measures if len(files) > 1]
@@ -311,6 +312,11 @@ def leave_if_asked(stop: StopRequest) -> None:
     """Raise StoppedMeanwhile on all ranks when a signal asks for it."""
     if stop.agreed() is not None:
         raise StoppedMeanwhile
+
+
+def _of_all_files(settings: Any) -> Any:
+    """The settings without those of single training files."""
+    return replace(settings, **{f.name: [] for f in fields(settings) if f.name.endswith("_per_file")})
 
 
 def _measures(arguments: ValidationArguments) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_embed.data.batch import GlobalBatch, assemble_batch
+from ds_embed.data.batch import GlobalBatch
 from ds_embed.data.plan import Plan, check_budget, plan_micro_batches
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
@@ -30,7 +30,7 @@ from ds_embed.tools.plan import ranks
 from ds_embed.tools.plan.measure import ModelCost, measure_model
 from ds_embed.tools.plan.ranks import GIB, Zero
 from ds_embed.training.loop import TrainingRun
-from ds_embed.training.prepare import file_formats, prepare_store, sample_order
+from ds_embed.training.prepare import file_formats, prepare_store, sample_order, training_batch
 from ds_embed.training.schedule import count_steps
 
 logger = logging.getLogger(__name__)
@@ -191,14 +191,7 @@ def job_to_size(
         tokenizer = load_tokenizer(source, model.trust_remote_code)
         store = prepare_store(world, data.train_files, data, step, tokenizer, file_formats(data, card))
         order = sample_order(store, data, step, run.seed)
-        batch = assemble_batch(
-            store,
-            order,
-            first_sample=0,
-            num_queries=queries,
-            hard_negatives=data.hard_negatives,
-            hard_negatives_sampling=data.hard_negatives_sampling,
-        )
+        batch = training_batch(store, order, data, step, first_sample=0)
         lengths, lengths_from = batch.lengths, f"the first batch of train_files, {_named(batch)}"
         longest, num_records = int(np.max(store.lengths)), order.samples_per_pass
     else:
