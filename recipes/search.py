@@ -37,20 +37,33 @@ def main() -> None:
         ModelArguments, TextArguments, SearchArguments, SearchIndexArguments, argv=argv
     )
     from ds_embed.data.records import read_document_texts
-    from ds_embed.models.loading import find_source
+    from ds_embed.models.loading import find_source, load_config
     from ds_embed.vectors.embedder import Embedder
     from ds_embed.vectors.faiss_index import search_by_arguments
-    from ds_embed.vectors.vectors import read_vectors
+    from ds_embed.vectors.vectors import other_model, read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
     source = find_source(model)
-    query = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16).encode_queries(
-        [arguments.query]
-    )
+    embedder = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16)
+    if documents.made_from:
+        card = embedder.card
+        here = source.identify(getattr(load_config(source, model.trust_remote_code), "_commit_hash", None))
+        here |= {"pooling": repr(card.pooling), "head": repr(card.head), "bidirectional": repr(card.bidirectional)}
+        if other := other_model(documents, here):
+            print(
+                f"warning: the vectors of {arguments.embeddings} come from another model than "
+                f"{model.model_name_or_path} ({other}): unless one is an export of the other, what is found means nothing",
+                file=sys.stderr,
+            )
+    query = embedder.encode_queries([arguments.query])
     top_k = min(arguments.top_k, len(documents))
     scores, rows, _ = search_by_arguments(index, query, documents.rows, top_k, tie_rank=documents.ids.ranks)
     ids = [documents.ids[row] for row in rows[0] if row >= 0]
     texts = read_document_texts(arguments.doc_files, set(ids)) if arguments.doc_files else {}
+    if arguments.doc_files and (unknown := [name for name in ids if name not in texts]):
+        raise UserError(
+            f"--doc_files: have no document '{unknown[0]}'; give the files that {arguments.embeddings} encoded"
+        )
     print(f'query: "{arguments.query}"')
     for place, (name, score) in enumerate(zip(ids, scores[0]), start=1):
         print(f"\n{place}. {name}  (cosine {score:.3f})")

@@ -67,7 +67,7 @@ def test_every_form_gives_the_store_of_our_own(tmp_path, tokenizer, own):
                 "ms_swift": "ms-swift",
                 "f2llm": "F2LLM",
                 "columns": "mapped (query=ask pos_doc=good neg_doc=bad,worse)",
-                "in_order": "mapped (by the order of a, b, c, d)",
+                "in_order": "mapped (query=a pos_doc=b neg_doc=c,d, by the order of the columns)",
                 "": "sentence-transformers",
             }.items()
             if name.startswith(start)
@@ -307,6 +307,15 @@ def test_scores_of_a_table_are_numbers(tmp_path, tokenizer, suffix):
         scores(str(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_a_csv_is_split_where_its_header_is(tmp_path, separator):
+    lines = [["Frage", '"Antwort, kurz"'], ["Größe?", '"1,5 m; ""so"" etwa"'], ["x", "y"]]
+    (tmp_path / "a.csv").write_text("\ufeff" + "".join(separator.join(line) + "\n" for line in lines), "utf-8")
+    reading = Reading(("in_order",))
+    records = [record for _, record in read_training_records([str(tmp_path / "a.csv")], reading=reading)]
+    assert [(record.query, record.pos_doc) for record in records] == [("Größe?", '1,5 m; "so" etwa'), ("x", "y")]
+
+
 FILES = [
     ("a.parquet", b"PAR1" + b"x" * 50, {}, "a.parquet: not a whole Parquet file"),
     ("a.jsonl.gz", b"\x1f\x8b\x08\x00garbage", {}, "a.jsonl.gz: its gzip data is cut short or damaged"),
@@ -330,12 +339,7 @@ FILES = [
         {},
         "a.csv:2: neg looks like a list and is no JSON; write a column",
     ),
-    (
-        "a.csv",
-        b"a;b\nx;y\n",
-        {"columns": ["in_order"]},
-        "a.csv:2: --columns in_order: want two columns or more, found 'a;b'",
-    ),
+    ("a.csv", b"a\nx\n", {"columns": ["in_order"]}, "a.csv:2: --columns in_order: want two columns or more, found 'a'"),
     (
         "a.jsonl",
         b'{"query": "q", "pos_doc": "p", "doc_id": 9007199254740993.0}',
@@ -352,6 +356,13 @@ FILES = [
     ("a.csv", b"a,b\n", {"columns": ["in_order"]}, "a.csv: holds no record"),
     ("a.jsonl", b'{"a": "b"}\n', {"columns": ["in_order"]}, "a.jsonl: --columns in_order: JSON keys have no order"),
     ("a.jsonl", b'{"a": "b"}\n', {"columns": ["query=a", "pos_doc=c"]}, "a.jsonl:1: --columns pos_doc=c: there is no"),
+    (
+        "a.csv",
+        b"Frage,Antwort\n1,2\n",
+        {"columns": ["query=Frage"]},
+        "a.csv:2: pos_doc is missing, want a string; the keys here are 'Frage', 'Antwort'; if another key holds it: "
+        "--columns pos_doc=KEY",
+    ),
     ("a.jsonl", b'{"a": "b", "c": "d"}\n', {"columns": ["query=a", "pos_doc=c", "neg_doc=e"]}, "no record has 'e'"),
     ("a.jsonl", b"{}", {"columns": ["ask=a"]}, "--columns ask=a: want KEY=COLUMN, where KEY is one of query, pos_doc"),
     ("a.jsonl", b"{}", {"columns": ["query=a", "query=b"]}, "--columns query=b: query is given twice"),

@@ -3,6 +3,7 @@
 Shapes: n rows, D dimensions.
 """
 
+import json
 import warnings
 
 import numpy as np
@@ -168,6 +169,14 @@ def spoil_ids(content):
 def test_broken_vectors_are_named(folder, spoil, message):
     spoil(folder)
     with pytest.raises(ValueError, match=message):
+        read_embeddings(folder)
+
+
+def test_queries_and_documents_of_two_models_are_refused(folder):
+    for kind, model in (("queries", "a"), ("docs", "b")):
+        made_from = {"base_model": model, "adapter": "none"}
+        (folder / f"test_{kind}/manifest.json").write_text(json.dumps({"made_from": made_from}))
+    with pytest.raises(ValueError, match=r"come from different models \(base_model b, not a\); encode both with one"):
         read_embeddings(folder)
 
 

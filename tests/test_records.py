@@ -211,12 +211,21 @@ def test_teacher_scores(record, expected):
     assert parse_training_record("f:1", record)[0][-2:] == expected
 
 
+OTHER_KEY = "; if another key holds it: --columns {}"
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"pos_doc": "p"}, "query is missing, want a string; the keys here are 'pos_doc'"),
-        ({"query": "q"}, "pos_doc is missing, want a string; the keys here are 'query'"),
-        ({}, "query is missing, want a string; the keys here are none"),
+        (
+            {"pos_doc": "p"},
+            "query is missing, want a string; the keys here are 'pos_doc'" + OTHER_KEY.format("query=KEY"),
+        ),
+        (
+            {"query": "q"},
+            "pos_doc is missing, want a string; the keys here are 'query'" + OTHER_KEY.format("pos_doc=KEY"),
+        ),
+        ({}, "query is missing, want a string; the keys here are none" + OTHER_KEY.format("query=KEY pos_doc=KEY")),
         (training(query=7), "query is a number, want a string"),
         (training(query=None), "query is null, want a string"),
         (training(pos_doc=None), "pos_doc is null, want a string or a list of strings"),
@@ -261,7 +270,7 @@ def test_query_and_document_records():
     assert parse_document_record("f:1", {"pos_doc": "", "doc_id": "a b"}) == ("", "a b")
 
 
-MAKE_IDS = "; give each text an id; `convert --input_format training --output_format test` makes test files of pairs"
+MAKE_IDS = "; give each text an id, or name its key (--columns {}=KEY); `convert --input_format training --output_format test` makes test files of pairs"
 
 
 @pytest.mark.parametrize(
@@ -271,12 +280,12 @@ MAKE_IDS = "; give each text an id; `convert --input_format training --output_fo
         (
             parse_query_record,
             {"query": "q"},
-            "query_id is missing, want a string; the keys here are 'query'" + MAKE_IDS,
+            "query_id is missing, want a string; the keys here are 'query'" + MAKE_IDS.format("query_id"),
         ),
         (
             parse_query_record,
             {"query": "q", "query_id": None},
-            "query_id is missing, want a string; the keys here are 'query', 'query_id'" + MAKE_IDS,
+            "query_id is missing, want a string; the keys here are 'query', 'query_id'" + MAKE_IDS.format("query_id"),
         ),
         (
             parse_query_record,
@@ -293,7 +302,7 @@ MAKE_IDS = "; give each text an id; `convert --input_format training --output_fo
         (
             parse_document_record,
             {"pos_doc": "p"},
-            "doc_id is missing, want a string; the keys here are 'pos_doc'" + MAKE_IDS,
+            "doc_id is missing, want a string; the keys here are 'pos_doc'" + MAKE_IDS.format("doc_id"),
         ),
         (parse_document_record, {"pos_doc": "p", "doc_id": ""}, "doc_id is empty, want a name on one line"),
         *(

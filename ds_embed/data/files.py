@@ -292,7 +292,11 @@ class Records:
                 yield line + "\n"
 
         csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
-        reader = csv.reader(kept_lines(), strict=True)
+        content = kept_lines()
+        header = next(content, "")
+        unquoted = re.sub('"[^"]*"', "", header)  # spreadsheets write semicolons where the comma is the decimal sign
+        separator = next((mark for mark in ",;\t" if mark in unquoted), ",")
+        reader = csv.reader(itertools.chain([header], content), delimiter=separator, strict=True)
         try:
             for cells in reader:
                 if cells:

@@ -129,7 +129,9 @@ class Columns:
     def describe(self) -> str:
         """What was taken for what."""
         if self._by_order:
-            return f"by the order of {', '.join(self._shown)}"
+            query, positive, *negatives = self._shown
+            taken = f"query={query} pos_doc={positive}" + (f" neg_doc={','.join(negatives)}" if negatives else "")
+            return f"{taken}, by the order of the columns"
         return " ".join(f"{key}={','.join(names)}" for key, names in self._columns.items())
 
     def check_seen(self, path: str) -> None:
@@ -457,12 +459,15 @@ def _texts(where: str, key: str, value: Any, optional: bool = False, titles: boo
 def parse_training_record(where: str, record: dict) -> list[TrainingRecord]:
     """Check one training record in our own form; keys that we do not know are ignored. A record for each positive."""
     if not _OWN.fits(record):
-        _refuse_lack(where, _OWN, record)
+        _refuse_lack(where, _OWN, record, record)
     return _OWN.parse(where, record)
 
 
-def _refuse_lack(where: str, form: _Form, row: dict) -> NoReturn:
-    refuse_missing(where, next(keys[0] for keys in form.keys if not any(key in row for key in keys)), row)
+def _refuse_lack(where: str, form: _Form, record: dict, row: dict) -> NoReturn:
+    """Name the key that the record lacks, and those of the row that it was mapped from."""
+    lacks = [keys[0] for keys in form.keys if not any(key in record for key in keys)]
+    cure = f"if another key holds it: --columns {' '.join(f'{key}=KEY' for key in lacks)}" if form is _OWN else ""
+    refuse_missing(where, lacks[0], row, cure)
 
 
 class RecordFile(ExitStack):
@@ -577,8 +582,11 @@ class TrainingFile(RecordFile):
 
     def parse(self, where: str, row: dict) -> list[TrainingRecord]:
         if self._columns is not None:
-            row = self._columns.mapped(where, row)
-            self.form = self.form or next((form for form in self._forms if form.fits(row)), _OWN)
+            record = self._columns.mapped(where, row)
+            self.form = self.form or next((form for form in self._forms if form.fits(record)), _OWN)
+            if not self.form.fits(record):
+                _refuse_lack(where, self.form, record, row)
+            row = record
         elif self.form is None or not self.form.fits(row):
             form = next((form for form in self._forms if form.fits(row)), None)
             if form is not None and self.form is not None:
@@ -589,7 +597,7 @@ class TrainingFile(RecordFile):
                 )
             self.form = form or self.form
             if form is None:
-                _refuse_lack(where, self.form or _OWN, row)
+                _refuse_lack(where, self.form or _OWN, row, row)
         if self._has_text_cells:
             row = _typed(where, row)
         form = self.form or _OWN

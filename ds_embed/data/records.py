@@ -151,7 +151,7 @@ def _required_id(where: str, record: dict, keys: Sequence[str]) -> str:
     key = present(record, keys)
     value = id_of(where, key, record.get(key))
     if value is None:
-        cure = "give each text an id; `convert --input_format training --output_format test` makes test files of pairs"
+        cure = f"give each text an id, or name its key (--columns {keys[0]}=KEY); `convert --input_format training --output_format test` makes test files of pairs"
         refuse_missing(where, key, record, cure)
     return value
 

@@ -4,6 +4,7 @@ Shapes: n rows of one kind (N queries, M documents), D dimensions.
 """
 
 import codecs
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_embed.artifact.artifact import is_begun
+from ds_embed.artifact.artifact import MANIFEST, is_begun
 from ds_embed.settings.errors import UserError
 
 # kind: folder names in order of preference
 _LAYOUT = {"query": ("test_queries",), "doc": ("test_docs", "test_doc")}
 _AGAIN = "write the vectors again with recipes/generate.py"
 _CHECK_BYTES = 64 << 20
+_OF_MODEL = ("base_model", "adapter", "dense_layers", "pooling", "head", "bidirectional")  # in a manifest's made_from
 # Encoding one text twice, in other micro-batches and in bf16, moves its vector by about 1 %.
 _SAME_TEXT_DISTANCE = 0.05
 
@@ -98,6 +100,12 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def made_from(self) -> dict[str, str]:
+        """What generate noted of the model and settings; empty for vectors of other programs."""
+        manifest = self.path.with_name(MANIFEST)
+        return json.loads(manifest.read_text(encoding="utf-8"))["made_from"] if manifest.exists() else {}
+
 
 def read_embeddings(folder: str | os.PathLike) -> tuple[Vectors, Vectors]:
     """Read (queries, documents) of one OUT/consumed_samplesX folder.
@@ -110,7 +118,18 @@ def read_embeddings(folder: str | os.PathLike) -> tuple[Vectors, Vectors]:
             f"{queries.path} has {queries.rows.shape[1]} dimensions and {documents.path} has "
             f"{documents.rows.shape[1]}: they come from different models; encode both with one model"
         )
+    if other := other_model(documents, queries.made_from):
+        raise UserError(
+            f"{queries.path} and {documents.path} come from different models ({other}); encode both with one"
+        )
     return queries, documents
+
+
+def other_model(vectors: Vectors, made_from: dict[str, str]) -> str:
+    """By what the model of these vectors is not the one described; "" where both do not say, or are one."""
+    kept = vectors.made_from
+    differ = [name for name in _OF_MODEL if kept and made_from and kept.get(name) != made_from.get(name)]
+    return ", ".join(f"{name} {kept.get(name)}, not {made_from.get(name)}" for name in differ)
 
 
 def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
