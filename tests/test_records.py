@@ -195,7 +195,7 @@ def training(**keys):
     ],
 )
 def test_training_records(record, expected):
-    assert parse_training_record("f:1", record) == [(*expected, None, None)]
+    assert parse_training_record("f:1", record) == [(*expected, None, None, None)]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_training_records(record, expected):
     ],
 )
 def test_teacher_scores(record, expected):
-    assert parse_training_record("f:1", record)[0][-2:] == expected
+    assert parse_training_record("f:1", record)[0][-3:-1] == expected
 
 
 OTHER_KEY = "; if another key holds it: --columns {}"
