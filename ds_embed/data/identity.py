@@ -20,7 +20,7 @@ import numpy as np
 
 from ds_embed.data.store_files import NpyWriter
 
-_ROWS_AT_ONCE = 1 << 21
+_ROWS_AT_ONCE = 1 << 19
 _TEXT_ID = re.compile("[0-9a-f]{16}")
 POSITIVES_ARRAYS = ("several_queries", "several_first", "several_positives")
 

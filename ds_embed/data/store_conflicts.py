@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_embed.data.files import BadRecord
 
-_ROWS_AT_ONCE = 1 << 21
+_ROWS_AT_ONCE = 1 << 19
 
 
 def find_conflicts(folder: Path, files: Sequence[tuple[int, Callable[[int], str]]]) -> dict[tuple[int, int], BadRecord]:
