@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure retrieval, without a GPU; from the root of the checkout, the flags are those of recipes/evaluate.py:
+# Measure retrieval, without a GPU. Submit from the root of the checkout, with the flags of recipes/evaluate.py:
 #
 #   sbatch --dependency=afterok:$ID slurm/evaluate.sh --embeddings OUT/consumed_samplesX --query_files queries.jsonl
 #

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Encode queries and documents; from the root of the checkout, the flags are those of recipes/generate.py:
+# Encode queries and documents. Submit from the root of the checkout, with the flags of recipes/generate.py:
 #
 #   sbatch --nodes 2 slurm/generate.sh --model_name_or_path RUN --doc_files docs.jsonl --output_prefix OUT
 #
-# or as an array of jobs, each with a part of the rows, and a job that puts the parts together:
+# or as an array of jobs, each of which encodes a shard of the rows, and a job that merges the shards:
 #
 #   ID=$(sbatch --parsable --array=0-7 slurm/generate.sh --model_name_or_path RUN ... --output_prefix OUT)
 #   sbatch --dependency=afterok:$ID slurm/generate.sh --model_name_or_path RUN ... --output_prefix OUT \
 #       --num_shards 8 --merge_shards true
 #
-# Encoding may be ended at any instant and goes on where it was; so near the time limit the job does just that.
+# Encoding can be stopped at any time and resumes where it was, so the job simply stops near the time limit.
 #SBATCH --job-name=ds_embed-generate
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

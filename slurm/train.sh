@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Train on any number of nodes; from the root of the checkout:
+# Train on any number of nodes. Submit from the root of the checkout:
 #
 #   sbatch --nodes 4 slurm/train.sh recipes/train_gpt.py --deepspeed ds_configs/zero3.json ...
 #
-# Everything behind the script is the recipe and its flags. Options of sbatch before it win over these:
+# The recipe and its flags follow the script. Options of sbatch before the script override these:
 #SBATCH --job-name=ds_embed
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Three minutes before the time limit: save, back into the queue, go on. B: to this script, which tells the ranks.
+# Three minutes before the time limit, save, requeue and resume. B: signals this script, which tells the ranks.
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
 DS_EMBED_HOME="${DS_EMBED_HOME:-$SLURM_SUBMIT_DIR}"

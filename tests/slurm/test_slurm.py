@@ -218,7 +218,7 @@ def test_jobs_that_cannot_work_say_why_at_once(cluster, place):
             cluster, place, "no-recipe", *one_node, "slurm/train.sh", "recipes/train_gtp.py", *flags[1:]
         ),
         "nothing to run: give a recipe": Job(cluster, place, "no-words", *one_node, "slurm/train.sh"),
-        "--ntasks-per-node=3 with --gpus-per-node=2: a rank drives one GPU": Job(
+        "--ntasks-per-node=3 with --gpus-per-node=2: each rank uses one GPU": Job(
             cluster, place, "tasks", "--nodes=1", "--gpus-per-node=2", "--ntasks-per-node=3", "slurm/train.sh", *flags
         ),
         "DS_EMBED_PYTHON=/no/python: no such program on node node": Job(
