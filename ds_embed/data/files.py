@@ -440,6 +440,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, path: str, file: Any, on_bytes: Callable[[Any], object] | None = None, packing: str = ""):
         self._path, self._source, self._on_bytes, self.packing = path, file, on_bytes, packing
+        self._at_most: int | None = _LOOK_BYTES  # of the first read, since peek() copies all that was read
         if packing == "zstd":
             import pyarrow
 
@@ -452,12 +453,13 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            count = self._file.readinto(buffer) or 0
+            count = self._file.readinto(memoryview(buffer)[: self._at_most]) or 0
         except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
             if not self.packing:
                 raise
             problem = f"its {self.packing} data is cut short or damaged ({error}); copy it again"
             raise UserError(f"{self._path}: {problem}") from None
+        self._at_most = None
         if self._on_bytes is not None:
             self._on_bytes(memoryview(buffer)[:count])
         return count

@@ -7,7 +7,7 @@ import base64
 import io
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from ds_embed.tools.report.answers import Answers
 from ds_embed.tools.report.run_log import RunLog
 
 BLUE, ORANGE, GREEN, PURPLE, GRAY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#5f6771"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # a dollar sign in a run's name is one
     "axes.titlesize": 10,
@@ -69,11 +69,11 @@ class Chart:
 
     def outline(self, groups: dict[str, np.ndarray]) -> None:
         """Histograms of shares over the same 60 bins; the last group is blue."""
-        edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), 60)
+        edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), 60).tolist()
         for (label, values), colour in zip(groups.items(), (GRAY, ORANGE, BLUE)[-len(groups) :]):
             weights = np.full(len(values), 1 / len(values))
             self.axes.hist(values, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.16)
-            line = {"color": colour, "linewidth": 1.6, "label": label or None}
+            line: dict[str, Any] = {"color": colour, "linewidth": 1.6, "label": label or None}
             self.axes.hist(values, edges, weights=weights, histtype="step", **line)
 
 
@@ -146,7 +146,7 @@ def _draw(run: RunLog, other: RunLog | None, curves: _Curves) -> Chart:
                 values = smooth(values, window)
                 if each is run and key == next(iter(curves.keys)):
                     chart.caption += f" Bold: mean of {window:,} logged steps."
-            line = {"color": colour, "linestyle": "-" if each is run else "--", "markersize": 4}
+            line: dict[str, Any] = {"color": colour, "linestyle": "-" if each is run else "--", "markersize": 4}
             line |= {"label": ", ".join(filter(None, (label, each.name if other else "")))}
             axes.plot(steps[shown], values[shown], marker="o" if len(values) < 12 else None, **line)
     for number, step in enumerate(run.restarts):
@@ -158,7 +158,8 @@ def _draw(run: RunLog, other: RunLog | None, curves: _Curves) -> Chart:
         chart.caption += " Logarithmic axis."
     elif curves.axis in ("zero", "share"):
         axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    steps_axis: Any = axes.xaxis.get_major_locator()
+    steps_axis.set_params(integer=True)
     return chart
 
 
@@ -207,7 +208,13 @@ def chart_of_documents(answers: Answers, rows: np.ndarray, points: np.ndarray, h
     groups += [(label, (medians > above) & (medians <= limit), colour) for above, limit, label, colour in _FATES]
     for label, chosen, colour in groups:
         if chosen.any():
-            dots = {"s": 14, "c": colour, "alpha": 0.6, "linewidths": 0, "label": f"{label} ({chosen.sum():,})"}
+            dots: dict[str, Any] = {
+                "s": 14,
+                "c": colour,
+                "alpha": 0.6,
+                "linewidths": 0,
+                "label": f"{label} ({chosen.sum():,})",
+            }
             chart.axes.scatter(*points[chosen].T, **dots)
     chart.axes.set_aspect("equal", adjustable="datalim")
     chart.axes.set(xticks=[], yticks=[])

@@ -73,10 +73,11 @@ class RunLog:
         weights = known("LoRA of rank {}", "lora_rank") if config.get("lora_rank") else "all"
         planned = self.state.get("max_steps") or config.get("max_steps") or 0
         stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        data = next((line["data"] for line in reversed(self.train) if "data" in line), [])
+        data: list[dict[str, Any]] = next((line["data"] for line in reversed(self.train) if "data" in line), [])
         rows = {
             "Base model": known("{}", "model_name_or_path"),
-            "Trained weights": weights + f": {self.num_trained_weights:,} parameters" * bool(self.num_trained_weights),
+            "Trained weights": f"{weights}"
+            + f": {self.num_trained_weights:,} parameters" * bool(self.num_trained_weights),
             "Steps": f"{last['step']:,}" + f" of {planned:,}" * (planned > 0),
             "Batch": known("{:,} queries; hard negatives of each: {}", "global_batch_size", "hard_negatives"),
             "Samples": f"{last.get('consumed_samples', 0):,}",
