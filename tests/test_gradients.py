@@ -317,13 +317,14 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         )
         losses.append(contrastive * (group.stop - group.start) / n)
     assert len(batch.scored_groups) == {"scored": 1, "both": 2, "all_files": 2}.get(case["data"], 0)
-    for _, start, stop, _ in batch.scored_groups:
+    for file, start, stop, _ in batch.scored_groups:
+        warmth = temperatures[file] if temperatures else case["loss"]["pair_temperature"]
         both = table[batch.num_document_uses :].view(2, -1, table.shape[1])[:, start:stop]
         scores = torch.from_numpy(batch.pair_scores[start:stop]).double()
         for dims, weight in zip(options.get("matryoshka_dims", [32]), options.get("matryoshka_weights", [1.0])):
             sides = torch.nn.functional.normalize(both[..., :dims], dim=2)
             sides = torch.nn.functional.pad(sides, (0, dims % 2))
-            scored = scored_reference(*sides, scores, case["loss"]["pair_loss"], case["loss"]["pair_temperature"])
+            scored = scored_reference(*sides, scores, case["loss"]["pair_loss"], warmth)
             losses.append(weight * scored * (stop - start) / n)
     loss = sum(losses)
     loss.backward()

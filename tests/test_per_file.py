@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import load_recipe, make_model, make_training_file
+from tiny import load_recipe, make_model, make_training_file, write_scored_pairs
 
 from ds_embed.settings import DataArguments, StepArguments, parse_arguments
 
@@ -69,6 +69,9 @@ RUNS = {
     "--negatives pair: scores each positive of .*b.jsonl against hard negatives; set": [
         *("--negatives_per_file", "own", "pair", "--hard_negatives_per_file", "1", "0")
     ],
+    "--hard_negatives_per_file 2: .*pairs.jsonl has scored pairs, which have no negatives": [
+        *("--pair_loss", "cosent", "--hard_negatives_per_file", "1", "2")
+    ],
     "b.jsonl:1: has no neg_doc, but rerankers and --negatives pair": [
         *("--negatives_per_file", "own", "pair", "--hard_negatives", "1")
     ],
@@ -79,6 +82,8 @@ RUNS = {
 def test_refused_when_the_files_are_read(message, tmp_path):
     model = make_model(tmp_path / "model", "bert")
     files = [make_training_file(tmp_path / f"{name}.jsonl", 20, num_negatives=n) for n, name in ((1, "a"), (0, "b"))]
+    if "--pair_loss" in RUNS[message]:
+        files[1] = write_scored_pairs(tmp_path / "pairs.jsonl", 20)
     flags = ["--deepspeed", "zero0", "--model_name_or_path", model, "--train_files", *files, *RUNS[message]]
     flags += ["--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--global_batch_size", 8]
     with pytest.raises(ValueError, match=message):

@@ -27,7 +27,8 @@ class StepArguments(Settings):
         "negatives of each of train_files, where their queries are scored in different ways", choices=NEGATIVES
     )
     temperature_per_file: list[float] = several(
-        "temperature of each of train_files; temperature is then that of validation alone", above=0
+        "temperature of each of train_files, also of scored pairs; temperature is then that of validation alone",
+        above=0,
     )
     temperature: float = setting("similarities are divided by this before the softmax", 0.02, above=0)
     learnable_temperature: bool = setting(

@@ -469,10 +469,10 @@ class TrainingRun:
             shares = zip(self.data.train_files, self.order.source_sizes, self.order.probabilities)
             lines += [f"file           {share:.2%} of {unit}, {size:,} records: {path}" for path, size, share in shares]
         if self.data.hard_negatives_per_file or self.step_arguments.negatives_per_file:
-            by_file = zip(self.data.train_files, modes, hards)
-            lines += [
-                f"file           negatives {mode}, {hard} of its own a query: {path}" for path, mode, hard in by_file
-            ]
+            for path, kind, mode, hard in zip(self.data.train_files, self.store.kinds_of_files, modes, hards):
+                what = f"negatives {mode}, {hard} of its own a query"
+                what = f"scored pairs, {self.step_arguments.pair_loss}" if kind == "scored" else what
+                lines.append(f"file           {what}: {path}")
         for path, value in zip(self.data.train_files, self.step_arguments.temperature_per_file):
             lines.append(f"file           temperature {value:g}: {path}")
         if (guide := self.vectors.get("guide")) is not None:

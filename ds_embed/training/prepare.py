@@ -98,6 +98,10 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
     for file, kind, mode, hard in zip(store.manifest["files"], store.kinds_of_files, modes, hards):
         if kind == "scored":
             _check_scored(file, step)
+            if data.hard_negatives_per_file and hard:
+                raise UserError(
+                    f"--hard_negatives_per_file {hard}: {file['path']} has scored pairs, which have no negatives; set 0 for it"
+                )
         elif mode == "pair" and not hard:
             raise UserError(
                 f"--negatives pair: scores each positive of {file['path']} against hard negatives; set --hard_negatives 1 or more"

@@ -167,14 +167,14 @@ class ContrastiveStep:
                 result = result.plus(self._contrastive(table, inputs, temperature, group, start, stop))
         if batch.num_queries < num_samples:
             result = result.times(batch.num_queries / num_samples)
-        for _, start, stop, _ in batch.scored_groups:
+        for file, start, stop, _ in batch.scored_groups:
             scored = scored_loss(
                 table[:, : table.shape[1] - projected],
                 self._pair_rows(inputs)[:, start:stop],
                 inputs.pair_scores[start:stop],
                 slice(*self._share(0, stop - start)),
                 loss=self.arguments.pair_loss,
-                temperature=self.arguments.pair_temperature,
+                temperature=self.temperatures[file] or self.arguments.pair_temperature,
                 weight=(stop - start) / num_samples,
                 matryoshka_dims=options.matryoshka_dims,
                 matryoshka_weights=options.matryoshka_weights,
