@@ -111,7 +111,7 @@ def killed_at(store, target, number, **options):
     with pytest.raises(Killed):
         run(store, target, Encoder(number), **options)
     assert not target.exists()
-    with pytest.raises(ValueError, match="is not finished; start the same recipes/generate.py command again"):
+    with pytest.raises(ValueError, match="is not finished; start the same ds-embed generate command again"):
         read_vectors(target.parent, "doc")
 
 

@@ -77,7 +77,7 @@ def test_config_says_it_and_sentence_transformers_gives_the_same_vectors(tmp_pat
         ("llama", 0, None),
         ("gemma3_text", 0, None),
         ("gemma3_text", 4, None),
-        ("llama", 4, "only its base could say so; recipes/export.py --format sentence-transformers makes"),
+        ("llama", 4, "only its base could say so; ds-embed export --format sentence-transformers makes"),
         ("mistral", 0, "its sliding window would be wider by one token"),
     ],
 )

@@ -11,7 +11,7 @@ from ds_embed.settings.help_page import KNOW_FIRST
 
 
 def help_of(recipe, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", [f"{recipe}.py", "--help"])
+    monkeypatch.setattr("sys.argv", [f"recipes/{recipe}.py", "--help"])
     with pytest.raises(SystemExit) as end:
         load_recipe(recipe).main()
     assert end.value.code == 0
@@ -30,10 +30,16 @@ def test_trainers_open_with_the_flags_to_know(capsys, monkeypatch):
 
 def test_other_recipes_have_their_own_flags(capsys, monkeypatch):
     page = help_of("evaluate", capsys, monkeypatch)
-    assert "to know first" not in page and "usage: evaluate.py FLAGS" in page
+    assert "to know first" not in page and "usage: ds-embed evaluate FLAGS" in page
     assert re.search(
         r"--measures +measures, named .*\(default: nDCG@10 RR@10 R@1 R@10 R@100\)", re.sub(r"\s+", " ", page)
     )
+
+
+def test_what_must_be_given_stands_first(capsys, monkeypatch):
+    flags = re.findall(r"^ +--(\w+)", help_of("rerank", capsys, monkeypatch), re.MULTILINE)
+    assert flags[:4] == ["model_name_or_path", "query_files", "doc_files", "output_file"]
+    assert flags[-1] == "stall_timeout_seconds"
 
 
 def test_a_typo_is_told_before_what_is_missing(monkeypatch):

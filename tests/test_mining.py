@@ -89,7 +89,7 @@ def test_random_sampling_takes_allowed_ones_by_seed_and_record(place):
     assert max(map(len, by_query.values())) > 1
 
 
-def test_planted_false_negatives_do_not_survive(tmp_path):
+def test_planted_false_negatives_do_not_survive(tmp_path, caplog):
     """Reworded copies of the positive score about as high: a relative margin of 0.05 keeps them out."""
     rng = np.random.default_rng(3)
     documents, queries, records = {}, {}, []
@@ -114,6 +114,12 @@ def test_planted_false_negatives_do_not_survive(tmp_path):
     guarded, summary = run(tmp_path, "guarded.jsonl", relative_margin=0.05, **settings)
     assert not any(f"text copy{i}" in record["neg_doc"] for i, record in enumerate(guarded))
     assert summary["dropped"]["relative_margin"] >= 30 and summary["records_without_negatives"] == 0
+    assert "warning" not in caplog.text
+    strict, _ = run(tmp_path, "strict.jsonl", relative_margin=2.0, drop_without_negatives=True, **settings)
+    assert (
+        not strict
+        and "30 of 30 records have no negative and were left out; the rule relative_margin took" in caplog.text
+    )
 
 
 def test_documents_of_their_own_files_and_of_negatives(place, tmp_path):

@@ -82,5 +82,5 @@ def test_other_queries_and_broken_files_are_named(tmp_path):
         read_per_query(tmp_path, ["nDCG@10", "RR@10"])
     for line in ("{", "[1]", '{"query": "q0"}'):
         path.write_text(line + "\n")
-        with pytest.raises(ValueError, match="per_query.jsonl:1: no line of recipes/evaluate.py"):
+        with pytest.raises(ValueError, match="per_query.jsonl:1: no line of ds-embed evaluate"):
             read_per_query(tmp_path, ["nDCG@10"])

@@ -69,7 +69,7 @@ def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArgumen
     if config.use_dora and any(hasattr(parameter, "ds_id") for parameter in backbone.parameters()):
         raise UserError(
             f"{folder}: a DoRA reads weights outside of their layer, where ZeRO-3 has let go of them; take a --deepspeed "
-            "of ZeRO 0 to 2, or the merged model of recipes/export.py"
+            "of ZeRO 0 to 2, or the merged model of ds-embed export"
         )
     config.inference_mode = trained is None
     if trained is not None:

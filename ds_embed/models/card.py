@@ -170,7 +170,7 @@ class EmbeddingCard:
     def of(cls, content: dict[str, Any], path: Path) -> "EmbeddingCard":
         """The card that `content`, of the file `path`, describes."""
         if "pair_format" in content:
-            raise UserError(f"{path}: is a reranker's, which makes no vectors; recipes/rerank.py takes it")
+            raise UserError(f"{path}: is a reranker's, which makes no vectors; ds-embed rerank takes it")
         try:
             return cls(**content)
         except TypeError as error:

@@ -34,7 +34,7 @@ def _check_4bit(source: ModelSource) -> None:
     if source.adapter is not None and changes_base(read_adapter(source.adapter)):
         raise UserError(
             f"{flag}: the adapter {source.adapter} changes the base model's weights, which can't be done in 4 bits; merge "
-            "it first, by recipes/export.py --format merged, or leave the flag out"
+            "it first, by ds-embed export --format merged, or leave the flag out"
         )
 
 

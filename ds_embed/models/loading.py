@@ -108,7 +108,7 @@ def find_model(
     checkpoint = checkpoint_in(flag, model_name_or_path, step)
     if checkpoint is not None:
         if adapter_path is not None:
-            raise UserError(f"--adapter_path {adapter_path}: goes on no checkpoint; export that, by recipes/export.py")
+            raise UserError(f"--adapter_path {adapter_path}: goes on no checkpoint; export that, by ds-embed export")
         return _find_checkpoint(checkpoint, flag)
     files = locate(flag, model_name_or_path, revision)
     if adapter_path is not None:
@@ -126,7 +126,7 @@ def find_source(model: ModelArguments) -> ModelSource:
     source = find_model(model.model_name_or_path, model.adapter_path, revision=model.model_revision, step=model.step)
     if model.load_in_4bit is not None and source.checkpoint is not None:
         raise UserError(
-            f"--load_in_4bit {model.load_in_4bit}: not of a checkpoint; export that first, by recipes/export.py --run "
+            f"--load_in_4bit {model.load_in_4bit}: not of a checkpoint; export that first, by ds-embed export --run "
             f"{source.checkpoint}"
         )
     return replace(source, load_in_4bit=model.load_in_4bit)
@@ -185,7 +185,7 @@ def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
     if base.find(ADAPTER_CONFIG) is not None:
         raise UserError(
             f"--{flag} {adapter.name}: its base model {name} is an adapter itself; merge that first, by "
-            "recipes/export.py --format merged"
+            "ds-embed export --format merged"
         )
     return base
 
@@ -321,9 +321,6 @@ def load_encoder(
     trained: how the adapter is to be trained further; it is frozen if None.
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # one bar per rank for reading a file
     config = load_config(source, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     if source.load_in_4bit is not None:
@@ -332,7 +329,7 @@ def load_encoder(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=source.load_in_4bit, bnb_4bit_compute_dtype=options["dtype"]
         )
-    with without_foreign_code(source.base, attn_implementation):
+    with without_foreign_code(source.base, attn_implementation), without_reports():
         where = {"revision": source.revision, "config": config}
         backbone = auto_class(config).from_pretrained(source.base, **where, **options, **loading_options(config))
     if config.model_type == "bert":

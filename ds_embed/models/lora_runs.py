@@ -31,7 +31,7 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
     if source.checkpoint is not None:
         raise UserError(
             f"--model_name_or_path {source.checkpoint}: is a checkpoint, and training starts from a model; start the run's "
-            f"own command again to go on with it, or write a model by recipes/export.py --run {source.checkpoint}"
+            f"own command again to go on with it, or write a model by ds-embed export --run {source.checkpoint}"
         )
     if source.adapter is None:
         if arguments.new_lora:

@@ -64,7 +64,7 @@ def find_reranker(name: str, revision: str | None = None, flag: str = "model_nam
     """A whole model's folder, a reranker's run, or a hub name. UserError naming the flag."""
     files = locate(flag, name, revision)
     if files.find(ADAPTER_CONFIG) is not None:
-        raise UserError(f"--{flag} {name}: is an adapter; merge it into its base first, by recipes/export.py")
+        raise UserError(f"--{flag} {name}: is an adapter; merge it into its base first, by ds-embed export")
     return ModelSource(files.name, None, files.name, None, files.revision)
 
 

@@ -35,6 +35,8 @@ def help_page(types: list[type], parser: ArgumentParser, usage: str) -> str:
         words = re.sub(r"(?<!^)(?=[A-Z])", " ", one.__name__.removesuffix("Arguments"))
         names = [field.name for field in dataclasses.fields(one) if field.name not in shown]
         shown.update(names)
+        # What must be given stands first, and what every job has last.
+        names.sort(key=lambda name: (name.endswith("timeout_seconds"), not _is_required(fields[name])))
         groups.append((_TITLES.get(one.__name__, words.lower()), names))
     width = min(shutil.get_terminal_size().columns, 120)
     for title, names in groups:
@@ -44,10 +46,13 @@ def help_page(types: list[type], parser: ArgumentParser, usage: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def _lines_of(field: dataclasses.Field, default: object, width: int) -> list[str]:
     text = field.metadata["help"]
-    missing = (dataclasses.MISSING, dataclasses.MISSING)
-    if (field.default, field.default_factory) == missing and default is None:
+    if _is_required(field) and default is None:
         text += " (required)"
     elif isinstance(default, bool):
         text += f" (default: {str(default).lower()})"

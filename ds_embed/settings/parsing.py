@@ -118,7 +118,9 @@ def _make_parser(types):
             message = re.sub(r"/--[a-z0-9-]+", "", message)
             raise UserError(message.replace("the following arguments are required:", "missing required flag(s)"))
 
-    return Parser(list(types), allow_abbrev=False, prog=Path(sys.argv[0]).name)
+    script = Path(sys.argv[0])
+    prog = f"ds-embed {script.stem.replace('_', '-')}" if script.parent.name == "recipes" else script.name
+    return Parser(list(types), allow_abbrev=False, prog=prog)
 
 
 def _yaml_as_flags(path: Path, known: dict) -> list[str]:

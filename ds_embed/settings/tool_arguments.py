@@ -36,7 +36,7 @@ class SearchIndexArguments(IndexArguments):
         choices=("exact", *INDEX_KINDS),
     )
     index_file: str | None = optional(
-        "file with a FAISS index of these documents, written by recipes/build_index.py; replaces index"
+        "file with a FAISS index of these documents, written by ds-embed build-index; replaces index"
     )
 
     def __post_init__(self):
@@ -100,7 +100,7 @@ class MiningArguments(Settings):
     keep_existing: bool = setting("append the mined negatives to a record's own neg_doc instead of replacing it", False)
     drop_without_negatives: bool = setting("drop records that end up without a negative", False)
     cross_encoder: str | None = optional(
-        "cross-encoder that rescores positives and candidates: a run of recipes/train_reranker.py, or the folder or hub "
+        "cross-encoder that rescores positives and candidates: a run of ds-embed train-reranker, or the folder or hub "
         "name of a sequence classifier with 1 or 2 labels"
     )
     cross_encoder_max_length: int | None = optional(
@@ -152,11 +152,11 @@ class MiningArguments(Settings):
 @dataclass(kw_only=True)
 class RerankArguments(JobArguments):
     model_name_or_path: str = setting(
-        "run of recipes/train_reranker.py, or folder or hub name of a sequence classifier with 1 or 2 labels"
+        "run of ds-embed train-reranker, or folder or hub name of a sequence classifier with 1 or 2 labels"
     )
     run_file: str | None = optional("TREC run file whose documents are reranked")
     embeddings: str | None = optional(
-        "folder OUT/consumed_samplesX written by recipes/generate.py; exact search in it gives the documents to rerank, "
+        "folder OUT/consumed_samplesX written by ds-embed generate; exact search in it gives the documents to rerank, "
         "instead of run_file"
     )
     query_files: list[str] = setting("files with the texts of the queries", files=True)
@@ -190,7 +190,7 @@ class BenchmarkArguments(JobArguments):
         "queries of an additional task of your own; doc_id is the relevant document unless --qrels is given", files=True
     )
     doc_files: list[str] = several("the documents of query_files", files=True)
-    qrels: str | None = optional("judgments of query_files, as recipes/evaluate.py reads them")
+    qrels: str | None = optional("judgments of query_files, as ds-embed evaluate reads them")
     task_name: str = setting("name of the task made of query_files", "own")
     ignore_identical_ids: bool = setting(
         "in BEIR folders and your own files, ignore the document that has the same id as the query", False

@@ -175,7 +175,7 @@ class TrainingRun:
         if not self.kind.is_causal and is_bert_style(self.config):
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a BERT-style encoder; "
-                "recipes/train_gpt.py trains decoders; use recipes/train_bert.py"
+                "ds-embed train-gpt trains decoders; use ds-embed train-bert"
             )
 
     def require_encoder(self) -> None:
@@ -183,7 +183,7 @@ class TrainingRun:
         if self.kind.is_causal:
             raise UserError(
                 f"--model_name_or_path {self.model.model_name_or_path}: is a causal decoder; "
-                "recipes/train_bert.py trains encoders; use recipes/train_gpt.py"
+                "ds-embed train-bert trains encoders; use ds-embed train-gpt"
             )
 
     def train(self) -> None:

@@ -115,7 +115,7 @@ def _direction(encoder: TextEncoder, card: EmbeddingCard, is_adapter: bool) -> d
         reason = "in transformers its sliding window would be one token wider"
     elif is_adapter:
         reason = (
-            "an adapter can't record this; recipes/export.py --format sentence-transformers writes a folder that does"
+            "an adapter can't record this; ds-embed export --format sentence-transformers writes a folder that does"
         )
     else:
         return direction

@@ -77,7 +77,7 @@ def read_index(path: str | os.PathLike, documents: np.ndarray) -> Any:
     """
 
     def refused(reason: str) -> UserError:
-        return UserError(f"--index_file {path}: {reason}; build it again with recipes/build_index.py")
+        return UserError(f"--index_file {path}: {reason}; build it again with ds-embed build-index")
 
     if not os.path.isfile(path):
         raise refused("no such file")

@@ -59,7 +59,7 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     if stage == 3 and source.checkpoint is not None:
         raise UserError(
             f"--deepspeed {arguments.deepspeed}: under ZeRO-3 no rank holds the whole model that a checkpoint is read into; "
-            "leave it out, or export the checkpoint first, by recipes/export.py"
+            "leave it out, or export the checkpoint first, by ds-embed export"
         )
     commit = getattr(load_config(source, model.trust_remote_code), "_commit_hash", None)
     made_from = dict(world.on_main("identify the model", lambda: source.identify(commit)))

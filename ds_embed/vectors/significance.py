@@ -48,7 +48,7 @@ def read_per_query(folder: str | os.PathLike, measures: Sequence[str]) -> dict[s
     """
     path = Path(folder) / "per_query.jsonl"
     if not path.is_file():
-        raise UserError(f"--compare {folder}: has no per_query.jsonl; give the results folder of recipes/evaluate.py")
+        raise UserError(f"--compare {folder}: has no per_query.jsonl; give the results folder of ds-embed evaluate")
     values: dict[str, dict[str, float]] = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -56,7 +56,7 @@ def read_per_query(folder: str | os.PathLike, measures: Sequence[str]) -> dict[s
                 entry = json.loads(line)
                 query_id = entry.pop("query_id")
             except (ValueError, AttributeError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: no line of recipes/evaluate.py; evaluate that run again") from None
+                raise UserError(f"{path}:{number}: no line of ds-embed evaluate; evaluate that run again") from None
             for name in measures:
                 if type(entry.get(name)) not in (int, float):
                     only = ", ".join(entry)

@@ -18,7 +18,7 @@ from ds_embed.settings.errors import UserError
 
 # kind: folder names in order of preference
 _LAYOUT = {"query": ("test_queries",), "doc": ("test_docs", "test_doc")}
-_AGAIN = "write the vectors again with recipes/generate.py"
+_AGAIN = "write the vectors again with ds-embed generate"
 _CHECK_BYTES = 64 << 20
 _OF_MODEL = ("base_model", "adapter", "dense_layers", "pooling", "head", "bidirectional")  # in a manifest's made_from
 # Encoding one text twice, in other micro-batches and in bf16, moves its vector by about 1 %.
@@ -158,12 +158,12 @@ def vector_files(folder: str | os.PathLike, kind: str) -> tuple[Path, Path]:
     folder = Path(folder)
     subfolders, rows_name, ids_name = _LAYOUT[kind], f"{kind}.npy", f"{kind}.ids"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give OUT/consumed_samplesX of recipes/generate.py")
+        raise UserError(f"{folder}: no such folder; give OUT/consumed_samplesX of ds-embed generate")
     found = next((folder / name for name in subfolders if (folder / name).is_dir()), None)
     if found is None:
         begun = next((name for name in subfolders if is_begun(folder / name)), None)
         if begun is not None:
-            raise UserError(f"{folder / begun}: is not finished; start the same recipes/generate.py command again")
+            raise UserError(f"{folder / begun}: is not finished; start the same ds-embed generate command again")
         inside = sorted(entry.name for entry in folder.glob("consumed_samples*") if entry.is_dir())
         cure = f"did you mean {folder / inside[-1]}?" if inside else _AGAIN
         raise UserError(f"{folder}: has no folder {' or '.join(subfolders)}; {cure}")

@@ -69,7 +69,7 @@ def _find_run(run: str, arguments: ExportArguments) -> ModelSource:
         if TEXT_PLACE in prefix:
             raise UserError(
                 f"--format {arguments.format}: this run's prefix {prefix!r} goes on behind the text, and other libraries only "
-                "put something in front of it; use ds_embed.Embedder or recipes/generate.py"
+                "put something in front of it; use ds_embed.Embedder or ds-embed generate"
             )
     if arguments.format == "adapter" and not source.is_adapted:
         raise UserError(
@@ -115,7 +115,7 @@ class _Export:
                 f"--format {self.output_format}: this run attends in both directions (--bidirectional true), and the "
                 "libraries that would load the export know its model as causal; "
                 + ("choose merged or sentence-transformers, or " if self.output_format == "adapter" else "")
-                + "use ds_embed.Embedder or recipes/generate.py"
+                + "use ds_embed.Embedder or ds-embed generate"
             )
         return direction
 

@@ -94,7 +94,7 @@ def _by_name(vectors: Vectors, folder: Path, kind: str) -> Path:
         flag = "query_files" if kind == "queries" else "doc_files"
         raise UserError(
             f"--embeddings: {len(missing)} of {len(names)} texts have no vector in {vectors.path}, such as that of "
-            f"{TABLES[kind][2]} '{missing[0]}'; encode them too (--{flag} of recipes/generate.py)"
+            f"{TABLES[kind][2]} '{missing[0]}'; encode them too (--{flag} of ds-embed generate)"
         )
     rows = np.array([row_of[name] for name in names], dtype=np.int64)
     path = folder / f"{kind}.npy"

@@ -77,6 +77,14 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
         work.remove()
         print(json.dumps(summary, indent=2))
         print(f"written to {output_file}")
+        if without := summary["records_without_negatives"]:
+            rule, count = max(summary["dropped"].items(), key=lambda item: (item[0] != "positive", item[1]))
+            end = "left out" if arguments.drop_without_negatives else "written without one"
+            logger.warning(
+                "warning: %s of %s records have no negative and were %s; the rule %s took %s of %s candidates",
+                *(f"{without:,}", f"{summary['records']:,}", end, rule),
+                *(f"{count:,}", f"{summary['candidates_considered']:,}"),
+            )
 
     world.on_main("mining: output", finish)
 

@@ -82,7 +82,7 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
         for name in ("query_files", "doc_files", "qrels"):
             if getattr(arguments, name):
                 raise UserError(f"--{name}: has no use without vectors; give --embeddings OUT/consumed_samplesX")
-        missing = "No vectors: give --embeddings OUT/consumed_samplesX of recipes/generate.py with --query_files and "
+        missing = "No vectors: give --embeddings OUT/consumed_samplesX of ds-embed generate with --query_files and "
         return [Section(title, missing=missing + "--doc_files, or train with --val_save_embeddings true.")]
     # A run's own validation files belong to its own validation's vectors only.
     config = {} if arguments.embeddings else run.config
