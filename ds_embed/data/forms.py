@@ -34,23 +34,13 @@ from ds_embed.data.text_table import TextTable
 from ds_embed.settings.errors import UserError
 
 _LISTS = ("neg_doc", "neg_scores")  # may be spread over several columns
+_IDS = ("query_id", "doc_id")
 COLUMN_KEYS = {
-    "training": (
-        "query",
-        "pos_doc",
-        "neg_doc",
-        "query_id",
-        "doc_id",
-        "pos_score",
-        "neg_scores",
-        "score",
-        "text",
-        "label",
-    ),
-    "queries": ("query", "query_id", "doc_id"),
+    "training": ("query", "pos_doc", "neg_doc", *_IDS, "pos_score", "neg_scores", "score", "text", "label"),
+    "queries": ("query", *_IDS),
     "documents": ("pos_doc", "doc_id", "title"),
-    "judgments": ("query_id", "doc_id", "relevance"),
-    "run": ("query_id", "doc_id", "score"),
+    "judgments": (*_IDS, "relevance"),
+    "run": (*_IDS, "score"),
 }
 IN_ORDER = "in_order"
 _REQUIRED = ("query", "pos_doc", "relevance", "score")
