@@ -12,6 +12,7 @@ from tiny import check, launch, make_model, make_training_file
 from torch.nn.functional import normalize
 
 from ds_embed.data.batch import assemble_batch
+from ds_embed.data.forms import Reading
 from ds_embed.data.identity import text_id
 from ds_embed.data.order import SampleOrder
 from ds_embed.data.store import TrainingStore, build_training_store
@@ -49,11 +50,15 @@ def place(tmp_path_factory):
     return root
 
 
-def store_of(root, *names):
+def store_of(root, *names, kinds=()):
     text_format = TextFormat("query: ", 24, False)
     tokenizer = load_tokenizer(find_model(str(root / "student")), False)
     files = [root / name for name in names]
-    return TrainingStore.open(build_training_store(files, tokenizer, text_format, text_format, 2, root / "cache"))
+    return TrainingStore.open(
+        build_training_store(
+            files, tokenizer, text_format, text_format, 2, root / "cache", reading=Reading(kinds=kinds)
+        )
+    )
 
 
 def stored(root, store, folder="out/consumed_samples0"):
@@ -127,6 +132,24 @@ def test_vectors_are_found_by_ids_of_records_and_by_texts_that_have_them(place):
     assert rows[6:12].tolist() == batch.records.tolist()
     first = batch.records.tolist().index(0)
     assert rows[12 + 2 * first : 14 + 2 * first].tolist() == [3, 4]
+
+
+def test_texts_of_every_kind_of_file_are_converted_and_found(place):
+    labelled, scored = place / "labelled.jsonl", place / "scored.jsonl"
+    labelled.write_text("".join(f'{{"text": "w{n} w1", "label": "{n % 2}"}}\n' for n in range(6)))
+    scored.write_text("".join(f'{{"query": "w{n}", "pos_doc": "w{n} w2", "score": 0.{n}}}\n' for n in range(4)))
+    files = [str(labelled), str(scored), str(place / "train0.jsonl")]
+    convert(ConvertArguments(input_format="training", output_format="texts", input=files, output=str(place / "kinds")))
+    sides = [records_of(place / "kinds" / name) for name in ("queries.jsonl", "docs.jsonl")]
+    ids = [[record[name] for record in side] for side, name in zip(sides, ("query_id", "doc_id"))]
+    store = store_of(place, "labelled.jsonl", "scored.jsonl", "train0.jsonl", kinds=("labels", "scored"))
+    batch = assemble_batch(store, SampleOrder(0, store.file_sizes), first_sample=0, num_queries=40, hard_negatives=1)
+    rows = stored(place, store, write(place, "of kinds", *ids)).of(batch)[:, 0].astype(int) - 1
+    keys = [
+        text_id(sides[place >= batch.num_queries][row][("query", "pos_doc")[place >= batch.num_queries]])
+        for place, row in enumerate(rows)
+    ]
+    assert keys == [f"{key % 2**64:016x}" for key in store.content_keys[batch.uses].tolist()]
 
 
 def test_what_does_not_fit_is_refused_by_name(place):

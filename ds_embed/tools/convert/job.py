@@ -148,7 +148,8 @@ def _write(arguments: ConvertArguments, output: Path, work: Path, tally: Tally) 
 def _records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversions.NumberedRecords:
     """The training records of the input."""
     if arguments.input_format in ("training", "table"):
-        reading = Reading(tuple(arguments.columns), tuple(arguments.corpus_files))
+        kinds = ("scored", "labels") if arguments.output_format == "texts" else ()
+        reading = Reading(tuple(arguments.columns), tuple(arguments.corpus_files), kinds)
         return read_training_records(arguments.input, reading, work, tally.refuse)
     if arguments.input_format == "beir":
         source, negatives = _retrieval_set(arguments, tally), arguments.judged_negatives
