@@ -110,6 +110,8 @@ def cases(num_ranks: int) -> dict[str, dict]:
             cached = (zero + number) % 2 == 0
             add(zero=zero, grad_cache=cached, lora=4 * (zero == 3), loss=loss, models=dict(guide=12, teacher=size))
     add(zero=3, grad_cache=True, loss=dict(teacher_loss="mse"), models=dict(teacher=32), data="mixed")
+    loss = dict(teacher_loss="cosine", pair_loss="cosent", pair_temperature=0.1)
+    add(zero=2, grad_cache=True, queries=16, loss=loss, models=dict(guide=12, teacher=20), data="both")
     add(zero=2, grad_cache=False, negatives="own", loss=dict(guide_margin=0.0), models=dict(guide=12), data="mixed")
     # Records with and without hard negatives, siblings of one query, a sibling among the hard negatives.
     add(zero=2, grad_cache=True, data="mixed", loss=dict(symmetric=True))
@@ -295,7 +297,7 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         and options["teacher"].shape[1] != table.shape[1]
     ):
         encoder.learn_projection(table.shape[1], options["teacher"].shape[1], seed=3)
-        options["projected"] = table @ encoder.projection.weight.double().T
+        options["projected"] = table[: batch.num_document_uses] @ encoder.projection.weight.double().T
     modes, temperatures = (options.pop(f"{name}_per_file", None) for name in ("negatives", "temperature"))
     change = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     losses = []
