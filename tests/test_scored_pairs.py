@@ -43,6 +43,15 @@ def test_losses_are_those_of_sentence_transformers(loss):
     assert theirs.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["cosent", "angle", "cosine"])
+def test_no_wait_for_the_device(loss):
+    """On torch's meta device any look at a value raises."""
+    table, scores = torch.empty(22, 16, device="meta"), torch.empty(11, device="meta")
+    rows = torch.empty(2, 11, dtype=torch.int64, device="meta")
+    result = scored_loss(table, rows, scores, slice(2, 5), loss=loss, temperature=0.05, weight=1.0)
+    assert result.gradient.shape == (22, 16) and result.sums.loss.shape == ()
+
+
 GOOD = [{"sentence1": f"a w{n}", "sentence2": f"b w{n}", "score": n / 4} for n in range(4)]
 BAD = {
     "no score": (GOOD[:1] + [{"sentence1": "a", "sentence2": "b"}], ":2: score is missing"),
