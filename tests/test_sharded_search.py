@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from tiny import REPOSITORY, launch_environment
 
-from ds_embed.vectors import sharded_search
+from ds_embed.vectors import search as search_module
 from ds_embed.vectors.search import search
 
 
@@ -22,7 +22,7 @@ def test_three_ranks_find_what_one_process_finds(tmp_path):
             rows = [rng.standard_normal((n, 16)).astype(np.float32) for n in (documents, queries)]
         case = {"documents": rows[0], "queries": rows[1], "k": k, "tie_rank": rng.permutation(documents)}
         np.savez(tmp_path / f"case{number}.npz", **case)
-    assert sharded_search._MERGED_QUERIES < 5000
+    assert search_module._MERGED_QUERIES < 5000
     worker = REPOSITORY / "tests" / "workers" / "sharded_search.py"
     environment = launch_environment() | {"PYTHONPATH": str(REPOSITORY)}
     ranks = [
