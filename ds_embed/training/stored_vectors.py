@@ -21,6 +21,10 @@ from ds_embed.settings.errors import UserError
 from ds_embed.vectors.vectors import Vectors, read_embeddings, vector_files
 
 _ROWS = "rows.npy"
+_AGAIN = (
+    "write all texts of the training files with ds-embed convert --input_format training --output_format texts, and "
+    "encode those"
+)
 _SIDES = (("query", "queries", "query_id"), ("document", "documents", "doc_id"))
 
 
@@ -99,7 +103,7 @@ def _rows_of_texts(store: TrainingStore, found: tuple[Vectors, Vectors]) -> np.n
             where = [_location(store, named[order][clash[0] + number]) for number in (0, 1)]
             raise UserError(
                 f"{id_name} '{vectors.ids[int(of_row[clash[0]])]}' names two texts, at {where[0]} and {where[1]}, and has one "
-                "vector; encode the texts under ids of their own, as below docs/training.md's 'A guide and a teacher'"
+                f"vector; {_AGAIN}"
             )
         by_text = _look_up(store.content_keys[named], by_id, keys)
         places = np.where(places < 0, by_text, places)
@@ -107,8 +111,7 @@ def _rows_of_texts(store: TrainingStore, found: tuple[Vectors, Vectors]) -> np.n
         if len(missing):
             raise UserError(
                 f"{len(missing):,} of {len(texts):,} {several} have no vector in {vectors.path}, such as the {one} of "
-                f"{_location(store, texts[missing[0]])}, neither under its {id_name} nor as a text: write all texts of the "
-                "training files with ds-embed convert --input_format training --output_format texts, and encode those"
+                f"{_location(store, texts[missing[0]])}, neither under its {id_name} nor as a text; {_AGAIN}"
             )
         rows[texts] = places
     return rows
