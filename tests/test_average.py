@@ -87,7 +87,7 @@ def test_what_has_no_mean_is_refused_by_name(runs, tmp_path):
         ([one, two, "--weights", 1], "--weights 1: 1 for 2 runs of --average"),
         ([one, two, "--weights", 1, -1], "--weights 1 -1: their sum must be above 0"),
         ([one, two, "--format", "adapter"], "--format adapter: the mean of runs is a whole model"),
-        ([one, two, "--step", 3], "--step 3: with --average give the folders"),
+        ([one, two, "--step", 3], "--step 3: has no effect with --average"),
         ([one, two, "--run", one], "give either --run RUN, or --average"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -77,8 +77,8 @@ def test_config_says_it_and_sentence_transformers_gives_the_same_vectors(tmp_pat
         ("llama", 0, None),
         ("gemma3_text", 0, None),
         ("gemma3_text", 4, None),
-        ("llama", 4, "only its base could say so; ds-embed export --format sentence-transformers makes"),
-        ("mistral", 0, "its sliding window would be wider by one token"),
+        ("llama", 4, "an adapter can't record this; ds-embed export --format sentence-transformers writes"),
+        ("mistral", 0, "its sliding window would be one token wider"),
     ],
 )
 def test_run_folder_says_it_too_where_it_can_be_said(tmp_path, caplog, kind, lora, reason):
