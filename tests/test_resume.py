@@ -218,8 +218,9 @@ def end_suddenly(job, run, rank, sign):
 def test_signal_saves_and_asks_to_be_started_again(place):
     job = Job(place, "signalled", "--save_interval", "0", "--max_steps", "5000")
     job.wait_for_step(2)
-    os.kill(job.ranks()[0], signal.SIGTERM)
+    os.kill(job.ranks()[0], signal.SIGINT)
     assert job.end() == EXIT_REQUEUE, job.output()[-4000:]
+    assert "Ctrl-C: the run stops after this step" in job.output() and "SIGINT: stopped after step" in job.output()
     step = last_step(place / "signalled")
     assert [path.name for path in (place / "signalled" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     # A signal while the run is being restored, to one rank: nothing is lost, and all ranks agree on the code.

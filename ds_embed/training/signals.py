@@ -1,10 +1,13 @@
-"""Being asked to stop: SIGTERM and SIGUSR1, which schedulers send some time before they kill."""
+"""Being asked to stop: SIGTERM and SIGUSR1, which schedulers send some time before they kill, and Ctrl-C."""
 
 import logging
+import os
 import signal
 from types import FrameType
 
 from ds_embed.job.ranks import STOP_SIGNALS, World
+
+_NOTED = (*STOP_SIGNALS, signal.SIGINT)
 
 logger = logging.getLogger(__name__)
 
@@ -12,7 +15,7 @@ logger = logging.getLogger(__name__)
 class StopRequest:
     """Notes the signals of this rank while it is entered; `agreed()` tells all ranks at the same step.
 
-    A second signal changes nothing: launchers and schedulers often send one each. SIGKILL ends at once.
+    A second signal changes nothing: launchers and schedulers often send one each. A second Ctrl-C and SIGKILL end at once.
     """
 
     def __init__(self, world: World):
@@ -21,15 +24,19 @@ class StopRequest:
         self._before: list = []
 
     def __enter__(self) -> "StopRequest":
-        self._before = [signal.signal(number, self._note) for number in STOP_SIGNALS]
+        self._before = [signal.signal(number, self._note) for number in _NOTED]
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in zip(STOP_SIGNALS, self._before):
+        for number, handler in zip(_NOTED, self._before):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            if self.world.is_main:
+                os.write(2, b"\nCtrl-C: the run stops after this step and is saved; a second one ends it at once\n")
 
     def agreed(self, told: float | None = None) -> str | None:
         """The name of a signal that some rank received, or None; the same on all ranks, which must all ask.
