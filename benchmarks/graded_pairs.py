@@ -94,7 +94,7 @@ def read_sick(path: Path) -> list[tuple[str, str, float]]:
 def embedder(model: str | Path):
     from ds_embed.vectors.embedder import Embedder
 
-    return Embedder.from_pretrained(str(model), dtype="float32", query_prefix="", doc_prefix="")
+    return Embedder.from_pretrained(str(model), dtype="float32", normalize=True, query_prefix="", doc_prefix="")
 
 
 def spearman(settings: GradedArguments, model: str | Path) -> float:
