@@ -228,7 +228,7 @@ def score(run, texts):
         (["--max_length", 4], "--max_length 4: leaves no room"),
         (["--loss", "cosine"], "--loss cosine: choose one of listwise, bce, kl"),
         (["--hard_negatives", 0], "--hard_negatives 0: must be at least 1"),
-        (["--lora_variant", "dora", "--lora_rank", 4], "--lora_variant dora: rerankers are trained with"),
+        (["--lora_variant", "dora", "--lora_rank", 4], "--lora_variant dora: rerankers support lora and rslora"),
         (["--model_name_or_path", "no/such/model"], "no such folder"),
         (["--temperature", 1], "unknown flag --temperature"),
         (["--loss", "kl", "--train_files", "{plain}"], "which --loss kl needs in every record"),

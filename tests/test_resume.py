@@ -253,7 +253,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(place):
     assert result.returncode == 2
     assert "step 2: the loss is nan" in result.stderr and "skipped, 2 of --max_skipped_steps 2" in result.stderr
     error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and "error: step 4: the loss is nan; samples 24 to 31, the first from" in error[0]
+    assert len(error) == 1 and "error: step 4: the loss is nan; samples 24 to 31, the first ones from" in error[0]
     lines = [json.loads(line) for line in open(place / "wild" / "metrics.jsonl")]
     assert [(line["step"], line["loss"], line.get("skipped_steps")) for line in lines[1:]] == [
         (2, None, 1),
