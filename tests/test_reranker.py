@@ -223,7 +223,7 @@ def score(run, texts):
     [
         (["--template", "{document} {query}"], "--template .*once each, in this order"),
         (["--yes_no", "w1"], "--yes_no w1: give exactly two words"),
-        (["--yes_no", "w1", "w2"], "is no decoder"),
+        (["--yes_no", "w1", "w2"], "is not a decoder"),
         (["--max_length", 1000], "--max_length 1000: .*has positions for 128 tokens"),
         (["--max_length", 4], "--max_length 4: leaves no room"),
         (["--loss", "cosine"], "--loss cosine: choose one of listwise, bce, kl"),
