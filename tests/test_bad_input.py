@@ -49,7 +49,7 @@ CASES = {
     ),
     "nothing to contrast": (
         {"train_files": "{}/one_document.jsonl", "hard_negatives": "0"},
-        ["--train_files", "no query has a negative", "one_document.jsonl:", "is a positive of it"],
+        ["--train_files", "no query has a negative", "one_document.jsonl:", "is one of its positives"],
     ),
     "unknown flag": ({"learning_rat": "0.1"}, ["--learning_rat", "did you mean --learning_rate"]),
     "unknown key": ({"config": "{}/bad_key.yaml"}, ["bad_key.yaml", "learning_rat", "did you mean learning_rate"]),
