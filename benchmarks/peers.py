@@ -285,4 +285,9 @@ class Steps:
         assert len(self.seconds) == len(self.num_tokens) > self.skip_steps
         seconds, num_tokens = sum(self.seconds[self.skip_steps :]), sum(self.num_tokens[self.skip_steps :])
         rate = num_tokens / seconds
-        return {"tokens_per_second": rate, "seconds": seconds, "num_tokens": num_tokens, "each_second": self.seconds}
+        return {
+            "tokens_per_second": rate,
+            "seconds": seconds,
+            "num_tokens": num_tokens,
+            "each_step": list(zip(self.seconds, self.num_tokens)),
+        }

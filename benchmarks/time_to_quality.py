@@ -57,7 +57,7 @@ class QualityArguments(Settings):
         choices=(OURS, CLUSTERED, PEER_BF16, PEER_GROUPED, PEER_BUDGET),
     )
     marks: list[float] = setting("nDCG@10 that are to be reached", default_factory=lambda: [0.5, 0.55, 0.6], above=0)
-    num_layers: int = setting("last layers that are drawn anew", default=4, at_least=0)
+    num_layers: int = setting("last layers that are drawn anew", default=4, above=0)
     num_records: int = setting("first training records that are used; 0 takes all", default=0, at_least=0)
     num_queries: int = setting("held-out queries that are used, spread over the file", default=1000, above=0)
     max_steps: int = setting("optimizer steps", default=60, above=0)
@@ -74,17 +74,18 @@ class QualityArguments(Settings):
 
 @dataclass(frozen=True)
 class Curve:
-    """Quality after so many steps and seconds, the first before training."""
+    """Quality after so many steps, seconds and encoded tokens, the first before training."""
 
     steps: Sequence[int]
     seconds: Sequence[float]
+    tokens: Sequence[float]
     quality: Sequence[float]
 
-    def at(self, seconds: float) -> float:
-        """Quality after so many seconds, at most those of the last measurement."""
+    def at(self, cost: str, value: float) -> float:
+        """Quality after so many "seconds" or "tokens", at most those of the last measurement."""
         import numpy as np
 
-        return float(np.interp(seconds, self.seconds, self.quality))
+        return float(np.interp(value, getattr(self, cost), self.quality))
 
     def at_step(self, step: int) -> float:
         return self.quality[self.steps.index(step)]
@@ -168,7 +169,7 @@ class Quality:
         )
         finished = launched(1, "recipes/train_bert.py", *words)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = {line["step"]: line["seconds"] for line in lines if "loss" in line}
+        steps = {line["step"]: (line["seconds"], line["tokens_encoded"]) for line in lines if "loss" in line}
         measured = {line["step"]: line[MEASURE] for line in lines if MEASURE in line}
         return curve(steps, measured) | {"peak_gib": finished.peak_gib}
 
@@ -192,10 +193,10 @@ class Quality:
 _SHARED = ("max_length", "max_steps", "learning_rate", "warmup_steps", "temperature", "hard_negatives")
 
 
-def curve(seconds_of: dict[int, float], measured: dict[int, float]) -> dict:
-    """Steps, seconds until them and quality: {step: its seconds} and {step: quality after it} as lists."""
-    seconds = [sum(value for step, value in seconds_of.items() if step <= end) for end in measured]
-    return {"steps": list(measured), "seconds": seconds, "quality": list(measured.values())}
+def curve(costs: dict[int, tuple[float, int]], measured: dict[int, float]) -> dict:
+    """A Curve's lists from {step: its seconds and tokens} and {step: quality after it}."""
+    sums = [[sum(cost[k] for step, cost in costs.items() if step <= end) for end in measured] for k in (0, 1)]
+    return {"steps": list(measured), "seconds": sums[0], "tokens": sums[1], "quality": list(measured.values())}
 
 
 def draw_anew(*, model: str, num_layers: int, seed: int, folder: str) -> dict:
@@ -230,7 +231,7 @@ def train_peer(*, queries: str, documents: str, **training: Any) -> dict:
     result = train_sentence_transformers(
         **training, skip_steps=0, pooling="mean", lora_rank=0, bf16=True, mini_batch_size=32, evaluate=measure
     )
-    return curve(dict(enumerate(result["each_second"], start=1)), measured)
+    return curve(dict(enumerate(result["each_step"], start=1)), measured)
 
 
 def main() -> None:
@@ -238,26 +239,37 @@ def main() -> None:
     quality = Quality(settings)
     results = play(quality.contestants(), settings.rounds, notebook_of(settings, quality.folder))
     curves = {
-        name: [Curve(m["steps"], m["seconds"], m["quality"]) for m in measured] for name, measured in results.items()
+        name: [Curve(*(m[key] for key in ("steps", "seconds", "tokens", "quality"))) for m in measured]
+        for name, measured in results.items()
     }
     before = max(curve.quality[0] for drawn in curves.values() for curve in drawn)
     if before >= min(settings.marks):
         raise UserError(
             f"--marks {min(settings.marks):g}: a model has {MEASURE} {before:.4f} before training; give higher ones"
         )
-    ends = [min(curve.seconds[-1] for curve in of_round) for of_round in zip(*curves.values())]
+    ends = {
+        cost: [min(getattr(curve, cost)[-1] for curve in of_round) for of_round in zip(*curves.values())]
+        for cost in ("seconds", "tokens")
+    }
     rows = []
     for name, drawn in curves.items():
         figures = (
             [curve.seconds[-1] / curve.steps[-1] for curve in drawn],
             [curve.quality[0] for curve in drawn],
             [curve.at_step(settings.max_steps) for curve in drawn],
-            [curve.at(end) for curve, end in zip(drawn, ends)],
+            *([curve.at(cost, end) for curve, end in zip(drawn, ends[cost])] for cost in ends),
             *([curve.until(mark) for curve in drawn] for mark in settings.marks),
         )
         rows.append([name, *(Spread.of(values) for values in figures)])
     header = ["contestant", "seconds a step", f"{MEASURE} before", f"after {settings.max_steps} steps"]
-    print_table([*header, f"after {Spread.of(ends)} s", *(f"seconds to {mark:g}" for mark in settings.marks)], rows)
+    print_table(
+        [
+            *header,
+            *(f"after {Spread.of(values)} {cost}" for cost, values in ends.items()),
+            *(f"seconds to {mark:g}" for mark in settings.marks),
+        ],
+        rows,
+    )
     for name, drawn in curves.items():
         for seed, line in enumerate(drawn):
             points = (

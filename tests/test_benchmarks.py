@@ -273,6 +273,7 @@ def test_scripts_can_be_imported(script, name):
 
 
 def test_time_to_quality_is_read_from_straight_lines(script):
-    line = importlib.import_module("time_to_quality").Curve((0, 10, 20), (0.0, 4.0, 8.0), (0.2, 0.6, 0.5))
+    line = importlib.import_module("time_to_quality").Curve((0, 10, 20), (0.0, 4.0, 8.0), (0, 7, 9), (0.2, 0.6, 0.5))
     assert line.until(0.5) == pytest.approx(3.0) and line.until(0.7) == float("inf")
-    assert line.at(6.0) == pytest.approx(0.55) and line.at(100) == 0.5 and line.at_step(10) == 0.6
+    assert line.at("seconds", 6.0) == pytest.approx(0.55) == line.at("tokens", 8)
+    assert line.at("seconds", 100) == 0.5 and line.at_step(10) == 0.6
