@@ -3,7 +3,7 @@
 import dataclasses
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ def same_as(owner: Any, name: str) -> Any:
     known = owner.__dataclass_fields__[name]
     given = {word: getattr(known, word) for word in ("default", "default_factory")}
     return dataclasses.field(metadata=known.metadata, **given)
+
+
+def constants_of(owner: Any) -> Callable[[type], type]:
+    """A class decorator: settings of `owner` that the class doesn't have are constants of it, with their defaults."""
+
+    def add(cls: type) -> type:
+        for field in dataclasses.fields(owner):
+            if field.name not in cls.__dataclass_fields__ and not hasattr(cls, field.name):  # type: ignore[attr-defined]
+                make = field.default_factory
+                setattr(cls, field.name, field.default if make is dataclasses.MISSING else make())
+        return cls
+
+    return add
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ds_embed.settings.data_arguments import DataArguments, unescape
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, optional, same_as, setting, several
+from ds_embed.settings.fields import Settings, constants_of, optional, same_as, setting, several
 from ds_embed.settings.model_arguments import LoraArguments, ModelArguments
 from ds_embed.settings.run_arguments import OptimizerArguments, RunArguments
 from ds_embed.settings.step_arguments import StepArguments
@@ -14,6 +14,7 @@ from ds_embed.settings.validation_arguments import ValidationArguments
 LOSSES = ("listwise", "bce", "kl")
 
 
+@constants_of(ModelArguments)
 @dataclass(kw_only=True)
 class RerankerModelArguments(Settings):
     model_name_or_path: str = setting("model folder or hub name: an encoder, decoder, reranker, or reranker's run")
@@ -29,7 +30,6 @@ class RerankerModelArguments(Settings):
     )
     attn_implementation: str | None = same_as(ModelArguments, "attn_implementation")
     trust_remote_code: bool = same_as(ModelArguments, "trust_remote_code")
-    load_in_4bit: ClassVar[None] = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,6 +52,7 @@ class RerankerLoraArguments(LoraArguments):
             raise UserError(f"--lora_variant {self.lora_variant}: rerankers support lora and rslora only")
 
 
+@constants_of(DataArguments)
 @dataclass(kw_only=True)
 class RerankerDataArguments(Settings):
     train_files: list[str] = same_as(DataArguments, "train_files")
@@ -68,14 +69,9 @@ class RerankerDataArguments(Settings):
     hard_negatives_sampling: str = same_as(DataArguments, "hard_negatives_sampling")
     skip_bad_records: bool = same_as(DataArguments, "skip_bad_records")
     cache_dir: str = same_as(DataArguments, "cache_dir")
-    sampling_probabilities: ClassVar[tuple[float, ...]] = ()
-    positives: ClassVar[str] = "all"
-    batching: ClassVar[str] = "mixed"
-    hard_negatives_per_file: ClassVar[tuple[int, ...]] = ()
-    query_prefixes: ClassVar[tuple[str, ...]] = ()
-    doc_prefixes: ClassVar[tuple[str, ...]] = ()
 
 
+@constants_of(StepArguments)
 @dataclass(kw_only=True)
 class RerankerStepArguments(Settings):
     global_batch_size: int = same_as(StepArguments, "global_batch_size")
@@ -91,18 +87,6 @@ class RerankerStepArguments(Settings):
     gradient_checkpointing: bool = same_as(StepArguments, "gradient_checkpointing")
     negatives: ClassVar[str] = "pair"  # a query's documents are its own
     temperature: ClassVar[float] = 1.0
-    learnable_temperature: ClassVar[bool] = False
-    distillation_weight: ClassVar[float] = 0.0
-    matryoshka_dims: ClassVar[tuple[int, ...]] = ()
-    matryoshka_weights: ClassVar[tuple[float, ...]] = ()
-    label_smoothing: ClassVar[float] = 0.0
-    symmetric: ClassVar[bool] = False
-    false_negative_margin: ClassVar[None] = None
-    pair_loss: ClassVar[None] = None
-    guide_embeddings: ClassVar[None] = None
-    teacher_embeddings: ClassVar[None] = None
-    negatives_per_file: ClassVar[tuple[str, ...]] = ()
-    temperature_per_file: ClassVar[tuple[float, ...]] = ()
 
 
 @dataclass(kw_only=True)
