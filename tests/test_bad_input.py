@@ -115,7 +115,7 @@ def test_training(name, place, tmp_path):
 
 
 BERT_CASES = {
-    "decoder as BERT": ({"model_name_or_path": "{}/llama"}, ["decoder", "train_gpt.py"]),
+    "decoder as BERT": ({"model_name_or_path": "{}/llama"}, ["decoder", "train-gpt"]),
     "beyond its positions": ({"max_length": "129"}, ["--max_length 129", "positions for 128 tokens"]),
     "RoBERTa's positions start at 2": (
         {"model_name_or_path": "{}/roberta", "doc_max_length": "129"},
