@@ -18,7 +18,7 @@ def test_a_change_by_the_steps_of_the_page(tmp_path, change, test, number):
     for name in ("ds_embed", "tests"):
         shutil.copytree(f"{REPOSITORY}/{name}", tmp_path / name, ignore=ignored)
     shutil.copy(f"{REPOSITORY}/pyproject.toml", tmp_path)
-    patch = ["git", "apply", f"{REPOSITORY}/tests/developing/{change}.diff"]
+    patch = ["git", "apply", "-C1", f"{REPOSITORY}/tests/developing/{change}.diff"]
     done = subprocess.run(patch, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stderr}the steps of docs/developing.md have changed: mend them and the diff"
     words = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-rA", *test.split()]

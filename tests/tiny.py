@@ -194,10 +194,11 @@ def leave_out_when_fast() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on, below those that the system gives to whoever asks for any: between this answer
-    and the first rank's start, connections of other ranks would take one of those now and then."""
+    """A TCP port that nothing listens on, below those that the system gives to whoever asks for any (between this answer
+    and the first rank's start, connections of other ranks would take one of those now and then), and above those that
+    slurm/launch.sh counts up from 20000."""
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(21_000, 32_000)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
