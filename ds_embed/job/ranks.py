@@ -21,7 +21,7 @@ from ds_embed.settings.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85  # stopped by a signal with its work saved: start the same command again
-_NEWS_SECONDS = 3.0  # a failure is known to all ranks about a second after it
+_NEWS_SECONDS = 5.0  # a failure is known to all ranks about a second after it, later where hosts are busy
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time before they kill
 _world: "World | None" = None
 
