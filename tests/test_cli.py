@@ -55,6 +55,8 @@ def test_the_wheel_trains_encodes_and_evaluates_from_an_empty_folder(installed, 
     check(ds_embed(installed, empty, "generate", *encode, "--output_prefix", "out", "--cache_dir", tmp_path / "cache"))
     measured = ["--embeddings", "out/consumed_samples8", "--query_files", tmp_path / "q.jsonl"]
     assert "nDCG@10" in check(ds_embed(installed, empty, "evaluate", *measured)).stdout
+    assert "report.html" in check(ds_embed(installed, empty, "report", "run")).stdout
+    assert (empty / "run" / "report" / "report.html").stat().st_size > 10_000
 
 
 def test_mistakes_and_help(installed, tmp_path):
