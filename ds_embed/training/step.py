@@ -161,10 +161,12 @@ class ContrastiveStep:
         num_samples = len(batch.records)
         result = LossResult(Sums.zero(table), torch.zeros_like(table))
         first, last = self._share(first_query, batch.num_queries)
+        found = {"guide": inputs.guide, "teacher": inputs.teacher}
+        models = {name: normalize(vectors, dim=1) for name, vectors in found.items() if vectors is not None}
         for group in batch.groups:
             start, stop = max(first, group.start), min(last, group.stop)
             if start < stop:
-                result = result.plus(self._contrastive(table, inputs, temperature, group, start, stop))
+                result = result.plus(self._contrastive(table, inputs, models, temperature, group, start, stop))
         if batch.num_queries < num_samples:
             result = result.times(batch.num_queries / num_samples)
         for file, start, stop, _ in batch.scored_groups:
@@ -196,12 +198,17 @@ class ContrastiveStep:
         return 0 if inputs.teacher is None or self.engine.module.projection is None else inputs.teacher.shape[1]
 
     def _contrastive(
-        self, table: Tensor, inputs: StepInputs, temperature: Tensor, group: Group, first: int, last: int
+        self,
+        table: Tensor,
+        inputs: StepInputs,
+        models: Mapping[str, Tensor],
+        temperature: Tensor,
+        group: Group,
+        first: int,
+        last: int,
     ) -> LossResult:
-        """The part of the queries first .. last, which are some of a group."""
+        """The part of the queries first .. last, which are some of a group; `models` are a guide's and a teacher's unit vectors."""
         batch, own_temperature = inputs.batch, self.temperatures[group.file]
-        models = {"guide": inputs.guide, "teacher": inputs.teacher}
-        models = {name: normalize(vectors, dim=1) for name, vectors in models.items() if vectors is not None}
         return contrastive_loss(
             table,
             inputs.document_keys,
