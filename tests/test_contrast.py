@@ -70,6 +70,7 @@ CONSTANT = [{"query": "the label", "pos_doc": f"d{n}"} for n in range(12)]
             ["train.jsonl:3", "--negatives pair", "10 of 12"],
         ),
         (PAIRS, dict(negatives="pair"), ["--negatives pair", "--hard_negatives 1 or more"]),
+        (PAIRS, dict(negatives="hard"), ["--negatives hard", "--hard_negatives 1 or more"]),
     ],
 )
 def test_a_run_in_which_nothing_can_be_contrasted_is_refused(tmp_path, records, settings, words):

@@ -98,7 +98,7 @@ def cases(num_ranks: int) -> dict[str, dict]:
     add(zero=3, grad_cache=True, queries=1, hard_negatives=0, model="bert")
     add(zero=2, grad_cache=False, queries=1, hard_negatives=1)
     add(zero=2, grad_cache=True, loss=dict(label_smoothing=0.1, symmetric=True))
-    add(zero=3, grad_cache=False, loss=dict(symmetric=True, false_negative_margin=-0.02), negatives="own")
+    add(zero=3, grad_cache=False, loss=dict(symmetric=True, false_negative_margin=-0.02), negatives="hard")
     add(zero=3, grad_cache=True, loss=dict(matryoshka_dims=[32, 8], matryoshka_weights=[1.0, 0.5]))
     add(zero=1, grad_cache=False, loss=dict(distillation_weight=0.5, distillation_temperature=2.0))
     for zero, grad_cache in ((0, True), (2, False), (2, True), (3, False), (3, True)):

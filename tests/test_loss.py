@@ -71,7 +71,7 @@ def run_in_blocks(
     return sums, gradient
 
 
-NEGATIVES = [("all", 0), ("all", 3), ("own", 0), ("own", 2), ("pair", 1), ("pair", 3)]
+NEGATIVES = [("all", 0), ("all", 3), ("own", 0), ("own", 2), ("hard", 3), ("pair", 1), ("pair", 3)]
 PREFIXES = dict(matryoshka_dims=(2, 7, 4), matryoshka_weights=(0.5, 1.0, 2.0))
 OPTIONS = {
     "plain": {},
@@ -129,7 +129,7 @@ def test_equals_reference(negatives, num_hard, tiles, equal_documents, name):
         torch.testing.assert_close(sums.grad_log_scale, log_scale.grad, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("negatives", ["all", "own", "pair"])
+@pytest.mark.parametrize("negatives", ["all", "own", "hard", "pair"])
 @pytest.mark.parametrize("tiles", [(1024, 8192), (3, 4)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_queries_without_negatives_and_further_positives_equal_the_reference(negatives, tiles, name):

@@ -60,7 +60,7 @@ class GlobalBatch:
 
     def num_shared(self, negatives: str) -> int:
         """How many documents every query is scored against, beside its own negatives; `negatives` is the setting."""
-        return {"all": len(self.document_keys), "own": self.num_queries, "pair": 0}[negatives]
+        return {"all": len(self.document_keys), "own": self.num_queries, "hard": 0, "pair": 0}[negatives]
 
     def without_negatives(self, negatives: Sequence[str]) -> np.ndarray:
         """Which of the first queries (at most 256) have nothing to be scored against (bool), by what keys and pairs say.

@@ -41,8 +41,8 @@ TILE_DOCUMENTS = 8192
 class LossOptions:
     """What a loss is made of.
 
-    negatives: "all" (every document), "own" (all positives and the query's own hard negatives) or
-    "pair" (mean over own hard negatives of the two-way softmax against the positive).
+    negatives: "all" (every document), "own" (all positives and the query's own hard negatives), "hard" (its own hard
+    negatives alone) or "pair" (mean over own hard negatives of the two-way softmax against the positive).
     """
 
     negatives: str = "all"
@@ -227,7 +227,7 @@ def _queries_to_documents(
         keys=keys,
         pairs=(pairs[:, 0] - block.start, pairs[:, 1]),
         positives=torch.arange(block.start, block.stop, device=uses.device),
-        shared={"all": len(keys), "own": num_queries, "pair": 0}[negatives],
+        shared={"all": len(keys), "own": num_queries, "hard": 0, "pair": 0}[negatives],
         # With "all", a query's own hard negatives are among the shared documents.
         own=own[block, : 0 if negatives == "all" else None],
         grad_anchors=gradient[block],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, optional, setting, several
 
-NEGATIVES = ("all", "own", "pair")
+NEGATIVES = ("all", "own", "hard", "pair")
 SCORED_LOSSES = ("cosent", "angle", "cosine")
 TEACHER_LOSSES = ("cosine", "mse", "scores")
 # A learned temperature stops here: below, scores grow faster than the embeddings learn (Radford et al. 2021, sec. 2.5).
@@ -19,7 +19,8 @@ class StepArguments(Settings):
     micro_batch_tokens: int = setting("padded tokens per forward pass of one rank; sets memory use", 4096, above=0)
     negatives: str = setting(
         "documents each query is scored against: all (every document of the batch), own (all positives and its own "
-        "hard negatives), pair (its positive and one of its own hard negatives at a time)",
+        "hard negatives), hard (its positive and its own hard negatives), pair (its positive and one of its own hard "
+        "negatives at a time)",
         "all",
         choices=NEGATIVES,
     )

@@ -436,7 +436,7 @@ class TrainingRun:
         modes, hards = self._modes()
         negatives = [*modes, self.step_arguments.negatives]
         seen = [
-            batch.num_shared(mode) + (0 if mode == "all" else group.num_own) - (mode != "pair")
+            batch.num_shared(mode) + (0 if mode == "all" else group.num_own) - (mode in ("all", "own"))
             for group in batch.groups
             for mode in [negatives[group.file]]
         ]

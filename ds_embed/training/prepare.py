@@ -102,13 +102,13 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
                 raise UserError(
                     f"--hard_negatives_per_file {hard}: {file['path']} has scored pairs, which have no negatives; set 0 for it"
                 )
-        elif mode == "pair" and not hard:
+        elif mode in ("hard", "pair") and not hard:
             raise UserError(
-                f"--negatives pair: scores each positive of {file['path']} against hard negatives; set --hard_negatives 1 or more"
+                f"--negatives {mode}: scores each positive of {file['path']} against hard negatives; set --hard_negatives 1 or more"
             )
-        elif mode == "pair" and "without_negatives" in file:
+        elif mode in ("hard", "pair") and "without_negatives" in file:
             raise UserError(
-                f"{file['without_negatives']}: has no neg_doc, but rerankers and --negatives pair score a query only against "
+                f"{file['without_negatives']}: has no neg_doc, but rerankers and --negatives {mode} score a query only against "
                 f"its own hard negatives ({number:,} of {num_queries:,} records have none); remove these records, add "
                 "negatives, or train an embedder with --negatives own"
             )
