@@ -94,7 +94,7 @@ def _one_table(
     losses = []
     for i in chosen:
         own = owns[i]
-        visible = {"all": range(len(documents)), "own": [*range(num_queries), *own], "hard": own, "pair": own}[negatives]
+        visible = {"all": range(len(documents)), "own": [*range(num_queries), *own]}.get(negatives, own)
         score = documents @ queries[i] / temperature
         differs = [j for j in range(len(documents)) if not (keys[j] == keys[i]).any() and (i, j) not in pairs]
         near = torch.ones(len(documents), dtype=bool) if margin is None else score <= score[i] + margin / temperature
