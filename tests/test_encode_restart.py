@@ -14,14 +14,15 @@ import pytest
 import torch
 from tiny import make_tokenizer, sentence
 
+from ds_embed.artifact.identity import check_unchanged
 from ds_embed.data.store import TextStore, build_text_store
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
+from ds_embed.vectors.corpus import Corpus, check_one_dtype, merge_shards, shard_path
 from ds_embed.vectors.corpus_plan import CorpusPlan, rows_of_shard
 from ds_embed.vectors.encode import encode_store
-from ds_embed.vectors.vectors import read_vectors
+from ds_embed.vectors.vectors import read_vectors, stored_numbers
 
 WORLD = World.alone()
 MADE_FROM = {"doc_files": "aa (100 records)", "base_model": "bb", "micro_batch_tokens": "60"}
@@ -66,13 +67,13 @@ def quick_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of them, and only a crash of the machine needs them
 
 
-def run(store, target, encoder=None, rows=None, made_from=MADE_FROM, save_seconds=0.0):
+def run(store, target, encoder=None, rows=None, made_from=MADE_FROM, save_seconds=0.0, dtype="float32"):
     encoder = encoder or Encoder()
     encode_store(
         store,
         encoder,
         WORLD,
-        Corpus(target, "doc", made_from),
+        Corpus(target, "doc", made_from, dtype),
         micro_batch_tokens=int(made_from["micro_batch_tokens"]),
         rows=rows,
         goes_on=True,
@@ -340,6 +341,58 @@ def test_shards_merge_to_the_same_bytes(store, straight, tmp_path, num_shards):
         file.write(b"x")
     with pytest.raises(ValueError, match="doc.npy has .* bytes and was written with"):
         merge()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_smaller_numbers_are_the_same_bytes_after_any_kill_and_in_shards(store, straight, tmp_path, dtype):
+    num_passes, plain = straight
+    run(store, tmp_path / "whole" / "test_docs", save_seconds=1e9, dtype=dtype)
+    whole = contents(tmp_path / "whole" / "test_docs")
+    rows = np.frombuffer(plain["doc.npy"][128:], np.float32).reshape(TEXTS, DIMS)
+    files = ["doc.npy", "doc.scales.npy"][: 1 + (dtype == "int8")]
+    assert sorted(whole) == sorted(["doc.ids", "manifest.json", *files])
+    for file, numbers in zip(files, stored_numbers(rows, dtype)):
+        found = np.load(tmp_path / "whole" / "test_docs" / file, allow_pickle=False)
+        assert found.dtype == numbers.dtype and np.array_equal(found, numbers)
+    assert np.array_equal(
+        read_vectors(tmp_path / "whole", "doc").rows[5:7], read_back(stored_numbers(rows, dtype))[5:7]
+    )
+    for number in range(3, num_passes, 17):
+        target = tmp_path / str(number) / "test_docs"
+        killed_at(store, target, number, dtype=dtype)
+        if number > 40:  # a block is taken up with all its files or not at all
+            path = begun(target) / files[-1]
+            path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+        run(store, target, dtype=dtype)
+        assert contents(target) == whole
+    target = tmp_path / "out" / "test_docs"
+    for index in range(3):
+        run(store, shard_path(target, index, 3), rows=rows_of_shard(TEXTS, index, 3, BLOCK), dtype=dtype)
+    merge_shards(Corpus(target, "doc", MADE_FROM, dtype), store, 3, [])
+    assert contents(target) == whole
+    # Of float32 begun or whole, by this version or by one that had no other numbers, nothing goes on.
+    other = Corpus(tmp_path / "straight" / "test_docs", "doc", MADE_FROM, dtype)
+    with pytest.raises(UserError, match=f"vector_dtype was float32 and is {dtype}"):
+        other.is_finished([])
+    with pytest.raises(UserError, match=f"vector_dtype was float32 and is {dtype}"):
+        check_unchanged(target, MADE_FROM, other.made_from, (), "--output_prefix")
+    with pytest.raises(UserError, match=f"--vector_dtype {dtype}: .* holds float32, and queries and documents .* one"):
+        check_one_dtype(other)
+
+
+def read_back(stored):
+    return stored[0].astype(np.float32) * (stored[1][:, None] if len(stored) > 1 else 1)
+
+
+def test_a_vector_beyond_float16_is_named(store, tmp_path):
+    class Large(Encoder):
+        def __call__(self, *inputs):
+            return super().__call__(*inputs) * 1e4
+
+    message = r"d.jsonl:\d+: its vector holds [\d,]+, and float16 at most 65,504; give --vector_dtype float32"
+    with pytest.raises(UserError, match=message):
+        run(store, tmp_path / "test_docs", Large(), dtype="float16")
+    run(store, tmp_path / "test_docs2", Large(), dtype="int8")
 
 
 @pytest.mark.parametrize("num_rows, block", [(48, 24), (1, 24), (200, 200), (0, 24)])

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import check, launch, make_model, make_training_file, sentence
 
+from ds_embed.vectors.vectors import stored_numbers
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -137,6 +139,23 @@ def test_same_vectors_on_other_ranks_micro_batches_and_zero_stage(place, plain, 
     out = generate(root, tmp_path / "out", "--bf16", "false", *other, num_ranks=4)
     for got, expected in zip(read(out / "consumed_samples30"), read(plain / "consumed_samples30")):
         np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_smaller_numbers_on_two_ranks(place, plain, tmp_path):
+    """int8 rows with their scales beside them, and float16: what is stored of the rows of one process, bit for bit."""
+    root, _ = place
+    for dtype in ("float16", "int8"):
+        folder = generate(root, tmp_path / dtype, "--bf16", "false", "--vector_dtype", dtype) / "consumed_samples30"
+        for kind, rows in zip(("queries/query", "docs/doc"), read(plain / "consumed_samples30")):
+            files = [f"test_{kind}.npy", f"test_{kind}.scales.npy"]
+            for file, numbers in zip(files, stored_numbers(rows, dtype)):
+                found = np.load(folder / file, allow_pickle=False)
+                assert found.dtype == numbers.dtype and np.array_equal(found, numbers)
+    documents = ["--doc_files", root / "d1.jsonl", "--cache_dir", root / "cache", "--model_name_or_path", root / "run"]
+    begun = ["--query_files", root / "q1.jsonl", *documents[2:], "--output_prefix", tmp_path / "one"]
+    check(launch(0, "recipes/generate.py", *begun))
+    other = launch(0, "recipes/generate.py", *documents, "--output_prefix", tmp_path / "one", "--vector_dtype", "int8")
+    assert other.returncode == 2 and "test_queries holds float32, and queries and documents" in other.stderr
 
 
 def test_adapter_on_a_base_and_base_alone(place, plain, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ds_embed.vectors.search import search
-from ds_embed.vectors.vectors import Ids, read_embeddings, read_vectors
+from ds_embed.vectors.vectors import Ids, read_embeddings, read_vectors, stored_numbers
 
 
 def test_ids_are_a_sequence_and_sort_like_bytes():
@@ -68,6 +68,48 @@ def test_read_vectors(folder):
         search(queries.rows, documents.rows, 2, tie_rank=documents.ids.ranks)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_smaller_numbers_are_read_as_the_floats_they_stand_for(folder, dtype):
+    """Search, a FAISS index, smaller vectors and two ranks' slices see the restored rows, never the bytes."""
+    from ds_embed.settings.tool_arguments import IndexArguments
+    from ds_embed.vectors.compressed import search_compressed
+    from ds_embed.vectors.faiss_index import build_index, search_index
+
+    rng = np.random.default_rng(12)
+    plain = {kind: rng.standard_normal((n, 24)).astype(np.float32) for kind, n in (("query", 40), ("doc", 300))}
+    plain["doc"] *= rng.uniform(0.1, 9, (300, 1)).astype(np.float32)  # not of unit length, so that scales matter
+    plain["doc"][7] = 0
+    for kind, rows in plain.items():
+        numbers, *scales = stored_numbers(rows, dtype)
+        write_vectors(folder, kind, numbers, [f"{kind[0]}{i}" for i in range(len(rows))])
+        for values in scales:
+            np.save(folder / {"query": "test_queries", "doc": "test_docs"}[kind] / f"{kind}.scales.npy", values)
+    queries, documents = read_embeddings(folder)
+    assert documents.rows.stored_dtype == dtype and documents.rows.shape == (300, 24)
+    restored = {kind: np.asarray(vectors.rows) for kind, vectors in (("query", queries), ("doc", documents))}
+    for kind, rows in plain.items():
+        step = np.abs(rows).max(axis=1, keepdims=True) / (127 if dtype == "int8" else 1024)
+        assert restored[kind].dtype == np.float32 and (abs(restored[kind] - rows) <= 0.501 * step).all()
+    np.testing.assert_array_equal(documents.rows.between(10, 20)[[3, 4]], restored["doc"][[13, 14]])
+    options = {"tie_rank": documents.ids.ranks, "device": "cpu"}
+    expected = search(restored["query"], restored["doc"], 10, **options)
+    settings = IndexArguments()
+    index = build_index("flat", documents.rows, settings)
+    how = {"truncate_dims": [12], "quantize": [], "rescore_multiplier": 0}
+    as_stored, cut = search_compressed(queries.rows, documents.rows, 10, **how, **options)
+    for found in (
+        search(queries.rows, documents.rows, 10, **options),
+        search_index(index, queries.rows, documents.rows, 10, settings, **options),
+        as_stored[3:],
+    ):
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+    assert as_stored[:3] == (f"{dtype}, as stored", 24, {"float16": 48, "int8": 28}[dtype])
+    assert cut[:3] == ("float32", 12, 48)
+    exact = search(plain["query"], plain["doc"], 10, **options)[1]
+    assert (exact[:, :5] == expected[1][:, :5]).mean() > 0.9
+
+
 def test_a_bad_row_is_named_in_whichever_block(folder, monkeypatch):
     monkeypatch.setattr("ds_embed.vectors.vectors._CHECK_BYTES", 2 * 4 * 4)  # two rows
     spoil_value(folder)
@@ -96,7 +138,16 @@ def test_a_query_with_several_right_documents_is_read_once(folder):
 
 
 def spoil_dtype(folder):
-    np.save(folder / "test_docs/doc.npy", np.ones((5, 4), dtype=np.float16))
+    np.save(folder / "test_docs/doc.npy", np.ones((5, 4), dtype=np.float64))
+
+
+def spoil_scales(scales):
+    def spoil(folder):
+        np.save(folder / "test_docs/doc.npy", np.ones((5, 4), dtype=np.int8))
+        if scales is not None:
+            np.save(folder / "test_docs/doc.scales.npy", scales)
+
+    return spoil
 
 
 def spoil_shape(folder):
@@ -145,7 +196,12 @@ def spoil_ids(content):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (spoil_dtype, "doc.npy: holds float16, want float32"),
+        (spoil_dtype, "doc.npy: holds float64, want float32, float16 or int8; save"),
+        (spoil_scales(None), "doc.npy: holds int8, and its scales are not beside it: doc.scales.npy, float32"),
+        (spoil_scales(np.ones(4, np.float32)), "doc.scales.npy: holds 4 float32, want 5 float32"),
+        (spoil_scales(np.ones(5)), "doc.scales.npy: holds 5 float64, want 5 float32"),
+        (spoil_scales(np.ones((5, 1), np.float32)), r"doc.scales.npy: holds shape \(5, 1\), want one \(n,\) array"),
+        (spoil_scales(np.array([1, 1, 1, np.nan, 1], np.float32)), r"doc.npy: row 3 \(id 'd3'\) holds NaN"),
         (spoil_shape, r"doc.npy: holds shape \(20,\)"),
         (spoil_length, "doc.ids has 5 ids and .*doc.npy has 6 rows"),
         (spoil_dimensions, "query.npy has 4 dimensions and .*doc.npy has 3"),

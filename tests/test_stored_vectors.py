@@ -181,8 +181,8 @@ def test_what_does_not_fit_is_refused_by_name(place):
     rows[3] = 0
     np.save(place / name / "test_docs" / "doc.npy", rows[:, :2])
     refused(name, "4 dimensions and .* 2")
-    np.save(place / name / "test_docs" / "doc.npy", rows.astype(np.float16))
-    refused(name, "float16, want float32")
+    np.save(place / name / "test_docs" / "doc.npy", rows.astype(np.int8))
+    refused(name, "holds int8, and its scales are not beside it")
     content = (place / "whole" / "test_docs" / "doc.npy").read_bytes()
     (place / name / "test_docs" / "doc.npy").write_bytes(content[: len(content) // 2])
     refused(name, "not a whole .npy file")

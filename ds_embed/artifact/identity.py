@@ -14,6 +14,7 @@ from ds_embed.settings.errors import UserError
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 _CONFIGS = ("config.json", "adapter_config.json")
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
+_BEFORE = {"vector_dtype": "float32"}  # what a setting was before there was one
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def identify_tokenizer(manifest: Mapping[str, Any]) -> str:
 
 def check_unchanged(
     path: Path,
-    old: Mapping[str, str],
+    old: dict[str, str],
     new: Mapping[str, str],
     accepted: Collection[str],
     flag: str,
@@ -71,6 +72,7 @@ def check_unchanged(
     A name that only one side knows belongs to another version of ds_embed. `acceptable` are the names that
     --accept_changes takes, and `so_that` what comes of it; changes that were accepted are logged as warnings.
     """
+    old = _BEFORE | old
     unknown = [name for name in accepted if name not in acceptable]
     if unknown:
         raise UserError(f"--accept_changes {unknown[0]}: no such name; known are {', '.join(sorted(acceptable))}")

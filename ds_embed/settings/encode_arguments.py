@@ -10,6 +10,7 @@ from ds_embed.settings.run_arguments import JobArguments
 # Changing these changes a row only by rounding.
 ROUNDING_SETTINGS = ("micro_batch_tokens", "attn_implementation", "kernels")
 
+VECTOR_DTYPES = ("float32", "float16", "int8")
 _COLUMN_KEYS = ("query", "query_id", "pos_doc", "doc_id", "title")
 
 
@@ -34,6 +35,12 @@ class EncodeArguments(JobArguments):
         "query=question or doc_id=number (default: detected from the keys)"
     )
     output_prefix: str = setting("folder in which consumed_samplesX/ is created", "embeddings")
+    vector_dtype: str = setting(
+        f"numbers of the vectors on disk: {', '.join(VECTOR_DTYPES)}; int8 rows have a float32 scale each, in a file "
+        "beside them (query.scales.npy, doc.scales.npy); our commands read all three",
+        "float32",
+        choices=VECTOR_DTYPES,
+    )
     micro_batch_tokens: int = setting("padded tokens per forward pass of one rank; sets memory use", 16384, above=0)
     cache_dir: str = same_as(DataArguments, "cache_dir")
     save_seconds: float = setting(

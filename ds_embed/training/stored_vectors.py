@@ -18,7 +18,7 @@ from ds_embed.data.store import TrainingStore
 from ds_embed.job.ranks import World
 from ds_embed.settings import StepArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors.vectors import Vectors, read_embeddings, vector_files
+from ds_embed.vectors.vectors import StoredRows, Vectors, open_rows, read_embeddings, scales_file, vector_files
 
 _ROWS = "rows.npy"
 _AGAIN = (
@@ -37,8 +37,9 @@ class StoredVectors:
         def find() -> tuple[str, list[str], str]:
             try:
                 files = [vector_files(folder, kind) for kind in ("query", "doc")]
-                identity = ", ".join(identify_large(paths) for paths in files)
-                stamps = [(path.name, path.stat().st_mtime_ns) for paths in files for path in paths]
+                read = [[path for path in (*paths, scales_file(paths[0])) if path.exists()] for paths in files]
+                identity = ", ".join(map(identify_large, read))
+                stamps = [(path.name, path.stat().st_mtime_ns) for paths in read for path in paths]
                 key = hashlib.sha256(repr((store.path.name, identity, stamps)).encode()).hexdigest()[:16]
                 rows = obtain_folder(
                     Path(cache_dir).expanduser() / f"vectors-{key}",
@@ -53,7 +54,9 @@ class StoredVectors:
 
         rows, files, self.identity = world.on_main(f"vectors of {flag}", find)
         # Plain arrays over the maps: indexing the memmap class costs several times more.
-        self._rows, *self._vectors = (np.load(path, mmap_mode="r").view(np.ndarray) for path in (rows, *files))
+        self._rows = np.load(rows, mmap_mode="r").view(np.ndarray)
+        opened = [open_rows(Path(path)) for path in files]
+        self._vectors = [one if isinstance(one, StoredRows) else one.view(np.ndarray) for one in opened]
         self.num_dims = self._vectors[0].shape[1]
 
     def of(self, batch: GlobalBatch) -> np.ndarray:
@@ -86,7 +89,7 @@ def _rows_of_texts(store: TrainingStore, found: tuple[Vectors, Vectors]) -> np.n
             side_of[store.first_text[start] : store.first_text[start + size]] = -1
     rows = np.full(store.num_texts, -1)
     for side, (vectors, (one, several, id_name)) in enumerate(zip(found, _SIDES)):
-        if not isinstance(vectors.rows, np.memmap):
+        if not isinstance(vectors.rows, (np.memmap, StoredRows)):
             raise UserError(f"{vectors.path}: query ids are repeated; encode each query once")
         texts = np.flatnonzero(side_of == side)
         keys = store.content_keys[texts]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ds_embed.vectors.metrics import Qrels, SearchRun, evaluate, without_identical
-from ds_embed.vectors.vectors import Vectors
+from ds_embed.vectors.vectors import StoredRows, Vectors
 
 QUANTIZED = ("int8", "binary")
 _BLOCK_BYTES = 64 << 20
@@ -91,7 +91,7 @@ def search_compressed(
     tie_rank: np.ndarray,
     device: str,
 ) -> Iterator[Found]:
-    """Search exactly with every asked-for number of dimensions and kind of numbers; all D float32 come first.
+    """Search exactly with every asked-for number of dimensions and kind of numbers; the vectors as stored come first.
 
     The queries stay float32; only stored documents are quantized. binary compares signs by Hamming
     distance; with a `rescore_multiplier` above 0 a second result reorders that many times k by the inner
@@ -101,7 +101,10 @@ def search_compressed(
 
     for dims in (queries.shape[1], *truncate_dims):
         query_rows, document_rows = truncated(queries, dims), truncated(documents, dims)
-        yield Found("float32", dims, 4 * dims, *search(query_rows, document_rows, k, tie_rank=tie_rank, device=device))
+        kind, size = "float32", 4 * dims
+        if isinstance(document_rows, StoredRows):
+            kind, size = f"{document_rows.stored_dtype}, as stored", document_rows.bytes_per_vector
+        yield Found(kind, dims, size, *search(query_rows, document_rows, k, tie_rank=tie_rank, device=device))
         if "int8" in quantize:
             restored = quantized_int8(document_rows)
             yield Found("int8", dims, dims, *search(query_rows, restored, k, tie_rank=tie_rank, device=device))

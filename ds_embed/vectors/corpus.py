@@ -1,19 +1,21 @@
 """A corpus of vectors on disk: an artifact whose parts are blocks of rows.
 
-    test_docs/doc.npy         float32 (n, D): a header, then the blocks of CorpusPlan
+    test_docs/doc.npy         float32, float16 or int8 (n, D): a header, then the blocks of CorpusPlan
+    test_docs/doc.scales.npy  with int8: float32 (n,), in the same blocks
     test_docs/doc.ids         line i is the id of row i
     test_docs/manifest.json   what decides the rows (made_from), and the SHA-256 of every block
 
-Until it is whole, doc.computed holds rows of the block that is being computed, in the order of its micro-batches.
+Until it is whole, doc.computed holds float32 rows of the block that is being computed, in the order of its micro-batches.
 A shard has a range of blocks, so joining shards is putting their blocks one behind the other.
 
 Shapes: n rows, u texts of a micro-batch, D dimensions.
 """
 
 import io
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -21,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from ds_embed.artifact.artifact import Artifact, Part, read_whole
+from ds_embed.artifact.artifact import BEGUN, MANIFEST, Artifact, Part, read_whole
 from ds_embed.artifact.identity import check_unchanged
 from ds_embed.data.store import TextStore
 from ds_embed.settings.encode_arguments import ROUNDING_SETTINGS
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus_plan import CorpusPlan, MicroBatch
+from ds_embed.vectors.vectors import scales_file, stored_numbers
 
 KIND = "vectors, form 2"
 COMPUTED = ("kernels",)  # of made_from: in which way, which is that of the machine
@@ -36,25 +39,35 @@ logger = logging.getLogger(__name__)
 
 
 class Corpus(Artifact):
-    """The folder `path` with the vectors `name`.npy and their ids, made from what `made_from` says."""
+    """The folder `path` with the vectors `name`.npy, of `dtype`, and their ids, made from what `made_from` says."""
 
-    def __init__(self, path: Path, name: str, made_from: Mapping[str, str] | None = None):
-        super().__init__(path, KIND, "--output_prefix", made_from)
-        self.name = name
+    def __init__(self, path: Path, name: str, made_from: Mapping[str, str] | None = None, dtype: str = "float32"):
+        super().__init__(path, KIND, "--output_prefix", {**(made_from or {}), "vector_dtype": dtype})
+        self.name, self.dtype = name, dtype
         self.rows_file, self.ids_file, self.computed_file = f"{name}.npy", f"{name}.ids", f"{name}.computed"
+        self.files = [self.rows_file]  # whose parts are the blocks
+        if dtype == "int8":
+            self.files.append(scales_file(Path(self.rows_file)).name)
 
     def is_finished(self, accepted: list[str]) -> bool:
         """Whether it is whole. UserError when it, or what was begun of it, was made from something else."""
         # Whole rows were all computed in one way, whichever this machine would take.
         return self.look(accepted, free_when_whole=COMPUTED, **_ROUNDING) == "whole"
 
-    def write_header(self, num_rows: int, num_dims: int) -> int:
-        """Write what stands before the rows; returns its bytes."""
-        buffer = io.BytesIO()
-        shape = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, num_dims)}
-        np.lib.format.write_array_header_1_0(buffer, shape)
-        self.write(self.rows_file, buffer.getvalue(), 0, _header_name(num_rows, num_dims))
-        return len(buffer.getvalue())
+    def write_headers(self, num_rows: int, num_dims: int) -> list[int]:
+        """Write what stands before the rows of each file; returns its bytes."""
+        sizes = []
+        for file, numbers in zip(self.files, stored_numbers(np.empty((0, num_dims), np.float32), self.dtype)):
+            buffer, shape = io.BytesIO(), (num_rows, *numbers.shape[1:])
+            described = {"descr": numbers.dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(buffer, described)
+            self.write(file, buffer.getvalue(), 0, _header_name(num_rows, num_dims))
+            sizes.append(len(buffer.getvalue()))
+        return sizes
+
+    def row_bytes(self, num_dims: int) -> list[int]:
+        """The bytes of a row in each file."""
+        return [numbers.nbytes for numbers in stored_numbers(np.zeros((1, num_dims), np.float32), self.dtype)]
 
     def finish(self, store: TextStore, rows: range) -> None:
         """Add the ids of these rows of the store, and make the whole."""
@@ -73,7 +86,7 @@ class CorpusWriter:
     def __init__(self, corpus: Corpus, plan: CorpusPlan, num_dims: int, goes_on: bool, save_seconds: float):
         self._corpus, self._plan, self._num_dims = corpus, plan, num_dims
         self._goes_on, self._save_seconds = goes_on, save_seconds
-        self._header_bytes = 0
+        self._header_bytes: Sequence[int] = ()  # of each file
         self._num_done = self._num_saved = 0  # rows of the plan, in the order in which they are computed
 
     def open(self) -> int:
@@ -82,12 +95,12 @@ class CorpusWriter:
         with self._named():
             kept = self._take_up(corpus.begin(anew=not self._goes_on))
             if kept:
-                self._header_bytes = kept[0].num_bytes
+                self._header_bytes = [part.num_bytes for part in kept[: len(corpus.files)]]
                 corpus.keep(kept)
             else:
                 corpus.begin(anew=True)
-                self._header_bytes = corpus.write_header(len(plan.rows), self._num_dims)
-            corpus.check_room(self._header_bytes + len(plan.rows) * self._row_bytes)
+                self._header_bytes = corpus.write_headers(len(plan.rows), self._num_dims)
+            corpus.check_room(sum(self._header_bytes) + len(plan.rows) * sum(corpus.row_bytes(self._num_dims)))
             self._num_saved = self._num_done
             self._start_block()
         if self._num_done:
@@ -102,10 +115,18 @@ class CorpusWriter:
         """
         with self._named():
             for batch, of_texts in zip(group, vectors):
-                finite = np.isfinite(of_texts).all(axis=1)
-                if not finite.all():
-                    where = self._plan.store.location(int(batch.texts[np.argmin(finite)]))
+                largest = np.abs(of_texts).max(axis=1)
+                limit = np.finfo(np.float16 if self._corpus.dtype == "float16" else np.float32).max
+                fits = largest <= limit  # NaN does not
+                if not fits.all():
+                    bad = int(np.argmin(fits))
+                    where = self._plan.store.location(int(batch.texts[bad]))
                     self._save()
+                    if np.isfinite(largest[bad]):
+                        raise UserError(
+                            f"{where}: its vector holds {largest[bad]:,.0f}, and float16 at most {limit:,.0f}; give "
+                            "--vector_dtype float32 or int8, and another --output_prefix"
+                        )
                     cure = "try --bf16 false, or look at the loss of the model's training"
                     raise UserError(f"{where}: its vector holds NaN or infinity; {cure}")
                 self._rows[batch.rows - self._first] = of_texts[batch.uses]
@@ -122,7 +143,8 @@ class CorpusWriter:
             self._corpus.finish(self._plan.store, self._plan.rows)
 
     @property
-    def _row_bytes(self) -> int:
+    def _computed_bytes(self) -> int:
+        """Of a row of computed_file."""
         return 4 * self._num_dims
 
     @property
@@ -135,21 +157,23 @@ class CorpusWriter:
         told = {(part.file, part.name): part for part in parts}
         kept: list[Part] = []
 
-        def take(file: str, name: str) -> Part | None:
-            part = told.get((file, name))
-            if part is not None and not part.is_in(self._corpus.begun):
+        def take(files: list[str], name: str) -> list[Part]:
+            """The parts of all these files, or none."""
+            parts = [told[file, name] for file in files if (file, name) in told]
+            lost = [part.file for part in parts if not part.is_in(self._corpus.begun)]
+            for file in lost:
                 logger.warning("warning: %s: saved rows are not as they were written and are encoded again", file)
-                part = None
-            kept.extend([part] if part else [])
-            return part
+            parts = [] if lost or len(parts) < len(files) else parts
+            kept.extend(parts)
+            return parts
 
-        if not take(self._corpus.rows_file, _header_name(len(self._plan.rows), self._num_dims)):
+        if not take(self._corpus.files, _header_name(len(self._plan.rows), self._num_dims)):
             return []
         for block in self._plan.blocks:
-            if not take(self._corpus.rows_file, str(block)):
+            if not take(self._corpus.files, str(block)):
                 computed = 0
-                while part := take(self._corpus.computed_file, self._computed_name(block, computed)):
-                    computed += part.num_bytes // self._row_bytes
+                while parts := take([self._corpus.computed_file], self._computed_name(block, computed)):
+                    computed += parts[0].num_bytes // self._computed_bytes
                 self._num_done += computed
                 break
             self._num_done += len(self._plan.rows_of(block))
@@ -177,8 +201,11 @@ class CorpusWriter:
         return f"{block}+{num_rows}@{self._plan.micro_batch_tokens}, each text once"
 
     def _end_block(self) -> None:
-        start = self._header_bytes + (self._first - self._plan.rows.start) * self._row_bytes
-        self._corpus.write(self._corpus.rows_file, self._rows, start, str(self._block))
+        stored = stored_numbers(self._rows, self._corpus.dtype)
+        sizes = self._corpus.row_bytes(self._num_dims)
+        for file, numbers, header, row_bytes in zip(self._corpus.files, stored, self._header_bytes, sizes):
+            start = header + (self._first - self._plan.rows.start) * row_bytes
+            self._corpus.write(file, numbers, start, str(self._block))
         if self._num_saved > self._first - self._plan.rows.start:
             self._corpus.save()  # before others take the place of its rows in computed_file
             self._num_saved = self._num_done
@@ -190,7 +217,7 @@ class CorpusWriter:
             if saved < self._block_done:
                 rows = self._rows[self._order()[saved : self._block_done]]
                 name = self._computed_name(self._block, saved)
-                self._corpus.write(self._corpus.computed_file, rows, saved * self._row_bytes, name)
+                self._corpus.write(self._corpus.computed_file, rows, saved * self._computed_bytes, name)
             self._corpus.save()
             self._num_saved = self._num_done
         self._last_save = time.monotonic()
@@ -198,6 +225,18 @@ class CorpusWriter:
     def _named(self) -> AbstractContextManager[None]:
         kept = f"{self._num_saved:,} of {len(self._plan.rows):,} rows are kept"
         return self._corpus.or_named(str(self._corpus.path), kept)
+
+
+def check_one_dtype(corpus: Corpus) -> None:
+    """UserError when what is there, whole or begun, in the place of `corpus` holds numbers of another type."""
+    for file in (corpus.path / MANIFEST, corpus.begun / BEGUN):
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8")).get("made_from", {}).get("vector_dtype", "float32")
+            if found != corpus.dtype:
+                raise UserError(
+                    f"--vector_dtype {corpus.dtype}: {file.parent} holds {found}, and queries and documents of a folder "
+                    f"have one; give --vector_dtype {found}, or choose another {corpus.flag}"
+                )
 
 
 def shard_path(path: Path, shard_index: int, num_shards: int) -> Path:
@@ -229,16 +268,16 @@ def merge_shards(corpus: Corpus, store: TextStore, num_shards: int, accepted: li
     num_dims = np.load(paths[0] / corpus.rows_file, mmap_mode="r", allow_pickle=False).shape[1]
     with corpus.or_named(str(corpus.path), "the shards stay"):
         corpus.begin(anew=True)
-        corpus.check_room(store.num_texts * num_dims * 4)
-        end = corpus.write_header(store.num_texts, num_dims)
+        corpus.check_room(store.num_texts * sum(corpus.row_bytes(num_dims)))
+        ends = dict(zip(corpus.files, corpus.write_headers(store.num_texts, num_dims)))
         for path, manifest in zip(paths, manifests):
             for part in manifest["parts"]:
-                if part.file == corpus.rows_file and part.start:
+                if part.file in ends and part.start:
                     if not part.is_in(path):
                         raise UserError(f"{path / part.file}: its rows are not as they were written; {again}")
                     content = np.fromfile(path / part.file, np.uint8, part.num_bytes, offset=part.start)
-                    corpus.write(part.file, content, end, part.name)
-                    end += part.num_bytes
+                    corpus.write(part.file, content, ends[part.file], part.name)
+                    ends[part.file] += part.num_bytes
         corpus.finish(store, range(store.num_texts))
     logger.info("%s: merged from %d shards", corpus.path, num_shards)
 

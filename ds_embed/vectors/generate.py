@@ -18,7 +18,7 @@ from ds_embed.models.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.loading import check_stage, find_source, load_config
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
 from ds_embed.settings.errors import UserError
-from ds_embed.vectors.corpus import Corpus, merge_shards, shard_path
+from ds_embed.vectors.corpus import Corpus, check_one_dtype, merge_shards, shard_path
 from ds_embed.vectors.corpus_plan import rows_of_shard
 from ds_embed.vectors.encode import encode_store
 from ds_embed.vectors.load import ModelToEncode, check_merging
@@ -73,11 +73,14 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
     for kind, folder, store in stores:
         rows = range(store.num_texts) if index is None else rows_of_shard(store.num_texts, index, num_shards)
         path = embeddings / folder if index is None else shard_path(embeddings / folder, index, num_shards)
-        jobs.append((Corpus(path, kind, made_from | _made_from(kind, store, card, model, arguments)), store, rows))
+        origin = made_from | _made_from(kind, store, card, model, arguments)
+        jobs.append((Corpus(path, kind, origin, arguments.vector_dtype), store, rows))
 
     def find_unfinished() -> list[int]:
         for corpus, _, _ in jobs:
             corpus.claim()
+        for folder in {"test_queries", "test_docs"}.difference(folder for _, folder, _ in stores):
+            check_one_dtype(Corpus(embeddings / folder, "", dtype=arguments.vector_dtype))
         return [i for i, (corpus, _, _) in enumerate(jobs) if not corpus.is_finished(arguments.accept_changes)]
 
     unfinished = [jobs[i] for i in world.on_main("find what is unfinished", find_unfinished)]
@@ -98,7 +101,8 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
         for job in jobs:
             corpus, _, rows = job
             state = "written to" if job in unfinished else "finished already, they are in"
-            logger.info("%s vectors %s %s", f"{len(rows):,} {corpus.name}", state, corpus.path)
+            numbers = "" if corpus.dtype == "float32" else f", as {corpus.dtype}"
+            logger.info("%s vectors %s %s%s", f"{len(rows):,} {corpus.name}", state, corpus.path, numbers)
             corpus.release()
     return embeddings
 

@@ -88,7 +88,8 @@ def search_sharded(
     if high > low:
         count, ranks_of_slice = min(k, high - low), np.argsort(np.argsort(tie_rank[low:high]))
         try:
-            found = search(queries, documents[low:high], count, tie_rank=ranks_of_slice, device=device)
+            own_rows = documents.between(low, high) if hasattr(documents, "between") else documents[low:high]
+            found = search(queries, own_rows, count, tie_rank=ranks_of_slice, device=device)
             scores[:, :count], rows[:, :count] = found[0], found[1] + low
         except UserError as mistake:
             error = mistake

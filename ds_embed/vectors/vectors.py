@@ -1,4 +1,4 @@
-"""Reading vectors that recipes/generate.py wrote: float32 rows, memory-mapped, and their ids.
+"""Reading vectors that recipes/generate.py wrote: rows of float32, float16 or int8, memory-mapped, and their ids.
 
 Shapes: n rows of one kind (N queries, M documents), D dimensions.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,12 +90,53 @@ class Ids(Sequence[str]):
         return ranks
 
 
+class StoredRows:
+    """float32 (n, D) rows that are stored as float16 or int8 and restored where they are read, so that none is held."""
+
+    ndim = 2
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, numbers: np.ndarray, scales: np.ndarray | None):
+        """numbers (n, D), memory-mapped or not; scales float32 (n,), by which each row is multiplied."""
+        # Plain arrays over the maps: indexing the memmap class costs several times more.
+        self._numbers, self._scales = numbers.view(np.ndarray), None if scales is None else scales.view(np.ndarray)
+        self.shape, self.stored_dtype = numbers.shape, numbers.dtype.name
+        self.bytes_per_vector = numbers.shape[1] * numbers.itemsize + (0 if scales is None else scales.itemsize)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: Any) -> np.ndarray:
+        rows = self._numbers[chosen].astype(np.float32)
+        return rows if self._scales is None else rows * self._scales[chosen][..., None]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def between(self, low: int, high: int) -> "StoredRows":
+        """Rows low to high - 1, as a slice of an array would be: nothing is read."""
+        return StoredRows(self._numbers[low:high], None if self._scales is None else self._scales[low:high])
+
+
+def stored_numbers(rows: np.ndarray, dtype: str) -> list[np.ndarray]:
+    """What is stored of float32 rows (n, D): their numbers (n, D), and with int8 also the scales (n,).
+
+    Each row has a scale of its own, a 127th of its largest absolute value. So what is stored of a row depends on no
+    other: not on a sample, shards or ranks. And the cosine of two int8 rows is that of the restored ones.
+    """
+    if dtype != "int8":
+        return [rows.astype(dtype, copy=False)]
+    scales = np.abs(rows).max(axis=1) / np.float32(127)
+    scales[scales == 0] = 1
+    return [np.clip(np.rint(rows / scales[:, None]), -127, 127).astype(np.int8), scales]
+
+
 @dataclass(frozen=True)
 class Vectors:
     """n rows of one kind: `rows` float32 (n, D), finite, usually memory-mapped; row i is `ids[i]`."""
 
     path: Path
-    rows: np.ndarray
+    rows: Any  # an array or StoredRows
     ids: Ids
 
     def __len__(self) -> int:
@@ -128,7 +170,8 @@ def read_embeddings(folder: str | os.PathLike) -> tuple[Vectors, Vectors]:
 def other_model(vectors: Vectors, made_from: dict[str, str]) -> str:
     """By what the model of these vectors is not the one described; "" where both do not say, or are one."""
     kept = vectors.made_from
-    differ = [name for name in _OF_MODEL if kept and made_from and kept.get(name) != made_from.get(name)]
+    both_say = "base_model" in kept and "base_model" in made_from
+    differ = [name for name in _OF_MODEL if both_say and kept.get(name) != made_from.get(name)]
     return ", ".join(f"{name} {kept.get(name)}, not {made_from.get(name)}" for name in differ)
 
 
@@ -137,11 +180,11 @@ def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
 
     A query id that stands on several rows (a queries file has a line for each right document) is
     kept once, if its rows agree. Reads every row once, to check it.
-    UserError naming the file and the cure: no such folder or file, not float32 (n, D), no rows,
+    UserError naming the file and the cure: no such folder or file, not (n, D) of a known type, no rows,
     rows and ids that differ in number, NaN or infinity, repeated document ids, broken ids.
     """
     rows_path, ids_path = vector_files(folder, kind)
-    rows, ids = _read_rows(rows_path), _read_ids(ids_path)
+    rows, ids = open_rows(rows_path), _read_ids(ids_path)
     if len(ids) != len(rows):
         raise UserError(f"{ids_path} has {len(ids)} ids and {rows_path} has {len(rows)} rows; {_AGAIN}")
     if not len(rows):
@@ -173,19 +216,47 @@ def vector_files(folder: str | os.PathLike, kind: str) -> tuple[Path, Path]:
     return found / rows_name, found / ids_name
 
 
-def _read_rows(path: Path) -> np.ndarray:
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a whole .npy file of plain numbers ({error}); {_AGAIN}") from None
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2:
-        found = f"shape {rows.shape}" if isinstance(rows, np.ndarray) else "an archive of arrays"
-        raise UserError(f"{path}: holds {found}, want one (n, D) array; {_AGAIN}")
-    if rows.dtype != np.float32:
-        raise UserError(f"{path}: holds {rows.dtype}, want float32; save rows.astype('float32') or {_AGAIN}")
+def scales_file(rows_file: Path) -> Path:
+    """Where the scales of int8 rows stand: doc.scales.npy beside doc.npy."""
+    return rows_file.with_suffix(".scales.npy")
+
+
+def open_rows(path: Path) -> Any:
+    """float32 (n, D) rows of a file, memory-mapped: an array, or StoredRows of float16 or int8."""
+    rows = _open_array(path, 2)
     if rows.shape[1] == 0:
         raise UserError(f"{path}: has vectors of 0 dimensions; {_AGAIN}")
-    return rows
+    if rows.dtype == np.float32:
+        return rows
+    if rows.dtype == np.float16:
+        return StoredRows(rows, None)
+    if rows.dtype != np.int8:
+        raise UserError(
+            f"{path}: holds {rows.dtype}, want float32, float16 or int8; save rows.astype('float32') or {_AGAIN}"
+        )
+    beside = scales_file(path)
+    if not beside.is_file():
+        raise UserError(
+            f"{path}: holds int8, and its scales are not beside it: {beside.name}, float32 (n,), by which each row is "
+            f"multiplied; add them, save the vectors as float32, or {_AGAIN}"
+        )
+    scales = _open_array(beside, 1)
+    if scales.dtype != np.float32 or len(scales) != len(rows):
+        raise UserError(
+            f"{beside}: holds {len(scales)} {scales.dtype}, want {len(rows)} float32, one for each row of {path.name}"
+        )
+    return StoredRows(rows, scales)
+
+
+def _open_array(path: Path, num_axes: int) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a whole .npy file of plain numbers ({error}); {_AGAIN}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != num_axes:
+        found = f"shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
+        raise UserError(f"{path}: holds {found}, want one {('(n,)', '(n, D)')[num_axes - 1]} array; {_AGAIN}")
+    return array
 
 
 def _read_ids(path: Path) -> Ids:
@@ -209,7 +280,7 @@ def _read_ids(path: Path) -> Ids:
     return Ids(lines)
 
 
-def _check_finite(path: Path, rows: np.ndarray, ids: Ids) -> None:
+def _check_finite(path: Path, rows: Any, ids: Ids) -> None:
     block = max(1, _CHECK_BYTES // (4 * rows.shape[1]))
     for start in range(0, len(rows), block):
         finite = np.isfinite(rows[start : start + block])
@@ -219,7 +290,7 @@ def _check_finite(path: Path, rows: np.ndarray, ids: Ids) -> None:
             raise UserError(f"{path}: row {bad} (id '{ids[bad]}') holds NaN or infinity; {cure}")
 
 
-def _without_repeats(rows_path: Path, ids_path: Path, rows: np.ndarray, ids: Ids, kind: str):
+def _without_repeats(rows_path: Path, ids_path: Path, rows: Any, ids: Ids, kind: str):
     order, same = ids.sorted_rows
     repeats = np.flatnonzero(same)
     if kind == "doc":
