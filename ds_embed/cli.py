@@ -15,8 +15,10 @@ from pathlib import Path
 
 from ds_embed.settings.shipped import shipped_folder
 
-# Recipes that share their work among ranks; the others are one process.
+# Recipes that share their work among ranks; the others are one process. Without the launcher's flags each GPU gets a rank,
+# but not with evaluate, which searches on the CPU unless told otherwise.
 _WITH_RANKS = {"train-gpt", "train-bert", "train-reranker", "generate", "mine-negatives", "rerank", "benchmark"}
+_WITH_RANKS |= (_ON_REQUEST := {"evaluate"})
 # Flags of DeepSpeed's launcher that a command line may start with, all with a value but --no_ssh.
 _LAUNCHER = {"--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--master_port", "--master_addr"}
 _LAUNCHER |= {"--launcher", "--launcher_args", "--ssh_port", "--node_rank", "--no_ssh", "--log_level"}
@@ -53,7 +55,7 @@ def main() -> None:
         raise SystemExit(EXIT_USER_ERROR)
     asks_for_help = "--help" in flags or "-h" in flags
     if name in _WITH_RANKS and not asks_for_help and "RANK" not in os.environ:
-        if not launcher and (num_gpus := _num_gpus()) > 1:
+        if not launcher and name not in _ON_REQUEST and (num_gpus := _num_gpus()) > 1:
             launcher = ["--num_gpus", str(num_gpus)]
         if launcher:
             if "--log_level" not in launcher:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import load_recipe
+from tiny import check, launch, load_recipe
 
 from ds_embed.job import ranks
+from ds_embed.vectors.vectors import stored_numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "evaluate.py"
@@ -287,3 +288,33 @@ def test_a_run_file_needs_no_vectors_and_has_none(files, tmp_path):
         recipe.main([*flags, "--quantize", "int8"])
     with pytest.raises(ValueError, match="3 of 4 judged queries have no vector"):
         recipe.main([*flags, "--output_dir", str(tmp_path / "out")])
+
+
+def test_two_ranks_write_what_one_process_writes(tmp_path):
+    """Exact search shared by ranks, of int8 vectors too, with every way of smaller vectors; ties and odd sizes included."""
+    rng = np.random.default_rng(3)
+    rows = {"query": rng.integers(-2, 3, (37, 12)), "doc": rng.integers(-2, 3, (301, 12))}
+    queries = tmp_path / "queries.jsonl"
+    write_queries(queries, [(f"query{i}", f"doc{7 * i}") for i in range(37)])
+    for dtype in ("float32", "int8"):
+        folder = tmp_path / dtype
+        for kind, values in rows.items():
+            numbers, *scales = stored_numbers(values.astype(np.float32), dtype)
+            write_vectors(folder, kind, values, [f"{kind}{i}" for i in range(len(values))])
+            for name, array in zip((f"{kind}.npy", f"{kind}.scales.npy"), (numbers, *scales)):
+                np.save(folder / {"query": "test_queries", "doc": "test_docs"}[kind] / name, array)
+        flags = ["--embeddings", folder, "--query_files", queries, "--truncate_dims", 5, "--quantize", "int8", "binary"]
+        flags += ["--top_k", 100, "--ignore_identical_ids", "true"]
+        check(launch(0, "recipes/evaluate.py", *flags, "--output_dir", tmp_path / "alone"))
+        result = check(launch(2, "recipes/evaluate.py", *flags, "--output_dir", tmp_path / "ranks"))
+        assert result.stdout.count("searched   in") == 1 and "ranks      2, each searches its share" in result.stdout
+        for name in ("metrics.json", "per_query.jsonl", "run.trec"):
+            assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "ranks" / name).read_bytes(), (dtype, name)
+        if dtype == "float32":
+            rows["doc"] = rows["doc"] * rng.uniform(0.1, 1, (301, 1))
+    refused = launch(2, "recipes/evaluate.py", *flags, "--index", "flat")
+    assert refused.returncode == 2 and refused.stderr.count("--index flat: FAISS searches in one process") == 1
+    write_vectors(folder, "doc", np.where(np.arange(301)[:, None] == 280, np.nan, rows["doc"]), map(str, range(301)))
+    refused = launch(2, "recipes/evaluate.py", *flags)
+    assert refused.returncode == 2 and refused.stderr.count("row 280 (id '280') holds NaN") == 1
+    assert "Traceback" not in refused.stderr

@@ -46,6 +46,10 @@ class SearchIndexArguments(IndexArguments):
                 f"--index_file and --index {self.index}: give only one; the file determines the kind of index"
             )
 
+    @property
+    def is_exact(self) -> bool:
+        return self.index_file is None and self.index == "exact"
+
 
 METHODS = ("model", "bm25")
 

@@ -1,16 +1,19 @@
 """What recipes/evaluate.py does: search, or read a run, and measure it against judgments."""
 
+import contextlib
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, optional, setting, several
 from ds_embed.settings.tool_arguments import SearchIndexArguments
 from ds_embed.vectors import metrics
 from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
 from ds_embed.vectors.significance import compare_runs, describe_comparisons, read_per_query
-from ds_embed.vectors.vectors import read_embeddings
+from ds_embed.vectors.vectors import Vectors, read_embeddings
 
 
 @dataclass
@@ -36,7 +39,7 @@ class EvaluateArguments(Settings):
     )
     top_k: int = setting("number of documents kept for each query", 100, at_least=1)
     write_run: bool = setting("write run.trec, whose ids must not contain white space", True)
-    device: str = setting("where the search runs: cpu or cuda", "cpu")
+    device: str = setting("where the search runs: cpu or cuda; with several ranks, each on its own GPU", "cpu")
     compare: str | None = optional("results folder of another run, to test the difference query by query")
     truncate_dims: list[int] = several(
         "also measure vectors truncated to these numbers of dimensions and normalized", at_least=1
@@ -63,8 +66,20 @@ class EvaluateArguments(Settings):
                 raise UserError("--output_dir is missing: --run_file has no folder of its own for the results")
 
 
-def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments) -> None:
-    """Measure, compare, write the results to --output_dir and print them."""
+def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments, world: World | None = None) -> None:
+    """Measure, compare, write the results to --output_dir and print them.
+
+    With a world every rank must call this: all read what there is to read and search a share of the documents, and the
+    first alone measures, prints and writes.
+    """
+    with contextlib.ExitStack() as stack:
+        if world is not None and not world.is_main:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        _evaluate(arguments, index, world)
+
+
+def _evaluate(arguments: EvaluateArguments, index: SearchIndexArguments, world: World | None) -> None:
     # Mistakes that take no time to find come before the vectors are read.
     depth = arguments.top_k if arguments.run_file is None else None  # of a run file all is measured
     names = [str(measure) for measure in metrics.parse_measures(arguments.measures, depth=depth)]
@@ -74,7 +89,25 @@ def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments
     else:
         qrels, source = metrics.read_qrels_from_queries(arguments.query_files), ", ".join(arguments.query_files)
     measure = _run_of_vectors if arguments.run_file is None else _run_of_file
-    run, qrels, summary = measure(arguments, index, qrels, source, names)
+    run, qrels, summary = measure(arguments, index, world, qrels, source, names)
+
+    def write() -> None:
+        _measure_and_write(arguments, run, qrels, summary, names, other)
+
+    if world is None:
+        write()
+    else:
+        world.on_main("measure", write)
+
+
+def _measure_and_write(
+    arguments: EvaluateArguments,
+    run: metrics.Run,
+    qrels: metrics.Qrels,
+    summary: dict[str, Any],
+    names: list[str],
+    other: Any,
+) -> None:
     if hint := metrics.hint_at_identical(run, qrels):
         print(f"hint: {hint}", flush=True)
     evaluation = metrics.evaluate(run, qrels, names)
@@ -98,10 +131,15 @@ def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments
 
 
 def _run_of_file(
-    arguments: EvaluateArguments, index: SearchIndexArguments, qrels: dict, source: str, names: list[str]
+    arguments: EvaluateArguments,
+    index: SearchIndexArguments,
+    world: World | None,
+    qrels: dict,
+    source: str,
+    names: list[str],
 ) -> tuple[Any, dict, dict[str, Any]]:
     """The run of --run_file, the judgments to measure it by, and what metrics.json says of both."""
-    if index.index != "exact" or index.index_file is not None:
+    if not index.is_exact:
         raise UserError("--index: there are no vectors to search with --run_file; leave one of them out")
     assert arguments.run_file is not None
     run = metrics.load_run(arguments.run_file)
@@ -113,11 +151,22 @@ def _run_of_file(
 
 
 def _run_of_vectors(
-    arguments: EvaluateArguments, index: SearchIndexArguments, qrels: dict, source: str, names: list[str]
+    arguments: EvaluateArguments,
+    index: SearchIndexArguments,
+    world: World | None,
+    qrels: dict,
+    source: str,
+    names: list[str],
 ) -> tuple[Any, dict, dict[str, Any]]:
     """As _run_of_file, of a search through --embeddings, with the measures of compressed vectors."""
     assert arguments.embeddings is not None
-    queries, documents = read_embeddings(arguments.embeddings)
+    if world is not None and not index.is_exact:
+        flag = f"--index {index.index}" if index.index_file is None else f"--index_file {index.index_file}"
+        raise UserError(f"{flag}: FAISS searches in one process; start it without ranks, or leave the flag out")
+    folder, read = arguments.embeddings, list[Vectors]()
+    if world is not None:  # one rank looks at every row
+        world.on_main("read vectors", lambda: read.extend(read_embeddings(folder)))
+    queries, documents = read or read_embeddings(folder, every_row=world is None)
     dimensions = documents.rows.shape[1]
     for dims in arguments.truncate_dims:
         if dims >= dimensions:
@@ -135,14 +184,18 @@ def _run_of_vectors(
         print(f"           {len(unjudged)} without judgments, such as '{unjudged[0]}', are not measured")
     print(f"documents  {len(documents)}, vectors of {dimensions} dimensions")
     print(f"top_k      {top_k}" + (" (all documents)" if top_k < arguments.top_k else ""), flush=True)
+    device = arguments.device
+    if world is not None:
+        device = str(world.device) if device == world.device.type else device
+        print(f"ranks      {world.size}, each searches its share of the documents", flush=True)
 
     # torch takes seconds to import; mistakes are found before
     from ds_embed.vectors.faiss_index import recall_against_exact, search_by_arguments
 
     start = time.perf_counter()
-    options: dict[str, Any] = {"tie_rank": documents.ids.ranks, "device": arguments.device}
+    options: dict[str, Any] = {"tie_rank": documents.ids.ranks, "device": device}
     depth = min(top_k + arguments.ignore_identical_ids, len(documents))
-    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, depth, **options)
+    scores, indices, kind = search_by_arguments(index, queries.rows, documents.rows, depth, world=world, **options)
     print(f"searched   in {time.perf_counter() - start:.1f} seconds")
     summary |= {"num_documents": len(documents), "top_k": top_k}
     if kind is not None:
@@ -161,7 +214,8 @@ def _run_of_vectors(
             truncate_dims=arguments.truncate_dims,
             quantize=arguments.quantize,
             rescore_multiplier=arguments.rescore_multiplier,
-            device=arguments.device,
+            device=device,
+            world=world,
             ignore_identical_ids=arguments.ignore_identical_ids,
         )
     return metrics.SearchRun(queries.ids, documents.ids, scores, indices), qrels, summary

@@ -4,12 +4,14 @@ Shapes: n rows (N queries, M documents), D dimensions, d of them kept, k documen
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from ds_embed.job.ranks import World
 from ds_embed.vectors.metrics import Qrels, SearchRun, evaluate, without_identical
-from ds_embed.vectors.vectors import StoredRows, Vectors
+from ds_embed.vectors.vectors import StoredRows, Vectors, part_of
 
 QUANTIZED = ("int8", "binary")
 _BLOCK_BYTES = 64 << 20
@@ -41,6 +43,10 @@ class ChangedRows:
 
     def __getitem__(self, chosen: slice | np.ndarray) -> np.ndarray:
         return self._change(np.asarray(self._rows[chosen])).astype(np.float32, copy=False)
+
+    def between(self, low: int, high: int) -> "ChangedRows":
+        """Rows low to high - 1; nothing is computed."""
+        return ChangedRows(part_of(self._rows, low, high), self._change, self.shape[1])
 
 
 def truncated(rows: np.ndarray, dims: int) -> "np.ndarray | ChangedRows":
@@ -90,25 +96,28 @@ def search_compressed(
     rescore_multiplier: int,
     tie_rank: np.ndarray,
     device: str,
+    world: World | None = None,
 ) -> Iterator[Found]:
     """Search exactly with every asked-for number of dimensions and kind of numbers; the vectors as stored come first.
 
     The queries stay float32; only stored documents are quantized. binary compares signs by Hamming
     distance; with a `rescore_multiplier` above 0 a second result reorders that many times k by the inner
     product of the float32 query with the document's signs. Ties go to the larger `tie_rank`.
+    With a world every rank must call this and searches a share; signs are the first rank's, which alone gets binary.
     """
-    from ds_embed.vectors.search import search  # torch takes seconds to import
+    from ds_embed.vectors.search import search_sharded  # torch takes seconds to import
 
+    world = world or World.alone()
+    search = partial(search_sharded, world, k=k, tie_rank=tie_rank, device=device)
     for dims in (queries.shape[1], *truncate_dims):
         query_rows, document_rows = truncated(queries, dims), truncated(documents, dims)
         kind, size = "float32", 4 * dims
         if isinstance(document_rows, StoredRows):
             kind, size = f"{document_rows.stored_dtype}, as stored", document_rows.bytes_per_vector
-        yield Found(kind, dims, size, *search(query_rows, document_rows, k, tie_rank=tie_rank, device=device))
+        yield Found(kind, dims, size, *search(query_rows, document_rows))
         if "int8" in quantize:
-            restored = quantized_int8(document_rows)
-            yield Found("int8", dims, dims, *search(query_rows, restored, k, tie_rank=tie_rank, device=device))
-        if "binary" in quantize:
+            yield Found("int8", dims, dims, *search(query_rows, quantized_int8(document_rows, world)))
+        if "binary" in quantize and world.is_main:
             query_signs, document_signs = sign_bytes(query_rows), sign_bytes(document_rows)
             size = -(-dims // 8)
             depth = min(len(documents), max(1, rescore_multiplier) * k)
@@ -120,11 +129,15 @@ def search_compressed(
                 yield Found(name, dims, size, *_rescored(query_rows, document_rows, indices, k, tie_rank))
 
 
-def quantized_int8(documents: np.ndarray | ChangedRows) -> ChangedRows:
+def quantized_int8(documents: np.ndarray | ChangedRows, world: World | None = None) -> ChangedRows:
     """The documents as 8-bit numbers give them back: 256 levels between each dimension's least and largest value."""
+    world = world or World.alone()
     low, high = np.full((2, documents.shape[1]), [[np.inf], [-np.inf]], np.float32)
-    for block in _row_blocks(documents):
+    own = (len(documents) * rank // world.size for rank in (world.rank, world.rank + 1))
+    for block in _row_blocks(part_of(documents, *own)):
         low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+    minus_low, high = np.array(world.max([*-low, *high]), np.float32).reshape(2, -1)
+    low = -minus_low
     step = (high - low) / np.float32(255)
     step[step == 0] = 1  # one value is all there is
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from ds_embed.artifact.durable import replaced_when_whole
+from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.tool_arguments import IndexArguments, SearchIndexArguments
-from ds_embed.vectors.search import Rows, best_of, check_search, pair_scores, search
+from ds_embed.vectors.search import Rows, best_of, check_search, pair_scores, search, search_sharded
 
 _ADDED_ROWS = 65536  # at a time: the documents are memory-mapped
 _MIN_DOCUMENTS_PER_LIST = 39  # FAISS warns of fewer: cells without a shape
@@ -132,11 +133,22 @@ def index_kind(index: Any) -> str:
 
 
 def search_by_arguments(
-    asked: SearchIndexArguments, queries: Rows, documents: Rows, k: int, *, tie_rank: np.ndarray, device: str = "cpu"
+    asked: SearchIndexArguments,
+    queries: Rows,
+    documents: Rows,
+    k: int,
+    *,
+    tie_rank: np.ndarray,
+    device: str = "cpu",
+    world: World | None = None,
 ) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """(scores, rows, kind): the search that the flags ask for, and its index in words (None: exact search)."""
-    if asked.index_file is None and asked.index == "exact":
-        return *search(queries, documents, k, tie_rank=tie_rank, device=device), None
+    """(scores, rows, kind): the search that the flags ask for, and its index in words (None: exact search).
+
+    Exact search is shared by the ranks of a world; FAISS searches in one process.
+    """
+    if asked.is_exact:
+        world = world or World.alone()
+        return *search_sharded(world, queries, documents, k, tie_rank=tie_rank, device=device), None
     if asked.index_file is not None:
         index = read_index(asked.index_file, documents)
     else:

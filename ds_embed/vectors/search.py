@@ -13,6 +13,7 @@ import torch
 
 from ds_embed.job.ranks import FailedElsewhere, World
 from ds_embed.settings.errors import UserError
+from ds_embed.vectors.vectors import part_of
 
 MEMORY_BYTES = 256 << 20
 """What the default blocks may take at a time, beside the (N, C) candidates (12 bytes each)."""
@@ -68,14 +69,20 @@ def search(
 
 
 def search_sharded(
-    world: World, queries: Rows, documents: Rows, k: int, *, tie_rank: np.ndarray | None = None
+    world: World,
+    queries: Rows,
+    documents: Rows,
+    k: int,
+    *,
+    tie_rank: np.ndarray | None = None,
+    device: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What search(queries, documents, k) gives, on every rank, for any number of ranks.
 
     Every rank must call this with the same arguments; it reads only its own slice of `documents`, on its
-    own device. Errors as those of search; when one rank meets one, the others raise FailedElsewhere.
+    own device unless one is given. Errors as those of search; when one rank meets one, the others raise FailedElsewhere.
     """
-    device = str(world.device)
+    device = device or str(world.device)
     if world.size == 1:
         return search(queries, documents, k, tie_rank=tie_rank, device=device)
     check_search(queries, documents, k, tie_rank)
@@ -88,8 +95,7 @@ def search_sharded(
     if high > low:
         count, ranks_of_slice = min(k, high - low), np.argsort(np.argsort(tie_rank[low:high]))
         try:
-            own_rows = documents.between(low, high) if hasattr(documents, "between") else documents[low:high]
-            found = search(queries, own_rows, count, tie_rank=ranks_of_slice, device=device)
+            found = search(queries, part_of(documents, low, high), count, tie_rank=ranks_of_slice, device=device)
             scores[:, :count], rows[:, :count] = found[0], found[1] + low
         except UserError as mistake:
             error = mistake

@@ -118,6 +118,11 @@ class StoredRows:
         return StoredRows(self._numbers[low:high], None if self._scales is None else self._scales[low:high])
 
 
+def part_of(rows: Any, low: int, high: int) -> Any:
+    """Rows low to high - 1 of an array or of rows that are made as they are read; nothing is read."""
+    return rows[low:high] if isinstance(rows, np.ndarray) else rows.between(low, high)
+
+
 def stored_numbers(rows: np.ndarray, dtype: str) -> list[np.ndarray]:
     """What is stored of float32 rows (n, D): their numbers (n, D), and with int8 also the scales (n,).
 
@@ -149,12 +154,12 @@ class Vectors:
         return json.loads(manifest.read_text(encoding="utf-8"))["made_from"] if manifest.exists() else {}
 
 
-def read_embeddings(folder: str | os.PathLike) -> tuple[Vectors, Vectors]:
+def read_embeddings(folder: str | os.PathLike, every_row: bool = True) -> tuple[Vectors, Vectors]:
     """Read (queries, documents) of one OUT/consumed_samplesX folder.
 
     UserError as read_vectors raises it, and when queries and documents differ in D.
     """
-    queries, documents = read_vectors(folder, "query"), read_vectors(folder, "doc")
+    queries, documents = (read_vectors(folder, kind, every_row) for kind in ("query", "doc"))
     if queries.rows.shape[1] != documents.rows.shape[1]:
         raise UserError(
             f"{queries.path} has {queries.rows.shape[1]} dimensions and {documents.path} has "
@@ -175,11 +180,11 @@ def other_model(vectors: Vectors, made_from: dict[str, str]) -> str:
     return ", ".join(f"{name} {kept.get(name)}, not {made_from.get(name)}" for name in differ)
 
 
-def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
+def read_vectors(folder: str | os.PathLike, kind: str, every_row: bool = True) -> Vectors:
     """Read one kind, "query" or "doc", of an OUT/consumed_samplesX folder; rows stay on disk.
 
     A query id that stands on several rows (a queries file has a line for each right document) is
-    kept once, if its rows agree. Reads every row once, to check it.
+    kept once, if its rows agree. Reads every row once, to check it; without `every_row` another rank has.
     UserError naming the file and the cure: no such folder or file, not (n, D) of a known type, no rows,
     rows and ids that differ in number, NaN or infinity, repeated document ids, broken ids.
     """
@@ -189,7 +194,8 @@ def read_vectors(folder: str | os.PathLike, kind: str) -> Vectors:
         raise UserError(f"{ids_path} has {len(ids)} ids and {rows_path} has {len(rows)} rows; {_AGAIN}")
     if not len(rows):
         raise UserError(f"{rows_path} has no rows: no {kind} to search; {_AGAIN} from a file with records")
-    _check_finite(rows_path, rows, ids)
+    if every_row:
+        _check_finite(rows_path, rows, ids)
     order, same = ids.sorted_rows
     if same.any():
         rows, ids = _without_repeats(rows_path, ids_path, rows, ids, kind)
