@@ -1,5 +1,6 @@
 """Rerankers: the gradient contract, pairs as tokens, and runs as users start them."""
 
+import contextlib
 import json
 import os
 import random
@@ -253,6 +254,44 @@ def test_a_reranker_is_no_embedder(place):
         train(place, 1, "listwise", "listwise-1")
     with pytest.raises(UserError, match="is a reranker's, which makes no vectors"):
         Embedder.from_pretrained(place / "listwise-1")
+
+
+@pytest.mark.parametrize("name", ["listwise", "template"])
+def test_an_export_is_compared_with_cross_encoder_before_it_has_its_name(place, tmp_path, capsys, name):
+    from sentence_transformers import CrossEncoder
+
+    run, export = place / f"{name}-1", load_recipe("export").main
+    if not (run / "model").exists():
+        train(place, 1, name, f"{name}-1")
+    export(["--run", str(run), "--output_dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "checked CrossEncoder in float32: " in printed and f"written to {tmp_path / 'out'}" in printed
+    texts = [(sentence(random.Random(i), 1, 9), sentence(random.Random(i + 50), 1, 60)) for i in range(20)]
+    expected = CrossEncoder(str(tmp_path / "out"), device="cpu").predict(texts)
+    np.testing.assert_allclose(score(run, texts), expected, atol=1e-5)
+    for heading in ("With sentence-transformers", "With transformers alone"):
+        code = (tmp_path / "out" / "README.md").read_text().split(f"{heading}:\n\n```python\n")[1].split("```")[0]
+        with contextlib.chdir(tmp_path):
+            exec(code, {})
+    export(["--run", str(run), "--output_dir", str(tmp_path / "half"), "--dtype", "float16"])
+    assert "checked weights rounded to float16: correlation 0.99" in capsys.readouterr().out
+    assert score(tmp_path / "half", texts) == pytest.approx(expected, abs=0.1)
+    # A folder that CrossEncoder would read in another way: it puts a sigmoid behind the scores.
+    broken = shutil.copytree(run / "model", tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["sentence_transformers"]["activation_fn"] = "torch.nn.modules.activation.Sigmoid"
+    (broken / "config.json").write_text(json.dumps(config))
+    for given, message in (
+        (
+            ["--run", str(broken)],
+            "CrossEncoder gives other scores than the run .largest difference .*nothing was written",
+        ),
+        (["--run", str(run), "--format", "adapter"], "is a reranker, which is a whole model"),
+        (["--run", str(run), "--step", "2"], "--step 2: .* is a reranker, of which only the last model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export([*given, "--output_dir", str(tmp_path / "none")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "half", "out"]
 
 
 def test_a_pair_format_needs_a_word_between(place):

@@ -60,6 +60,12 @@ class RerankerCard:
         return asdict(self)
 
 
+def is_reranker(path: str) -> bool:
+    """Whether the folder, or model/ in it, is one that save_reranker wrote."""
+    cards = (Path(path).expanduser() / place / CARD_NAME for place in (".", "model"))
+    return any(card.is_file() and '"pair_format"' in card.read_text("utf-8") for card in cards)
+
+
 def find_reranker(name: str, revision: str | None = None, flag: str = "model_name_or_path") -> ModelSource:
     """A whole model's folder, a reranker's run, or a hub name. UserError naming the flag."""
     files = locate(flag, name, revision)

@@ -271,7 +271,9 @@ class ReportArguments(Settings):
 @dataclass
 class ExportArguments(Settings):
     output_dir: str = setting("folder to write; must be empty or not exist")
-    run: str | None = optional("folder of a run, its model/, or one of its checkpoints")
+    run: str | None = optional(
+        "folder of a run, its model/, or one of its checkpoints; of a reranker, its run or model/"
+    )
     average: list[str] = several(
         "runs or checkpoints, with the same base model, pooling and prefixes, whose mean is written as a whole model"
     )

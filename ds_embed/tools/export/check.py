@@ -76,13 +76,16 @@ class Agreement:
         return f"smallest cosine {self.cosine:.7f}, largest difference {self.difference:.1e}"
 
 
-def check_texts(tokenizer: Any, card: EmbeddingCard) -> list[str]:
-    """A few dozen texts: many scripts, and words of the vocabulary, up to twice the longest that is kept."""
+def check_texts(tokenizer: Any, lengths: tuple[int, int]) -> list[str]:
+    """A few dozen texts: many scripts, and words of the vocabulary, up to twice the longest that is kept.
+
+    lengths: tokens that are kept of a query and of a document.
+    """
     draw = random.Random(0)
     added = set(tokenizer.added_tokens_decoder)
     words = [token for token in sorted(tokenizer.get_vocab().values()) if token not in added]
-    longest = max(card.query_max_length, card.doc_max_length)
-    counts = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, card.query_max_length - 4, card.doc_max_length - 3, 2 * longest]
+    longest = max(lengths)
+    counts = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, lengths[0] - 4, lengths[1] - 3, 2 * longest]
     drawn = [tokenizer.decode(draw.choices(words, k=max(1, min(count, 2 * longest)))) for count in counts]
     return [text for text in _TEXTS + drawn if text.strip()]
 

@@ -13,6 +13,7 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.kinds import direction_in_config, kind_of, without_pooler
 from ds_embed.models.loading import ModelSource, find_model, load_config
 from ds_embed.models.lora import save_adapter
+from ds_embed.models.reranker import is_reranker
 from ds_embed.models.sentence_transformers import write_modules
 from ds_embed.models.tokenizer import save_tokenizer, self_contained
 from ds_embed.settings import ModelArguments, TextArguments
@@ -22,6 +23,7 @@ from ds_embed.settings.tool_arguments import ExportArguments
 from ds_embed.tools.export import check
 from ds_embed.tools.export.average import average, check_alike, shares_of
 from ds_embed.tools.export.readme import is_plain, readme
+from ds_embed.tools.export.reranker import export_reranker
 from ds_embed.vectors.embedder import Embedder
 
 _LOAD = {
@@ -41,6 +43,8 @@ def export(arguments: ExportArguments) -> None:
     target = Path(arguments.output_dir).expanduser().resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--output_dir {arguments.output_dir}: exists and is not empty; choose another")
+    if arguments.run is not None and is_reranker(arguments.run):
+        return export_reranker(arguments, target)
     runs = arguments.average or [arguments.run]
     shares = shares_of(arguments.weights, len(runs))
     sources = [_find_run(run, arguments) for run in runs]
@@ -104,7 +108,7 @@ class _Export:
         self.is_exact = self.dtype == torch.float32 or (not is_computed and self.dtype == self.base_dtype)
         self.run = self._embedder(source) if len(sources) == 1 else average(names, sources, shares, self._embedder)
         self.tokenizer = self_contained(self.run.tokenizer, self.card)
-        self.texts = check.check_texts(self.run.tokenizer, self.card)
+        self.texts = check.check_texts(self.run.tokenizer, (self.card.query_max_length, self.card.doc_max_length))
         self.vectors = check.vectors_here(self.run, self.texts)
 
     def _find_direction(self) -> dict[str, bool]:
