@@ -150,6 +150,49 @@ def test_rank_that_left_with_an_error_takes_the_others_along(jobs):
     assert (codes, lines) == ([1, 1], [])  # it has said itself why
 
 
+def start_ranks(code, port):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+
+
+def wait_for_an_empty_line(ranks):
+    for rank in ranks:
+        while (line := rank.stdout.readline()) != "\n":  # libraries say something first
+            assert line, rank.stderr.read()
+
+
+def test_second_job_on_the_port_of_a_running_one_leaves_it_alone():
+    """Its rank 1 would find the first job's store, and be that job's rank 1 until it ends."""
+    code = (
+        "from ds_embed.job.ranks import initialize, run_recipe\n"
+        "def main():\n    world = initialize()\n    print(flush=True)\n    input()\n    world.barrier()\n"
+        "raise SystemExit(run_recipe(main))"
+    )
+    port = free_port()
+    first = start_ranks(code, port)
+    wait_for_an_empty_line(first)
+    for rank in start_ranks(code, port):
+        assert f"error: MASTER_PORT {port} is in use on this machine" in rank.communicate(timeout=600)[1]
+        assert rank.returncode == 2
+    time.sleep(6.5)  # a rank whose watcher has gone is given up after 5 seconds
+    for rank in first:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+    ends = [rank.communicate(timeout=60)[1] for rank in first]
+    assert [rank.returncode for rank in first] == [0, 0], ends
+
+
 @pytest.mark.parametrize("has_failed", [True, False])
 def test_launcher_that_ends_the_others_does_not_hide_the_failure(has_failed):
     """As srun does with --kill-on-bad-exit, a moment before the others hear of it; else a stop is a stop."""
@@ -160,21 +203,8 @@ def test_launcher_that_ends_the_others_does_not_hide_the_failure(has_failed):
         f"    if rank == 1 and {has_failed}:\n        raise UserError('no such file')\n    time.sleep(600)\n"
         "raise SystemExit(run_recipe(main))"
     )
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=REPOSITORY,
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        while (line := rank.stdout.readline()) != "\n":  # libraries say something first
-            assert line, rank.stderr.read()
+    ranks = start_ranks(code, free_port())
+    wait_for_an_empty_line(ranks)
     if has_failed:
         ranks[1].wait(timeout=600)
     for rank in ranks[:1] if has_failed else ranks:

@@ -219,19 +219,24 @@ def initialize() -> World:
 
 
 def _meet(rank: int, size: int) -> Any:
-    """The store that rank 0 hosts at MASTER_ADDR:MASTER_PORT, once all ranks have found it."""
+    """The store that rank 0 hosts at MASTER_ADDR:MASTER_PORT, once all ranks have found it.
+
+    Where another job holds the port, rank 0 can't listen, and the others would join that job and end it with them.
+    """
     import torch.distributed as dist
 
+    in_use = UserError(
+        f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use on this machine, maybe by another job; "
+        "choose another one: deepspeed --master_port PORT ..."
+    )
     try:
         store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        port = os.environ.get("MASTER_PORT")
-        raise UserError(
-            f"MASTER_PORT {port} is in use on this machine, maybe by another job; "
-            "choose another one: deepspeed --master_port PORT ..."
-        ) from error
+        raise in_use from error
+    if store.add(f"ds_embed/joined/{rank}", 1) > 1:
+        raise in_use
     return store
 
 
