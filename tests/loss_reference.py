@@ -12,11 +12,14 @@ def reference(
     negatives="all",
     label_smoothing=0.0,
     symmetric=False,
+    directions=("query_document",),
+    hardness_weight=0.0,
     false_negative_margin=None,
     matryoshka_dims=(),
     matryoshka_weights=(),
     distillation_weight=0.0,
     distillation_temperature=1.0,
+    distillation_loss="kl",
     teacher_scores=None,
     own=None,
     pairs=(),
@@ -29,11 +32,13 @@ def reference(
     teacher_temperature=1.0,
     projected=None,
     queries=None,
+    texts=None,
 ):
     """Mean loss over all queries (or some) of the table (queries, positives, hard negatives) of unit vectors.
 
     own: the documents that are each query's hard negatives (default: as many for each, in order).
     pairs: of a query and a document that is no negative of it, beside what the keys say.
+    texts: which of the table's rows are one text (default: none).
     guide, teacher: the table in unit vectors of other models; projected: what the teacher's are compared with.
     """
     if own is None:
@@ -43,9 +48,12 @@ def reference(
         negatives=negatives,
         label_smoothing=label_smoothing,
         symmetric=symmetric,
+        directions=directions,
+        hardness=hardness_weight,
         margin=false_negative_margin,
         distillation_weight=distillation_weight,
         distillation_temperature=distillation_temperature,
+        distillation_loss=distillation_loss,
         teacher=teacher_scores,
         owns=own,
         pairs={tuple(pair) for pair in pairs},
@@ -55,6 +63,7 @@ def reference(
         teacher_weight=teacher_weight,
         teacher_temperature=teacher_temperature,
         chosen=range(num_queries) if queries is None else queries,
+        texts=list(range(len(table)) if texts is None else texts),
     )
     tables = [(1.0, table)]
     if matryoshka_dims:
@@ -77,9 +86,12 @@ def _one_table(
     negatives,
     label_smoothing,
     symmetric,
+    directions,
+    hardness,
     margin,
     distillation_weight,
     distillation_temperature,
+    distillation_loss,
     teacher,
     owns,
     pairs,
@@ -89,6 +101,7 @@ def _one_table(
     teacher_weight,
     teacher_temperature,
     chosen,
+    texts,
 ):
     queries, documents = table[:num_queries], table[num_queries:]
     losses = []
@@ -97,33 +110,50 @@ def _one_table(
         visible = {"all": range(len(documents)), "own": [*range(num_queries), *own]}.get(negatives, own)
         score = documents @ queries[i] / temperature
         differs = [j for j in range(len(documents)) if not (keys[j] == keys[i]).any() and (i, j) not in pairs]
-        near = torch.ones(len(documents), dtype=bool) if margin is None else score <= score[i] + margin / temperature
-        if guide is not None:
-            guided = guide[num_queries:] @ guide[i]
-            near &= guided <= ceiling(guided[i])
-        rivals = [score[j] for j in visible if j in differs and near[j]]
+        other_queries = [j for j in range(num_queries) if not (keys[j] == keys[i]).any() and (j, i) not in pairs]
+
+        def rivals_of(anchor, candidates):
+            """{row: score} of those rows of the table that are rivals of the positive as seen from the row `anchor`."""
+            scores = table[candidates] @ table[anchor] / temperature
+            near = torch.ones(len(candidates), dtype=bool)
+            if margin is not None:
+                near &= scores <= score[i] + margin / temperature
+            if guide is not None:
+                near &= guide[candidates] @ guide[anchor] <= ceiling(guide[i] @ guide[num_queries + i])
+            return {row: one for row, one, is_near in zip(candidates, scores, near.tolist()) if is_near}
+
+        found = rivals_of(i, [num_queries + j for j in visible if j in differs])
+        weights = {num_queries + j: hardness * cosine for j, cosine in zip(own, (score[own] * temperature).tolist())}
+        rivals = [one + weights.get(row, 0.0) for row, one in found.items()]
+        own_texts = texts[i], texts[num_queries + i]
+        if "document_query" in directions:
+            rivals += rivals_of(num_queries + i, other_queries).values()
+        siblings = [j for j in differs if j >= num_queries or j in other_queries]
+        if "query_query" in directions:
+            near = [j for j in siblings if j < num_queries and texts[j] not in own_texts]
+            rivals += rivals_of(i, near).values()
+        if "document_document" in directions:
+            seen = [j for j in siblings if (negatives == "all" or j < num_queries) and j not in own]
+            seen = [num_queries + j for j in seen if texts[num_queries + j] not in own_texts]
+            rivals += rivals_of(num_queries + i, seen).values()
         if negatives == "pair":
             two_way = [_cross_entropy([score[i], rival], label_smoothing) for rival in rivals]
             loss = sum(two_way, score[i] * 0) / max(1, len(own))
         else:
             loss = _cross_entropy([score[i], *rivals], label_smoothing)
         if symmetric:
-            back = queries @ documents[i] / temperature
-            guided = None if guide is None else guide[:num_queries] @ guide[num_queries + i]
-            rivals = [
-                back[j]
-                for j in range(num_queries)
-                if not (keys[j] == keys[i]).any()
-                and (j, i) not in pairs
-                and (margin is None or back[j] <= back[i] + margin / temperature)
-                and (guide is None or guided[j] <= ceiling(guided[i]))
-            ]
-            loss = (loss + _cross_entropy([back[i], *rivals], label_smoothing)) / 2
+            back = rivals_of(num_queries + i, other_queries).values()
+            loss = (loss + _cross_entropy([score[i], *back], label_smoothing)) / 2
         if distillation_weight:
             kept = [i, *(j for j in own if j in differs)]
-            target = torch.log_softmax(teacher[kept] / distillation_temperature, 0)
-            student = torch.log_softmax(score[kept], 0)
-            loss = loss + distillation_weight * (target.exp() * (target - student)).sum()
+            target, student = teacher[kept] / distillation_temperature, score[kept]
+            if distillation_loss == "kl":
+                target, student = torch.log_softmax(target, 0), torch.log_softmax(student, 0)
+                distilled = (target.exp() * (target - student)).sum()
+            else:
+                margins = (student[0] - student[1:]) - (target[0] - target[1:])
+                distilled = margins.square().sum() / max(1, len(own))
+            loss = loss + distillation_weight * distilled
         if batch_teacher is not None:
             target = batch_teacher[num_queries:] @ batch_teacher[i] / teacher_temperature
             kept = [i, *differs]

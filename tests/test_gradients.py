@@ -101,6 +101,13 @@ def cases(num_ranks: int) -> dict[str, dict]:
     add(zero=3, grad_cache=False, loss=dict(symmetric=True, false_negative_margin=-0.02), negatives="hard")
     add(zero=3, grad_cache=True, loss=dict(matryoshka_dims=[32, 8], matryoshka_weights=[1.0, 0.5]))
     add(zero=1, grad_cache=False, loss=dict(distillation_weight=0.5, distillation_temperature=2.0))
+    directions = ["query_document", "document_query", "query_query", "document_document"]
+    for zero in (0, 1, 2, 3):
+        near = dict(directions=directions[: 4 - zero % 2], hardness_weight=5.0)
+        near |= dict(distillation_weight=0.01, distillation_loss="margin_mse")
+        add(zero=zero, grad_cache=zero % 2 == 0, negatives=("all", "own")[zero // 2], loss=near)
+    add(zero=2, grad_cache=True, data="mixed", loss=dict(directions=directions, hardness_weight=5.0))
+    add(zero=3, grad_cache=False, negatives="pair", loss=dict(hardness_weight=5.0, learnable_temperature=True))
     for zero, grad_cache in ((0, True), (2, False), (2, True), (3, False), (3, True)):
         add(zero=zero, grad_cache=grad_cache, lora=4 * (zero == 2), loss=dict(learnable_temperature=True))
     # A guide, and a teacher of other dimensions, whose projection is trained.
@@ -315,6 +322,7 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
             own=[[number for number in own if number >= 0] for own in batch.own_negatives.tolist()],
             pairs=batch.positive_pairs.tolist(),
             queries=range(group.start, group.stop),
+            texts=batch.rows.tolist(),
             **options,
         )
         losses.append(contrastive * (group.stop - group.start) / n)

@@ -9,6 +9,7 @@ from loss_reference import reference as reference_with
 from torch.nn.functional import normalize
 
 from ds_embed.losses import LossOptions, Sums, contrastive_loss
+from ds_embed.settings.step_arguments import DIRECTIONS
 
 
 def make_batch(num_queries, num_hard, dim=7, seed=0, equal_documents=True):
@@ -81,6 +82,23 @@ OPTIONS = {
     "negative margin": dict(false_negative_margin=-0.3),
     "matryoshka": PREFIXES,
     "distillation": dict(distillation_weight=0.7, distillation_temperature=0.5),
+    "margin distillation": dict(distillation_weight=0.7, distillation_temperature=2.0, distillation_loss="margin_mse"),
+    "hardness": dict(hardness_weight=5.0),
+    "hardness of near ones": dict(
+        hardness_weight=3.0,
+        label_smoothing=0.1,
+        symmetric=True,
+        false_negative_margin=0.1,
+        guide=5,
+        guide_margin=0.1,
+        **PREFIXES,
+    ),
+    "queries too": dict(directions=("query_document", "query_query")),
+    "documents too": dict(directions=("query_document", "document_document"), false_negative_margin=-0.1),
+    "all directions": dict(directions=DIRECTIONS),
+    "all directions, guided": dict(
+        directions=DIRECTIONS, hardness_weight=5.0, guide=5, guide_margin=0.1, label_smoothing=0.1, **PREFIXES
+    ),
     "guide": dict(guide=5, guide_margin=0.1),
     "relative guide": dict(
         guide=5, guide_margin=0.1, guide_is_relative=True, symmetric=True, false_negative_margin=0.2
@@ -95,9 +113,10 @@ OPTIONS = {
 }
 
 
-def options_of(name, num_hard):
-    # Without own negatives there is no ranking to learn.
-    return OPTIONS[name] | ({} if num_hard else dict(distillation_weight=0.0))
+def options_of(name, num_hard, negatives="all"):
+    # Without own negatives there is no ranking to learn; two at a time there is one direction.
+    options = OPTIONS[name] | ({} if num_hard else dict(distillation_weight=0.0))
+    return options | (dict(directions=("query_document",)) if negatives == "pair" else {})
 
 
 @pytest.mark.parametrize("negatives, num_hard", NEGATIVES)
@@ -105,7 +124,7 @@ def options_of(name, num_hard):
 @pytest.mark.parametrize("equal_documents", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_equals_reference(negatives, num_hard, tiles, equal_documents, name):
-    options = options_of(name, num_hard)
+    options = options_of(name, num_hard, negatives)
     table, keys, teacher = make_batch(9, num_hard, equal_documents=equal_documents)
     t = table.clone().requires_grad_()
     log_scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -146,7 +165,7 @@ def test_queries_without_negatives_and_further_positives_equal_the_reference(neg
     own[2, 1] = -1  # a hard negative that is a positive of its own query
     t = table.clone().requires_grad_()
     log_scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    options = dict(teacher_scores=teacher, **OPTIONS[name])
+    options = dict(teacher_scores=teacher, **options_of(name, num_hard, negatives))
     expected = reference(t, keys, 9, torch.exp(-log_scale), negatives, own=lists, pairs=pairs, **options)
     expected.backward()
     for bounds in ([0, 9], [0, 1, 1, 4, 9]):
@@ -191,7 +210,7 @@ def test_large_scores_do_not_overflow(name):
 def test_query_whose_every_negative_equals_its_positive_has_no_loss(negatives, num_hard, name):
     table, keys, teacher = make_batch(4, num_hard, equal_documents=False)
     keys[:, 0] = 1
-    options = options_of(name, num_hard)
+    options = options_of(name, num_hard, negatives)
     sums, gradient = run_in_blocks(
         table, keys, 4, [0, 4], temperature=0.05, negatives=negatives, teacher_scores=teacher, **options
     )
@@ -221,8 +240,10 @@ def test_a_text_that_stands_in_many_places_gets_the_sum_of_their_gradients(negat
     table, keys, teacher = make_batch(6, num_hard)
     rows = torch.randint(0, 8, (len(table),), generator=torch.Generator().manual_seed(1))  # queries are documents too
     distinct = table[:8].clone().requires_grad_()
-    options = options_of(name, num_hard)
-    expected = reference(distinct[rows], keys, 6, 0.05, negatives, teacher_scores=teacher, **options)
+    options = options_of(name, num_hard, negatives)
+    expected = reference(
+        distinct[rows], keys, 6, 0.05, negatives, teacher_scores=teacher, texts=rows.tolist(), **options
+    )
     expected.backward()
     options = with_models(distinct[rows], options)
     models = {name: options.pop(name, None) for name in ("guide", "teacher")}
@@ -248,7 +269,7 @@ def test_a_text_that_stands_in_many_places_gets_the_sum_of_their_gradients(negat
 def test_no_value_is_fetched_from_the_device(negatives, num_hard, name):
     """On the meta device whatever a host would have to wait for raises, and so do tensors on two devices."""
     table, keys, teacher = (tensor.to("meta") for tensor in make_batch(6, num_hard))
-    options = with_models(table, options_of(name, num_hard))
+    options = with_models(table, options_of(name, num_hard, negatives))
     models = {name: options.pop(name, None) for name in ("guide", "teacher")}
     result = contrastive_loss(
         table,
@@ -265,3 +286,51 @@ def test_no_value_is_fetched_from_the_device(negatives, num_hard, name):
         options=LossOptions(negatives=negatives, tile_queries=3, tile_documents=5, **options),
     )
     assert result.gradient.shape == table.shape and {value.device.type for value in result.sums} == {"meta"}
+
+
+HARD = dict(hardness_mode="hard_negatives", hardness_strength=5.0)
+# Theirs counts the positive a second time with document_query.
+SAME_KIND = dict(directions=("query_document", "query_query", "document_document"))
+PEERS = {
+    "hardness": (dict(hardness_weight=5.0), "MultipleNegativesRankingLoss", HARD),
+    "directions": (SAME_KIND, "MultipleNegativesRankingLoss", {}),
+    "both": (SAME_KIND | dict(hardness_weight=5.0), "MultipleNegativesRankingLoss", HARD),
+    "margins": (dict(distillation_weight=1.0, distillation_loss="margin_mse"), "MarginMSELoss", {}),
+    "distributions": (dict(distillation_weight=1.0, distillation_temperature=2.0), "DistillKLDivLoss", {}),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_equals_the_loss_of_sentence_transformers(name):
+    from sentence_transformers import losses
+    from sentence_transformers.util import pairwise_cos_sim
+
+    options, peer, settings = PEERS[name]
+    table, keys, teacher = make_batch(9, 2, equal_documents=False)
+    # Theirs stand column by column: all first negatives, then all second ones.
+    columns = table.clone().requires_grad_()
+    queries, positives, negatives = columns[:9], columns[9:18], columns[18:].view(9, 2, -1)
+    if peer == "MultipleNegativesRankingLoss":
+        words = {"query": "query", "document": "doc"}
+        names = [[words[word] for word in one.split("_")] for one in options.get("directions", DIRECTIONS[:1])]
+        settings = settings | dict(scale=10.0, directions=tuple("_to_".join(one) for one in names))
+    elif peer == "DistillKLDivLoss":
+        settings = dict(similarity_fct=pairwise_cos_sim, student_temperature=0.1, teacher_temperature=2.0)
+    else:
+        settings = dict(similarity_fct=lambda a, b: pairwise_cos_sim(a, b) / 0.1)
+    loss = getattr(losses, peer)(None, **settings)
+    labels = torch.cat([teacher[:9, None], teacher[9:].view(9, 2)], 1)
+    theirs = loss.compute_loss_from_embeddings([queries, positives, *negatives.unbind(1)], labels)
+    if peer == "DistillKLDivLoss":
+        theirs = theirs / 0.1**2  # which they multiply by
+    theirs.backward()
+    given = dict(temperature=0.1, teacher_scores=teacher)
+    sums, gradient = run_in_blocks(table, keys, 9, [0, 4, 9], **given, **options)
+    ours = sums.loss
+    if "Distill" in peer or "Margin" in peer:  # ours are added to the contrastive loss
+        plain, on_plain = run_in_blocks(table, keys, 9, [0, 9], temperature=0.1)
+        ours, gradient = ours - plain.loss, gradient - on_plain
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-9)
+    # Theirs is a function of the directions of the vectors alone.
+    across = [one - (one * table).sum(1, keepdim=True) * table for one in (gradient, columns.grad)]
+    torch.testing.assert_close(*across, rtol=1e-6, atol=1e-9)

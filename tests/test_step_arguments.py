@@ -21,6 +21,23 @@ CASES = {
     "--distillation_weight -1": dict(distillation_weight=-1.0),
     "--distillation_temperature 0": dict(distillation_temperature=0.0),
     "--negatives none": dict(negatives="none"),
+    "--hardness_weight -1.0: must be at least 0": dict(hardness_weight=-1.0),
+    "--hardness_weight inf: must be a number": dict(hardness_weight=float("inf")),
+    "--directions query_answer: choose one of query_document, document_query": dict(directions=["query_answer"]),
+    "--directions query_query: must contain query_document": dict(directions=["query_query"]),
+    "--directions : must contain query_document": dict(directions=[]),
+    "--directions query_document query_document: .* each name once": dict(directions=["query_document"] * 2),
+    "--directions query_document query_query: .*leave out --symmetric, or --directions": dict(
+        directions=["query_document", "query_query"], symmetric=True
+    ),
+    "--directions query_document query_query: has no meaning with --negatives pair": dict(
+        directions=["query_document", "query_query"], negatives="pair"
+    ),
+    "--directions .* has no meaning with --negatives pair.*set --negatives own": dict(
+        directions=["query_document", "document_document"], negatives_per_file=["all", "pair"]
+    ),
+    "--distillation_loss mse: choose one of kl, margin_mse": dict(distillation_loss="mse", distillation_weight=1.0),
+    "--distillation_loss margin_mse: has no effect without --distillation_weight": dict(distillation_loss="margin_mse"),
 }
 
 

@@ -12,6 +12,14 @@ options of LossOptions:
 
     loss = sum over prefixes m of w_m [ (query_to_document + document_to_query) / 2 + distillation ] + teacher
 
+With all directions, the softmax of pair i also holds the scores of its document, and those between texts of one kind (GTE's
+improved contrastive loss, Li et al. 2023, sec. 3.1), where j is no false negative:
+
+    Z_i = exp s(q_i, d_i) + sum_j exp s(q_i, d_j) + sum_j exp s(q_j, d_i) + sum_j exp s(q_i, q_j) + sum_j exp s(d_i, d_j)
+    loss = mean over i of log Z_i - s(q_i, d_i)
+
+The paper's Z_i has exp s(q_i, d_i) twice; here it is once, so that a pair without negatives has no loss.
+
 Prefixes are embeddings of their own (Matryoshka, Kusupati et al. 2022, eq. 1). A guide is another model whose vectors say
 which documents are no negatives (GISTEmbed, Solatorio 2024): those above the positive less a margin. A teacher is
 another model whose vectors, or whose similarities, are learned.
@@ -21,7 +29,7 @@ Shapes: N queries of the batch, n of them in this block, K hard negatives of a q
 E dimensions of the guide, F of the teacher.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -47,12 +55,19 @@ class LossOptions:
 
     negatives: str = "all"
     label_smoothing: float = 0.0
-    symmetric: bool = False  # also each positive against all queries (Radford et al. 2021, fig. 3)
+    symmetric: bool = (
+        False  # also each positive against all queries, in a softmax of its own (Radford et al. 2021, fig. 3)
+    )
+    # What is in the one softmax of a pair. document_document leaves out the query's own hard negatives, whose likeness to its
+    # positive is the reason why they were chosen.
+    directions: tuple[str, ...] = ("query_document",)  # or also document_query, query_query, document_document
+    hardness_weight: float = 0.0  # of a query's own hard negatives; see terms.py
     # Leave out negatives whose cosine is above the positive's by more (Moreira et al. 2024, TopK-MarginPos).
     false_negative_margin: float | None = None
     matryoshka_dims: tuple[int, ...] = ()
     matryoshka_weights: tuple[float, ...] = ()
     distillation_weight: float = 0.0
+    distillation_loss: str = "kl"  # or "margin_mse"
     distillation_temperature: float = 1.0  # of the teacher's scores
     guide_margin: float = 0.0  # of cosines
     guide_is_relative: bool = False  # the margin is a share of the positive's cosine
@@ -113,6 +128,7 @@ def contrastive_loss(
     add = partial(
         _add_terms,
         keys=document_keys,
+        texts=torch.arange(len(uses), device=uses.device) if rows is None else rows,
         own=own_negatives,
         pairs=positive_pairs,
         block=slice(first_query, last_query),
@@ -154,6 +170,7 @@ def _add_terms(
     *,
     weight: float,
     keys: Tensor,
+    texts: Tensor,
     own: Tensor,
     pairs: Tensor,
     block: slice,
@@ -167,28 +184,40 @@ def _add_terms(
     weight = weight / len(own)
     own_weight = weight / 2 if options.symmetric else weight
     common = dict(
-        scale=scale, weight=own_weight, smoothing=options.label_smoothing, margin=options.false_negative_margin
+        scale=scale,
+        weight=own_weight,
+        smoothing=options.label_smoothing,
+        margin=options.false_negative_margin,
+        hardness=options.hardness_weight,
     )
     softmax = partial(softmax_loss, **common, tile_candidates=options.tile_documents)
     term = partial(pair_loss, **common) if options.negatives == "pair" else softmax
     to_documents = partial(_queries_to_documents, own=own, block=block)
-    to_queries = partial(_documents_to_queries, num_queries=len(own), block=block)
+    same_kind = partial(_same_kind, texts=texts, own=own, block=block)
+    visible = len(keys) if options.negatives == "all" else len(own)
+    make = {
+        "query_document": partial(to_documents, negatives=options.negatives, weighted=options.hardness_weight > 0),
+        "document_query": partial(_documents_to_queries, num_queries=len(own), block=block),
+        "query_query": partial(same_kind, candidates=slice(0, len(own))),
+        "document_document": partial(same_kind, candidates=slice(len(own), len(own) + visible)),
+    }
+    if guide is not None:
+        positive = make["query_document"](guide, guide, keys, pairs).positive_scores(1.0)
+        ceiling = positive - options.guide_margin * (positive.abs() if options.guide_is_relative else 1.0)
 
-    def guided(make: Callable[..., Side]) -> Side:
-        side = make(uses, gradient, keys, pairs)
-        if guide is None:
-            return side
-        other = make(guide, guide, keys[:, :0], pairs[:0])  # equal documents are left out by the side itself
-        positive = other.positive_scores(1.0)
-        margin = options.guide_margin * (positive.abs() if options.guide_is_relative else 1.0)
-        return replace(side, guide=replace(other, ceiling=positive - margin))
+    def tiles_of(*directions: str) -> Iterable[tuple[Side, ...]]:
+        sides = [make[one](uses, gradient, keys, pairs) for one in directions]
+        if guide is not None:  # equal documents are left out by the side itself
+            guides = [make[one](guide, guide, keys[:, :0], pairs[:0]) for one in directions]
+            sides = [replace(one, guide=replace(other, ceiling=ceiling)) for one, other in zip(sides, guides)]
+        return zip(*(one.tiles(options.tile_queries) for one in sides))
 
     sums = Sums.zero(uses)
-    for tile in guided(partial(to_documents, negatives=options.negatives)).tiles(options.tile_queries):
-        sums = sums.plus(term(tile))
+    for tiles in tiles_of(*options.directions):
+        sums = sums.plus(term(*tiles))
     if options.symmetric:
-        for tile in guided(to_queries).tiles(options.tile_queries):
-            sums = sums.plus_loss_of(softmax(tile))
+        for tiles in tiles_of("document_query"):
+            sums = sums.plus_loss_of(softmax(*tiles))
     if options.distillation_weight:
         for tile in to_documents(uses, gradient, keys, pairs, negatives="own").tiles(options.tile_queries):
             distilled = distillation_loss(
@@ -197,6 +226,7 @@ def _add_terms(
                 scale=scale,
                 weight=weight * options.distillation_weight,
                 teacher_temperature=options.distillation_temperature,
+                kind=options.distillation_loss,
             )
             sums = sums.plus_loss_of(distilled)
     if teacher is not None:
@@ -217,19 +247,33 @@ def _add_terms(
 
 
 def _queries_to_documents(
-    uses: Tensor, gradient: Tensor, keys: Tensor, pairs: Tensor, *, own: Tensor, block: slice, negatives: str
+    uses: Tensor,
+    gradient: Tensor,
+    keys: Tensor,
+    pairs: Tensor,
+    *,
+    own: Tensor,
+    block: slice,
+    negatives: str,
+    weighted: bool = False,
 ) -> Side:
-    """The queries of `block` against the documents that `negatives` names."""
+    """The queries of `block` against the documents that `negatives` names.
+
+    With "all", a query's own hard negatives are among the shared documents, unless they are `weighted`.
+    """
     num_queries = len(own)
+    is_shared = negatives == "all" and not weighted
+    if weighted and negatives == "all":
+        pairs = torch.cat([pairs, _own_pairs(own, block)])
     return Side(
         anchors=uses[block],
         candidates=uses[num_queries:],
         keys=keys,
+        anchor_keys=keys[block],
         pairs=(pairs[:, 0] - block.start, pairs[:, 1]),
         positives=torch.arange(block.start, block.stop, device=uses.device),
         shared={"all": len(keys), "own": num_queries, "hard": 0, "pair": 0}[negatives],
-        # With "all", a query's own hard negatives are among the shared documents.
-        own=own[block, : 0 if negatives == "all" else None],
+        own=own[block, : 0 if is_shared else None],
         grad_anchors=gradient[block],
         grad_candidates=gradient[num_queries:],
     )
@@ -245,6 +289,7 @@ def _documents_to_queries(
         anchors=uses[documents],
         candidates=uses[:num_queries],
         keys=keys[:num_queries],
+        anchor_keys=keys[block],
         pairs=(pairs[:, 1] - block.start, pairs[:, 0]),
         positives=rows,
         shared=num_queries,
@@ -252,3 +297,45 @@ def _documents_to_queries(
         grad_anchors=gradient[documents],
         grad_candidates=gradient[:num_queries],
     )
+
+
+def _same_kind(
+    uses: Tensor,
+    gradient: Tensor,
+    keys: Tensor,
+    pairs: Tensor,
+    *,
+    texts: Tensor,
+    own: Tensor,
+    block: slice,
+    candidates: slice,
+) -> Side:
+    """The queries, or the positives, of `block` against `candidates` among the uses: all queries, or documents.
+
+    Two queries with one positive, in any record, are not each other's negatives, and no more are two positives of one query. Nor
+    is what is the same text, by texts (T,), as the query or the positive of `block`.
+    """
+    num_queries, rows = len(own), torch.arange(block.start, block.stop, device=uses.device)
+    pairs = torch.cat([pairs, pairs.flip(1)] + [_own_pairs(own, block)] * (candidates.start > 0))
+    anchors = slice(candidates.start + block.start, candidates.start + block.stop)
+    positives = slice(num_queries + block.start, num_queries + block.stop)
+    own_texts = torch.stack([texts[block], texts[positives]], 1)
+    number = candidates.stop - candidates.start
+    return Side(
+        anchors=uses[anchors],
+        candidates=uses[candidates],
+        keys=torch.cat([keys[:number], texts[candidates, None].expand(-1, 2)], 1),
+        anchor_keys=torch.cat([keys[block], own_texts], 1),
+        pairs=(pairs[:, 0] - block.start, pairs[:, 1]),
+        positives=rows,
+        shared=number,
+        own=rows.new_empty(len(rows), 0),
+        grad_anchors=gradient[anchors],
+        grad_candidates=gradient[candidates],
+    )
+
+
+def _own_pairs(own: Tensor, block: slice) -> Tensor:
+    """Pairs (n K, 2) of a query of `block` and a hard negative of it; -1 where there is none."""
+    queries = torch.arange(block.start, block.stop, device=own.device)[:, None].expand(-1, own.shape[1])
+    return torch.stack([queries, own[block]], 2).flatten(0, 1)

@@ -2,6 +2,7 @@
 
 The anchors are queries and the candidates documents, or the other way round. Each anchor has one positive
 among the candidates. Its negatives are the shared candidates and its own ones, less those equal to the positive.
+Where both are queries, or both documents, there are negatives alone.
 
 Shapes: n anchors, C candidates, c of them in one block, K own candidates per anchor, D dimensions, J keys, P pairs.
 """
@@ -19,7 +20,8 @@ class Side:
 
     anchors: Tensor  # (n, D)
     candidates: Tensor  # (C, D)
-    keys: Tensor  # (C, J) candidates that agree in a key are equal
+    keys: Tensor  # (C, J) a candidate that agrees with an anchor in a key is no negative of it
+    anchor_keys: Tensor  # (n, J)
     pairs: tuple[Tensor, Tensor]  # (P,) anchors and (P,) candidates that are no negatives of them, beside the keys
     positives: Tensor  # (n,) candidate numbers
     shared: int  # the first `shared` candidates are scored against every anchor
@@ -34,7 +36,9 @@ class Side:
         return [self._tile(slice(start, start + num_anchors)) for start in range(0, len(self.anchors), num_anchors)]
 
     def _tile(self, rows: slice) -> "Side":
-        of_anchors = ("anchors", "positives", "own", "grad_anchors", *(["ceiling"] if self.ceiling is not None else []))
+        of_anchors = ["anchors", "anchor_keys", "positives", "own", "grad_anchors"] + ["ceiling"] * (
+            self.ceiling is not None
+        )
         pairs, guide = (self.pairs[0] - rows.start, self.pairs[1]), self.guide and self.guide._tile(rows)
         return replace(self, pairs=pairs, guide=guide, **{name: getattr(self, name)[rows] for name in of_anchors})
 
@@ -54,6 +58,10 @@ class Side:
     def own_block(self) -> "OwnBlock":
         return OwnBlock(self)
 
+    def blocks(self, num_candidates: int) -> list["SharedBlock | OwnBlock"]:
+        """All candidates: the shared ones, at most so many at a time, and the own ones where there are some."""
+        return [*self.shared_blocks(num_candidates), *[self.own_block()] * (self.own.shape[1] > 0)]
+
 
 @dataclass(frozen=True)
 class SharedBlock:
@@ -67,8 +75,8 @@ class SharedBlock:
         side = self.side
         scores = side.anchors @ side.candidates[self.span].T
         scores *= scale
-        for key in side.keys.T:  # J is 2; no (n, c, J) buffer
-            scores.masked_fill_(key[side.positives][:, None] == key[None, self.span], -torch.inf)
+        for key, own_key in zip(side.keys.T, side.anchor_keys.T):  # J is 2 or 4; no (n, c, J) buffer
+            scores.masked_fill_(own_key[:, None] == key[None, self.span], -torch.inf)
         if len(side.pairs[0]):
             _mask_pairs(scores, side.pairs[0], side.pairs[1] - self.span.start)
         if side.guide is not None:
@@ -91,7 +99,7 @@ class OwnBlock:
     def scores(self, scale: float | Tensor, highest: Tensor | None) -> Tensor:
         side = self.side
         scores = torch.einsum("nd,nkd->nk", side.anchors, side.candidates[side.own]) * scale
-        dropped = (side.keys[side.own] == side.keys[side.positives][:, None, :]).any(2) | (side.own < 0)
+        dropped = (side.keys[side.own] == side.anchor_keys[:, None, :]).any(2) | (side.own < 0)
         if highest is not None:
             dropped |= scores > highest[:, None]
         if side.guide is not None:

@@ -3,7 +3,9 @@
 Arguments that all share: scale is 1 / temperature, `weight` is that of the summed loss of the anchors. smoothing
 (Szegedy et al. 2016, sec. 7): the target is 1 - e on the positive, and e spread evenly over all candidates.
 margin: negatives whose cosine exceeds the positive's by more are left out; which these are counts as given, so no
-gradient runs through the choice.
+gradient runs through the choice. hardness: the exponential of an own negative's score is weighted by w_ij = exp(hardness
+* cosine), which counts as given too; other negatives have w_ij = 1 (Schechter Vera et al. 2025, EmbeddingGemma, whose
+hardness is 5).
 
 Shapes: n anchors, c candidates of a block, C candidates, K own negatives per anchor.
 """
@@ -12,33 +14,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ds_embed.losses.sides import Side, Sums, finish_tile
+from ds_embed.losses.sides import OwnBlock, SharedBlock, Side, Sums, finish_tile
 
 
 def softmax_loss(
-    side: Side, *, scale: float | Tensor, weight: float, smoothing: float, margin: float | None, tile_candidates: int
+    side: Side,
+    *more: Side,
+    scale: float | Tensor,
+    weight: float,
+    smoothing: float,
+    margin: float | None,
+    hardness: float,
+    tile_candidates: int,
 ) -> Sums:
     """Cross entropy of each anchor's positive p among its negatives.
 
     InfoNCE (van den Oord et al. 2018, eq. 4) with in-batch negatives (Karpukhin et al. 2020, eq. 2):
-        loss_i = log(exp(s_ip) + sum_j exp(s_ij)) - (1 - e) s_ip - e / C_i (s_ip + sum_j s_ij),
+        loss_i = log(exp(s_ip) + sum_j w_ij exp(s_ij)) - (1 - e) s_ip - e / C_i (s_ip + sum_j (s_ij + log w_ij)),
         s_ij = a_i . c_j * scale
+    `more` are sides of the same n pairs of an anchor and its positive, all of whose candidates are further j of pair i.
     The scores of all candidates never exist at once: they are computed again for the gradient.
     """
     positive = side.positive_scores(scale)
     ceiling = None if margin is None else positive + margin * scale
-    shared = side.shared_blocks(tile_candidates)
-    blocks = [*shared, side.own_block()] if side.own.shape[1] else shared
-    keeps = len(shared) <= 1  # then the first pass's scores are all there is, and serve the second
+    sides = [side, *more]
+    gradients = [torch.zeros_like(one.anchors) for one in sides]
+    blocks = [(block, gradient) for one, gradient in zip(sides, gradients) for block in one.blocks(tile_candidates)]
+    keeps = sum(one.shared for one in sides) <= tile_candidates  # the first pass's scores serve the second
 
     log_sum = torch.full_like(positive, -torch.inf)
     highest = torch.full_like(positive, -torch.inf)
-    excess = torch.zeros_like(positive)  # sum over negatives of s_ij - s_ip
+    excess = torch.zeros_like(positive)  # sum over negatives of s_ij + log w_ij - s_ip
     num_candidates = torch.ones_like(positive)
     kept = []
-    for block in blocks:
+    for block, _ in blocks:
         scores = block.scores(scale, ceiling)
-        highest = torch.maximum(highest, scores.amax(1))
+        if block.side is side:
+            highest = torch.maximum(highest, scores.amax(1))
+        scores = _weighted(block, scores, scale, hardness)
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(scores, 1))
         if smoothing:
             excess += (scores - positive[:, None]).masked_fill(_masked(scores), 0.0).sum(1)
@@ -49,31 +62,35 @@ def softmax_loss(
     # d loss / d score; the scale turns it into d loss / d cosine.
     factor = weight * scale
     share = smoothing / num_candidates
-    grad_anchors = torch.zeros_like(side.anchors)
     on_positive = smoothing - share - torch.sigmoid(log_sum - positive)
-    side.add_positive_gradient(on_positive * factor, grad_anchors)
+    side.add_positive_gradient(on_positive * factor, gradients[0])
     log_total = torch.logaddexp(log_sum, positive)[:, None]
-    for block, scores in zip(blocks, kept):
-        scores = block.scores(scale, ceiling) if scores is None else scores
+    for (block, gradient), scores in zip(blocks, kept):
+        scores = _weighted(block, block.scores(scale, ceiling), scale, hardness) if scores is None else scores
         masked = _masked(scores) if smoothing else None
         on_scores = scores.sub_(log_total).exp_()
         if smoothing:
             on_scores.sub_(share[:, None]).masked_fill_(masked, 0.0)
-        block.add_gradient(on_scores.mul_(factor), grad_anchors)
-    return finish_tile(side, loss.sum() * weight, grad_anchors, positive, highest, scale)
+        block.add_gradient(on_scores.mul_(factor), gradient)
+    sums = finish_tile(side, loss.sum() * weight, gradients[0], positive, highest, scale)
+    for one, gradient in zip(more, gradients[1:]):
+        sums = sums.plus_loss_of(finish_tile(one, torch.zeros_like(sums.loss), gradient, positive, highest, scale))
+    return sums
 
 
-def pair_loss(side: Side, *, scale: float | Tensor, weight: float, smoothing: float, margin: float | None) -> Sums:
+def pair_loss(
+    side: Side, *, scale: float | Tensor, weight: float, smoothing: float, margin: float | None, hardness: float
+) -> Sums:
     """Two-way softmax of the positive against each own negative: RankNet (Burges et al. 2005, eq. 3), target 1 - e / 2.
 
-        loss_i = 1 / K sum_k log(1 + exp(s_ik - s_ip))
+        loss_i = 1 / K sum_k log(1 + w_ik exp(s_ik - s_ip))
 
     A negative that is left out counts as a pair without loss.
     """
     positive = side.positive_scores(scale)
     own = side.own_block()
     scores = own.scores(scale, None if margin is None else positive + margin * scale)
-    difference = scores - positive[:, None]  # (n, K)
+    difference = _weighted(own, scores, scale, hardness) - positive[:, None]  # (n, K)
     masked = _masked(difference)
     num_own = scores.shape[1]
     loss = softplus(difference) - smoothing / 2 * difference.masked_fill(masked, 0.0)
@@ -85,16 +102,23 @@ def pair_loss(side: Side, *, scale: float | Tensor, weight: float, smoothing: fl
     return finish_tile(side, total, grad_anchors, positive, scores.amax(1), scale)
 
 
-def distillation_loss(
-    side: Side, teacher_scores: Tensor, *, scale: float | Tensor, weight: float, teacher_temperature: float
-) -> Sums:
-    """Learning a teacher's ranking of each anchor's positive and own negatives.
+def _weighted(block: SharedBlock | OwnBlock, scores: Tensor, scale: float | Tensor, hardness: float) -> Tensor:
+    """Scores plus log w, which is hardness times the cosine, and so a multiple of the score."""
+    return scores * (1 + hardness / scale) if hardness and isinstance(block, OwnBlock) else scores
 
-    The Kullback-Leibler divergence of the student's distribution from the teacher's (Hinton et al. 2015, sec. 2;
+
+def distillation_loss(
+    side: Side, teacher_scores: Tensor, *, scale: float | Tensor, weight: float, teacher_temperature: float, kind: str
+) -> Sums:
+    """Learning a teacher's scores t of each anchor's positive and own negatives, which are divided by T.
+
+    "kl": the Kullback-Leibler divergence of the student's distribution from the teacher's (Hinton et al. 2015, sec. 2;
     for retrieval, Izacard and Grave 2021, eq. 3):
         loss_i = sum_j t_ij (log t_ij - log p_ij),   t_i = softmax(teacher scores / T),   p_i = softmax(s_i)
+    "margin_mse": the squared difference of the margins (Margin-MSE, Hofstätter et al. 2020), s the cosine times the scale:
+        loss_i = 1 / K sum_k ((s_ip - s_ik) - (t_ip - t_ik) / T)^2
     teacher_scores (C,) are those of the candidates, each for its own anchor. Negatives equal to the positive are
-    left out of both distributions.
+    left out: of both distributions, or as a margin without loss.
     """
     assert side.own.shape[1] > 0, "distillation compares own negatives"
     positive = side.positive_scores(scale)
@@ -102,16 +126,24 @@ def distillation_loss(
     scores = own.scores(scale, None)
     student = torch.cat([positive[:, None], scores], 1)  # (n, 1 + K)
     masked = _masked(student)
-    teacher = torch.cat([teacher_scores[side.positives][:, None], teacher_scores[side.own]], 1)
-    log_teacher = torch.log_softmax((teacher / teacher_temperature).masked_fill(masked, -torch.inf), 1)
-    log_student = torch.log_softmax(student, 1)
-    target = log_teacher.exp()
-    loss = (target * (log_teacher - log_student).masked_fill(masked, 0.0)).sum() * weight
-    on_scores = (log_student.exp() - target) * (weight * scale)
+    teacher = torch.cat([teacher_scores[side.positives][:, None], teacher_scores[side.own]], 1) / teacher_temperature
+    if kind == "kl":
+        log_teacher = torch.log_softmax(teacher.masked_fill(masked, -torch.inf), 1)
+        log_student = torch.log_softmax(student, 1)
+        target = log_teacher.exp()
+        loss = (target * (log_teacher - log_student).masked_fill(masked, 0.0)).sum()
+        on_scores = log_student.exp() - target
+    else:
+        excess = (student - teacher).masked_fill(masked, 0.0)
+        excess = (excess[:, :1] - excess[:, 1:]).masked_fill(masked[:, 1:], 0.0)  # of the student's margins
+        loss = excess.square().mean(1).sum()
+        on_negatives = excess * (-2 / excess.shape[1])
+        on_scores = torch.cat([-on_negatives.sum(1, keepdim=True), on_negatives], 1)
+    on_scores = on_scores * (weight * scale)
     grad_anchors = torch.zeros_like(side.anchors)
     side.add_positive_gradient(on_scores[:, 0], grad_anchors)
     own.add_gradient(on_scores[:, 1:], grad_anchors)
-    return finish_tile(side, loss, grad_anchors, positive, scores.amax(1), scale)
+    return finish_tile(side, loss * weight, grad_anchors, positive, scores.amax(1), scale)
 
 
 def batch_distillation_loss(

@@ -7,7 +7,9 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, listed, optional, setting, several
 
 NEGATIVES = ("all", "own", "hard", "pair")
+DIRECTIONS = ("query_document", "document_query", "query_query", "document_document")
 SCORED_LOSSES = ("cosent", "angle", "cosine")
+DISTILLATION_LOSSES = ("kl", "margin_mse")
 TEACHER_LOSSES = ("cosine", "mse", "scores")
 # A learned temperature stops here: below, scores grow faster than the embeddings learn (Radford et al. 2021, sec. 2.5).
 MIN_LEARNED_TEMPERATURE = 0.01
@@ -39,6 +41,19 @@ class StepArguments(Settings):
         "share of the target probability spread over all candidates of a query", 0.0, at_least=0, below=1
     )
     symmetric: bool = setting("average the query-to-document loss and that of each positive against all queries", False)
+    directions: list[str] = setting(
+        "what the one softmax of each query and its positive holds: query_document (the query against documents, as in "
+        "negatives), document_query (the positive against all other queries), query_query, document_document (queries "
+        "against queries, positives against documents that aren't the query's own hard negatives); all four are GTE's loss",
+        ["query_document"],
+        choices=DIRECTIONS,
+    )
+    hardness_weight: float = setting(
+        "alpha of EmbeddingGemma, which uses 5: in the softmax, each of a query's own hard negatives (no other documents "
+        "of the batch) has the weight exp(alpha * cosine), through which no gradient runs",
+        0.0,
+        at_least=0,
+    )
     false_negative_margin: float | None = optional(
         "ignore negatives whose cosine exceeds the positive's by more than this (default: none are ignored)",
         at_least=-2,
@@ -57,11 +72,18 @@ class StepArguments(Settings):
         "similarities of scored pairs are divided by this in cosent and angle", 0.05, above=0
     )
     distillation_weight: float = setting(
-        "weight of the KL divergence from the teacher's scores (pos_score and neg_scores of a record) in the loss",
+        "weight of distillation_loss, which learns a teacher's scores (pos_score and neg_scores of a record), in the loss",
         0.0,
         at_least=0,
     )
-    distillation_temperature: float = setting("the teacher's scores are divided by this before softmax", 1.0, above=0)
+    distillation_loss: str = setting(
+        "kl (KL divergence of the softmax over a query's positive and own hard negatives), margin_mse (mean squared "
+        "difference between the student's and the teacher's margins, positive minus hard negative; the student's are of "
+        "cosine / temperature, so set temperature and distillation_temperature to bring both to one scale)",
+        "kl",
+        choices=DISTILLATION_LOSSES,
+    )
+    distillation_temperature: float = setting("the teacher's scores are divided by this", 1.0, above=0)
     guide_embeddings: str | None = setting(
         "folder written by generate with another model's vectors of all training texts; negatives whose cosine in it is "
         "above the positive's minus guide_margin are ignored (GISTEmbed)",
@@ -105,6 +127,11 @@ class StepArguments(Settings):
                 f"--temperature {self.temperature}: with --learnable_temperature true it must be at least "
                 f"{MIN_LEARNED_TEMPERATURE}"
             )
+        self._check_directions()
+        if self.distillation_loss != "kl" and not self.distillation_weight:
+            raise UserError(
+                f"--distillation_loss {self.distillation_loss}: has no effect without --distillation_weight"
+            )
         for field in dataclasses.fields(self):
             owner, value = field.name.split("_")[0] + "_embeddings", getattr(self, field.name)
             if owner != field.name and getattr(self, owner, value) is None and value != field.default:
@@ -124,4 +151,22 @@ class StepArguments(Settings):
             raise UserError(
                 f"--matryoshka_weights {listed(weights)}: has {len(weights)} values, "
                 f"but --matryoshka_dims has {len(dims)}"
+            )
+
+    def _check_directions(self) -> None:
+        given = f"--directions {listed(self.directions)}"
+        if "query_document" not in self.directions or len(set(self.directions)) < len(self.directions):
+            raise UserError(
+                f"{given}: must contain query_document, whose scores are those of the positives, and each name once"
+            )
+        if self.directions == ["query_document"]:
+            return
+        if self.symmetric:
+            raise UserError(
+                f"{given}: has one softmax, and --symmetric true averages two; leave out --symmetric, or --directions"
+            )
+        if "pair" in (self.negatives, *self.negatives_per_file):
+            raise UserError(
+                f"{given}: has no meaning with --negatives pair, which compares the positive with one hard negative at a "
+                "time; set --negatives own or all"
             )

@@ -124,6 +124,11 @@ def check_store(store: TrainingStore, data: DataArguments, step: StepArguments) 
             100 * share,
         )
     check_texts_fit(store, step.micro_batch_tokens)
+    if step.hardness_weight and not any(hards):
+        raise UserError(
+            f"--hardness_weight {step.hardness_weight:g}: weights a query's own hard negatives, and --hard_negatives is 0; set "
+            "that to 1 or more"
+        )
     if step.distillation_weight:
         _check_scores(store, min(hards))
 
