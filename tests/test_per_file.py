@@ -38,7 +38,7 @@ BAD = {
         [A | {"weight": 1}, B | {"weight": 1}],
         {"sampling_probabilities": [1, 2]},
     ),
-    "--negatives_per_file some: choose one of all, own, pair": ([A | {"negatives": "some"}], {}),
+    "--negatives_per_file some: choose one of all, own, hard, pair": ([A | {"negatives": "some"}], {}),
     "--temperature_per_file 0.0: each must be greater than 0": ([A | {"temperature": 0}], {}),
     "--temperature_per_file: --learnable_temperature true": (
         [A | {"temperature": 1}],

@@ -435,8 +435,14 @@ class TrainingRun:
         total = sum(whole_size(p) for p in encoder.parameters())
         modes, hards = self._modes()
         negatives = [*modes, self.step_arguments.negatives]
+        directions = self.step_arguments.directions
         seen = [
-            batch.num_shared(mode) + (0 if mode == "all" else group.num_own) - (mode in ("all", "own"))
+            batch.num_shared(mode)
+            + (0 if mode == "all" else group.num_own)
+            - (mode in ("all", "own"))
+            + (batch.num_queries - 1) * len({"document_query", "query_query"}.intersection(directions))
+            + ("document_document" in directions)
+            * (batch.num_shared("all") - 1 - group.num_own if mode == "all" else batch.num_queries - 1)
             for group in batch.groups
             for mode in [negatives[group.file]]
         ]
