@@ -1,10 +1,10 @@
-"""What this project makes in parts: whole under its name or absent, made from named inputs, gone on with, one owner.
+"""Outputs made in parts: complete under their name or absent, made from named inputs, resumable, with one owner.
 
     PATH/              the files of the parts, and manifest.json: made_from, and where each part lies, with its SHA-256
     .unfinished-NAME/  the same until it is whole, with begun.json (made_from) and parts.jsonl (a line for each part)
 
-First a part reaches the disk, then its line says so. So whatever kills a job, what parts.jsonl tells of is there, and a
-part that got lost nevertheless is noticed by its SHA-256.
+A part is written to disk before its line. So whatever kills a job, the parts listed in parts.jsonl exist, and a part
+that is damaged nevertheless is detected by its SHA-256.
 """
 
 import hashlib
@@ -36,20 +36,20 @@ MANIFEST, BEGUN, _PARTS = "manifest.json", "begun.json", "parts.jsonl"
 
 @dataclass(frozen=True)
 class Part:
-    """A part: the `num_bytes` bytes from `start` on of a file."""
+    """A part: `num_bytes` bytes of a file, from `start` on."""
 
     file: str
     start: int
     num_bytes: int
     sha256: str
-    name: str = ""  # for its maker; a whole file needs none
+    name: str = ""  # for the code that makes it; a whole file needs none
 
     @property
     def end(self) -> int:
         return self.start + self.num_bytes
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the part is there, byte by byte."""
+        """Whether the part exists, with the right content."""
         path = folder / self.file
         if not path.is_file() or path.stat().st_size < self.end:
             return False
@@ -57,11 +57,11 @@ class Part:
 
 
 class Artifact:
-    """A folder that is whole under its name, or begun under a hidden one; it says what it was made from.
+    """A folder that is whole under its name, or begun under a hidden one; it records what it was made from.
 
-    `kind` is what it holds and the version of its form: one of another kind is refused. `flag` is the flag that
-    names the place. Its maker holds its lock (`claim`) or another that covers it. A folder that is to be begun and
-    never whole, for work that leads to something else, stands at `begun`.
+    `kind` is its content and the version of its format; another kind is refused. `flag` is the flag that sets its path.
+    The process that makes it holds its lock (`claim`) or another one that covers it. `begun` overrides the hidden path,
+    for a folder of intermediate work that never becomes whole.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Artifact:
         self.begun = unfinished_path(path) if begun is None else begun
         self._parts: list[Part] = []
         self._unsaved: list[Part] = []
-        self._files: dict[str, int] = {}  # open ones, by name
+        self._files: dict[str, int] = {}  # descriptors of open files, by name
         self._lock: IO | None = None
 
     def claim(self) -> None:
-        """Own it until this process ends or calls `release`; UserError names another owner."""
+        """Own it until this process ends or calls `release`. UserError naming the owner if it has another one."""
         self._lock = hold_lock(self.path, self.flag)
 
     def release(self) -> None:
@@ -85,7 +85,8 @@ class Artifact:
             self._lock = None
 
     def is_there(self) -> bool:
-        """Own it, and say whether it is there, whole to the last byte. UserError names what is not as it was written."""
+        """Own it, and return whether it is there and whole. UserError naming any file that differs from what was
+        written."""
         self.claim()
         if self.look() != "whole":
             return False
@@ -95,13 +96,13 @@ class Artifact:
         return True
 
     def look(self, accepted: Collection[str] = (), free_when_whole: Collection[str] = (), **words: Any) -> str:
-        """What is there: "whole", "begun" or "absent". The caller owns it.
+        """The state on disk: "whole", "begun" or "absent". The caller owns it.
 
-        UserError when it was made from something else, but for names in `accepted` and, where it is whole, in
-        `free_when_whole`, or is not as it was written. `words` are those of check_unchanged.
+        UserError if it was damaged, or if it was made from something else, except for names in `accepted` and, if it is
+        whole, in `free_when_whole`. `words` are passed to check_unchanged.
         """
         if not self.path.exists() and (self.begun / MANIFEST).exists():
-            self._put_in_place()  # killed when only that was missing
+            self._put_in_place()  # a job was killed just before this rename
         if self.path.exists():
             old = read_whole(self.path, self.kind, self._again(self.path))["made_from"]
             new = self.made_from | {name: old[name] for name in free_when_whole if name in old}
@@ -111,11 +112,11 @@ class Artifact:
         return self.look_begun(accepted, **words)
 
     def look_begun(self, accepted: Collection[str] = (), **words: Any) -> str:
-        """As `look`, where it can't be whole."""
+        """Like `look`, for an artifact that can't be whole."""
         begun = self.begun / BEGUN
         if not begun.exists():
             for path in self.begun.iterdir() if self.begun.exists() else ():
-                if not path.name.startswith("."):  # what was written before begun.json had its name
+                if not path.name.startswith("."):  # left by a version that wrote no begun.json
                     _check_kind(self.begun, {}, self.kind, self._again(self.begun))
             return "absent"
         try:
@@ -127,9 +128,9 @@ class Artifact:
         return "begun"
 
     def begin(self, anew: bool = False) -> list[Part]:
-        """Open what was begun, or begin (`anew`: in any case), and return the parts that are told of, unchecked.
+        """Open what was begun, or begin (`anew`: in any case), and return the recorded parts, unchecked.
 
-        The caller looks at them in order and calls `keep` with those that it goes on from.
+        The caller checks them in order and calls `keep` with those that it continues from.
         """
         if anew:
             remove_unfinished(self.path)
@@ -153,9 +154,9 @@ class Artifact:
             file.writelines(_line(part) for part in self._parts)
 
     def write(self, file: str, content: Any, start: int = 0, name: str = "") -> None:
-        """Write a part, bytes or an array, at `start` of a file; nothing tells of it before `save` or `publish`."""
+        """Write a part, bytes or an array, at `start` of a file; it is recorded only by `save` or `publish`."""
         left = memoryview(content).cast("B")
-        # Hashed in memory, so that what a bad disk makes of it is noticed too.
+        # Hashed in memory, so that corruption by a bad disk is detected too.
         part = Part(file, start, left.nbytes, hashlib.sha256(left).hexdigest(), name)
         if file not in self._files:
             self._files[file] = os.open(self.begun / file, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -165,7 +166,7 @@ class Artifact:
         self._unsaved.append(part)
 
     def save(self) -> None:
-        """Bring the parts written so far to the disk, and only then the word that they are there."""
+        """Sync the parts written so far to disk, and only then record them."""
         self._close_files()
         if not self._unsaved:
             return
@@ -176,13 +177,13 @@ class Artifact:
         self._parts, self._unsaved = self._parts + self._unsaved, []
 
     def drop(self, file: str) -> None:
-        """Remove a file with its parts: it served only to go on from."""
+        """Remove a file and its parts, which were only needed for resuming."""
         self.save()
         self._parts = [part for part in self._parts if part.file != file]
         (self.begun / file).unlink(missing_ok=True)
 
     def seal(self) -> None:
-        """Save all; what other writers put into the folder becomes a part, a file each. `publish` does it too."""
+        """Save all parts; each file that other code wrote into the folder becomes a part. `publish` does this too."""
         self.save()
         known = {part.file for part in self._parts} | {BEGUN, _PARTS, MANIFEST}
         for path in sorted(self.begun.iterdir()):
@@ -194,18 +195,18 @@ class Artifact:
             file.write(_manifest(self.kind, self.made_from, [asdict(part) for part in self._parts]))
 
     def publish(self) -> None:
-        """Make it whole: everything is on the disk, and it has its name. One that stands there is replaced."""
+        """Make it whole: sync everything to disk and give it its name, replacing any previous one."""
         if not (self.begun / MANIFEST).exists():
             self.seal()
         self._put_in_place()
 
     def discard(self) -> None:
-        """Remove what was begun, after an error that nothing can be kept of."""
+        """Remove what was begun, after an error that leaves nothing worth keeping."""
         self._close_files(sync=False)
         remove_unfinished(self.path)
 
     def check_room(self, num_bytes: int) -> None:
-        """UserError when the disk has no room for `num_bytes` in all."""
+        """UserError if the disk has no room for `num_bytes` in total."""
         more = num_bytes - sum(path.stat().st_blocks * 512 for path in self.begun.iterdir())
         if more > (free := free_bytes(self.begun)):
             raise UserError(
@@ -215,7 +216,8 @@ class Artifact:
 
     @contextmanager
     def or_named(self, what: str, kept: str) -> Iterator[None]:
-        """A disk that fails inside is the user's to cure: UserError with what is made, what is free, what is kept."""
+        """Turn disk errors inside the block into a UserError that says what is being made, what is free and what is
+        kept."""
         with written_or_named(self.path, f"{kept}. Cure that and start the same command again", what):
             yield
 
@@ -239,9 +241,9 @@ class Artifact:
 
 
 def read_whole(path: Path, kind: str, cure: str) -> dict[str, Any]:
-    """The manifest of a whole artifact, after a look at the sizes of its files.
+    """The manifest of a whole artifact, after checking the sizes of its files.
 
-    UserError with the `cure` when it is not as it was written, or of another kind or version.
+    UserError with the `cure` if it is damaged, or of another kind or version.
     """
     problem, manifest = inspect(path, kind, every_byte=False, cure=cure)
     if problem is not None:
@@ -252,14 +254,14 @@ def read_whole(path: Path, kind: str, cure: str) -> dict[str, Any]:
 def inspect(
     path: Path, kind: str, every_byte: bool = True, cure: str = "go on with the version that wrote it"
 ) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with a whole artifact, naming the file (None: nothing), and its manifest, parts as `Part`s.
+    """What is wrong with a whole artifact, naming the file (None: nothing), and its manifest, with parts as `Part`s.
 
-    Each byte is compared with what was written, or the sizes only. UserError when it is of another kind or version.
+    Compares hashes of the content, or only sizes unless `every_byte`. UserError if it is of another kind or version.
     """
     try:
         text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
-        if "format_version" not in manifest:  # which the manifests of earlier versions have
+        if "format_version" not in manifest:  # earlier versions wrote one, and no hash of the manifest
             if text != _manifest(manifest["kind"], manifest["made_from"], manifest["parts"]):
                 return f"{MANIFEST} was changed", {}
         _check_kind(path, manifest, kind, cure)
@@ -299,7 +301,8 @@ def _check_kind(path: Path, content: Mapping[str, Any], kind: str, cure: str) ->
 
 
 def _manifest(kind: str, made_from: Mapping[str, str], parts: list[dict[str, Any]]) -> bytes:
-    """The one text for this content; with a hash of its own, so that no change of it goes unnoticed."""
+    """The text of the manifest, the same for the same content; it includes its own hash, so that changes are
+    detected."""
     content = {"kind": kind, "made_from": made_from, "parts": parts}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n").encode()
@@ -310,7 +313,7 @@ def _line(part: Part) -> str:
 
 
 def _told(text: str) -> Iterator[Part]:
-    """The parts that lines tell of; the last line may have been cut off by a crash, and ends them."""
+    """The parts recorded in `text`, up to a line that was cut off by a crash."""
     for line in text.splitlines(keepends=True):
         try:
             if not line.endswith("\n"):

@@ -1,7 +1,7 @@
-"""Files and folders that are whole under their name or absent, on the disk when we say so, and owned by one job.
+"""Files and folders that are whole under their name or absent, synced to disk, and owned by one job.
 
-What is not whole yet stands under a hidden name beside it. Hidden names, locks, fsync and renames are spelled in this
-room alone.
+Anything unfinished has a hidden name in the same folder. Only this subpackage uses hidden names, locks, fsync and
+renames.
 """
 
 import errno
@@ -20,7 +20,7 @@ from typing import IO
 
 from ds_embed.settings.errors import UserError
 
-# What a disk or its owner refuses; other errors of the system are bugs.
+# Errors of the disk or its permissions; other system errors are bugs.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 _DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _NO_LOCKS_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def sync_path(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on the disk when this returns."""
+    """Sync a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,19 +41,19 @@ def sync_path(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have everything in a folder on the disk when this returns."""
+    """Sync everything in a folder to disk."""
     for path in (*folder.rglob("*"), folder):
         sync_path(path)
 
 
 def sync_file(file: IO) -> None:
-    """Have what was written to an open file on the disk when this returns."""
+    """Sync what was written to an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sha256_of(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
-    """SHA-256 of a file, or of `num_bytes` bytes (as many of them as there are) from `start` on."""
+    """SHA-256 of a file from `start` on, or of at most `num_bytes` bytes of it."""
     digest, left = hashlib.sha256(), num_bytes
     with open(path, "rb") as file:
         file.seek(start)
@@ -67,9 +67,9 @@ def sha256_of(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
 def written_or_named(
     path: Path, cure: str = "cure that and start the same command again", name: str | None = None
 ) -> Iterator[None]:
-    """What the disk refuses inside is the user's to cure: a UserError with the reason and what is free.
+    """Turn disk errors inside the block into a UserError with the reason and the free space.
 
-    It calls what can't be written `name`, or `path`. An error that names a file elsewhere is not about `path`.
+    The message says that `name` (default: `path`) can't be written. Errors that name a file elsewhere are passed on.
     """
     try:
         yield
@@ -83,12 +83,12 @@ def written_or_named(
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that are free where `path` is or would be."""
+    """Free bytes on the disk where `path` is or would be."""
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
 def unfinished_path(path: Path, own: bool = False) -> Path:
-    """Where `path` stands until it is whole; with `own`, a place that no other process or thread uses."""
+    """The hidden path of `path` until it is whole; with `own`, one that no other process or thread uses."""
     owner = f"@{host_name()}@{os.getpid()}-{secrets.token_hex(4)}" if own else ""
     return path.with_name(f"{UNFINISHED}{path.name}{owner}")
 
@@ -98,7 +98,7 @@ def host_name() -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it. UserError where the file system takes none, as in /proc."""
+    """Make a folder and its parents. UserError if the file system allows no folder there, as in /proc."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, or what a process that was killed in here left of it, so that it is never seen in part."""
+    """Remove a file or folder, never visible half-removed, or what a process that was killed in here left of it."""
     removed = path.with_name(f"{_REMOVED}{path.name}")
     delete(removed)
     if path.is_symlink() or path.exists():
@@ -124,7 +124,7 @@ def remove_unfinished(path: Path, inside: bool = False) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged, so that it neither counts nor is in the way, and return where it is kept."""
+    """Rename a damaged folder, so that it is neither used nor in the way, and return its new path."""
     for number in range(1, 10_000):
         away = path.with_name(f"{path.name}.damaged{number}")
         if not away.exists():
@@ -133,7 +133,7 @@ def set_aside(path: Path) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Remove a hidden file or folder; what the disk does not let go stays."""
+    """Remove a hidden file or folder; anything that can't be removed stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -142,9 +142,10 @@ def delete(path: Path) -> None:
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:
-    """Give `unfinished`, which is on the disk, the name `path`; what stands there is replaced.
+    """Give `unfinished`, which has been synced, the name `path`, replacing what is there.
 
-    A folder can't be replaced in one call: killed between the two, neither stands there, and `unfinished` is whole.
+    A folder can't be replaced in one call: after a kill between the two renames, `path` is absent and `unfinished`
+    whole.
     """
     replaced = path.with_name(f"{_REMOVED}{path.name}")
     if path.is_dir() and unfinished.is_dir() and any(path.iterdir()):
@@ -157,7 +158,7 @@ def put_in_place(unfinished: Path, path: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path, binary: bool = False) -> Iterator[IO]:
-    """As replaced_when_whole, for those who say themselves what it means when the disk does not take the file."""
+    """Like replaced_when_whole, for callers that report disk errors themselves."""
     temporary = unfinished_path(path, own=True)
     try:
         with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -172,7 +173,7 @@ def written_whole(path: Path, binary: bool = False) -> Iterator[IO]:
 def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
     """A text (or binary) file that takes the name `path` only when the block ends without an error.
 
-    Who writes by name opens `file.name`. UserError naming it, and what is free, when the disk does not take it.
+    Code that writes by name opens `file.name`. On disk errors, UserError with the path and the free space.
     """
     with written_or_named(path):
         make_folder(path.parent)
@@ -182,9 +183,9 @@ def replaced_when_whole(path: Path, binary: bool = False) -> Iterator[IO]:
 
 @contextmanager
 def folder_when_whole(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `path` when the block ends without an error; what stands there goes.
+    """A folder to fill that takes the name `path`, replacing what is there, when the block ends without an error.
 
-    UserError naming it, and what is free, when the disk does not take it.
+    On disk errors, UserError with the path and the free space.
     """
     temporary = unfinished_path(path, own=True)
     try:
@@ -198,7 +199,7 @@ def folder_when_whole(path: Path) -> Iterator[Path]:
 
 
 def check_writable_folder(flag: str, path: Path) -> None:
-    """UserError unless the folder `path`, which need not exist yet, can be written."""
+    """UserError unless the folder `path`, which need not exist yet, is writable."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{flag} {path}: is a file; give a folder")
     parent = next(p for p in [path, *path.parents] if p.exists())
@@ -209,10 +210,10 @@ def check_writable_folder(flag: str, path: Path) -> None:
 
 
 def hold_lock(path: Path, flag: str, *, inside: bool = False, wait: bool = False) -> IO | None:
-    """Own `path` for as long as the returned file lives; the system frees it however we end.
+    """Own `path` while the returned file is open; the system releases it however this process ends.
 
-    The lock is a file beside `path`, or `inside` a folder. When another process owns it: `wait`, or UserError naming
-    `flag`, `path` and the owner. On a file system without locks a warning says so, nothing is held, and None returned.
+    The lock is a file beside `path`, or `inside` a folder. If another process owns it: `wait`, or UserError naming
+    `flag`, `path` and the owner. On a file system without locks it logs a warning, holds nothing and returns None.
     """
     lock = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
     with written_or_named(lock):

@@ -1,5 +1,5 @@
-"""What decides the content of something that is made, as short strings by name: so that work that goes on is the same
-work, or says what changed."""
+"""What determines the content of an output, as short strings by name, so that resumed work is the same work or reports
+what changed."""
 
 import hashlib
 import logging
@@ -14,19 +14,19 @@ from ds_embed.settings.errors import UserError
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 _CONFIGS = ("config.json", "adapter_config.json")
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
-_BEFORE = {"vector_dtype": "float32"}  # what a setting was before there was one
+_BEFORE = {"vector_dtype": "float32"}  # values of settings that older versions did not have
 
 logger = logging.getLogger(__name__)
 
 
 def identify_model(base: str, adapter: str | os.PathLike | None, commit: str | None) -> dict[str, str]:
-    """Weights and configs of a model. `commit` is the revision of a `base` that comes from the hub."""
+    """Identify a model's weights and configs. `commit` is the revision of a `base` that comes from the hub."""
     on_it = "none" if adapter is None else identify_weights(str(adapter))
     return {"base_model": identify_weights(base, commit), "adapter": on_it}
 
 
 def identify_weights(name: str, commit: str | None = None) -> str:
-    """The weight files and configs of a model's folder; of a name on the hub, the name and its revision."""
+    """Identify the weight files and configs of a model's folder, or a model on the hub by its name and revision."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name} at revision {commit}"
@@ -37,18 +37,18 @@ def identify_weights(name: str, commit: str | None = None) -> str:
 
 
 def identify_large(paths: Iterable[Path]) -> str:
-    """The content of large files, from their sizes and 64 blocks of each: whole files could be hundreds of GB."""
+    """Identify large files by their sizes and 64 blocks of each, since whole files could be hundreds of GB."""
     digest, num_bytes = _sampled(sorted(paths))
     return f"{digest} ({num_bytes:,} bytes)"
 
 
 def identify_texts(paths: Iterable[str | os.PathLike]) -> str:
-    """The content of files by their SHA-256, so moving or touching them changes nothing."""
+    """Identify files by the SHA-256 of their content, so that moving or touching them changes nothing."""
     return ", ".join(sha256_of(Path(path))[:16] for path in paths)
 
 
 def identify_files(manifest: Mapping[str, Any]) -> str:
-    """As identify_texts, of the files of a token store, which were hashed as they were read."""
+    """Like identify_texts, for the files of a token store, which were hashed as they were read."""
     return ", ".join(f"{file['sha256'][:16]} ({file['num_records']:,} records)" for file in manifest["files"])
 
 
@@ -67,10 +67,10 @@ def check_unchanged(
     acceptable: Collection[str] = (),
     so_that: str = "goes on all the same",
 ) -> None:
-    """UserError with every change of what `path` was made from that `accepted` does not name, and the cure.
+    """UserError with the cure and every change in what `path` was made from that is not in `accepted`.
 
-    A name that only one side knows belongs to another version of ds_embed. `acceptable` are the names that
-    --accept_changes takes, and `so_that` what comes of it; changes that were accepted are logged as warnings.
+    A name that only one side has comes from another version of ds_embed and is not compared. `acceptable` are the names
+    that --accept_changes takes, and `so_that` says what it does; accepted changes are logged as warnings.
     """
     old = _BEFORE | old
     unknown = [name for name in accepted if name not in acceptable]
@@ -89,7 +89,7 @@ def check_unchanged(
 
 
 def _sampled(paths: Iterable[Path]) -> tuple[str, int]:
-    """A hash of names, sizes and blocks spread over files, and their bytes in all."""
+    """A hash of the names, sizes and evenly spaced blocks of files, and their total bytes."""
     digest, num_bytes = hashlib.sha256(), 0
     for path in paths:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""A folder that any number of jobs may want at once, such as a token store: one makes it, the others wait for it."""
+"""A folder that many jobs may need at once, such as a token store: one builds it, and the others wait for it."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ from ds_embed.artifact.durable import (
 )
 from ds_embed.settings.errors import UserError
 
-# A build of another machine is taken for dead when nothing in its folder was written for this long.
+# A build on another machine counts as dead when nothing in its folder was written for this long.
 _DEAD_AFTER_SECONDS = 24 * 3600
 
 logger = logging.getLogger(__name__)
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 def obtain_folder(
     final: Path, what: str, flag: str, problem_of: Callable[[Path], str | None], write: Callable[[Path], None]
 ) -> Path:
-    """Reuse the whole folder `final`, or have `write(folder)` fill one and put it there.
+    """Reuse the folder `final` if it is whole; otherwise have `write(folder)` fill one and move it there.
 
-    problem_of: what is wrong with a folder, None where it is whole. On file systems without locks each process
-    builds, and the first to finish wins. Which of the two happened is logged, with `what` it is. UserError that names
-    `flag` when the disk does not take it; nothing half-done is left behind then.
+    problem_of(folder) says what is wrong with a folder, None if it is whole. On file systems without locks each process
+    builds, and the first to finish wins. Reuse and build are logged, with `what` the folder is. On disk errors,
+    UserError naming `flag`; nothing unfinished is left behind.
     """
     if _is_whole(final, what, problem_of):
         return final
@@ -56,7 +56,7 @@ def obtain_folder(
         try:
             folder.rename(final)
         except OSError:
-            # Without locks another process may have finished first; its folder is as good as ours.
+            # Without locks another process may have finished first; its folder is equivalent to ours.
             if problem_of(final) is not None:
                 raise
         sync_path(final.parent)
@@ -71,8 +71,8 @@ def _is_whole(final: Path, what: str, problem_of: Callable[[Path], str | None]) 
 
 
 def clear_damaged(final: Path, problem_of: Callable[[Path], str | None]) -> None:
-    """Make room where a folder of this name stands that is not whole: its files were lost or cut."""
-    # Existence first: a folder that appears between the two looks was put there whole by another process.
+    """Remove an existing folder `final` that is not whole because files were lost or truncated."""
+    # Check existence first: a folder that appears between the two checks was put there whole by another process.
     problem = problem_of(final) if final.exists() else None
     if problem is not None:
         logger.warning("%s: %s; it is replaced by a new build", final, problem)
@@ -80,11 +80,11 @@ def clear_damaged(final: Path, problem_of: Callable[[Path], str | None]) -> None
 
 
 def _remove_dead_builds(locked: Path) -> None:
-    """Remove what killed builds left in a folder. The caller holds the lock of `locked`.
+    """Remove what killed builds left in the parent folder of `locked`, whose lock the caller holds.
 
-    A build holds its lock while it lives, so one whose lock is free is dead. That is sure only on the machine that
-    it ran on (network file systems may keep locks to one machine); a build of another machine must also have been
-    silent for a day.
+    A build holds its lock while it runs, so one whose lock is free is dead. This is certain only on the machine where
+    it ran (on network file systems locks may be local to a machine); a build on another machine must also have written
+    nothing for a day.
     """
     for folder in locked.parent.glob(f"{UNFINISHED}*@*@*"):
         name, host, _ = folder.name.removeprefix(UNFINISHED).rsplit("@", 2)
@@ -101,6 +101,6 @@ def _remove_dead_builds(locked: Path) -> None:
 def _last_written(folder: Path) -> float:
     times = []
     for path in (folder, *folder.glob("*")):
-        with contextlib.suppress(FileNotFoundError):  # it may be removed or renamed under our eyes
+        with contextlib.suppress(FileNotFoundError):  # it may be removed or renamed concurrently
             times.append(path.stat().st_mtime)
     return max(times, default=time.time())

@@ -1,4 +1,4 @@
-"""Work that leads to something else, done chunk by chunk: begun, gone on with after a kill, removed at the end.
+"""Intermediate work, done chunk by chunk: it is resumed after a kill and removed at the end.
 
 WORK/chunk_XXXXXX.npz   a part of the artifact for every chunk that is done
 WORK/NAME/              folders that have their name only when they are whole
@@ -17,21 +17,22 @@ from ds_embed.settings.errors import UserError
 
 
 class WorkFolder(Artifact):
-    """The folder of such work. `made_from` is all that decides the outcome; see Artifact."""
+    """A folder of intermediate work. `made_from` is everything that determines the result; see Artifact."""
 
     def __init__(self, path: Path, kind: str, flag: str, made_from: dict[str, str]):
         super().__init__(path, kind, flag, made_from, begun=path)
         self._done: set[str] = set()
 
     def open(self) -> bool:
-        """Make the folder and own it, or take up the one that is there; True if it was. UserError: another job's."""
+        """Make and own the folder, or resume the existing one. True if work is resumed. UserError if another job owns
+        it."""
         names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if BEGUN not in names and any(not name.startswith(".") for name in names):
             raise UserError(
                 f"{self.flag} {self.path}: is no work folder of this recipe; choose another or an empty one"
             )
         self._lock = hold_lock(self.path, self.flag, inside=True)
-        # One that ended before its first part, as on a bad record, holds nothing that other inputs would spoil.
+        # If it ended before its first part, as on a bad record, there is nothing that other inputs would invalidate.
         has_parts = any(entry.is_dir() or entry.suffix == ".npz" for entry in self.path.glob("[!.]*"))
         was_there = has_parts and self.look_begun() == "begun"
         kept = [part for part in self.begin() if part.is_in(self.begun)]
@@ -40,7 +41,7 @@ class WorkFolder(Artifact):
         return was_there
 
     def obtain(self, name: str, write: Callable[[Path], object]) -> Path:
-        """The folder `name`, filled by `write` if it is not there."""
+        """The folder `name`; if it does not exist, `write` fills it."""
         final = self.path / name
         if not final.exists():
             remove_unfinished(final)
@@ -62,6 +63,6 @@ class WorkFolder(Artifact):
             self.save()
 
     def remove(self) -> None:
-        """Remove the folder, whole or half removed before."""
+        """Remove the folder, even if an earlier removal was interrupted."""
         self.release()
         remove(self.path)

@@ -1,4 +1,4 @@
-"""What a process needs to become a rank: the launcher's environment, its memory, DeepSpeed's own start."""
+"""Turn a process into a rank: read the launcher's environment, configure malloc and initialize DeepSpeed."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ def read_environment() -> tuple[int, int, int, int]:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in names if name in os.environ]
     if not present:
-        # Port 0 is any free one, taken when the store of the one rank opens: chosen before, another could take it.
+        # Port 0 means any free port, bound when the store opens; a port chosen earlier could be taken meanwhile.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     elif len(present) < len(names):
         missing = [name for name in names if name not in os.environ]
@@ -22,7 +22,7 @@ def read_environment() -> tuple[int, int, int, int]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     os.environ["LOCAL_RANK"] = str(local_rank)
-    # The deepspeed launcher calls it LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+    # The deepspeed launcher calls this LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
     return rank, size, local_rank, local_size
 
@@ -30,8 +30,8 @@ def read_environment() -> tuple[int, int, int, int]:
 def choose_device(local_rank: int, num_visible: int) -> int:
     """The index of this rank's GPU among those that its process sees.
 
-    Slurm's --gpus-per-task=1 and --gpu-bind show each task its own GPU alone, which is then number 0.
-    UserError when a rank finds no GPU of its own.
+    With Slurm's --gpus-per-task=1 or --gpu-bind, each task sees only its own GPU, which then has index 0. UserError
+    when a rank finds no GPU of its own.
     """
     if num_visible == 1:
         return 0
@@ -45,10 +45,10 @@ def choose_device(local_rank: int, num_visible: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what a step frees, since the next step asks for it again.
+    """Let malloc keep the memory that a step frees, since the next step needs it again.
 
-    By default glibc hands large blocks back to the kernel at once, and every step pays for fresh
-    zeroed pages: a tenth of a CPU training step. The peak is the same.
+    By default glibc returns large blocks to the kernel at once, so every step pays for freshly zeroed pages: a tenth of
+    a CPU training step. Peak memory is unchanged.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
@@ -58,16 +58,16 @@ def keep_freed_memory() -> None:
 
 
 def join_deepspeed(device) -> None:
-    """Let DeepSpeed adopt the process group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it warns that it had to find out
-    # Notices about calls between these libraries, which a user can do nothing about.
+    """Let DeepSpeed adopt the existing process group."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # otherwise DeepSpeed warns that it had to detect it
+    # Warnings about how these libraries call each other, which a user can't act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|transformers.modeling_utils")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
     if device.type == "cpu":
-        # On first use DeepSpeed compiles a shared-memory all-reduce that only tensor-parallel inference
-        # calls. Ranks that compile it at once race, and a killed build leaves a lock on which later
-        # runs hang: declare it absent, nothing here needs it.
+        # On first use DeepSpeed compiles a shared-memory all-reduce that only tensor-parallel inference calls. Ranks
+        # that compile it simultaneously race, and a killed build leaves a lock on which later runs hang. Nothing here
+        # needs it, so declare it unavailable.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)

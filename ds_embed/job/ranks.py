@@ -1,4 +1,4 @@
-"""The ranks of a job: start, end, and every collective. No other module talks to other ranks.
+"""The ranks of a job: startup, shutdown and all collectives. No other module communicates between ranks.
 
 Shapes: W ranks, n_r rows held by rank r, R = sum of n_r, D dimensions.
 """
@@ -20,14 +20,14 @@ from ds_embed.job.watchdog import Watch
 from ds_embed.settings.errors import UserError
 
 EXIT_USER_ERROR = 2
-EXIT_REQUEUE = 85  # stopped by a signal with its work saved: start the same command again
-_NEWS_SECONDS = 5.0  # a failure is known to all ranks about a second after it, later where hosts are busy
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time before they kill
+EXIT_REQUEUE = 85  # stopped by a signal, with its work saved: the same command continues it
+_NEWS_SECONDS = 5.0  # a failure reaches all ranks within about a second, later if hosts are busy
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time before killing a job
 _world: "World | None" = None
 
 
 class FailedElsewhere(Exception):
-    """Another rank met an error and has reported it; this rank only has to stop."""
+    """Another rank failed and has reported the error; this rank only has to stop."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class World:
     local_size: int
     device: Any  # torch.device
     store: Any  # torch.distributed.Store, hosted by rank 0
-    watch: Watch | None = None  # where there are several ranks
-    _main_calls: Iterator[int] = field(default_factory=itertools.count)  # the same on every rank
+    watch: Watch | None = None  # only with several ranks
+    _main_calls: Iterator[int] = field(default_factory=itertools.count)  # the same count on every rank
 
     @classmethod
     def alone(cls) -> "World":
-        """The only rank of a job without a process group, on the CPU: for work in one process, and for tests."""
+        """The only rank of a job, on the CPU and without a process group: for single-process work and tests."""
         import torch
 
         return cls(0, 1, 0, 1, torch.device("cpu"), None)
@@ -55,19 +55,19 @@ class World:
         return self.rank == 0
 
     def mark(self, phase: str | None = None, step: int | None = None) -> None:
-        """Note for the watchdog where this rank stands. All ranks must pass the same marks in the same order."""
+        """Record this rank's progress for the watchdog. All ranks must make the same marks in the same order."""
         if self.watch is not None:
             self.watch.mark(phase, step)
 
     def set_timeouts(self, rank_timeout_seconds: float, stall_timeout_seconds: float) -> None:
-        """How long the watchdog waits for a rank that is stopped or silent, and for one that others wait for."""
+        """Set how long the watchdog waits for a stopped or silent rank, and for one that holds up the others."""
         if self.watch is not None:
             self.watch.set_timeouts(rank_timeout_seconds, stall_timeout_seconds)
 
     def all_gather_rows(self, rows, counts: list[int]):
         """Concatenate (n_r, D) rows of all ranks, in rank order, into (R, D) on every rank.
 
-        `counts` holds n_r of every rank: all ranks know it from the plan, so it is not sent.
+        `counts` holds n_r of every rank. All ranks know it from the plan, so it is not communicated.
         """
         import torch
         import torch.distributed as dist
@@ -80,14 +80,14 @@ class World:
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty((self.size * longest, *rows.shape[1:]))
         self.mark()
-        # torch 2.13 renamed the call and warns at the old name.
+        # torch 2.13 renamed this call and warns about the old name.
         getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, padded)
         return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
     def rows_in_turn(self, sizes: list[int], rows_of: Callable[[int | None], Any]) -> list[Any]:
-        """The rows (sizes[i], ...) of every item i, arrays in order, on every rank; rank r computes r, r + W, ...
+        """Return the rows (sizes[i], ...) of every item i, in order, on every rank; rank r computes items r, r + W, ...
 
-        rows_of(None) makes no rows, (0, ...): so every rank calls it equally often, as ZeRO-3 wants.
+        Every rank calls rows_of equally often, as ZeRO-3 requires; rows_of(None) returns no rows, shape (0, ...).
         """
         import torch
 
@@ -135,7 +135,7 @@ class World:
         return tensor.tolist()
 
     def broadcast(self, tensor):
-        """Rank 0's tensor on every rank, in place; the others pass one of its shape and dtype."""
+        """Copy rank 0's tensor into `tensor` on every rank; all must have the same shape and dtype."""
         import torch.distributed as dist
 
         if self.size > 1:
@@ -153,10 +153,9 @@ class World:
     def on_main(self, what: str, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 and return its (picklable) result on every rank.
 
-        However long it takes: the others poll the store that rank 0 hosts, so there is no
-        collective to time out, and they stop as soon as rank 0 fails or disappears.
-        Every rank must make the same calls in the same order; `what` only says in messages what is being done.
-        Raises FailedElsewhere on the other ranks when `work` raises.
+        It may take any length of time: the others poll the store that rank 0 hosts, so no collective can time out, and
+        they stop as soon as rank 0 fails or disappears. Every rank must make the same calls in the same order; `what`
+        describes the work in messages. Raises FailedElsewhere on the other ranks if `work` raises.
         """
         if self.size == 1:
             return work()
@@ -184,16 +183,16 @@ class World:
 def initialize() -> World:
     """Join the job that the launcher's environment describes, or be the only rank of a new one.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as set by
-    `deepspeed`, `torchrun` or slurm/train.sh. Errors: UserError when they are set in part.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as set by `deepspeed`, `torchrun`
+    or slurm/train.sh. UserError if only some of them are set.
     """
     global _world
     if _world is not None:
         return _world
     rank, size, local_rank, local_size = read_environment()
-    # DeepSpeed reports every default it takes at INFO level; what a user has to know, we print.
+    # At INFO level DeepSpeed reports every default it uses; we print what a user needs to know.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    # Micro-batches differ in shape: without this the allocator cuts its blocks and can't put them together again.
+    # Micro-batches differ in shape, which without this setting fragments the allocator's memory.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
@@ -201,13 +200,13 @@ def initialize() -> World:
 
     if torch.cuda.is_available():
         index = choose_device(local_rank, torch.cuda.device_count())
-        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes its device from it
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed chooses its device by this
         torch.cuda.set_device(index)
         device, backend = torch.device("cuda", index), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
-            # Ranks that each start a thread per core fight over the cores and run many times slower.
+            # Ranks that each start a thread per core compete for the cores and run many times slower.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         keep_freed_memory()
     store = _meet(rank, size)
@@ -219,9 +218,9 @@ def initialize() -> World:
 
 
 def _meet(rank: int, size: int) -> Any:
-    """The store that rank 0 hosts at MASTER_ADDR:MASTER_PORT, once all ranks have found it.
+    """Return the store that rank 0 hosts at MASTER_ADDR:MASTER_PORT, once this rank has joined it.
 
-    Where another job holds the port, rank 0 can't listen, and the others would join that job and end it with them.
+    If another job holds the port, rank 0 can't listen, and the others would join that job and take it down with them.
     """
     import torch.distributed as dist
 
@@ -241,16 +240,16 @@ def _meet(rank: int, size: int) -> Any:
 
 
 def run_recipe(main: Callable[[], Any]) -> int:
-    """Run a recipe and turn its end into an exit code, with one message however many ranks fail.
+    """Run a recipe and return its exit code, with a single message however many ranks fail.
 
-    A UserError is the user's to cure: one line, code 2. Any other exception is a bug of ours or of a library: the
-    traceback, code 1. After an error the process leaves at once and enters no collective.
-    SIGTERM and SIGUSR1 end it with EXIT_REQUEUE, unless the work handles them itself.
+    A UserError is for the user to fix: one line, code 2. Any other exception is a bug of ours or of a library: its
+    traceback, code 1. After an error the process exits at once and enters no collective. SIGTERM and SIGUSR1 end it
+    with EXIT_REQUEUE unless the recipe handles them itself.
     """
     global _world
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it misses kernels for 4 bits
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of missing kernels
     for number in STOP_SIGNALS:
         signal.signal(number, _stop_at_once)
     try:
@@ -258,7 +257,7 @@ def run_recipe(main: Callable[[], Any]) -> int:
         code = 0
     except BaseException as error:
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # it is ending
+            signal.signal(number, signal.SIG_IGN)  # already exiting
         code = _report(error)
         if isinstance(error, SystemExit) and code == 0:
             return 0
@@ -270,7 +269,7 @@ def run_recipe(main: Callable[[], Any]) -> int:
         if _world.watch is not None:
             _world.watch.leave(code)
         _leave_after_others(_world)
-        # Exit handlers of libraries may wait for ranks that are gone.
+        # Libraries' exit handlers may wait for ranks that are gone.
         os._exit(code)
     import torch.distributed as dist
 
@@ -278,12 +277,12 @@ def run_recipe(main: Callable[[], Any]) -> int:
     if _world.watch is not None:
         _world.watch.leave(0)
     dist.destroy_process_group()
-    _world = None  # a recipe that is called next in this process is a job of its own
+    _world = None  # the next recipe called in this process is a separate job
     return code
 
 
 def _report(error: BaseException) -> int:
-    """Say what ended the recipe, unless another rank has, and return the exit code."""
+    """Report what ended the recipe, unless another rank has done so, and return the exit code."""
     if isinstance(error, SystemExit):  # --help, or a recipe that chose its own code
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, FailedElsewhere):
@@ -298,7 +297,7 @@ def _report(error: BaseException) -> int:
         return EXIT_USER_ERROR
     code = None
     if isinstance(error, RuntimeError) and _world is not None and _world.watch is not None:
-        code = _world.watch.wait_for_news(10.0)  # of a rank whose end made a collective of this one fail
+        code = _world.watch.wait_for_news(10.0)  # about a rank whose exit made a collective fail here
     if code is None:
         trace = "".join(traceback.format_exception(error))
         print(f"[rank {os.environ.get('RANK', 0)}]", trace, file=sys.stderr)
@@ -306,12 +305,12 @@ def _report(error: BaseException) -> int:
 
 
 def _stop_at_once(number: int, frame: Any) -> None:
-    """A scheduler wants the job to stop, and there is nothing to save: the same command starts again.
+    """Stop at a scheduler's request when there is nothing to save: the same command continues the work.
 
-    No exception, since libraries that are being imported swallow those; all that we write may end at any instant.
-    The signal may also be the launcher's answer to a rank that failed. The highest exit code is the job's, so
-    EXIT_REQUEUE would bring the mistake back into the queue: a rank that hears of the failure takes its code, and one
-    that has not met the others yet ends as signals end it.
+    It raises no exception, since libraries that are being imported would swallow it; all our writes may be interrupted
+    at any time. The signal may also be the launcher's response to a failed rank. The job's exit code is the highest of
+    its ranks, so EXIT_REQUEUE would requeue a job that fails again. A rank that learns of a failure therefore exits
+    with its code, and one that has not joined the others yet lets the signal kill it.
     """
     if _world is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         signal.signal(number, signal.SIG_DFL)
@@ -333,12 +332,12 @@ def _first_to_report() -> bool:
         return True
     try:
         return _world.store.add("error_reports", 1) == 1
-    except RuntimeError:  # rank 0 and its store are gone: it has reported
+    except RuntimeError:  # rank 0 and its store are gone, so it has reported
         return False
 
 
 def _leave_after_others(world: World) -> None:
-    """Rank 0 hosts the store, so it gives the others a moment to learn from it that the job is over."""
+    """Let rank 0, which hosts the store, wait a moment for the others to learn from it that the job is over."""
     if world.size == 1:
         return
     try:
@@ -348,4 +347,4 @@ def _leave_after_others(world: World) -> None:
             time.sleep(0.05)
             gone = world.store.add("ranks_gone", 0)
     except RuntimeError:
-        pass  # rank 0 left first: there is nobody to wait for
+        pass  # rank 0 exited first, so there is nothing to wait for

@@ -1,4 +1,4 @@
-"""A rank's side of the watchdog: where it stands is noted for its watcher, which ends the job when a rank is lost."""
+"""A rank's side of the watchdog: it records its progress for its watcher, which ends the job when a rank is lost."""
 
 import json
 import mmap
@@ -14,16 +14,16 @@ from ds_embed.job import watcher
 from ds_embed.job.watcher import EXIT_RANK_LOST, PAGE
 from ds_embed.settings.errors import UserError
 
-DEFAULT_RANK_TIMEOUT = 60.0  # seconds, until the settings are read
-DEFAULT_STALL_TIMEOUT = 540.0  # seconds: a name before the ten minutes after which NCCL gives up without one
-_START = 300.0  # seconds in which all ranks join
+DEFAULT_RANK_TIMEOUT = 60.0  # seconds; applies until the settings are read
+DEFAULT_STALL_TIMEOUT = 540.0  # seconds; names the rank before NCCL's ten minutes pass, which names none
+_START = 300.0  # seconds for all ranks to join
 
 
 class Watch:
-    """A rank's side: it notes where the rank stands and ends the rank when rank 0's watcher says so."""
+    """Records this rank's progress, and ends the rank when rank 0's watcher says so."""
 
     def __init__(self, rank: int, size: int, local_rank: int, store: Any):
-        """Start this rank's watcher and wait for those of the others. OSError when rank 0's can't be reached."""
+        """Start this rank's watcher and wait for all others. OSError if rank 0's can't be reached."""
         descriptor = os.memfd_create("ds_embed_watch")
         os.ftruncate(descriptor, PAGE.size)
         self._page = mmap.mmap(descriptor, PAGE.size)
@@ -44,9 +44,9 @@ class Watch:
         passed = (descriptor, theirs.fileno(), link.fileno())
         settings = [rank, size, local_rank, token, os.getpid(), *passed]
         self._process = subprocess.Popen(
-            # -I and -S: nothing but the standard library is looked at.
+            # -I and -S: import nothing but the standard library.
             [sys.executable, "-I", "-S", watcher.__file__],
-            env=os.environ | {watcher.SETTINGS: json.dumps(settings)},  # other users can't read it
+            env=os.environ | {watcher.SETTINGS: json.dumps(settings)},  # other users can't read the environment
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=passed,
@@ -59,23 +59,24 @@ class Watch:
             raise UserError(f"the watchdogs of the {size} ranks did not find each other at {address} in {_START:.0f} s")
 
     def set_timeouts(self, rank_timeout_seconds: float, stall_timeout_seconds: float) -> None:
-        """Rank 0's count for the job, but for the silence of rank 0's own host. 0 never ends a job."""
+        """Rank 0's values apply to the whole job, except for the silence of its own host. 0 disables a timeout."""
         self._timeouts = (rank_timeout_seconds, stall_timeout_seconds)
         self._write()
 
     def mark(self, phase: str | None = None, step: int | None = None) -> None:
-        """Pass a place that all ranks pass, in the same order: who has passed fewer is behind."""
+        """Pass a point that all ranks pass in the same order: a rank that has passed fewer is behind."""
         self._marks += 1
         self._phase = self._phase if phase is None else phase
         self._step = self._step if step is None else step
         self._write()
 
     def wait_for_news(self, seconds: float) -> int | None:
-        """The exit code of a rank that left with an error, or EXIT_RANK_LOST; None when nothing is known."""
+        """The exit code of a rank that exited with an error, or EXIT_RANK_LOST; None if no rank is known to have
+        failed."""
         return self._news_code if self._news.wait(seconds) else None
 
     def leave(self, code: int) -> None:
-        """Say that this process is about to end, so that its end is no surprise."""
+        """Announce that this process is about to exit, so that its watcher expects it."""
         self._code = code
         self._write()
 
@@ -93,13 +94,13 @@ class Watch:
                     self._news_code = int(code)
                     self._news.set()
                 else:
-                    # The main thread may wait in a collective for ever: leave without it.
+                    # The main thread may be stuck in a collective, so exit from here.
                     os._exit(int(code))
 
 
 def _listen(address: str) -> socket.socket:
-    """A socket that the other ranks reach at MASTER_ADDR; nobody else does where that says one host."""
-    # By the letter: a host's own name may resolve to a loopback address that the other hosts can't use.
+    """A socket that the other ranks can reach at MASTER_ADDR, bound to loopback if that is a loopback address."""
+    # Compare the text: a host's own name may resolve to a loopback address, which other hosts can't use.
     if address == "localhost" or address.startswith("127."):
         return socket.create_server(("127.0.0.1", 0), backlog=1024)
     if socket.has_dualstack_ipv6():

@@ -1,11 +1,11 @@
-"""The process beside every rank: one that died, stopped or got stuck is named, and the whole job ends.
+"""A process beside every rank. If a rank dies, is stopped or gets stuck, the watchers name it and end the whole job.
 
-It is this file, run as a script, and imports nothing but the standard library: so it answers whatever its rank is
-busy with. It sees through the kernel whether the rank is gone or stopped, and in a page of shared memory how far the
-rank has come. The watchers report to that of rank 0, which decides.
+The process runs this file as a script and imports only the standard library, so it responds whatever its rank is doing.
+The kernel tells it whether the rank is gone or stopped, and a page of shared memory how far the rank has come. The
+watchers report to rank 0's watcher, which decides.
 
-All times are counted on the watcher's own running time, which stands while the watcher is suspended or starved: a job
-that is suspended as a whole accuses nobody when it goes on.
+All times are measured on the watcher's own clock, which stops while the watcher is suspended or starved. So when a job
+that was suspended as a whole continues, no rank is blamed.
 """
 
 import json
@@ -20,20 +20,20 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-EXIT_RANK_LOST = 3  # a rank died, stopped or got stuck; its name stands in the message
-SETTINGS = "DS_EMBED_WATCHER"  # variable of the environment
-PAGE = struct.Struct("<Qqqdd96s")  # marks passed, step, exit code + 1, the two timeouts in seconds, phase
-_TICK = 0.5  # seconds between two reports
-_LONGEST_TICK = 1.0  # what a tick counts at most on the running time
-_LOST_CONTACT = 5.0  # seconds after which a watcher whose connection has closed is given up
-_LEAVE = 5.0  # seconds that the others have to leave by themselves after one left with an error
-_EXIT = 2.0  # seconds that a rank has to end itself before its watcher kills it
-_LINGER = 60.0  # seconds that the watchers outlive a job that ended well
+EXIT_RANK_LOST = 3  # a rank died, was stopped or got stuck; the message names it
+SETTINGS = "DS_EMBED_WATCHER"  # environment variable
+PAGE = struct.Struct("<Qqqdd96s")  # marks passed, step, exit code + 1, both timeouts in seconds, phase
+_TICK = 0.5  # seconds between reports
+_LONGEST_TICK = 1.0  # most seconds that a tick adds to the clock
+_LOST_CONTACT = 5.0  # seconds until a watcher whose connection has closed counts as lost
+_LEAVE = 5.0  # seconds for the others to exit by themselves after one exited with an error
+_EXIT = 2.0  # seconds for a rank to exit before its watcher kills it
+_LINGER = 60.0  # seconds that rank 0's watcher outlives a rank 0 that exited normally
 
 
 @dataclass
 class _Rank:
-    """What rank 0's watcher knows of one rank; times are its own running time."""
+    """What rank 0's watcher knows about one rank; times are on its own clock."""
 
     heard_at: float
     report: dict[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class _Rank:
     closed_at: float | None = None
 
     def hear(self, report: dict[str, Any], now: float) -> bool:
-        """Take in a report; whether the rank has passed a mark since the last one."""
+        """Take in a report; return whether the rank has passed a mark since the last one."""
         has_moved = report["marks"] != self.marks
         self.report, self.marks, self.heard_at = report, report["marks"], now
         if report["state"] != "stopped":
@@ -56,7 +56,7 @@ class _Rank:
 
 
 class _Lines:
-    """JSON lines over a socket that never makes the caller wait."""
+    """JSON lines over a socket that never blocks the caller."""
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
@@ -65,7 +65,7 @@ class _Lines:
         self.is_closed = False
 
     def send(self, value: dict[str, Any]) -> None:
-        if not self._out or value.get("end"):  # a report that can't go out is overtaken by the next
+        if not self._out or value.get("end"):  # while one is unsent, newer reports are dropped
             self._out += json.dumps(value).encode() + b"\n"
         self.flush()
 
@@ -95,7 +95,7 @@ class _Lines:
 
 
 class _Watcher:
-    """What the watchers of all ranks do: look at their rank, keep time, end their rank."""
+    """What all watchers do: observe their rank, keep time, end their rank."""
 
     def __init__(
         self, rank: int, size: int, local_rank: int, token: str, parent: int, page: int, control: int, link: int
@@ -108,17 +108,17 @@ class _Watcher:
         self.clock, self._last = 0.0, time.monotonic()
         self.is_urgent = self.is_over = self.is_complete = False
         self.selector = selectors.DefaultSelector()
-        # Closed by the system the moment that the rank ends, unless a process that it forked holds it as well.
+        # The system closes it the moment the rank ends, unless a process that the rank forked holds it too.
         self.selector.register(self.control, selectors.EVENT_READ, self._on_control)
 
     def run(self) -> None:
-        """Until the rank has ended and nobody needs to be told any more."""
+        """Run until the rank has ended and no other watcher needs to be told."""
         next_tick = 0.0
         while not self.is_over:
             now = time.monotonic()
             self.clock += min(now - self._last, _LONGEST_TICK)
             self._last = now
-            # Heard before judged: what came in while this process had to wait for the processor counts.
+            # Read before judging: reports that came in while this process waited for a CPU count.
             for key, _ in self.selector.select(0 if self.is_urgent else max(0.0, next_tick - now)):
                 key.data()
             if not self.is_over and (time.monotonic() >= next_tick or self.is_urgent):
@@ -127,7 +127,7 @@ class _Watcher:
 
     def _on_control(self) -> None:
         self.selector.unregister(self.control)
-        self._await_end(1.0)  # its files are closed a moment before its children are handed on
+        self._await_end(1.0)  # the kernel closes its files just before it reparents its children
         self.is_urgent = True
 
     def _await_end(self, seconds: float) -> bool:
@@ -137,7 +137,7 @@ class _Watcher:
         return self.is_gone
 
     def tick(self, own: dict[str, Any]) -> None:
-        """Twice a second: tell or judge, from the report on the own rank."""
+        """Called twice a second with the report on the watcher's own rank, to send it or to judge by it."""
         raise NotImplementedError
 
     @property
@@ -145,7 +145,7 @@ class _Watcher:
         return os.getppid() != self.parent
 
     def _look(self) -> dict[str, Any]:
-        """The report on the own rank."""
+        """The report on the watcher's own rank."""
         marks, step, code, self.rank_timeout, self.stall_timeout, phase = PAGE.unpack_from(self.page)
         state = "left" if code else "gone" if self.is_gone else "stopped" if self._is_stopped() else "working"
         place = {"marks": marks, "step": step, "phase": phase.rstrip(b"\0").decode(errors="replace")}
@@ -163,17 +163,17 @@ class _Watcher:
         try:
             self.control.sendall(f"{what} {code}\n".encode())
         except OSError:
-            pass  # it is gone
+            pass  # the rank is gone
 
     def end_rank(self, code: int) -> None:
-        """Have the own rank end itself; kill it when it doesn't."""
+        """Ask the watcher's own rank to exit, and kill it if it doesn't."""
         self.tell_rank("end", code)
         if not self._await_end(0.0 if self._is_stopped() else _EXIT):
-            os.kill(self.parent, signal.SIGKILL)  # our own parent: no other process can have its number
+            os.kill(self.parent, signal.SIGKILL)  # our own parent, so the pid can't belong to another process
 
 
 class _Reporter(_Watcher):
-    """The watcher of any rank but 0."""
+    """The watcher of any rank except 0."""
 
     def __init__(self, *settings: Any):
         super().__init__(*settings)
@@ -203,14 +203,14 @@ class _Reporter(_Watcher):
         elif own["state"] == "left":
             return
         elif silent > (_LOST_CONTACT if self.lines.is_closed else self.rank_timeout or float("inf")):
-            if self.rank == 1 or self.local_rank == 0:  # one message a host
+            if self.rank == 1 or self.local_rank == 0:  # one message per host
                 _say(self.main, f"has not answered for {silent:.0f} s")
             self.end_rank(EXIT_RANK_LOST)
             self.is_over = True
 
 
 class _Judge(_Watcher):
-    """The watcher of rank 0, which hears all and decides."""
+    """The watcher of rank 0, which receives all reports and decides."""
 
     def __init__(self, *settings: Any):
         super().__init__(*settings)
@@ -252,7 +252,7 @@ class _Judge(_Watcher):
         verdict = self._verdict()
         code = verdict[0] if verdict else None
         main = {name: value for name, value in own.items() if name != "token"}
-        # A rank whose collective fails wants to know whether another one has failed before it.
+        # A rank whose collective fails needs to know whether another rank failed first.
         news = left[0] if left else code
         for lines in self.connections:
             lines.send({"main": main, "is_complete": self.is_complete, "left": news, "end": code})
@@ -263,19 +263,19 @@ class _Judge(_Watcher):
                 _say(*verdict[1])
             self.end_rank(verdict[0])
             self._flush(_LOST_CONTACT)
-        elif self.is_gone:  # and it had said so
+        elif self.is_gone:  # after announcing it
             others = [r for r in self.ranks.values() if r.left_at is None and r.closed_at is None]
             self.is_over = not others or self.clock - (self.ranks[0].left_at or 0.0) > _LINGER
 
     def _verdict(self) -> tuple[int, tuple[dict[str, Any], str] | None] | None:
-        """The job's exit code and what to say of whom, or None while all is well."""
+        """The job's exit code and the report and message to print (None: no message), or None while all is well."""
         failed = [r for r in self.ranks.values() if r.left_at is not None and r.report["code"]]
-        if failed:  # it has said why itself, and so may the others
+        if failed:  # it has reported the reason itself, and others may too
             is_late = self.clock - min(r.left_at or 0.0 for r in failed) > _LEAVE
             return (failed[0].report["code"], None) if is_late else None
         working = [r for r in self.ranks.values() if r.left_at is None and r.report]
         limit = self.rank_timeout or float("inf")
-        if all(rank.stopped_at is not None for rank in working):  # the whole job is suspended: somebody wants it so
+        if all(rank.stopped_at is not None for rank in working):  # the whole job was suspended on purpose
             for rank in working:
                 rank.stopped_at = self.clock
         for rank in working:
@@ -300,7 +300,7 @@ class _Judge(_Watcher):
         return None
 
     def _flush(self, seconds: float) -> None:
-        """Stay until the other watchers have gone, so that none misses the verdict."""
+        """Wait until the other watchers have gone, so that none misses the verdict."""
         deadline = time.monotonic() + seconds
         while self.connections and time.monotonic() < deadline:
             for key, _ in self.selector.select(0.1):
@@ -311,7 +311,7 @@ class _Judge(_Watcher):
 
 
 def _say(report: dict[str, Any], what: str) -> None:
-    """The one message of a job that ends because of a rank."""
+    """Print the one message of a job that ends because of a rank."""
     rank, place = f"rank {report['rank']}", ""
     if "host" in report:
         rank += f" ({report['host']}, process {report['pid']})"
@@ -322,7 +322,7 @@ def _say(report: dict[str, Any], what: str) -> None:
 
 def _main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # meant for the rank; the watcher ends when it does
+        signal.signal(number, signal.SIG_IGN)  # meant for the rank; the watcher exits when the rank does
     settings = json.loads(os.environ[SETTINGS])
     watcher = _Judge(*settings) if settings[0] == 0 else _Reporter(*settings)
     watcher.run()

@@ -1,6 +1,6 @@
 """The best validations of a run: which checkpoints to keep, and when early stopping ends training.
 
-Plain numbers, the same on every rank; they travel in state.json of every checkpoint.
+Plain numbers, the same on every rank, stored in each checkpoint's state.json.
 """
 
 import logging
@@ -23,7 +23,7 @@ class Kept:
 
 @dataclass
 class BestValidations:
-    """metric: its name, or None without validation; data: a hash of the validation files."""
+    """metric: the name of the metric, or None without validation; data: a hash of the validation files."""
 
     metric: str | None = None
     data: str = ""
@@ -31,15 +31,15 @@ class BestValidations:
     load_at_end: bool = False
     patience: int = 0  # validations; 0 never stops
     min_delta: float = 0.0
-    kept: list[Kept] = field(default_factory=list)  # the best first, of equal ones the earlier
-    reference: float | None = None  # what early stopping wants to see exceeded
+    kept: list[Kept] = field(default_factory=list)  # the best first; among equals the earlier
+    reference: float | None = None  # the value that early stopping needs to see exceeded
     num_without_better: int = 0  # validations in a row
     last_validation: int = -1  # step
 
     def add(self, step: int, consumed_samples: int, value: float) -> bool:
-        """Note a validation; True when its checkpoint is among the `top_k` best, and so to be kept.
+        """Record a validation; True if its checkpoint is among the `top_k` best and should be kept.
 
-        The model before training counts for nothing: there is no checkpoint of it.
+        The validation before training is ignored: it has no checkpoint.
         """
         self.last_validation = step
         if step == 0:
@@ -48,7 +48,7 @@ class BestValidations:
             self.reference, self.num_without_better = value, 0
         else:
             self.num_without_better += 1
-        if value == value:  # nan is never good
+        if value == value:  # NaN is never among the best
             better = [other for other in self.kept if not self._is_better(value, other.value)]
             worse = self.kept[len(better) :]
             self.kept = [*better, Kept(step, consumed_samples, value), *worse][: self.top_k]
@@ -66,16 +66,16 @@ class BestValidations:
 
     @property
     def steps(self) -> set[int]:
-        """Of the checkpoints to keep."""
+        """The steps of the checkpoints to keep."""
         return {kept.step for kept in self.kept}
 
     @property
     def to_load(self) -> Kept | None:
-        """The checkpoint that the run's model is made from at the end; None: the last step."""
+        """The checkpoint from which the final model is made; None: the last step."""
         return self.kept[0] if self.load_at_end and self.kept else None
 
     def describe(self) -> str:
-        """The best so far, for the terminal."""
+        """Describe the best so far, for the terminal."""
         if not self.kept:
             return ""
         return f"best {self.metric} {self.kept[0].value:.4f} at step {self.kept[0].step}, "
@@ -86,9 +86,9 @@ class BestValidations:
         return {name: getattr(self, name) for name in names} | {"kept": [asdict(kept) for kept in self.kept]}
 
     def restored(self, state: dict[str, Any] | None, steps_on_disk: set[int]) -> "BestValidations":
-        """These settings with the history in `state`, as far as its checkpoints are still there.
+        """These settings with the history in `state`, restricted to checkpoints that still exist.
 
-        Values of another metric or of other files can't be compared: then the search starts anew.
+        Values of another metric or other files can't be compared; in that case the search starts over.
         """
         if state is None:
             return self
@@ -104,6 +104,6 @@ class BestValidations:
         kept = [Kept(**kept) for kept in state["kept"] if kept["step"] in steps_on_disk]
         if lost := {kept["step"] for kept in state["kept"]} - steps_on_disk:
             logger.warning("warning: the checkpoint of step %s was among the best, but it no longer exists", min(lost))
-        # Where nothing is measured any more, what was found stays.
+        # If this job does not validate, the earlier best are kept.
         top_k = self.top_k if self.metric is not None else len(kept)
         return replace(self, **state | {"top_k": top_k, "kept": kept[:top_k]})

@@ -1,4 +1,4 @@
-"""Checkpoints out of an engine and into one; models/checkpoint.py says what they hold."""
+"""Saves an engine to checkpoints and loads it from them; models/checkpoint.py describes their content."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -27,8 +27,9 @@ def save_checkpoint(
 ) -> None:
     """Write `folder`/step_XXXXXXXX from all ranks. Every rank must call it.
 
-    `state` is JSON content beside the tensors; `made_from` is what the run is made from; `before` runs on rank 0 just
-    before the checkpoint appears. UserError naming the step when it can't be written: the ones before it are untouched.
+    `state` is JSON content stored with the tensors; `made_from` is what the run is made from; `before` runs on rank 0
+    just before the checkpoint appears. UserError naming the step if it can't be written; earlier checkpoints are
+    untouched.
     """
     state = {"step": step, "adam_step": adam_step(engine), **state}
     problem: OSError | None = None
@@ -63,9 +64,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Any, world: World, path: Path, state: dict[str, Any]) -> None:
-    """Put the verified checkpoint at `path` into the engine. Every rank must call it; rank 0 reads.
+    """Load the verified checkpoint at `path` into the engine. Every rank must call it; only rank 0 reads.
 
-    UserError when its weights are not those that this model trains.
+    UserError if its weights are not those that this model trains.
     """
     shapes = trained_shapes(engine)
     reader: CheckpointReader | None = None
@@ -93,7 +94,7 @@ def prune(folder: Path, keep: int, protected: Collection[int] = ()) -> None:
 
 
 class CheckpointWriter:
-    """Fills a checkpoint with shards of tensors and, at the end, makes it whole."""
+    """Writes tensors to a checkpoint in shards and finally makes it whole."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class CheckpointWriter:
         self._pending[stem] = {}
 
     def finish(self, state: dict[str, Any]) -> None:
-        """Bring all to the disk; `state` is JSON content."""
+        """Write everything to disk; `state` is JSON content."""
         for stem, pending in self._pending.items():
             if pending:
                 self._write_shard(stem)

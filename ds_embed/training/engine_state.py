@@ -1,7 +1,7 @@
-"""Trained weights and AdamW's moments by parameter name, out of and into any DeepSpeed engine.
+"""Reads trained weights and AdamW's moments by parameter name from any DeepSpeed engine, and writes them back.
 
-What comes out is free of topology: whole float32 tensors, one parameter at a time, whatever the number of
-ranks, the ZeRO stage or the working precision. Frozen weights are left out: they come from the base model.
+The result does not depend on the number of ranks, the ZeRO stage or the working precision: whole float32 tensors, one
+parameter at a time. Frozen weights are omitted: they come from the base model.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,19 +18,19 @@ KINDS = (WEIGHT, *MOMENTS)
 
 
 def trained_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters that the optimizer changes, in the order of the module."""
+    """Names and parameters that the optimizer updates, in module order."""
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def trained_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Whole shapes by name; under ZeRO-3 a parameter itself is an empty shard."""
+    """Full shapes by name; under ZeRO-3 a parameter itself is an empty shard."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(engine)}
 
 
 def gather_state(engine: Any, world: World) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (name, {kind: float32 CPU tensor}) of each trained parameter on rank 0, empty dicts elsewhere.
 
-    Every rank must run it to its end: one parameter at a time is made whole by a collective.
+    Every rank must exhaust it: a collective gathers one parameter at a time.
     """
     _ensure_moments(engine)
     own = _own_tensors(engine)
@@ -44,9 +44,9 @@ def gather_state(engine: Any, world: World) -> Iterator[tuple[str, dict[str, Ten
 
 
 def restore_state(engine: Any, world: World, adam_step: int, read: Callable[[str, str], Tensor]) -> None:
-    """Put weights and moments into the engine; `read(name, kind)` gives whole tensors and runs on rank 0 only.
+    """Load weights and moments into the engine; `read(name, kind)` returns whole tensors and runs on rank 0 only.
 
-    Afterwards the working weights (bfloat16 or float32) are those of an engine that never stopped.
+    Afterwards the working weights (bfloat16 or float32) equal those of an engine that never stopped.
     """
     _ensure_moments(engine)
     own = _own_tensors(engine)
@@ -68,8 +68,8 @@ def restore_state(engine: Any, world: World, adam_step: int, read: Callable[[str
 
 
 def adam_step(engine: Any) -> int:
-    """AdamW's count of the steps it took, which corrects the bias of its moments; 0 before the first."""
-    # Under ZeRO-0 a weight without a gradient is not stepped: the largest count is the optimizer's own.
+    """AdamW's step count, used to correct the bias of its moments; 0 before the first step."""
+    # Under ZeRO-0 the count of a weight without a gradient does not advance, so the largest is the optimizer's.
     return int(max((float(state["step"]) for state in _adam(engine).state.values()), default=0.0))
 
 
@@ -80,7 +80,7 @@ def _adam(engine: Any) -> torch.optim.AdamW:
 
 
 def _ensure_moments(engine: Any) -> None:
-    """AdamW makes its state in its first step; make the same state, of zeros, where there is none yet."""
+    """AdamW creates its state in its first step; create the same state, all zeros, where it does not exist yet."""
     adam, optimizer = _adam(engine), engine.optimizer
     if engine.zero_optimization_stage() == 3:
         masters = optimizer.fp32_partitioned_groups_flat  # its param_groups are empty between steps
@@ -93,20 +93,20 @@ def _ensure_moments(engine: Any) -> None:
             for moment in MOMENTS:
                 adam.state[master][moment] = torch.zeros_like(master, requires_grad=False)
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # ZeRO 1 and 2 link the state of all groups after the first group's step, when the others have none.
+        # ZeRO 1 and 2 link the state of all groups after the first group's step, when the others have none yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _own_tensors(engine: Any) -> dict[torch.nn.Parameter, dict[str, Tensor]]:
-    """Under ZeRO-0 every rank holds everything: the tensors themselves by parameter. Else an empty dict."""
+    """The tensors by parameter under ZeRO-0, where every rank holds everything; otherwise an empty dict."""
     if engine.zero_optimization_stage() > 0:
         return {}
     adam, optimizer = _adam(engine), engine.optimizer
     if optimizer is adam:  # float32: the parameters are their own masters
         masters = {p: p for _, p in trained_parameters(engine)}
     else:
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups)  # of bfloat16 parameters, despite the name
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups)  # bfloat16 parameters, despite the name
         masters = {p: master for working, group in pairs for p, master in zip(working, group)}
     return {p: {WEIGHT: master, **adam.state[master]} for p, master in masters.items()}
 
@@ -133,7 +133,7 @@ def _set_one(parameter: torch.nn.Parameter, kind: str, whole: Tensor, world: Wor
         else:
             safe_set_full_optimizer_state(parameter, whole, kind)
         return
-    # The last rank's shard is padded; DeepSpeed's call for whole tensors fails where it is.
+    # DeepSpeed's call for whole tensors fails if the last rank's shard is padded.
     size = parameter.ds_tensor.numel()
     assert size * world.size >= whole.numel(), "ZeRO-3 that shards within groups of ranks (MiCS) is not supported"
     padded = torch.nn.functional.pad(whole.flatten(), (0, size * world.size - whole.numel()))
@@ -148,11 +148,11 @@ def _refresh_working_weights(engine: Any) -> None:
     """Copy the float32 masters into the weights that the forward pass uses, on every rank."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
-        optimizer.checkpoint_event_prologue()  # shards everything, so that no stale whole weight stays
+        optimizer.checkpoint_event_prologue()  # shards everything, so that no stale gathered weight remains
         for number in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        optimizer.checkpoint_event_epilogue()  # gathers the small weights that stay whole
-        optimizer.invalidate_secondary_tensor()  # the copies within a group of ranks (hpZ) are the old ones
+        optimizer.checkpoint_event_epilogue()  # gathers the small weights that are kept whole
+        optimizer.invalidate_secondary_tensor()  # the copies within a group of ranks (hpZ) are outdated
     elif stage > 0:
         optimizer.update_lp_params()
     else:

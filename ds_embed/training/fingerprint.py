@@ -1,4 +1,4 @@
-"""What a run is made of, as short strings by name, so that a resumed run is the same run or says what changed."""
+"""What a run is made from, as short strings by name, so that a resumed run is the same run or reports what changed."""
 
 from dataclasses import asdict
 from typing import Any
@@ -9,8 +9,8 @@ from ds_embed.models.loading import ModelSource
 from ds_embed.models.reranker import RerankerCard
 from ds_embed.settings import DataArguments, LoraArguments, OptimizerArguments, RunArguments, StepArguments
 
-# These change how the work is done, or how much of it; every other setting decides the numbers. The text
-# settings come from the card, which has their defaults filled in.
+# These settings change how the work is done, or how much of it; all others affect the numbers. The settings of texts
+# are taken from the card, which has their defaults filled in.
 _LOGISTICS = {
     "micro_batch_tokens",
     "grad_cache",
@@ -55,10 +55,10 @@ def fingerprint(
     run: RunArguments,
     vectors: dict[str, str],
 ) -> dict[str, str]:
-    """Everything that decides the numbers of a run, by the name of its flag where it has one.
+    """Everything that affects the numbers of a run, by the name of its flag if it has one.
 
-    `manifest` is the token store's; `vectors` identify those of a guide and a teacher by their flags.
-    `commit` is the revision of a model that comes from the hub.
+    `manifest` is the token store's; `vectors` identifies the vectors of a guide and a teacher by their flags. `commit`
+    is the revision of a model from the hub.
     """
     known = {"train_files": identify_files(manifest), "tokenizer": identify_tokenizer(manifest)}
     known |= source.identify(commit)

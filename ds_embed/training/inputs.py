@@ -1,4 +1,4 @@
-"""What a step computes with, ready on the rank's device. It is made while the step before is being computed.
+"""The inputs of a step, on the rank's device. They are prepared while the previous step is being computed.
 
 Shapes: U distinct texts of the global batch, T uses of them, b texts of a micro-batch, S tokens, M documents.
 """
@@ -26,9 +26,9 @@ class MicroBatch:
     ids: Tensor  # (b, S)
     lengths: Tensor  # (b,)
     has_padding: bool
-    num_texts: int  # 0: a dummy text stands in, so that all ranks make the same passes
-    noise_seed: int  # of dropout
-    prompt_lengths: Tensor | None  # (b,) leading tokens that the pooling leaves out; None where it leaves out none
+    num_texts: int  # 0: the text is a dummy, so that all ranks make equally many passes
+    noise_seed: int  # for dropout
+    prompt_lengths: Tensor | None  # (b,) leading tokens that the pooling leaves out; None if there are none
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class StepInputs:
     batch: GlobalBatch
     plan: Plan
     micro_batches: list[MicroBatch]  # this rank's
-    rank_order: Tensor  # (U,) texts in the order in which the ranks hold them
-    rows: Tensor | None  # (T,); None where U is T
+    rank_order: Tensor  # (U,) texts in the order of the ranks that hold them
+    rows: Tensor | None  # (T,) the text of each use; None if U is T
     document_keys: Tensor  # (M, J)
     own_negatives: Tensor  # (N, K)
     positive_pairs: Tensor  # (P, 2)
     teacher_scores: Tensor  # (M,)
     pair_scores: Tensor  # (P,)
-    guide: Tensor | None = None  # (T, E) vectors of another model, which say what is no negative
-    teacher: Tensor | None = None  # (T, F) and of one to learn from
+    guide: Tensor | None = None  # (T, E) vectors of another model, which tell what is no negative
+    teacher: Tensor | None = None  # (T, F) vectors of a model to learn from
 
 
 def prepare_inputs(
@@ -57,9 +57,10 @@ def prepare_inputs(
     seed: int,
     vectors: Mapping[str, StoredVectors] = MappingProxyType({}),
 ) -> StepInputs:
-    """Plan the batch, and put what this rank needs of it on its device. Enters no collective: it runs in a thread.
+    """Plan the batch, and put this rank's share on its device. It enters no collective, since it runs in a thread.
 
-    collate: token ids (b, S), lengths (b,) and prompt lengths (b,) of some of batch.texts. vectors: of "guide", "teacher".
+    collate returns token ids (b, S), lengths (b,) and prompt lengths (b,) for some of batch.texts. vectors: those of
+    "guide" and "teacher".
     """
     is_cuda = world.device.type == "cuda"
 
@@ -69,14 +70,14 @@ def prepare_inputs(
 
     def micro_batch(number: int, chosen: np.ndarray) -> MicroBatch:
         ids, lengths, prompts = collate(batch.texts[chosen])
-        # Dropout is a pure function of (seed, step, rank, micro-batch): the second pass of grad_cache
-        # draws what the first drew, and a resumed run what the interrupted one would have drawn.
+        # Dropout is a pure function of (seed, step, rank, micro-batch): the second pass of grad_cache draws the same
+        # masks as the first, and a resumed run those that the interrupted one would have drawn.
         noise_seed = int(key_of(seed, batch.first_sample, world.rank, number)) % 2**63
         left_out = None if prompts is None else put(prompts)
         has_padding = bool(lengths.min() < ids.shape[1])
         return MicroBatch(put(ids), put(lengths), has_padding, len(chosen), noise_seed, left_out)
 
-    # A new thread's current device is the first one, whichever this rank's is.
+    # In a new thread the current device is GPU 0, whichever GPU is this rank's.
     with torch.cuda.device(world.device) if is_cuda else contextlib.nullcontext():
         plan = plan_micro_batches(batch.lengths, micro_batch_tokens, world.size)
         return StepInputs(

@@ -11,11 +11,11 @@ from ds_embed.settings import RunArguments
 from ds_embed.settings.errors import UserError
 
 CSV_FOLDER = "csv"
-WANDB_ID_NAME = "wandb_run_id"  # of RUN/: a resumed run goes on in the same W&B run
+WANDB_ID_NAME = "wandb_run_id"  # in RUN/: a resumed run continues the same W&B run
 
 
 class Monitors:
-    """The monitors that --report_to names, opened for a run that goes on after `last_step`; rank 0 has them."""
+    """The monitors named by --report_to, opened for a run that continues after `last_step`; only on rank 0."""
 
     def __init__(self, path: Path, arguments: RunArguments, last_step: int):
         from deepspeed.monitor.config import get_monitor_config
@@ -25,7 +25,7 @@ class Monitors:
         if "wandb" in self._names:
             _prepare_wandb(path, arguments)
         try:
-            # Our own, beside the engine's: the engine would log its count of samples, which is not ours.
+            # Separate from the engine's monitors, which would log the engine's count of samples instead of ours.
             self._master = MonitorMaster(get_monitor_config(_sections(self._names, path, arguments)))
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("wandb", "comet_ml"):
@@ -34,15 +34,15 @@ class Monitors:
                 f"--report_to {' '.join(arguments.report_to)}: {type(error).__module__} says: {error}"
             ) from None
         if "csv" in self._names:
-            # Each file starts with a line of names, which it has already when the run was resumed.
+            # Each file starts with a header line, which already exists when a run is resumed.
             self._master.csv_monitor.filenames += cut_csv_files(path / CSV_FOLDER, last_step)
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """Name, value and step of each number."""
+        """Write events, each with name, value and step."""
         self._master.write_events(events)
 
     def close(self) -> None:
-        """Hand over what is still on its way; the process may end without the libraries' own exit handlers."""
+        """Flush pending events; the process may end without running the libraries' own exit handlers."""
         if "tensorboard" in self._names:
             self._master.tb_monitor.summary_writer.close()
         if "wandb" in self._names:
@@ -54,7 +54,7 @@ class Monitors:
 
 
 def _sections(names: list[str], path: Path, arguments: RunArguments) -> dict[str, dict[str, Any]]:
-    """The monitors' sections of a DeepSpeed JSON."""
+    """The monitors' sections of a DeepSpeed config."""
 
     def project(variable: str) -> str:
         return arguments.report_project or os.environ.get(variable, "ds_embed")
@@ -69,14 +69,14 @@ def _sections(names: list[str], path: Path, arguments: RunArguments) -> dict[str
             "project": project("COMET_PROJECT_NAME"),
             "workspace": arguments.report_team,
             "experiment_name": arguments.run_name or path.name,
-            "samples_log_interval": 1,  # every event; by default one in a hundred steps
+            "samples_log_interval": 1,  # log every event; the default is every hundredth step
         },
     }
     return {{"csv": "csv_monitor"}.get(name, name): sections[name] for name in names}
 
 
 def _prepare_wandb(path: Path, arguments: RunArguments) -> None:
-    """What DeepSpeed does not hand on goes through W&B's own variables, which a user may have set."""
+    """Pass settings that DeepSpeed does not pass on through W&B's own variables, which a user may have set."""
     id_file = path / WANDB_ID_NAME
     if not id_file.exists():
         with replaced_when_whole(id_file) as file:
@@ -89,7 +89,7 @@ def _prepare_wandb(path: Path, arguments: RunArguments) -> None:
 
 
 def cut_csv_files(folder: Path, last_step: int) -> list[str]:
-    """Drop the rows behind `last_step`, which the resumed run writes again; returns the files' names."""
+    """Drop the rows after `last_step`, which the resumed run writes again; return the names of the remaining files."""
     names = []
     for path in sorted(folder.glob("*.csv")):
         with open(path, newline="", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from ds_embed.training.step import StepResult
 
 
 class StepLog:
-    """The bar on rank 0's terminal and the lines of metrics.jsonl; on other ranks it does nothing."""
+    """The progress bar on rank 0's terminal and the lines of metrics.jsonl; on other ranks it does nothing."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class StepLog:
         interval: int,
         data: list[dict[str, Any]],
     ):
-        """`data` describes what was read from each training file; it is in the first line after each start."""
+        """`data` describes what was read from each training file; it is logged in the first line after each start."""
         self.data = {"data": data}
         self.world, self.folder, self.max_steps, self.interval = world, folder, max_steps, interval
         self.bar = None
@@ -45,7 +45,7 @@ class StepLog:
         peak_gib: float,
         skipped_steps: int | None,
     ) -> None:
-        """Log one line of metrics; a skipped step always has one, with the count so far, and null for NaN."""
+        """Log a line of metrics, with null for NaN. A skipped step is always logged, with the count so far."""
         is_logged = number % self.interval == 0 or number == self.max_steps or skipped_steps is not None
         if self.bar is None:
             return
@@ -126,7 +126,7 @@ def non_finite_message(number: int, result: StepResult, batch: GlobalBatch, stor
 
 
 def peak_memory_gib(device: Any) -> float:
-    """Peak memory of this rank so far in GiB: on the accelerator, or of the process without one."""
+    """Peak memory of this rank so far in GiB: on the accelerator, or of the process if there is none."""
     if device.type == "cuda":
         import torch
 
@@ -137,5 +137,5 @@ def peak_memory_gib(device: Any) -> float:
 
 
 def whole_size(parameter: Any) -> int:
-    """Numbers in a parameter; under ZeRO-3 the parameter itself is an empty shard."""
+    """Number of elements of a parameter; under ZeRO-3 the parameter itself is an empty shard."""
     return getattr(parameter, "ds_numel", parameter.numel())

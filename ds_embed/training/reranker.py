@@ -1,9 +1,10 @@
-"""A reranker's training run: like an embedder's, but its texts are pairs and its table has one column, the scores.
+"""A reranker's training run: like an embedder's, but its texts are pairs and its table has a single column of scores.
 
-Plan, forward passes, gather, backward, checkpoints and log are those of training/step.py and loop.py; the loss sees each
-query's group. So what holds for any ranks, ZeRO stage, micro-batch and grad_cache there holds here.
+Plan, forward passes, gather, backward, checkpoints and log are those of training/step.py and loop.py; the loss compares
+the documents of each query. So the result is the same for any number of ranks, ZeRO stage, micro-batch size and
+grad_cache here too.
 
-Shapes: N queries, M documents of the batch, of which each makes a pair.
+Shapes: N queries, M documents of the batch, each of which forms a pair with its query.
 """
 
 import contextlib
@@ -94,9 +95,9 @@ class RerankStep(ContrastiveStep):
         )
 
     def measure(self, inputs: StepInputs, first_query: int) -> np.ndarray:
-        """Sums over queries first_query .. N of nDCG@10, RR@10, loss and whether the positive is first.
+        """Sums over queries first_query to N of nDCG@10, RR@10, loss and whether the positive is ranked first.
 
-        Of a query's own documents; one that scores as its positive stands before it.
+        Each query ranks its own documents; ties with the positive are ranked above it.
         """
         with torch.no_grad():
             outputs = [self._encode(micro_batch) for micro_batch in inputs.micro_batches]
@@ -119,7 +120,7 @@ class RerankStep(ContrastiveStep):
 
 
 class RerankValidation(Validation):
-    """Held-out records, whose own documents are reranked."""
+    """Validation on held-out records: each query's own documents are reranked."""
 
     of_batches = ["nDCG@10", "RR@10", "val_loss", "val_accuracy"]
 
@@ -140,7 +141,7 @@ class RerankValidation(Validation):
 
 
 class RerankerRun(TrainingRun):
-    """One run on this rank. Building it checks the settings and the model; nothing is read, made or locked yet."""
+    """One run on this rank. The constructor checks the settings and the model; it does not read data, write or lock."""
 
     validation_class = RerankValidation
 
@@ -177,7 +178,7 @@ class RerankerRun(TrainingRun):
             )
 
     def batch(self, first_sample: int) -> GlobalBatch:
-        """The global batch of the samples from `first_sample` on, as pairs."""
+        """The global batch that starts at sample `first_sample`, as pairs."""
         return as_pairs(super().batch(first_sample), self.store, self.card.pair_format)
 
     def _step(self, engine: Any) -> RerankStep:

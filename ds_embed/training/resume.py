@@ -28,7 +28,7 @@ class Start:
     best: BestValidations = field(default_factory=BestValidations)
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
-    damaged: tuple[Path, ...] = ()  # newer checkpoints that did not verify
+    damaged: tuple[Path, ...] = ()  # newer checkpoints that failed verification
     is_finished: bool = False
 
 
@@ -39,11 +39,11 @@ def find_start(
     max_steps: int,
     best: BestValidations | None = None,
 ) -> Start:
-    """Choose the newest checkpoint that verifies and check that it belongs to this run; rank 0 calls it.
+    """Choose the newest undamaged checkpoint and check that it belongs to this run; called on rank 0.
 
-    `best` holds this job's settings (None: nothing is measured); the run's history of it comes with the checkpoint.
-    UserError when there are checkpoints and none is whole, when the run differs in a name that is not
-    in `accepted`, or when it has trained more than max_steps.
+    `best` holds this job's settings (None: nothing is measured); the run's history comes from the checkpoint. UserError
+    if all checkpoints are damaged, if the fingerprint differs in a name that is not in `accepted`, or if the run has
+    already trained more than max_steps.
     """
     best = best or BestValidations()
     checkpoints = list_checkpoints(folder.checkpoints_dir)
@@ -102,7 +102,7 @@ def find_start(
 
 
 def clear_way(folder: RunFolder, start: Start) -> None:
-    """Rename damaged checkpoints that would be in the way; rank 0 calls it once the run is certain to start."""
+    """Rename damaged checkpoints that are in the way; called on rank 0 once the run is certain to start."""
     remove_unfinished(folder.checkpoints_dir, inside=True)
     for path in start.damaged:
         logger.warning("warning: the damaged checkpoint is kept as %s", set_aside(path))
@@ -120,6 +120,6 @@ def _without_checkpoint(folder: RunFolder, best: BestValidations) -> Start:
 
 
 def _model_samples(folder: RunFolder) -> int | None:
-    """How many samples the model in RUN/model/ was trained on, None when there is none."""
+    """How many samples the model in RUN/model/ was trained on, or None if there is no model."""
     path = folder.model_dir / CARD_NAME
     return json.loads(path.read_text("utf-8"))["consumed_samples"] if path.exists() else None

@@ -45,7 +45,7 @@ class RunFolder:
         return self.path / "validation"
 
     def claim(self, resume_if_exists: bool) -> None:
-        """Take the folder for this job. UserError when it can't be written, is in use, or may not be resumed."""
+        """Take the folder for this job. UserError if it can't be written, is in use, or may not be resumed."""
         check_writable_folder("--output_dir", self.path)
         if self.path.exists():  # otherwise a run that can't start would leave a folder behind
             self._take_lock()
@@ -61,13 +61,13 @@ class RunFolder:
         return (self.path / "config.yaml").exists() or self.checkpoints_dir.exists()
 
     def _take_lock(self) -> None:
-        """Hold RUN/.lock until this process ends, however it ends: the system frees it."""
+        """Hold RUN/.lock until this process ends; the system releases it however that happens."""
         if not self._is_owned:
             self._lock = hold_lock(self.path, "--output_dir", inside=True)
             self._is_owned = True
 
     def own(self, name: str) -> Path:
-        """The path RUN/`name`, for this job to write; from now on the run belongs to this job."""
+        """Make this job the owner of the run, and return the path RUN/`name` for it to write."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         return self.path / name
@@ -80,7 +80,7 @@ class RunFolder:
         last_step: int,
         last_validation: int,
     ) -> None:
-        """Write the settings and open the log, cut back to these steps, and the monitors."""
+        """Write the settings; open the log, truncated to these steps, and the monitors."""
         import yaml
 
         self.path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class RunFolder:
         self._monitor = Monitors(self.path, arguments, last_step)
 
     def log(self, values: dict[str, Any], group: str = "train") -> None:
-        """One line of metrics.jsonl and, for the numbers, one event a monitor at values["step"], as group/name."""
+        """Write a line to metrics.jsonl and, for each number, an event group/name at values["step"] to the monitors."""
         try:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
@@ -126,10 +126,10 @@ class RunFolder:
             self._monitor.close()
 
     def publish_model(self, fill: Any) -> None:
-        """Let `fill(folder)` write the model, and give the folder its name only when it is whole.
+        """Let `fill(folder)` write the model; the folder takes its name only when it is whole.
 
-        A model that stands there is replaced: its run went on. Killed between the two renames, the run
-        writes its model again from the last checkpoint.
+        An existing model is replaced, since the run has trained further. A run killed between the two renames writes
+        its model again from the last checkpoint.
         """
         remove_unfinished(self.model_dir)
         with folder_when_whole(self.model_dir) as folder:
@@ -137,9 +137,10 @@ class RunFolder:
 
 
 def lines_up_to(text: str, last_step: int, last_validation: int = -1) -> list[str]:
-    """The lines of a metrics.jsonl up to a step; a line cut off by a crash goes too.
+    """The lines of a metrics.jsonl up to a step, without a line cut off by a crash.
 
-    Those of validations, which have no "loss", up to one of their own: a step may be saved and not yet validated.
+    Lines of validations, which have no "loss", are kept up to last_validation: a step may be saved but not yet
+    validated.
     """
     kept = []
     for line in text.splitlines(keepends=True):

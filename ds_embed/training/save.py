@@ -33,20 +33,20 @@ logger = logging.getLogger(__name__)
 def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder: RunFolder, world: World) -> None:
     """Write RUN/model/. Every rank must call it: under ZeRO the weights are gathered first.
 
-    A learned temperature goes into the card; card.temperature is where it started.
+    A learned temperature is written to the card; until then card.temperature is its initial value.
     """
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     is_adapter = len(trained) < sum(1 for _ in encoder.parameters())
     weights = gather_weights(encoder, trained if is_adapter else None, world)
     head = {name.removeprefix(_HEAD): weights.pop(name) for name in list(weights) if name.startswith(_HEAD)}
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
-    weights.pop(PROJECTION, None)  # of use in training alone
+    weights.pop(PROJECTION, None)  # used only in training
     change = weights.pop(LOG_SCALE_CHANGE, None)
     if change is not None:
         card = replace(card, temperature=learned_temperature(card.temperature, change.squeeze()).item())
 
     if is_adapter:
-        # Beside the absolute path that PEFT writes, the way there, so that a run can be moved with its base.
+        # In addition to PEFT's absolute path, store a relative one, so that a run can be moved together with its base.
         base = encoder.backbone.peft_config["default"].base_model_name_or_path
         card = replace(card, base_model=os.path.relpath(base, folder.model_dir) if Path(base).is_dir() else base)
 
@@ -77,9 +77,9 @@ def save_model(encoder: TextEncoder, tokenizer: Any, card: EmbeddingCard, folder
 
 
 def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFolder, world: World) -> int | None:
-    """Load the best checkpoint into the engine if requested and not loaded; returns its samples, else None.
+    """Load the best checkpoint into the engine if requested and not already loaded; return its samples, else None.
 
-    Every rank must call it. UserError when the checkpoint is damaged.
+    Every rank must call it. UserError if the checkpoint is damaged.
     """
     chosen = best.to_load
     if chosen is None or chosen.step == last_step:
@@ -102,7 +102,7 @@ def load_best(engine: Any, best: BestValidations, last_step: int, folder: RunFol
 
 
 def _direction(encoder: TextEncoder, card: EmbeddingCard, is_adapter: bool) -> dict[str, bool]:
-    """The config that makes transformers load a decoder as bidirectional; if there is none, the user is told so."""
+    """The config that makes transformers load a decoder as bidirectional; warns the user if there is none."""
     if not isinstance(encoder.attention, BidirectionalAttention):
         return {}
     config = encoder.backbone.config

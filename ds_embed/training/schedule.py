@@ -14,10 +14,10 @@ def warmup_steps(max_steps: int, arguments: OptimizerArguments) -> int:
 
 
 def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> float:
-    """Rate of optimizer step `step` (the first is 1) of `max_steps`.
+    """Learning rate of optimizer step `step` (the first is 1) of `max_steps`.
 
-    Linear rise over warmup_steps, then decay from learning_rate to min_learning_rate, then
-    constant_steps at min_learning_rate. "constant" stays at learning_rate until the constant part.
+    Linear warmup, then decay from learning_rate to min_learning_rate, then constant_steps at min_learning_rate. The
+    scheduler "constant" stays at learning_rate until these last steps.
     """
     peak, floor = arguments.learning_rate, arguments.min_learning_rate
     warmup = warmup_steps(max_steps, arguments)
@@ -29,7 +29,7 @@ def learning_rate(step: int, max_steps: int, arguments: OptimizerArguments) -> f
         return floor
     if arguments.lr_scheduler == "constant":
         return peak
-    # The first step after the warmup still has the peak rate, the last one is a step short of the floor.
+    # The first step after the warmup still has the peak rate; the last one is one step short of the floor.
     share = (done - 1) / max(1, decay_steps)
     if arguments.lr_scheduler == "linear":
         return peak + (floor - peak) * share

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1, which schedulers send some time before they kill, and Ctrl-C."""
+"""Requests to stop: SIGTERM and SIGUSR1, which schedulers send some time before killing a job, and Ctrl-C."""
 
 import logging
 import os
@@ -13,9 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Notes the signals of this rank while it is entered; `agreed()` tells all ranks at the same step.
+    """Records this rank's signals inside its `with` block; `agreed()` tells all ranks at the same step.
 
-    A second signal changes nothing: launchers and schedulers often send one each. A second Ctrl-C and SIGKILL end at once.
+    A second signal has no effect, since launchers and schedulers often send one each. A second Ctrl-C or SIGKILL ends
+    the run at once.
     """
 
     def __init__(self, world: World):
@@ -39,9 +40,9 @@ class StopRequest:
                 os.write(2, b"\nCtrl-C: the run stops after this step and is saved; a second one ends it at once\n")
 
     def agreed(self, told: float | None = None) -> str | None:
-        """The name of a signal that some rank received, or None; the same on all ranks, which must all ask.
+        """The name of a signal that some rank received, or None; the same on all ranks, which must all call it.
 
-        told: the largest `received` of all ranks, where they have told each other.
+        told: the largest `received` of all ranks, if they have already exchanged it.
         """
         number = int(self.world.max([float(self.received)])[0] if told is None else told)
         return signal.Signals(number).name if number else None
