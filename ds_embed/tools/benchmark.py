@@ -1,4 +1,4 @@
-"""Benchmarks in one command: mteb measures on rank 0, all ranks encode what it asks for.
+"""Benchmarks in one command: mteb runs on rank 0, and all ranks encode the texts that it requests.
 
     DIR/results/MODEL/REVISION/TASK.json   in mteb's format, whole or absent; REVISION stands for weights and settings
     DIR/results/MODEL/REVISION/table.md    one table of them
@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 
 def benchmark(world: World, model: ModelArguments, text: TextArguments, arguments: BenchmarkArguments) -> None:
-    """Measure the tasks that have no result yet, and write the table. Every rank must call it.
+    """Run the tasks that have no result yet, and write the table. Every rank must call it.
 
-    UserError for a task, folder or prompt that there is not, for data that can't be had, or for a folder in use.
+    UserError for an unknown task, folder or prompt, data that can't be obtained, or an output folder in use.
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
-    tasks: list[Any] = []  # of rank 0
+    tasks: list[Any] = []  # only on rank 0
     world.on_main("find tasks", lambda: tasks.extend(find_tasks(arguments)))
     options = {"device": world.device, "bf16": arguments.bf16, "micro_batch_tokens": arguments.micro_batch_tokens}
     embedder = Embedder.from_source(find_source(model), model, text, world=world, **options)
@@ -60,7 +60,7 @@ def benchmark(world: World, model: ModelArguments, text: TextArguments, argument
 
 
 def find_tasks(arguments: BenchmarkArguments) -> list[Any]:
-    """mteb's tasks, in the order in which they were asked for. UserError with the nearest name."""
+    """mteb's tasks, in the order requested. UserError with the nearest name for an unknown one."""
     tasks: list[Any] = []
     for name in arguments.tasks:
         if Path(name).is_dir():
@@ -97,7 +97,7 @@ def _named(name: str) -> list[Any]:
 
 
 def _check_prompts(arguments: BenchmarkArguments, tasks: list[Any]) -> None:
-    """UserError for a prompt that no task would take."""
+    """UserError for a prompt that no task would use."""
     known = {*_SIDES, *get_args(TaskType)} | {task.metadata.name for task in tasks}
     for key in arguments.prompts_by_key:
         name, _, side = key.rpartition("-")
@@ -127,7 +127,7 @@ def _own_task(name: str, records: RetrievalSet, paths: Iterable[Any], arguments:
 
 
 class _OwnTask(AbsTaskRetrieval):
-    """Files as a retrieval task. UserError naming file and line for what can't be used."""
+    """A retrieval task from files. UserError naming file and line for unusable records."""
 
     records: RetrievalSet
 
@@ -150,7 +150,7 @@ class _OwnTask(AbsTaskRetrieval):
 
 
 class _Results(mteb.ResultCache):
-    """mteb's folder of results, whose files are whole or absent."""
+    """mteb's folder of results, with files that are whole or absent."""
 
     def save_to_cache(self, task_result: TaskResult, model_name: ModelMeta, *_: Any, **unused: Any) -> None:
         path = self.get_task_result_path(task_result.task_name, model_name)
@@ -161,7 +161,7 @@ class _Results(mteb.ResultCache):
 
 
 def measure(model: MTEBModel, tasks: list[Any], output_dir: str) -> Path:
-    """Results of all tasks in `output_dir`, those that are there as they are; returns the table's path."""
+    """Write the results of all tasks to `output_dir`, reusing existing ones; return the table's path."""
     folder = Path(output_dir).expanduser().resolve()
     check_writable_folder("--output_dir", folder)
     lock = hold_lock(folder, "--output_dir", inside=True)
@@ -200,7 +200,7 @@ def _load(task: Any) -> None:
         task.load_data()
     except UserError:
         raise
-    except OSError as error:  # of `datasets`: not found, no network, no rights
+    except OSError as error:  # from `datasets`: not found, no network, no permission
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--tasks {task.metadata.name}: its data set {task.metadata.dataset['path']} could not be had: {reason}"
@@ -208,7 +208,7 @@ def _load(task: Any) -> None:
 
 
 def _table(rows: list[tuple[str, str, str, float]]) -> str:
-    """Markdown: the main score of each task, and means in percent over the tasks of each type and over all."""
+    """A Markdown table of each task's main score and the means over each type and over all tasks, in percent."""
     lines = ["| task | type | measure | score |", "|---|---|---|---|"]
     lines += [f"| {name} | {kind} | {measure} | {100 * score:.2f} |" for name, kind, measure, score in rows]
     kinds = {kind: [score for _, other, _, score in rows if other == kind] for _, kind, _, _ in rows}
@@ -220,7 +220,7 @@ def _table(rows: list[tuple[str, str, str, float]]) -> str:
 
 
 class _Shared:
-    """An Embedder as its owner's thread sees it: what it asks for, all ranks compute."""
+    """An Embedder for use in another thread: all ranks compute what it is asked for."""
 
     def __init__(self, embedder: Embedder, ask: Callable[[list[str], str, str | None], np.ndarray]):
         self._embedder, self._ask = embedder, ask
@@ -236,9 +236,9 @@ class _Shared:
 
 
 def share_encoding(world: World, embedder: Embedder, work: Callable[[Any], object]) -> None:
-    """Run work(embedder) in a thread of rank 0, while all ranks encode the texts that it asks for.
+    """Run work(embedder) in a thread on rank 0, while all ranks encode the texts that it requests.
 
-    Every rank must call it; what `work` raises is raised here.
+    Every rank must call it; an exception in `work` is raised here.
     """
     asked: queue.SimpleQueue = queue.SimpleQueue()
     answers: queue.SimpleQueue = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""What ds_embed finds on this machine: hardware, versions, launchers, room; and what will be slow or fail on it."""
+"""Reports this machine's hardware, versions, launchers and disk space, and what will be slow or fail on it."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ from ds_embed.models.cpu import multiplies_bfloat16
 
 GIB = 2**30
 _REQUIRED = ("torch", "deepspeed", "transformers", "peft", "numpy", "faiss-cpu", "pyarrow")
-# What each is for, and the extra of setup.py that brings it.
+# The purpose of each, and the extra in setup.py that installs it.
 _OPTIONAL = {
     "sentence-transformers": ("export --format sentence-transformers", "export"),
     "mteb": ("MTEBModel", "mteb"),
@@ -26,9 +26,9 @@ _OPTIONAL = {
 
 
 def examine(cache_dir: str, output_dir: str) -> str:
-    """Lines of a subject and what was found; below them, behind "!", what is slow or fails here, with its cure.
+    """A line per subject with what was found; below, after "!", what is slow or fails here and how to fix it.
 
-    Takes some seconds: torch and DeepSpeed start, and a matrix product of each precision is timed.
+    Takes a few seconds: it starts torch and DeepSpeed, and times a matrix product in each precision.
     """
     found: dict[str, str] = {}
     notes: list[str] = []
@@ -44,7 +44,7 @@ def _processor(found: dict[str, str], notes: list[str]) -> None:
     cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found["machine"] = f"{platform.node()}, {platform.system()} {platform.release()} on {platform.machine()}"
     found["processor"] = f"{cores} cores for this process, of {os.cpu_count()}; {memory / GIB:.0f} GiB of memory"
-    quota = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in a period of microseconds, or max
+    quota = Path("/sys/fs/cgroup/cpu.max")  # a container's quota: microseconds (or max) per period of microseconds
     allowed, period = quota.read_text(encoding="utf-8").split() if quota.is_file() else ("max", "1")
     if allowed != "max" and int(allowed) < cores * int(period):
         threads = max(1, int(allowed) // int(period))
@@ -80,7 +80,7 @@ def _versions(found: dict[str, str], notes: list[str]) -> None:
     for name, (purpose, extra) in _OPTIONAL.items():
         if name not in versions:
             notes.append(f"{name} is not installed, which {purpose} needs: pip install 'ds-embed[{extra}]'")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # otherwise DeepSpeed warns
     from deepspeed.ops import __compatible_ops__ as fits
 
     ready = ", ".join(sorted(name for name, fit in fits.items() if fit)) or "none"
@@ -113,7 +113,8 @@ def _disks(found: dict[str, str], notes: list[str], folders: dict[str, str]) -> 
 
 
 def _rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """GFLOP/s of a product of two (size, size) matrices: the best of four, of which the first starts the kernel."""
+    """GFLOP/s of a product of two (size, size) matrices: the best of four runs, the first of which warms up the
+    kernel."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    # Asking for a number waits for the device.
+    # item() waits for the device.
     return 2 * size**3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)) / 1e9

@@ -1,8 +1,8 @@
-"""The rerank job: a run's best documents of each query in the order of a reranker's scores.
+"""The rerank job: sorts the best documents of each query in a run by a reranker's scores.
 
     OUTPUT.work/chunk_XXXXXX.npz    scores of the pairs of a chunk of queries; removed at the end
 
-Shapes: n queries, k documents of a query.
+Shapes: n queries, k documents per query.
 """
 
 import logging
@@ -34,9 +34,9 @@ Candidates = list[tuple[str, list[str]]]
 
 
 def rerank(world: World, arguments: RerankArguments) -> None:
-    """Write output_file, a TREC run. Every rank must call it; killed, the same command goes on.
+    """Write output_file, a TREC run. Every rank must call it. After a kill, the same command continues.
 
-    UserError for ids without a text, for inputs that changed since the job was begun, or for an output that is there.
+    UserError for ids without a text, inputs that changed since the job was begun, or an output that already exists.
     """
     world.set_timeouts(arguments.rank_timeout_seconds, arguments.stall_timeout_seconds)
     output = Path(arguments.output_file).expanduser().resolve()
@@ -92,7 +92,7 @@ def _made_from(output: Path, arguments: RerankArguments) -> dict[str, str]:
 
 
 def _candidates(arguments: RerankArguments) -> Candidates:
-    """The first top_k documents of each query, best first, of the run file or of exact search."""
+    """The top_k best documents of each query, best first, from the run file or from exact search."""
     if arguments.run_file is not None:
         run: Any = load_run(arguments.run_file)
     else:

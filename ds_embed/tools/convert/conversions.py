@@ -1,7 +1,6 @@
-"""From one form to another: training records, sets of queries and documents, judgments.
+"""Conversions between formats of training records, sets of queries and documents, and judgments.
 
-Texts stay on disk (text_table.py). What memory holds grows by some 100 bytes an id that judgments name and
-some 200 bytes a judgment.
+Texts stay on disk (text_table.py). Memory grows by about 100 bytes per judged id and 200 bytes per judgment.
 """
 
 import json
@@ -25,9 +24,10 @@ NumberedRecords = Iterator[tuple[str, TrainingRecord]]
 
 
 def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_negatives: bool) -> NumberedRecords:
-    """(place, record) for each document judged relevant to a query; `work` is a folder with room for the texts.
+    """Yield (location, record) for each document judged relevant to a query; `work` is a folder with room for the
+    texts.
 
-    With `judged_negatives` the documents that are judged not relevant to the query are its negatives.
+    With `judged_negatives`, the documents judged not relevant to the query become its negatives.
     """
     wanted: set[str] = set()
     negatives: dict[str, list[str]] = {}
@@ -60,14 +60,14 @@ def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_n
 
 
 def write_training(path: Path, records: NumberedRecords, tally: Tally) -> None:
-    """Our JSONL; keys without a value are left out."""
+    """Write our own JSONL; keys without a value are omitted."""
     with replaced_when_whole(path) as file:
         for _, record in tally.counted("training records written", records):
             write_json_line(file, record.as_json())
 
 
 def write_pairs(path: Path, records: NumberedRecords, num_negatives: int, tally: Tally) -> None:
-    """A table of anchor, positive and, as sentence-transformers names them, negative or negative_1 to negative_K."""
+    """Write a table with sentence-transformers' columns: anchor, positive and negative, or negative_1 to negative_K."""
     names = ["negative"] if num_negatives == 1 else [f"negative_{k}" for k in range(1, num_negatives + 1)]
     with table_writer(path, dict.fromkeys(["anchor", "positive", *names], str)) as write:
         for where, record in records:
@@ -80,7 +80,7 @@ def write_pairs(path: Path, records: NumberedRecords, num_negatives: int, tally:
 
 
 def write_training_texts(folder: Path, records: NumberedRecords, tally: Tally) -> None:
-    """queries.jsonl and docs.jsonl: each text once, under its text_id, by which training finds its vector."""
+    """Write queries.jsonl and docs.jsonl: each text once, under its text_id, by which training finds its vector."""
     with folder_when_whole(folder) as partial, ExitStack() as stack:
         tables = [stack.enter_context(TextTable(partial, "text_id", keep_texts=False)) for _ in range(2)]
         names = ("queries", "docs")
@@ -95,7 +95,7 @@ def write_training_texts(folder: Path, records: NumberedRecords, tally: Tally) -
 
 
 def write_beir(folder: Path, split: str, source: RetrievalSet, tally: Tally) -> None:
-    """A BEIR folder with all queries and documents of `source`; titles are empty."""
+    """Write a BEIR folder with all queries and documents of `source`; titles are empty."""
     with folder_when_whole(folder) as partial:
         (partial / "qrels").mkdir()
         with TextTable(partial, "document id", keep_texts=False) as documents:
@@ -111,7 +111,7 @@ def write_beir(folder: Path, split: str, source: RetrievalSet, tally: Tally) -> 
 
 
 def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
-    """queries.jsonl (a line for each judged query, with its relevant documents), docs.jsonl and qrels.tsv."""
+    """Write queries.jsonl (a line for each judged query, with its relevant documents), docs.jsonl and qrels.tsv."""
     with folder_when_whole(folder) as partial, ExitStack() as stack:
         documents = stack.enter_context(TextTable(partial, "document id", keep_texts=False))
         queries = stack.enter_context(TextTable(partial, "query id"))
@@ -123,7 +123,8 @@ def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
 
         def judgments() -> Iterator[Judgment]:
             for judgment in _known_judgments(source, queries, documents, tally):
-                # A query without any counts 0 in a mean over all judged queries, so it is encoded too.
+                # A query without relevant documents counts as 0 in a mean over all judged queries, so it is encoded
+                # too.
                 found = relevant.setdefault(judgment.query_id, [])
                 if judgment.relevance > 0:
                     found.append(judgment.doc_id)
@@ -140,7 +141,7 @@ def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
 
 
 def write_texts(path: Path, kind: str, records: Iterator[tuple[str, Any]], work: Path, tally: Tally) -> None:
-    """Our JSONL of "queries" or "documents"; an id with two texts is refused."""
+    """Write our own JSONL of "queries" or "documents"; an id with two texts is refused."""
     with TextTable(work, f"{kind} id", keep_texts=False) as table, replaced_when_whole(path) as file:
         for where, record in records:
             text, name, *_ = record
@@ -162,9 +163,9 @@ def write_texts(path: Path, kind: str, records: Iterator[tuple[str, Any]], work:
 def training_triples(
     paths: Sequence[str], query_files: Sequence[str], collection_files: Sequence[str], tally: Tally, work: Path
 ) -> NumberedRecords:
-    """(place, record) of MS MARCO's lines query, positive, negative, separated by tabs, without a header.
+    """Yield (location, record) of MS MARCO's tab-separated lines query, positive, negative, which have no header.
 
-    With query and collection files (lines of id, tab, text) the three are ids.
+    With query and collection files (lines of id, tab, text), the three columns are ids.
     """
     with TextTable(work, "query id") as queries, TextTable(work, "document id") as documents:
         for table, files in ((queries, query_files), (documents, collection_files)):
@@ -206,7 +207,7 @@ def _known_judgments(
 
 
 def _known(where: str, judgment: Judgment, queries: TextTable, documents: TextTable, tally: Tally) -> bool:
-    """Whether both ids have texts; refused where not."""
+    """Whether both ids have texts; the tally refuses the judgment if not."""
     for what, name, table in (("query", judgment.query_id, queries), ("document", judgment.doc_id, documents)):
         if name not in table:
             tally.refuse_unknown(where, f"{what} '{name}' is judged and has no text")
@@ -215,7 +216,8 @@ def _known(where: str, judgment: Judgment, queries: TextTable, documents: TextTa
 
 
 def _new(items: Iterable[tuple[str, Sequence[Any]]], table: TextTable, tally: Tally) -> Iterator[tuple[str, str]]:
-    """(text, id) of each (place, record that begins with them) whose id is new. One id with two texts is refused."""
+    """Yield (text, id) of each (location, record starting with these two) whose id is new. An id with two texts is
+    refused."""
     for where, (text, name, *_) in items:
         try:
             if table.add(name, text, where):
@@ -230,6 +232,6 @@ def _keep(items: Iterable[tuple[str, Sequence[Any]]], table: TextTable, tally: T
 
 
 def write_json_line(file: IO, values: Mapping[str, Any]) -> None:
-    """One record of JSONL; keys without a value are left out."""
+    """Write one record of JSONL; keys without a value are omitted."""
     present = {key: value for key, value in values.items() if value is not None}
     file.write(json.dumps(present, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What recipes/convert.py makes of what: each input read as training records, a retrieval set, rows or judgments."""
+"""The conversions of recipes/convert.py; each input is read as training records, a retrieval set, rows or judgments."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from ds_embed.tools.convert.tables import table_writer
 
 _TRAINING_OUTPUTS = ("training", "pairs", "triplets", "texts")
 _QRELS_OUTPUTS = ("trec_qrels", "beir_qrels")
-# What can be made of what.
+# The possible outputs of each input format.
 OUTPUTS = {
     "beir": (*_TRAINING_OUTPUTS, "test", *_QRELS_OUTPUTS),
     "test": ("beir", *_QRELS_OUTPUTS),
@@ -90,12 +90,12 @@ class ConvertArguments(Settings):
 
 
 def convert(arguments: ConvertArguments) -> Tally:
-    """Write --output, whole or not at all; returns what was read, written and left out."""
+    """Write --output, whole or not at all; return what was read, written and left out."""
     tally = Tally(skip_bad_records=arguments.skip_bad_records, skip_unknown=arguments.skip_unknown)
     output = Path(arguments.output).absolute()
     check_writable_folder("--output", output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, where there is room for texts, if anywhere.
+    # Beside the output, the most likely place with room for the texts.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".convert-") as work:
         _write(arguments, output, Path(work), tally)
     if not tally.counts:
@@ -161,7 +161,7 @@ def _records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversio
 def _rows(
     arguments: ConvertArguments, kind: str, parse: Callable[[str, dict], Any], tally: Tally
 ) -> Iterator[tuple[str, Any]]:
-    """(place, parsed row) of files of "queries", "documents", "judgments" or "run", by the words of --columns."""
+    """Yield (location, parsed row) of files of "queries", "documents", "judgments" or "run", with --columns applied."""
     for path in arguments.input:
         file = RecordFile(path, parse, Columns(arguments.columns, kind))
         yield from ((where, one) for where, _, (one,) in file.read(tally.refuse))

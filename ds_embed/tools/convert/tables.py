@@ -1,4 +1,4 @@
-"""Rows written as JSONL, CSV, TSV or Parquet, by column name, one at a time."""
+"""Writes rows, given as {column: value}, one at a time to JSONL, CSV, TSV or Parquet."""
 
 import csv
 import json
@@ -19,10 +19,10 @@ WriteRow = Callable[[Mapping[str, Any]], object]
 
 @contextmanager
 def table_writer(path: Path, columns: Mapping[str, type]) -> Iterator[WriteRow]:
-    """A function that writes one row, {column: value}; the file takes its name when the block ends well.
+    """A function that writes one row, {column: value}; the file takes its name when the block ends without an error.
 
-    `columns` are names and types (str, int, float); the form is that of the name's ending. UserError
-    for a value that a TSV can't hold.
+    `columns` maps names to types (str, int, float); the suffix of `path` determines the format. UserError for a value
+    that TSV can't represent.
     """
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:

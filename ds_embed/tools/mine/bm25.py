@@ -1,7 +1,7 @@
-"""Candidates by shared words: BM25 through bm25s, its index on disk and memory-mapped by every rank.
+"""Candidates by shared words: BM25, computed by bm25s, with an index on disk that every rank memory-maps.
 
-Words are runs of letters, digits and underscores, in any case; nothing is stemmed or left out. How rare a word
-is and how long documents are is counted over all documents that are scored, positives outside the corpus too.
+Words are runs of letters, digits and underscores, ignoring case, without stemming or stop words. Word frequencies and
+document lengths are counted over all scored documents, including positives outside the corpus.
 
 Shapes: n queries, M candidates, k kept documents, p pairs.
 """
@@ -19,12 +19,12 @@ from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
 from ds_embed.tools.mine.catalog import Catalog
 
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s lets it report its stages
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # otherwise bm25s logs its stages
 _WORD = re.compile(r"\w+")
 
 
 def build_bm25(texts: Iterable[str], folder: Path, k1: float, b: float) -> None:
-    """Index the texts in their order. UserError when none holds a word."""
+    """Index the texts in order. UserError if none contains a word."""
     vocabulary: dict[str, int] = {}
     ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in _words(text)] for text in texts]
     if not vocabulary:
@@ -35,7 +35,7 @@ def build_bm25(texts: Iterable[str], folder: Path, k1: float, b: float) -> None:
 
 
 class Bm25Candidates:
-    """The k best candidates of queries by BM25; documents that share no word with the query are none."""
+    """The k best candidates of each query by BM25; documents that share no word with the query are not candidates."""
 
     def __init__(self, world: World, catalog: Catalog, folder: Path):
         self._world, self._catalog = world, catalog
@@ -44,10 +44,10 @@ class Bm25Candidates:
     def find(
         self, queries: range, k: int, pair_places: np.ndarray, pair_rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Scores (n, k), rows (n, k) with -1 where there are fewer, and the scores of pairs (p,), on every rank.
+        """Scores (n, k), rows (n, k) with -1 for missing ones, and the scores of pairs (p,), on every rank.
 
-        A pair is a query, by its place among `queries`, in ascending order, and any document. The ranks
-        share the queries out.
+        A pair is a query, given by its index within `queries`, and any document; pairs are sorted by query. Each rank
+        scores a share of the queries.
         """
         size = self._world.size
         bounds = [len(queries) * rank // size for rank in range(size + 1)]
@@ -77,7 +77,7 @@ class Bm25Candidates:
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
-    """The rows of the k largest scores above 0, best first; of equal ones the earlier row first."""
+    """The rows of the k largest scores above 0, best first; ties keep row order."""
     rows = np.flatnonzero(scores > 0)
     if len(rows) > k:
         rows = rows[scores[rows] >= np.partition(scores[rows], -k)[-k]]

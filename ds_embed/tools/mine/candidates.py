@@ -1,4 +1,4 @@
-"""Vectors of the catalog's tables, and candidates found with them.
+"""The vectors of the catalog's tables, and the candidates found with them.
 
 Shapes: n queries, k kept documents, p pairs, D dimensions.
 """
@@ -22,7 +22,7 @@ _COPIED_ROWS = 65536
 
 
 class ModelCandidates:
-    """The k best candidates of queries by inner product; each rank searches its slice of the documents."""
+    """The k best candidates of each query by inner product; each rank searches its slice of the documents."""
 
     def __init__(self, world: World, catalog: Catalog, paths: dict[str, str]):
         self._world = world
@@ -36,7 +36,7 @@ class ModelCandidates:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores (n, k), rows (n, k), and the scores of pairs (p,), on every rank.
 
-        A pair is a query, by its place among `queries`, and any document.
+        A pair is a query, given by its index within `queries`, and any document.
         """
         rows = np.array(self._queries[queries.start : queries.stop])
         scores, found = search_sharded(self._world, rows, self._documents[: self._num_candidates], k)
@@ -47,10 +47,11 @@ class ModelCandidates:
 def obtain_vectors(
     world: World, folder: Path, model: ModelArguments, text: TextArguments, arguments: MiningArguments
 ) -> dict[str, str]:
-    """Encode the catalog in `folder`, or find its vectors in --embeddings: paths of "queries" and "documents".
+    """Encode the catalog in `folder`, or find its vectors in --embeddings; return the paths of "queries" and
+    "documents".
 
-    Both are .npy files whose rows stand in table order. Done once: a job that is started again reuses them.
-    UserError: vectors that do not fit or are not finite, ids without a vector.
+    Both are .npy files with rows in table order. A restarted job reuses them. UserError if vectors do not match the ids
+    or are not finite, or if ids have no vector.
     """
     done = folder / "vectors.json"
 
@@ -86,7 +87,7 @@ def obtain_vectors(
 
 
 def _by_name(vectors: Vectors, folder: Path, kind: str) -> Path:
-    """A file with the rows of these ids, in the order of the table."""
+    """Write the vectors of the table's ids, in table order, to a file and return its path."""
     names = (folder / "catalog" / f"{kind}.names").read_text(encoding="utf-8").split("\n")[:-1]
     row_of = {name: row for row, name in enumerate(vectors.ids)}
     missing = [name for name in names if name not in row_of]

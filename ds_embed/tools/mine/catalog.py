@@ -1,9 +1,9 @@
-"""What there is to mine: the distinct queries and documents of the training files, and who is whose positive.
+"""The input of mining: the distinct queries and documents of the training files, and each query's positives.
 
-Built in one place by one rank, as plain files that every rank maps; texts stay on disk.
+One rank builds it as plain files that every rank memory-maps; texts stay on disk.
 
-Shapes: R records, Q queries, G groups of queries, M candidates, M + E documents (E are positives or existing
-negatives that are no candidates).
+Shapes: R records, Q queries, G groups of queries, M candidates, M + E documents (E are positives or existing negatives
+that are not candidates).
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.tool_arguments import MiningArguments
 
 _TEXTS_AT_ONCE = 1024
-# kind: (file, key of the text, key of the id), as recipes/generate.py reads them; KIND.names has the users' ids by row
+# kind: (file, key of the text, key of the id), as recipes/generate.py reads them; KIND.names holds the users' ids by
+# row
 TABLES = {"queries": ("queries.jsonl", "query", "query_id"), "documents": ("documents.jsonl", "pos_doc", "doc_id")}
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of row numbers, one after the other: list i is values[first[i] : first[i + 1]]."""
+    """Concatenated lists of row numbers: list i is values[first[i] : first[i + 1]]."""
 
     first: np.ndarray
     values: np.ndarray
 
     @classmethod
     def of_pairs(cls, owners: np.ndarray, values: np.ndarray | array, num_owners: int) -> Ragged:
-        """Distinct (owner, value) pairs as the ascending list of each owner."""
+        """The distinct values of each owner, in ascending order, from (owner, value) pairs."""
         pairs = np.unique(np.stack([owners, values], axis=1), axis=0) if len(owners) else np.empty((0, 2), np.int64)
         return cls(np.searchsorted(pairs[:, 0], np.arange(num_owners + 1)), np.ascontiguousarray(pairs[:, 1]))
 
@@ -52,7 +53,7 @@ class Ragged:
         return self.first[owners + 1] - self.first[owners]
 
     def of(self, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place in `owners`, value) of all values of these lists."""
+        """Indices into `owners`, and values, of all values in these lists."""
         counts = self.counts(owners)
         return np.repeat(np.arange(len(owners)), counts), self.values[ranges(self.first[owners], counts)]
 
@@ -85,10 +86,10 @@ class Catalog:
     documents: Texts
     record_queries: np.ndarray  # (R,) query of each record
     record_positives: np.ndarray  # (R,) document of each record
-    existing: Ragged  # of records: documents that are their neg_doc and stay
-    groups: np.ndarray  # (Q,) queries of one group are one, by text, tokens, or query_id of one file
-    positives: Ragged  # of groups: the positive documents of all its records
-    excluded: Ragged  # of groups: those, documents that share a doc_id with one, and the queries' own texts
+    existing: Ragged  # by record: its own neg_doc, which are kept
+    groups: np.ndarray  # (Q,) queries with the same text, tokens, or query_id in a file share a group
+    positives: Ragged  # by group: the positive documents of all its records
+    excluded: Ragged  # by group: those, documents with the doc_id of one, and the queries' own texts
 
     @classmethod
     def open(cls, folder: Path) -> Catalog:
@@ -103,7 +104,8 @@ class Catalog:
 
 
 def match_key(text: str, normalized: bool) -> int:
-    """The key that texts of one document share: equal texts, or equal but for case, white space and Unicode form."""
+    """A key that is equal for equal texts or, if normalized, texts that differ only in case, white space and Unicode
+    form."""
     if normalized:
         text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return content_key(text)
@@ -111,21 +113,21 @@ def match_key(text: str, normalized: bool) -> int:
 
 @dataclass
 class _Table:
-    """Distinct texts by their keys, written as they come; row i is the i-th distinct one."""
+    """Distinct texts by their keys, written as they arrive; row i is the i-th distinct text."""
 
     file: IO[bytes]
     text_key: str
     id_key: str
     rows: dict[int, int] = field(default_factory=dict)
     offsets: array = field(default_factory=lambda: array("q", [0]))
-    names: list[str | None] | None = None  # the users' ids, where they are needed
-    named: dict[str | None, tuple[int, str | None]] = field(default_factory=dict)  # row and file of each of these
+    names: list[str | None] | None = None  # the users' ids, if needed
+    named: dict[str | None, tuple[int, str | None]] = field(default_factory=dict)  # row and file of each user's id
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def found(self, keys: Iterable[int]) -> list[int]:
-        """The rows that have one of these keys."""
+        """The rows of those keys that are known."""
         return [self.rows[key] for key in keys if key in self.rows]
 
     def row(self, keys: tuple[int, ...], text: str, name: str | None, path: str | None, where: str) -> int:
@@ -153,9 +155,9 @@ def reading(arguments: MiningArguments) -> Reading:
 
 
 class CatalogBuilder:
-    """Reads the files into a folder. `names` of the tables are filled when vectors are to be found by id.
+    """Reads the files into a folder. The tables' `names` are filled if vectors will be looked up by id.
 
-    `tokenizers` of queries and documents, where there are some: texts of the same tokens are one, as in training.
+    With `tokenizers` of queries and documents, texts with the same tokens are one text, as in training.
     """
 
     def __init__(self, folder: Path, arguments: MiningArguments, tokenizers: tuple[TextTokenizer, ...] | None = None):
@@ -166,7 +168,7 @@ class CatalogBuilder:
             _Table(open(folder / name, "wb"), key, id_key, names=[] if self._needs_ids else None)
             for name, key, id_key in TABLES.values()
         )
-        self._rows_of_id: dict[tuple[str | None, str], list[int]] = {}  # by file and id; None is all of doc_files
+        self._rows_of_id: dict[tuple[str | None, str], list[int]] = {}  # by file (None: all doc_files) and id
         self._counts = {"repeated_documents": 0, "blank_documents": 0}
 
     def build(self) -> dict[str, int]:
@@ -195,7 +197,8 @@ class CatalogBuilder:
         return counts
 
     def _keyed(self, items: Iterable[Any], side: int, texts_of: Callable[[Any], list[str]]) -> Iterator[tuple]:
-        """(item, keys of each of its texts): equal where texts are one query (side 0) or one document (1)."""
+        """Yield (item, keys of each of its texts). Texts with a key in common are one query (side 0) or one document
+        (1)."""
         items = iter(items)
         while block := list(itertools.islice(items, _TEXTS_AT_ONCE)):
             texts = [texts_of(item) for item in block]
@@ -208,7 +211,7 @@ class CatalogBuilder:
             yield from ((item, list(itertools.islice(left, len(of_item)))) for item, of_item in zip(block, texts))
 
     def _corpus(self) -> Iterator[tuple[str | None, str, str, str | None]]:
-        """(file, where, text, id) of every document that may become a negative; doc_files count as one file."""
+        """Yield (file, where, text, id) of every document that may become a negative; doc_files count as one file."""
         for where, document in read_documents(self._arguments.doc_files):
             if not document.pos_doc.strip():
                 self._counts["blank_documents"] += 1
@@ -250,7 +253,7 @@ class CatalogBuilder:
         record_queries, record_positives = array("q"), array("q")
         existing_records, existing_rows, excluded_records, excluded_rows = (array("q") for _ in range(4))
         same_group = array("q")  # pairs of queries
-        first_query: dict[Any, int] = {}  # of what queries share
+        first_query: dict[Any, int] = {}  # by what queries share
         repeated = self._counts["repeated_documents"]
         keep = self._arguments.keep_existing
 
@@ -271,10 +274,10 @@ class CatalogBuilder:
                     same_group.extend((query, first_query.setdefault(shared, query)))
             record_queries.append(query)
             record_positives.append(self._add_document(path, where, record.pos_doc, keys, record.doc_id))
-            # A record's doc_id is that of its file, and names a document of doc_files.
+            # A record's doc_id is valid within its file, and also refers to documents in doc_files.
             places = [] if record.doc_id is None else [(path, record.doc_id), (None, record.doc_id)]
             same_id = [row for place in places for row in self._rows_of_id.get(place, [])]
-            # A text may be one with two others, by its words and by its tokens; and a query is no negative of itself.
+            # A text may match one document by its words and another by its tokens; and a query is not its own negative.
             excluded = (record_positives[-1], *same_id, *self.documents.found((*keys, query_keys[0])))
             excluded_records.extend([number] * len(excluded))
             excluded_rows.extend(excluded)
@@ -285,7 +288,7 @@ class CatalogBuilder:
                 existing_rows.append(
                     known[0] if known else self._add_document(path, where, negative, negative_keys, None, cure)
                 )
-        self._counts["repeated_documents"] = repeated  # those of the corpus, not of this second reading
+        self._counts["repeated_documents"] = repeated  # count those of the corpus, not of this second pass
         pairs = np.array(same_group, np.int64).reshape(-1, 2)
         graph = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(len(self.queries), len(self.queries)))
         num_groups, groups = connected_components(graph, directed=False)
@@ -293,7 +296,7 @@ class CatalogBuilder:
         lists = {
             "positives": Ragged.of_pairs(of_record, record_positives, num_groups),
             "excluded": Ragged.of_pairs(of_record[np.array(excluded_records)], excluded_rows, num_groups),
-            # In the records' own order.
+            # In the order of the records.
             "existing": Ragged(
                 np.searchsorted(existing_records, np.arange(len(of_record) + 1)), np.array(existing_rows)
             ),

@@ -5,7 +5,7 @@
     chunks    for each chunk of queries: all ranks search, score with the cross-encoder, apply the rules
     output    rank 0 writes the records with their negatives
 
-Chunks do not depend on the number of ranks. Each part is kept in the work folder as soon as it is whole.
+Chunks do not depend on the number of ranks. Each part is kept in the work folder as soon as it is complete.
 """
 
 import json
@@ -37,9 +37,9 @@ from ds_embed.tools.mine.rules import RULES, Pool, choose, make_pool
 logger = logging.getLogger(__name__)
 
 KIND = "the work of mining, form 4"
-_PLACES = ("output_file", "work_dir")  # decide no byte of the output
+_PLACES = ("output_file", "work_dir")  # these do not affect the output
 CHUNK_QUERIES = 1024
-SCORED_CHUNK_QUERIES = 64  # a cross-encoder takes seconds for as many: little is lost with a chunk
+SCORED_CHUNK_QUERIES = 64  # a cross-encoder takes seconds for these, so an interrupted chunk costs little
 _RECORDS_AT_ONCE = 4096
 _FOUND_AT_ONCE = 1 << 24  # scores of found documents
 
@@ -47,7 +47,7 @@ _FOUND_AT_ONCE = 1 << 24  # scores of found documents
 def mine(world: World, model: ModelArguments, text: TextArguments, arguments: MiningArguments) -> None:
     """Write output_file, its .summary.json and its .scores.png. Every rank must call it.
 
-    UserError for inputs that do not fit, or that changed since the job was begun.
+    UserError if inputs do not match each other, or changed since the job was begun.
     """
     arguments.check_model(model)
     output_file = Path(arguments.output_file).expanduser().resolve()
@@ -90,7 +90,7 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
 
 
 def _describe_inputs(model: ModelArguments, text: TextArguments, arguments: MiningArguments) -> dict[str, str]:
-    """All that decides the output, by the name of its flag where it has one."""
+    """Everything that determines the output, by the name of its flag if it has one."""
     settings = {**asdict(model), **asdict(text), **asdict(arguments)}
     inputs = {name: str(value) for name, value in settings.items() if name not in _PLACES}
     for name in ("train_files", "doc_files", "corpus_files"):
@@ -105,13 +105,13 @@ def _describe_inputs(model: ModelArguments, text: TextArguments, arguments: Mini
 
 
 def _identify(entry: str) -> str:
-    """Files by what they hold, URLs and data sets by their stamps."""
+    """Identify files by their content, and URLs and data sets by their stamps."""
     parts = list_parts(entry)
     return ", ".join(identify_texts([part]) if Path(part).is_file() else str(stamp_of(part)) for part in parts)
 
 
 def _tokenizers(model: ModelArguments, text: TextArguments) -> tuple[TextTokenizer, ...] | None:
-    """Those of queries and documents; None without a model."""
+    """The tokenizers of queries and documents; None without a model."""
     if not model.model_name_or_path:
         return None
     source = find_source(model)
@@ -122,7 +122,7 @@ def _tokenizers(model: ModelArguments, text: TextArguments) -> tuple[TextTokeniz
 
 
 def _begin(work: WorkFolder, output_file: Path) -> bool:
-    """Whether there is anything to do: not if the output of just these inputs is there already."""
+    """Prepare the work folder. False if the output of these inputs already exists, so there is nothing to do."""
     if output_file.exists():
         summary = summary_path(output_file)
         before = json.loads(summary.read_text(encoding="utf-8")).get("inputs") if summary.exists() else None
@@ -130,7 +130,7 @@ def _begin(work: WorkFolder, output_file: Path) -> bool:
             raise UserError(f"--output_file {output_file}: exists and was not mined; choose another name")
         check_unchanged(output_file, before, work.made_from, (), "--output_file")
         logger.info("%s is there already, mined from the same inputs", output_file)
-        if not work.path.exists() or work.open():  # killed before it had cleaned up
+        if not work.path.exists() or work.open():  # the earlier job was killed before it cleaned up
             work.remove()
         return False
     output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _candidates(
     text: TextArguments,
     arguments: MiningArguments,
 ) -> Any:
-    """What finds a query's candidates: a ModelCandidates, or Bm25Candidates with the same methods."""
+    """The object that finds a query's candidates: a ModelCandidates, or Bm25Candidates with the same methods."""
     if arguments.method == "bm25":
         from ds_embed.tools.mine.bm25 import Bm25Candidates, build_bm25
 
@@ -208,16 +208,16 @@ def _mine_chunks(world: World, work: WorkFolder, catalog: Catalog, source: Any, 
 def _mine_chunk(
     catalog: Catalog, source: Any, scorer: Any, queries: range, records: np.ndarray, arguments: MiningArguments
 ) -> dict[str, np.ndarray]:
-    """The negatives of the records of these queries; the same on every rank."""
+    """Mine the negatives of all records of these queries; the result is the same on every rank."""
     query_rows = np.arange(queries.start, queries.stop)
     groups = catalog.groups[query_rows]
     places = catalog.record_queries[records] - queries.start
-    # Pairs beside the candidates whose scores are needed: positives, and negatives that stay.
+    # Pairs, besides the candidates, whose scores are needed: positives, and existing negatives that are kept.
     owners, existing_rows = catalog.existing.of(records)
     pairs = np.concatenate(
         [np.stack(catalog.positives.of(groups), axis=1), np.stack([places[owners], existing_rows], axis=1)]
     )
-    pairs = np.unique(pairs, axis=0)  # by place, then row
+    pairs = np.unique(pairs, axis=0)  # sorted by query, then document
     pool, pair_scores = _find(catalog, source, queries, groups, pairs, arguments)
     if scorer is not None:
         place, column = np.nonzero(pool.rows >= 0)
@@ -251,7 +251,7 @@ def _mine_chunk(
 
 @dataclass(frozen=True)
 class _Pairs(Sequence):
-    """The texts of pairs of rows, read when they are asked for."""
+    """The texts of pairs of rows, read on demand."""
 
     catalog: Catalog
     queries: np.ndarray
@@ -267,10 +267,10 @@ class _Pairs(Sequence):
 def _find(
     catalog: Catalog, source: Any, queries: range, groups: np.ndarray, pairs: np.ndarray, arguments: MiningArguments
 ) -> tuple[Pool, np.ndarray]:
-    """The pools of the queries, and the scores of pairs (place among the queries, document), which are sorted."""
+    """The pools of the queries, and the scores of the sorted `pairs` (index within `queries`, document)."""
     wanted = min(arguments.num_candidates, catalog.num_candidates)
     depth = min(catalog.num_candidates, wanted + int(catalog.excluded.counts(groups).max()))
-    # A query with very many positives is searched very deep: then only few at a time.
+    # A query with very many positives needs a very deep search, so process few queries at a time.
     step = max(1, _FOUND_AT_ONCE // depth)
     pools, scores_of_pairs = [], []
     for low in range(0, len(queries), step):

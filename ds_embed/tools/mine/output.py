@@ -1,6 +1,6 @@
-"""The end of a mining job: records with their negatives, a summary, and a plot of the scores.
+"""The output of a mining job: records with their negatives, a summary, and a plot of the scores.
 
-Shapes: R records, K negatives of a record, E existing negatives that stay.
+Shapes: R records, K negatives per record, E existing negatives that are kept.
 """
 
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
 @dataclass(frozen=True)
 class Mined:
-    """What was found for all records; rows -1 and scores -inf where a record has fewer than K."""
+    """The mined negatives of all records; row -1 and score -inf where a record has fewer than K."""
 
     rows: np.ndarray  # (R, K) documents
     scores: np.ndarray  # (R, K)
     positive_scores: np.ndarray  # (R,)
     existing_scores: np.ndarray  # (E,) in the order of Catalog.existing.values
-    num_dropped: np.ndarray  # candidates that each of RULES took out, summed over records
-    num_candidates: int  # of all pools
+    num_dropped: np.ndarray  # candidates removed by each of RULES, summed over records
+    num_candidates: int  # in all pools
 
     @property
     def counts(self) -> np.ndarray:
-        """Negatives (R,) mined for each record."""
+        """Number of negatives mined for each record, (R,)."""
         return (self.rows >= 0).sum(axis=1)
 
 
@@ -45,7 +45,7 @@ def plot_path(output_file: Path) -> Path:
 
 
 def summarise(mined: Mined, catalog: Catalog, arguments: MiningArguments, counts: dict[str, int]) -> dict:
-    """The job in numbers; `counts` are those of the catalog."""
+    """Statistics of the job; `counts` are those of the catalog."""
     num_existing = np.diff(catalog.existing.first)
     without = int(((mined.counts + num_existing) == 0).sum())
     scores = mined.scores[mined.rows >= 0]
@@ -72,12 +72,13 @@ def _statistics(scores: np.ndarray) -> dict[str, float]:
 
 
 def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: MiningArguments) -> None:
-    """The records in order as JSONL: neg_doc, pos_score and neg_scores are set, all else of our own form stays.
+    """Write the records in order as JSONL. In our own form, neg_doc, pos_score and neg_scores are set and the rest is
+    kept.
 
-    Those of other forms, and of several positives, are written in our own form, one for each positive.
+    Records in other forms or with several positives are converted to our own form, one record for each positive.
 
-    A record without negatives has neither neg_doc nor neg_scores, or is left out (drop_without_negatives).
-    UserError when the training files hold another number of records than before.
+    A record without negatives has neither neg_doc nor neg_scores, or is omitted (drop_without_negatives). UserError if
+    the number of records in the training files has changed.
     """
     number = -1
     with replaced_when_whole(output_file, binary=True) as file:
@@ -96,7 +97,7 @@ def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: 
 
 
 def _set_negatives(record: dict, number: int, mined: Mined, catalog: Catalog) -> bool:
-    """Whether the record has any negatives."""
+    """Set the record's negatives and scores, and return whether it has any negatives."""
     kept = slice(*catalog.existing.first[number : number + 2])
     negatives = record.get("neg_doc", []) if kept.start < kept.stop else []
     rows = mined.rows[number][mined.rows[number] >= 0]
@@ -110,7 +111,7 @@ def _set_negatives(record: dict, number: int, mined: Mined, catalog: Catalog) ->
 
 
 def plot_scores(output_file: Path, mined: Mined, unit: str) -> None:
-    """A histogram of the positives' and of the mined negatives' scores."""
+    """Plot a histogram of the scores of positives and mined negatives."""
     from matplotlib.figure import Figure
 
     negatives = mined.scores[mined.rows >= 0]

@@ -1,16 +1,15 @@
 """Which candidates become negatives: pure functions on arrays.
 
-A query's pool is its best P documents that are not its positives. Each rule takes candidates out of the pool,
-in the order of RULES, and a candidate counts for the first that does. With p the lowest score of the query's
-positives (a poor positive makes the rules strict, as sentence-transformers' mine_hard_negatives does) a
-candidate of score s stays where
+A query's pool is its best P documents that are not its positives. The rules remove candidates from the pool in the
+order of RULES, and each removal is counted for the first rule that applies. Let p be the lowest score of the query's
+positives: a poor positive makes the rules strict, as in sentence-transformers' mine_hard_negatives. A candidate with
+score s is kept if
 
     s <= p - absolute_margin        NV-Retriever's TopK-MarginPos (Moreira et al. 2024, arXiv 2407.15831)
     s <= p - |p| relative_margin    its TopK-PercPos: of p > 0 that is s <= p (1 - relative_margin)
     min_score <= s <= max_score
 
-and is then skipped if it is among the record's own negatives that are kept, or among the range_min best that
-are left.
+and then skipped if it is one of the record's own negatives that are kept, or one of the range_min best remaining.
 
 Shapes: n queries, m records, P candidates of a query, K negatives of a record.
 """
@@ -26,21 +25,21 @@ from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Ragged
 
 RULES = ("positive", "absolute_margin", "relative_margin", "max_score", "min_score", "existing", "range_min")
-_NOBODY = 255  # a place of the pool without a document
+_NOBODY = 255  # an empty slot of the pool
 _LEFT = 254
-_RANDOM = 5  # stream of random numbers, apart from those of the data order
+_RANDOM = 5  # random stream, distinct from those of the data order
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The candidates of n queries, best first: rows (n, P), -1 where there are fewer, and their scores."""
+    """The candidates of n queries, best first: rows (n, P), with -1 for missing ones, and their scores."""
 
     rows: np.ndarray
     scores: np.ndarray
-    num_positives: np.ndarray  # (n,) documents passed over because they are positives
+    num_positives: np.ndarray  # (n,) documents skipped because they are positives
 
     def reordered(self, scores: np.ndarray) -> Pool:
-        """The same candidates by other scores (n, P); of equal ones the earlier stays first."""
+        """The same candidates ordered by other scores (n, P); ties keep their order."""
         scores = np.where(self.rows < 0, -np.inf, scores).astype(np.float32)
         order = np.argsort(-scores, axis=1, kind="stable")
         rows, scores = (np.take_along_axis(values, order, axis=1) for values in (self.rows, scores))
@@ -48,8 +47,8 @@ class Pool:
 
 
 def make_pool(scores: np.ndarray, rows: np.ndarray, excluded: Ragged, groups: np.ndarray, num_candidates: int) -> Pool:
-    """The best P = num_candidates of the found (n, k), best first, without those excluded for the query's group (n,)."""
-    # Numbers that tell (query, document) pairs apart.
+    """The best P = num_candidates of rows (n, k), best first, without those excluded for the query's group (n,)."""
+    # Encode each (query, document) pair as a unique number.
     stride = int(max(rows.max(initial=0), excluded.values.max(initial=0))) + 1
     places, values = excluded.of(groups)
     is_positive = np.isin(np.arange(len(rows))[:, None] * stride + rows, places * stride + values) & (rows >= 0)
@@ -71,10 +70,10 @@ def choose(
     existing: Ragged,
     arguments: MiningArguments,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The negatives of m records: rows (m, K), -1 where there are fewer; scores (m, K); what each rule took out.
+    """The negatives of m records: rows (m, K), with -1 for missing ones; scores (m, K); removals by each rule.
 
-    lowest_positive (n,): p of each query. places (m,): the records' queries. records (m,): their numbers in the
-    files, which seed random sampling and own lists of `existing` documents.
+    lowest_positive (n,): p of each query. places (m,): the query of each record. records (m,): the records' numbers in
+    the files, which seed random sampling and index `existing`.
     """
     verdicts = _verdicts(pool, lowest_positive, arguments)[places]
     owners, values = existing.of(records)
@@ -92,11 +91,11 @@ def choose(
         record_keys = mix(records.astype(np.uint64) ^ key_of(arguments.seed, _RANDOM))
         with np.errstate(over="ignore"):
             priority = mix(record_keys[:, None] + pool_rows.astype(np.uint64))
-    # Half the numbers, so that nobody's is larger than that of those who are out.
+    # Halve the numbers, so that every remaining candidate comes before the removed ones.
     priority = np.where(left, priority >> np.uint64(1), np.uint64(2**64 - 1))
     taken = np.argsort(priority, axis=1, kind="stable")[:, : arguments.num_negatives]
     taken = np.where(np.take_along_axis(left, taken, axis=1), taken, left.shape[1])
-    taken.sort(axis=1)  # best first, nobody last
+    taken.sort(axis=1)  # best first, missing ones last
     shape = (len(records), arguments.num_negatives)
     rows, scores = np.full(shape, -1, dtype=np.int64), np.full(shape, -np.inf, dtype=np.float32)
     record, column = np.nonzero(taken < left.shape[1])
@@ -109,7 +108,7 @@ def choose(
 
 
 def _verdicts(pool: Pool, lowest_positive: np.ndarray, arguments: MiningArguments) -> np.ndarray:
-    """Which rule takes each candidate (n, P) out; _LEFT where none does."""
+    """Which rule removes each candidate, (n, P); _LEFT if none does."""
     scores, lowest = pool.scores.astype(np.float64), lowest_positive.astype(np.float64)[:, None]
     verdicts = np.full(scores.shape, _LEFT, dtype=np.uint8)
     verdicts[pool.rows < 0] = _NOBODY

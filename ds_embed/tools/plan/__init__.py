@@ -1,1 +1,1 @@
-"""What a job will take, before anything is loaded: memory by part and stage, bytes between ranks, time."""
+"""Estimates what a job needs before anything is loaded: memory by part and stage, bytes between ranks, time."""

@@ -1,4 +1,4 @@
-"""A job to plan, as it would start or only thought of; and the table that says what it will take."""
+"""The job to plan, either ready to start or hypothetical, and the table of what it needs."""
 
 import logging
 import os
@@ -40,14 +40,15 @@ _DEFAULT_GPU_GIB = 80.0
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what a job takes. lengths: tokens (T,) of one global batch, the queries first."""
+    """Everything that determines what a job needs. lengths: (T,) tokens of the texts of one global batch, queries
+    first."""
 
     model: ModelArguments
     lora: LoraArguments
     step: StepArguments
     run: RunArguments
     deepspeed_config: dict[str, Any]
-    config: Any  # transformers'
+    config: Any  # of transformers
     card: EmbeddingCard
     longest_text: int  # tokens
     lengths: np.ndarray
@@ -78,10 +79,10 @@ class Job:
 
     @cached_property
     def flops(self) -> float:
-        """Of the slowest rank in a step; a round of micro-batches takes as long as its longest."""
+        """FLOPs of a step on its critical path: each round of micro-batches takes as long as its slowest."""
         total, rounds = 0.0, list(zip(*self.plan.micro_batches))
         for number, together in enumerate(rounds, start=1):
-            is_twice = self.step.grad_cache and number < len(rounds)  # it encodes all but the last again
+            is_twice = self.step.grad_cache and number < len(rounds)  # all but the last are encoded twice
             parts = ("flops", "forward_flops") if is_twice else ("flops",)
             shapes = [(len(texts), float(self.lengths[texts].max())) for texts in together if len(texts)]
             total += max(
@@ -95,7 +96,7 @@ class Job:
 
     @property
     def available(self) -> float:
-        """Bytes of memory: where none is given, of the GPU here, or of a CPU rank its share of the machine's."""
+        """Bytes of memory: as given, or else those of the local GPU or, on CPUs, a rank's share of the machine's."""
         import torch
 
         if self.hardware.gpu_memory_gb is not None:
@@ -107,17 +108,17 @@ class Job:
         return _DEFAULT_GPU_GIB * GIB
 
     def memory(self, zero: Zero, budget: int | None = None) -> ranks.Memory:
-        """Of the rank with the most tokens. budget: another micro_batch_tokens than the job's."""
+        """Memory of the rank with the most tokens. budget: a micro_batch_tokens to use instead of the job's."""
         shape = self.shape
         if budget is not None:
             shape = replace(shape, micro_batches=-(-shape.rank_tokens // budget))
-        # Some step has a full micro-batch of the longest texts, whatever this one has.
+        # Some step will have a full micro-batch of the longest texts, even if this one does not.
         most = -(-len(self.lengths) // self.num_ranks) * self.longest_text
         shape = replace(shape, micro_batch_tokens=min(budget or self.step.micro_batch_tokens, most))
         return ranks.rank_memory(self.cost, zero, shape, on_gpu=self.on_gpu)
 
     def sending(self, zero: Zero) -> tuple[dict[str, float], float]:
-        """Bytes that a rank sends in a step, by what for, and seconds. A ring over nodes is as fast as the network."""
+        """Bytes that a rank sends in a step, by purpose, and seconds. A ring across nodes is limited by the network."""
         sent, seconds = {}, 0.0
         moved = ranks.payloads(self.cost, zero, self.shape, self.step.gradient_checkpointing)
         for name, (num_bytes, kind) in moved.items():
@@ -130,9 +131,10 @@ class Job:
         return sent, seconds
 
     def largest_budget(self, zero: Zero, available: float) -> int | None:
-        """The largest micro_batch_tokens that fits into `available` bytes, in longest texts; None if none does."""
+        """The largest multiple of longest_text that fits into `available` bytes as micro_batch_tokens; None if none
+        does."""
         unit = self.longest_text
-        # A rank has no more texts than this; a larger budget changes nothing.
+        # A rank never has more texts than this, so a larger budget changes nothing.
         low, high = 0, max(1, -(-len(self.lengths) // self.num_ranks))
         while low < high:
             middle = (low + high + 1) // 2
@@ -142,7 +144,7 @@ class Job:
 
 
 def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
-    """Say what a training run will take on the ranks that the launcher started; rank 0 prints. Every rank calls it."""
+    """Print, on rank 0, what a training run needs on the ranks that the launcher started. Every rank must call it."""
     run.prepare()
     if not run.world.is_main:
         return
@@ -177,7 +179,7 @@ def job_to_size(
     run: RunArguments,
     sizing: SizingArguments,
 ) -> Job:
-    """A job on GPUs that need not be here. Only the model's config is read, and train_files where there are any."""
+    """A job on GPUs that need not be present. Only the model's config is read, and train_files if given."""
     deepspeed_config = resolve_deepspeed_config(
         run.deepspeed, bf16=run.bf16, max_grad_norm=optimizer.max_grad_norm, num_ranks=sizing.num_gpus
     )
@@ -225,7 +227,7 @@ def _named(batch: GlobalBatch) -> str:
 
 
 def choices(zero: Zero, highest_stage: int = 3) -> list[Zero]:
-    """The job's own choice, then every other stage up to the highest, with and without offloading."""
+    """The job's own choice, then the other stages up to highest_stage, with and without offloading."""
     plain = replace(zero, offload_optimizer=False, offload_param=False, group=1)
     others = [replace(plain, stage=stage) for stage in range(4)]
     others += [replace(plain, stage=stage, offload_optimizer=True) for stage in (1, 2, 3)]
@@ -234,7 +236,7 @@ def choices(zero: Zero, highest_stage: int = 3) -> list[Zero]:
 
 
 def table(job: Job) -> str:
-    """What the job takes, as lines of text."""
+    """What the job needs, as lines of text."""
     cost, zero, plan, hardware = job.cost, job.zero, job.plan, job.hardware
     memory, (sent, seconds) = job.memory(zero), job.sending(zero)
     lines = [

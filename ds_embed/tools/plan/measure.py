@@ -1,7 +1,7 @@
-"""What a model costs, measured: its own code runs forward and backward on tensors that have shapes and no data.
+"""Measures a model's cost by running its own forward and backward code on tensors with shapes but no data.
 
-So no architecture, attention kernel, LoRA or checkpointing needs a formula. Tensors say they are on a CPU, where
-attention without a GPU can be called; its fused kernel keeps the same for the backward pass as the GPU's.
+So no formula is needed for architectures, attention kernels, LoRA or checkpointing. The tensors claim to be on a CPU,
+where attention can be called without a GPU; its fused kernel saves the same tensors for the backward pass as the GPU's.
 
 Shapes: B texts, S tokens of the longest text.
 """
@@ -24,7 +24,7 @@ from ds_embed.models.loading import build_encoder
 from ds_embed.models.lora import add_lora
 from ds_embed.settings import LoraArguments, ModelArguments, StepArguments
 
-# Attention on tensors that say they are on a CPU, which torch's registry of FLOPs lacks.
+# Attention on CPU tensors, which torch's registry of FLOPs lacks.
 flop_registry.setdefault(
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
     shape_wrapper(lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
@@ -37,27 +37,28 @@ flop_registry.setdefault(
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward and backward of one micro-batch, without weights and their gradients; FLOPs count a multiply-add as 2."""
+    """Cost of one micro-batch's forward and backward passes, without weights and their gradients; a multiply-add is 2
+    FLOPs."""
 
     kept_bytes: float  # live after the forward pass, for the backward pass
-    peak_bytes: float  # at any moment of both
+    peak_bytes: float  # during both passes
     forward_flops: float
-    flops: float  # of both
+    flops: float  # of both passes
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A model's parameters and what micro-batches of one length cost it."""
+    """A model's parameters, and the cost of micro-batches of texts of equal length."""
 
     trained: tuple[int, ...]  # elements of each trained parameter
-    frozen: tuple[int, ...]  # and of each other
-    in_4bit: tuple[int, ...]  # of frozen, those that are held in 4 bits
+    frozen: tuple[int, ...]  # elements of each other parameter
+    in_4bit: tuple[int, ...]  # the elements of `frozen` that are stored in 4 bits
     buffer_bytes: int
     num_dims: int
     num_tokens: int  # S
-    one: Pass  # of 1 text of S tokens
-    two: Pass  # of 2
-    short: Pass  # of 1 text of half as many
+    one: Pass  # 1 text of S tokens
+    two: Pass  # 2 texts of S tokens
+    short: Pass  # 1 text of S / 2 tokens
 
     @property
     def num_trained(self) -> int:
@@ -68,12 +69,13 @@ class ModelCost:
         return sum(self.trained) + sum(self.frozen)
 
     def of_tokens(self, part: str, num_tokens: float) -> float:
-        """Bytes of `part` of a Pass for a micro-batch of texts of S tokens each, linear in their number."""
+        """Bytes of `part` of a Pass for a micro-batch of num_tokens in texts of S tokens, linear in the number of
+        texts."""
         one, two = getattr(self.one, part), getattr(self.two, part)
         return max(0.0, one + (two - one) * (num_tokens / self.num_tokens - 1))
 
     def flops(self, part: str, length: float) -> float:
-        """FLOPs of one text of `length` tokens: one term linear in it and one of attention, quadratic."""
+        """FLOPs of one text of `length` tokens: a linear term and a quadratic one, for attention."""
         half, long = self.num_tokens / 2, float(self.num_tokens)
         at_half, at_long = getattr(self.short, part), getattr(self.one, part)
         quadratic = max(0.0, (at_long - 2 * at_half) / (long**2 - 2 * half**2))
@@ -91,9 +93,9 @@ def measure_model(
     num_tokens: int,
     on_gpu: bool,
 ) -> ModelCost:
-    """Count what the model of a transformers `config` takes, with texts of at most num_tokens tokens.
+    """Measure the model of a transformers `config`, with texts of at most num_tokens tokens.
 
-    UserError when it has no module that LoRA asks for, or not the attention kernel.
+    UserError if it lacks the modules for LoRA or the attention kernel.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -108,7 +110,7 @@ def measure_model(
         )
         encoder.make_unit_vectors()
         if step.gradient_checkpointing:
-            # There is no random state to keep where there are no numbers.
+            # Without data there is no random state to preserve.
             settings = {"use_reentrant": False, "preserve_rng_state": False}
             backbone: Any = encoder.backbone
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
@@ -120,11 +122,11 @@ def measure_model(
     linear = [layer.weight.numel() for layer in layers if not layer.weight.requires_grad]
     if not on_gpu:
         use_cpu_dropout(encoder)
-    # transformers would read from positions, which have no values, whether a row holds several texts; not knowing, it
-    # makes a mask, and attention with a mask keeps more for the backward pass.
+    # transformers would read from the positions whether a row holds several texts. Here they have no values, so it
+    # would make a mask, and attention with a mask saves more for the backward pass.
     one_text_a_row = patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     with FakeTensorMode(allow_non_fake_inputs=True), one_text_a_row, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kernels and checkpoints that miss their data
+        warnings.simplefilter("ignore")  # kernels and checkpointing warn about missing data
         encoder.train().to_empty(device="cpu")
         parameters = list(encoder.parameters())
         for parameter in parameters:
@@ -143,7 +145,7 @@ def measure_model(
 
 
 def measure_pass(encoder: TextEncoder, num_texts: int, num_tokens: int) -> Pass:
-    """Forward and backward of B texts of S tokens, with whatever tensors the encoder has."""
+    """Run forward and backward on B texts of S tokens, with whatever kind of tensors the encoder has."""
     ids = torch.zeros(num_texts, num_tokens, dtype=torch.long)
     lengths = torch.full((num_texts,), num_tokens)
     with Tally([*encoder.parameters(), *encoder.buffers(), ids, lengths]) as tally:
@@ -155,9 +157,9 @@ def measure_pass(encoder: TextEncoder, num_texts: int, num_tokens: int) -> Pass:
 
 
 class Tally(TorchDispatchMode):
-    """Counts what operations inside do: bytes of the storages that they made, now and at their peak, and FLOPs.
+    """Counts the FLOPs of operations inside it, and the current and peak bytes of the storages that they allocate.
 
-    The storages of `known` tensors don't count. (torch's own FLOP counter keeps the modules' outputs alive.)
+    Storages of `known` tensors don't count. (torch's own FLOP counter is not used: it keeps modules' outputs alive.)
     """
 
     def __init__(self, known: list[torch.Tensor]):

@@ -1,4 +1,4 @@
-"""What a step takes of one rank under each ZeRO stage: memory, bytes sent to other ranks, time.
+"""What a step needs on one rank under each ZeRO stage: memory, bytes sent to other ranks, time.
 
     t trained, f frozen weights, b bytes of a working weight (2 in bfloat16, 4 in float32), W ranks
     h ranks that hold a whole copy together under hpZ (0 without), B reduce_bucket_size, m micro-batches
@@ -11,8 +11,8 @@
     sent        all-reduce b t,     all-reduce b t,           all-reduce b t, m   all-gather b (t + f) for each pass,
                 m with grad_cache   all-gather b t            and all-gather b t  reduce-scatter b t, m with grad_cache
 
-Offloading the optimizer moves its row (and 4 t / W of gradients for it) to the CPU; offloading parameters moves
-the shards. A ring sends (W - 1) / W of what is all-gathered or reduce-scattered, and twice that of what is all-reduced.
+Offloading the optimizer moves its row (and 4 t / W of gradients) to the CPU; offloading parameters moves their shards.
+A ring sends (W - 1) / W of the data in an all-gather or reduce-scatter, and twice that in an all-reduce.
 """
 
 from dataclasses import dataclass
@@ -25,25 +25,25 @@ from ds_embed.losses.contrastive import TILE_DOCUMENTS, TILE_QUERIES
 from ds_embed.tools.plan.measure import ModelCost
 
 GIB = 2**30
-NF4_BYTES = 0.5 + 4 / 64  # of a weight in 4 bits, with the float32 scale of each block of 64
-# Assumptions: the CUDA context with the kernels of cuBLAS and NCCL's buffers; fragments that the allocator can't reuse.
+NF4_BYTES = 0.5 + 4 / 64  # per weight in 4 bits, including the float32 scale of each block of 64
+# Assumptions: the CUDA context with cuBLAS's kernels and NCCL's buffers; fragments that the allocator can't reuse.
 CONTEXT_BYTES = int(1.5 * GIB)
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class Zero:
-    """The parts of a resolved DeepSpeed config that decide the memory."""
+    """The parts of a resolved DeepSpeed config that determine memory."""
 
     stage: int
     bucket: int  # elements
     overlap: bool
     prefetch: int  # elements
-    reuse: int  # elements between two uses of a weight, up to which it stays gathered
-    persistence: int  # parameters of at most so many elements stay whole
+    reuse: int  # a weight stays gathered if its next use is at most this many elements away
+    persistence: int  # parameters of at most this many elements stay whole
     offload_optimizer: bool
     offload_param: bool
-    group: int  # ranks that hold a secondary copy together (hpZ); 1 without
+    group: int  # ranks that share a secondary copy (hpZ); 1 without
 
     @classmethod
     def of(cls, deepspeed_config: dict[str, Any]) -> "Zero":
@@ -76,8 +76,8 @@ class StepShape:
     """What the rank with the most tokens encodes in a step of W ranks."""
 
     num_ranks: int
-    num_queries: int  # N of the global batch
-    num_texts: int  # T of the global batch
+    num_queries: int  # N, of the global batch
+    num_texts: int  # T, of the global batch
     rank_tokens: int  # padded, in the whole step
     micro_batches: int
     micro_batch_tokens: int  # largest
@@ -86,7 +86,7 @@ class StepShape:
 
     @classmethod
     def of(cls, plan: Plan, lengths: np.ndarray, num_queries: int, grad_cache: bool, width: int) -> "StepShape":
-        """lengths: tokens (T,) of the batch's texts."""
+        """lengths: (T,) tokens of the batch's texts."""
         padded = [[len(texts) * int(lengths[texts].max(initial=0)) for texts in rank] for rank in plan.micro_batches]
         tokens, largest = max(map(sum, padded)), max(map(max, padded))
         ranks, number = len(padded), plan.num_micro_batches
@@ -95,7 +95,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the GPU by part in each phase of a step, and on the CPU for this rank."""
+    """This rank's bytes on the GPU, by part in each phase of a step, and on the CPU."""
 
     phases: dict[str, dict[str, float]]
     cpu: float
@@ -110,12 +110,12 @@ class Memory:
 
 
 def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, on_gpu: bool) -> Memory:
-    """Memory of a rank in the three phases in which it may peak: loss, backward, optimizer step."""
+    """Memory of a rank in the three phases where it may peak: loss, backward, optimizer step."""
     trained, width, ranks = cost.num_trained, shape.width, shape.num_ranks
     own = trained / (ranks if zero.stage else 1)  # the optimizer's share
     optimizer, cpu = (12 if zero.stage or width == 2 else 8) * own, 0.0
     weights, gathered = _weights(cost, zero, shape)
-    largest = width * max(cost.trained)  # a gradient that was just computed
+    largest = width * max(cost.trained)  # a gradient just computed
     gradients, for_step = {
         0: (width * trained, 4 * trained if width == 2 else 0),
         1: (4 * trained, 4 * own),
@@ -127,17 +127,17 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, on_gpu: bool) 
         gradients, for_step = (2 if zero.stage < 3 else 1) * largest, 0
     if zero.offload_param:
         cpu, weights = cpu + weights, 0.0
-    # A CPU gives a bucket only the pages that are written to.
+    # On a CPU, a bucket takes only the pages that are written to.
     bucket = (zero.bucket if on_gpu else min(zero.bucket, trained)) if zero.stage else 0
     buckets = (4 if zero.stage == 1 else width) * bucket * (2 if zero.overlap and zero.stage < 3 else 1)
     kept, peak = (cost.of_tokens(part, shape.micro_batch_tokens) for part in ("kept_bytes", "peak_bytes"))
-    if not shape.grad_cache:  # all graphs are kept; with it, that of the last micro-batch
+    if not shape.grad_cache:  # all graphs are kept; with grad_cache only the last one
         one = min(shape.micro_batch_tokens, shape.rank_tokens)
         kept = cost.of_tokens("kept_bytes", shape.rank_tokens)
         peak = kept + cost.of_tokens("peak_bytes", one) - cost.of_tokens("kept_bytes", one)
     slack = 1 + (FRAGMENTATION if on_gpu else 0)
     table = 4.0 * shape.num_texts * cost.num_dims
-    copies = 4 if ranks > 1 else 3  # embeddings, gradient, and the gradient in rank order (padded, to be sent)
+    copies = 4 if ranks > 1 else 3  # embeddings, gradient, and the gradient in rank order (padded, for sending)
     tiles = 12.0 * min(TILE_QUERIES, -(-shape.num_queries // ranks)) * min(TILE_DOCUMENTS, shape.num_texts)
     always = {"weights": weights + cost.buffer_bytes, "optimizer": optimizer, "embeddings": 2 * table}
     always |= {"gradients": gradients, "buckets": buckets, "context": CONTEXT_BYTES if on_gpu else 0}
@@ -147,7 +147,7 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, on_gpu: bool) 
         "embeddings": copies * table,
         "loss tiles": tiles,
     }
-    if zero.stage < 3:  # ZeRO-3 alone allocates them once
+    if zero.stage < 3:  # only ZeRO-3 allocates them once and for all
         loss |= {"gradients": 0, "buckets": 0}
     backward = {"activations": peak * slack, "gathered weights": gathered}
     step = {"gradients": gradients + for_step} | ({} if zero.stage == 3 else {"buckets": 0})
@@ -155,17 +155,18 @@ def rank_memory(cost: ModelCost, zero: Zero, shape: StepShape, *, on_gpu: bool) 
 
 
 def _weights(cost: ModelCost, zero: Zero, shape: StepShape) -> tuple[float, float]:
-    """Bytes of the weights a rank holds, and of those that are made whole for a while, by ZeRO-3 or out of 4 bits."""
+    """Bytes of the weights that a rank holds, and of those temporarily gathered by ZeRO-3 or unpacked from 4 bits."""
     everything = shape.width * (cost.num_all - sum(cost.in_4bit)) + NF4_BYTES * sum(cost.in_4bit)
     if zero.stage < 3 or shape.num_ranks == 1:
         return everything, float(shape.width * max(cost.in_4bit, default=0))
     small = sum(n for n in cost.trained + cost.frozen if n <= zero.persistence)
     held = everything / shape.num_ranks + shape.width * small + (everything / zero.group if zero.group > 1 else 0)
     if not shape.grad_cache and shape.micro_batches > 1:
-        # DeepSpeed frees a weight after the last graph that needs it, so that one backward over several holds all.
+        # DeepSpeed frees a weight after the last graph that needs it, so one backward pass over several graphs holds
+        # all.
         return held, everything - shape.width * small
-    # From the forward to the backward pass the last weights stay: between their two uses lie those behind them, twice.
-    # What is prefetched arrives in one piece, and is copied out of it weight by weight.
+    # The last weights stay from the forward to the backward pass, since only the weights after them, counted twice, lie
+    # between their uses. Prefetched weights arrive in one buffer and are copied out of it one by one.
     large = cost.num_all - small
     whole = min(large, max(cost.trained + cost.frozen) + zero.prefetch + zero.reuse // 2)
     return held, shape.width * (whole + min(large, zero.prefetch))
@@ -174,7 +175,7 @@ def _weights(cost: ModelCost, zero: Zero, shape: StepShape) -> tuple[float, floa
 def payloads(
     cost: ModelCost, zero: Zero, shape: StepShape, gradient_checkpointing: bool
 ) -> dict[str, tuple[float, str]]:
-    """Bytes of the whole tensors that a step moves between ranks and the kind of collective, by what for."""
+    """Bytes of the whole tensors that a step moves between ranks, and the kind of collective, by purpose."""
     width, number = shape.width, shape.micro_batches
     backwards = number if shape.grad_cache and zero.stage != 1 else 1
     table = 4.0 * shape.num_texts * cost.num_dims
@@ -189,7 +190,7 @@ def payloads(
     if zero.stage == 3:
         small_trained = sum(n for n in cost.trained if n <= zero.persistence)
         small = small_trained + sum(n for n in cost.frozen if n <= zero.persistence)
-        # Forward passes, and backward passes, of which there are at most 2 when graphs are kept.
+        # Forward passes plus backward passes; the latter count at most twice if graphs are kept.
         passes = 3 * number - 1 if shape.grad_cache else number + min(2, number)
         passes += number if gradient_checkpointing else 0
         once, from_all = float(width * (cost.num_all - small)), passes if zero.group == 1 else 1
