@@ -3,22 +3,22 @@
 A store is a folder of plain .npy files, a manifest.json, and for texts with ids an ids.txt. Letters:
 R records, T texts, S tokens. Opening maps the arrays and reads none of them, whatever R is.
 
-    tokens.npy         (S,) int32       all texts, one after the other
+    tokens.npy         (S,) int32       all texts, concatenated
     offsets.npy        (T + 1,) int64   text t owns tokens[offsets[t] : offsets[t + 1]]
     lengths.npy        (T,) int32       tokens of each text
-    lines.npy          (R,) int64       number of each record in its file, from 1: its line, element or row; where
-                                        a file has parts, numbers go on through them; samples of a row share it
+    lines.npy          (R,) int64       number of each record in its file, from 1: its line, element or row, counted
+                                        across the parts of a file; samples of one row share it
   training only:
     first_text.npy     (R + 1,) int64   record r owns texts first_text[r] to first_text[r + 1] - 1:
                                         its query, its positive, then its negatives
-    text_keys.npy      (T,) int64       key of each text: equal where the model sees the same tokens (identity.py)
-    content_keys.npy   (T,) int64       key of each text as it stands in the data, that of its text_id (identity.py)
+    text_keys.npy      (T,) int64       key of each text: equal if the model sees the same tokens (identity.py)
+    content_keys.npy   (T,) int64       key of each text as in the data, the same as its text_id (identity.py)
     query_ids.npy      (R,) int64       key of each record's query_id, 0 for none; doc_ids.npy likewise
-    several_*.npy                       queries with several positives, and these: see identity.write_positives
-    labels.npy         (R,) int64       key of the label of each labelled text, which is the only text of its record, as
-                                        query and as positive; 0 elsewhere
-    scores.npy         (T,) float32     a teacher's score of each document for its query, NaN where there is none
-  queries and documents only (one text a record):
+    several_*.npy                       queries with several positives, and these: see write_positives
+    labels.npy         (R,) int64       key of each labelled text's label, 0 elsewhere; the text is both the query and the
+                                        positive of its record, which has no other
+    scores.npy         (T,) float32     a teacher's score of each document for its query, NaN for none
+  queries and documents only (one text per record):
     ids.txt                             UTF-8, line i is the id of row i
 
 They are built by build_training_store and build_text_store.
