@@ -1,4 +1,4 @@
-"""Work that is done in a thread while the caller uses what was made before."""
+"""Work done in a thread while the caller uses earlier results."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,11 +10,11 @@ Made = TypeVar("Made")
 
 
 def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], ahead: int = 1) -> Iterator[Made]:
-    """make(item) of each item, in order; up to `ahead` of them are made in a thread before they are asked for.
+    """Yield make(item) of each item, in order; up to `ahead` of them are made in a thread before they are requested.
 
-    `make` runs in one thread, for one item at a time, and must enter no collective: the other ranks' threads are
-    elsewhere. What it raises is raised here, in place of its item. Closing the iterator waits for the item that is
-    being made, and makes no more.
+    `make` runs in one thread, for one item at a time, and must enter no collective, since the ranks' threads are not in
+    step. An exception in it is raised here in place of the item. Closing the iterator waits for the current item and
+    makes no more.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
         pending: deque[Future] = deque()

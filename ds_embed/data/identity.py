@@ -1,12 +1,12 @@
-"""What is one query and what is one document: the rule of identity of training, validation and mining.
+"""When queries or documents are the same: the rules used by training, validation and mining.
 
-- Two documents are one when the model sees the same tokens, or their file gives them one doc_id.
-- Two queries are one when the model sees the same tokens, or their file gives them one query_id.
-- An id counts within its file: two files that both number from 0 share nothing.
+- Two documents are the same if the model sees the same tokens, or if their file gives them the same doc_id.
+- Two queries are the same if the model sees the same tokens, or if their file gives them the same query_id.
+- An id is only valid within its file: two files that both number from 0 share nothing.
 - A document that is a positive of a query, in any record, is never one of its negatives.
 
-A token store refuses a file in which one id stands for two texts, so there equal ids mean equal tokens, and tokens
-alone decide. Tokens and ids are compared by keys of 64 bits: of 10^8 texts, two share one by chance once in 3,700 stores.
+A token store refuses a file in which one id names two texts, so in a store equal ids imply equal tokens, and only
+tokens are compared. Tokens and ids are compared by 64-bit keys: with 10^8 texts, one store in 3,700 has a collision.
 
 Letters: T texts, S tokens, R records, G queries with several positives.
 """
@@ -36,18 +36,18 @@ def content_keys(texts: Sequence[str]) -> np.ndarray:
 
 
 def text_id(text: str) -> str:
-    """The id by which a text without another one is known outside, such as its vector: content_key as 16 hex digits."""
+    """The external id of a text without an id of its own, used to find its vector: content_key as 16 hex digits."""
     return f"{content_key(text) % 2**64:016x}"
 
 
 def id_keys(ids: Iterable[str]) -> np.ndarray:
-    """Keys (n,) int64 of ids: that of its text for a text_id, and content_key of any other."""
+    """Keys (n,) int64 of ids: for a text_id the key of its text, for any other id its content_key."""
     keys = [int(name, 16) or 1 if _TEXT_ID.fullmatch(name) else content_key(name) % 2**64 for name in ids]
     return np.array(keys, np.uint64).view(np.int64)
 
 
 def token_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Keys (T,) int64 of texts by what the model sees: tokens (S,) int32, text after text, and lengths (T,)."""
+    """Keys (T,) int64 of texts by what the model sees: concatenated tokens (S,) int32 and lengths (T,)."""
     content, ends = memoryview(np.ascontiguousarray(tokens, "<i4")).cast("B"), (np.cumsum(lengths) * 4).tolist()
     return _keys(content[start:end] for start, end in zip([0, *ends], ends))
 
@@ -60,14 +60,14 @@ def _keys(contents) -> np.ndarray:
 
 
 def write_positives(folder: Path, file_sizes: Sequence[int], kinds: Sequence[str]) -> list[dict[str, int]]:
-    """Write which queries of a training store have several positives, and count what each file repeats.
+    """Write which queries of a training store have several positives, and count the repetitions in each file.
 
-    Of files of the kind "", whose records are queries and their right documents.
-    Into `folder`, beside the arrays first_text and text_keys: several_queries (G,), ascending keys of queries;
-    several_first (G + 1,) and several_positives: the keys of query g's positives are
-    several_positives[several_first[g] : several_first[g + 1]]. Works on parts of the keys, so memory is flat in R.
-    Returns of each file: num_repeated, records whose query and positive stood further up, in any file; and
-    max_positives, the most positives that one of its queries has, in all files.
+    Only files of kind "" count, whose records are queries and their relevant documents. Reads the arrays first_text and
+    text_keys in `folder`, and writes several_queries (G,), the keys of queries in ascending order, several_first (G +
+    1,) and several_positives: the keys of query g's positives are several_positives[several_first[g] : several_first[g
+    + 1]]. Works on one part of the keys at a time, so memory does not grow with R. Returns for each file: num_repeated,
+    records whose query and positive occurred earlier in any file; and max_positives, the most positives that any of its
+    queries has in all files.
     """
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("first_text", "text_keys")}
     num_records = len(arrays["first_text"]) - 1
@@ -102,12 +102,13 @@ def write_positives(folder: Path, file_sizes: Sequence[int], kinds: Sequence[str
 
 
 def _pairs_of_part(arrays: dict, part: int, num_parts: int, spans: Sequence[range]) -> tuple[np.ndarray, ...]:
-    """Query keys, positive keys and numbers of the records in `spans` whose query's key lies in one part of all keys."""
+    """Query keys, positive keys and numbers of the records in `spans` whose query key lies in the given part of all
+    keys."""
     found = []
     for start, stop in ((start, span.stop) for span in spans for start in span[::_ROWS_AT_ONCE]):
         first_text = arrays["first_text"][start : min(start + _ROWS_AT_ONCE, stop)]
         queries = arrays["text_keys"][first_text]
-        # Parts are ranges of keys, so that what is written one after the other ascends.
+        # Parts are ranges of keys, so that the output of successive parts is in ascending order.
         rows = np.flatnonzero(((queries >> 32) + (1 << 31)) * num_parts >> 32 == part)
         found.append((queries[rows], arrays["text_keys"][first_text[rows] + 1], start + rows))
     return tuple(np.concatenate(parts) for parts in zip(*found))
@@ -116,16 +117,17 @@ def _pairs_of_part(arrays: dict, part: int, num_parts: int, spans: Sequence[rang
 def positive_pairs(
     query_keys: np.ndarray, document_keys: np.ndarray, several: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Pairs (P, 2) of a query and a document that is a positive of it, of N queries and M documents, by their keys.
+    """Pairs (P, 2) of a query and a document that is one of its positives, among N queries and M documents, by their
+    keys.
 
-    The first N documents are the queries' positives; pairs that this alone shows, a query and a positive that stands
-    there for the same query, are left out. `several` are the arrays that write_positives wrote.
+    The first N documents are the queries' positives; a pair that follows from this alone, because the document is the
+    positive of an equal query, is omitted. `several` are the arrays that write_positives wrote.
     """
     several_queries, several_first, several_positives = several
     own, place = np.unique(query_keys, return_inverse=True)
     group = np.searchsorted(several_queries, own)
     group[group == len(several_queries)] = 0
-    # Of each distinct query with several positives: which of the documents they are.
+    # For each distinct query with several positives, find which of the documents they are.
     distinct = np.flatnonzero(several_queries[group] == own) if len(several_queries) else np.empty(0, np.int64)
     first, counts = several_first[group[distinct]], several_first[group[distinct] + 1] - several_first[group[distinct]]
     order = np.argsort(document_keys, kind="stable")
@@ -144,7 +146,7 @@ def positive_pairs(
     num_queries = len(query_keys)
     is_shown = (documents < num_queries) & (place[np.minimum(documents, num_queries - 1)] == owners)
     owners, documents = owners[~is_shown], documents[~is_shown]
-    # From distinct queries to all that stand in the batch.
+    # Expand distinct queries to all their occurrences in the batch.
     by_place, counts = np.argsort(place, kind="stable"), np.bincount(place)
     first = np.cumsum(counts) - counts
     queries = by_place[ranges(first[owners], counts[owners])]
@@ -152,6 +154,6 @@ def positive_pairs(
 
 
 def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """first[0], first[0] + 1, ... counts[0] numbers, then those of first[1], and so on."""
+    """first[0], first[0] + 1, ..., counts[0] numbers in all, then those from first[1] on, and so on."""
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(first, counts) + within

@@ -1,7 +1,7 @@
 """Labelled texts as queries and documents: a positive is another text of the label, a negative a text of another label.
 
-Both are drawn in the text's own file, as a pure function of random numbers. Letters: L labelled texts, n of them in a batch,
-K negatives of each.
+Both are drawn from the text's own file, as a pure function of random numbers. Letters: L labelled texts, n of them in a
+batch, K negatives of each.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from ds_embed.data.order import mix
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The texts by file and label; what is said of one is said in the order of their records."""
+    """The labelled texts by file and label; all arrays but by_label are in the order of the records."""
 
     records: np.ndarray  # (L,) ascending
-    by_label: np.ndarray  # (L,) records, those of one label together
-    place: np.ndarray  # (L,) where each stands in by_label
-    keys: np.ndarray  # (L,) of its file and label, never 0
-    of_label: tuple[np.ndarray, np.ndarray]  # (L,) first place and number of the texts of its label
-    of_file: tuple[np.ndarray, np.ndarray]  # (L,) the same of its file
+    by_label: np.ndarray  # (L,) records, with those of each label together
+    place: np.ndarray  # (L,) index of each in by_label
+    keys: np.ndarray  # (L,) key of its file and label, never 0
+    of_label: tuple[np.ndarray, np.ndarray]  # (L,) first index in by_label and number of the texts with its label
+    of_file: tuple[np.ndarray, np.ndarray]  # (L,) the same for its file
 
     @classmethod
     def of(cls, records: np.ndarray, files: np.ndarray, labels: np.ndarray) -> "LabelledTexts":
@@ -31,11 +31,12 @@ class LabelledTexts:
         return cls(records, records[order], place, keys, _spans(keys, place), _spans(files, place))
 
     def keys_of(self, records: np.ndarray) -> np.ndarray:
-        """The key of file and label of each record (of any shape)."""
+        """The key of file and label of each record; `records` may have any shape."""
         return self.keys[np.searchsorted(self.records, records)]
 
     def draw(self, records: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A positive (n,) and K negatives (n, K), as records, of these records (n,) by random numbers (n, 1 + K)."""
+        """Draw a positive (n,) and K negatives (n, K), as records, for these records (n,), by random numbers (n, 1 +
+        K)."""
         chosen = np.searchsorted(self.records, records)
         place = self.place[chosen]
         first, number = (values[chosen] for values in self.of_label)
@@ -52,7 +53,7 @@ def _below(draws: np.ndarray, bound: np.ndarray) -> np.ndarray:
 
 
 def _spans(values: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each value: the first place of those that are equal to it, and their number."""
+    """For each value: the lowest `place` of the values equal to it, and their number."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     first = np.full(len(counts), len(values))
     np.minimum.at(first, group, place)

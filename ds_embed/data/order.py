@@ -1,22 +1,23 @@
-"""Which records a step sees: a pure function of (seed, position in the data), with nothing to store.
+"""Which records a step sees: a pure function of (seed, position in the data), so nothing needs to be stored.
 
-Every source (a file, or all of them as one) is a stream: its sample number i is record p(i mod R) of epoch
-i // R, where p is a permutation of its R records keyed by seed, source and epoch. It is computed record by
-record (a Feistel network on the smallest even number of bits that holds R, walked until it lands below R:
-Black and Rogaway 2002), so ten million records need no shuffled list in memory.
+Every source (a file, or all of them as one) is a stream: its sample number i is record p(i mod R) of epoch i // R,
+where p is a permutation of its R records keyed by seed, source and epoch. It is computed record by record (a Feistel
+network on the smallest even number of bits that can represent R, applied repeatedly until the result is below R: Black
+and Rogaway 2002), so ten million records need no shuffled list in memory.
 
-With several sources, sample number g of the run is taken from source f(g) as number c_f(g) of its stream,
-where c_f(g) counts the earlier samples of that source. Both have a closed form. Of g samples the first source
-gets floor(g p + u), the multiples of 1/p shifted by a phase u of the seed; what is left over is numbered anew
-and shared out among the other sources in the same way. So every stretch of samples holds each source in its
-proportion to within one sample per source, and nothing needs replaying.
+With several sources, sample g of the run is sample c_f(g) of the stream of source f(g), where c_f(g) counts the earlier
+samples from that source. Both have a closed form. Of the first g samples, floor(g p + u) come from the first source,
+where p is its probability and u a phase derived from the seed; the remaining samples are renumbered and divided among
+the other sources in the same way. So every range of samples contains each source in proportion, to within one sample
+per source, and nothing needs to be replayed.
 
-A clustered stream has another permutation: records that share documents stand together, so that a batch has fewer distinct
-texts. The records of one positive document are a group; its place in a pass is the least of the scrambled keys of all
-its documents, hard negatives too. Two groups get the same place as often as they share documents (MinHash, Broder 1997),
-and each pass scrambles anew. It is sorted once a pass: 8 bytes a text while it is made, 8 a record to keep.
+A clustered stream has another permutation, which puts records that share documents next to each other, so that a batch
+has fewer distinct texts. The records of one positive document form a group. Its position in a pass is the minimum of
+the scrambled keys of all its documents, including hard negatives, so the more documents two groups share, the more
+likely they get the same position (MinHash, Broder 1997). Each pass scrambles the keys anew. The sort, once per pass,
+takes 8 bytes per text temporarily and 8 per record permanently.
 
-Shapes: F sources, R records of one, n samples.
+Shapes: F sources, R records of a source, n samples.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _ROUNDS = 6
-# Probabilities are whole multiples of 2**-30: products with sample numbers up to 2**33 are exact in 64 bits.
+# Probabilities are multiples of 2**-30, so products with sample numbers up to 2**33 are exact in 64 bits.
 _PROBABILITY_BITS = np.uint64(30)
 
 
@@ -40,7 +41,7 @@ class SampleOrder:
     """
 
     seed: int
-    source_sizes: tuple[int, ...]  # (F,) records; they stand in the store one source after the other
+    source_sizes: tuple[int, ...]  # (F,) records; the store holds one source after the other
     probabilities: tuple[float, ...] | None = None
     batch_size: int | None = None
     rows: np.ndarray | None = field(default=None, compare=False)
@@ -74,7 +75,7 @@ class SampleOrder:
         return records
 
     def _stream(self, seed: int, first_record: int, num_records: int, samples: np.ndarray) -> np.ndarray:
-        """Record numbers (n,) of these samples (n,) of the stream over num_records records from first_record on."""
+        """Record numbers (n,) of samples (n,) of the stream over num_records records starting at first_record."""
         if self.documents is None:
             return first_record + stream_records(seed, num_records, samples)
         passes, positions = np.divmod(samples, num_records)
@@ -83,7 +84,7 @@ class SampleOrder:
             name = first_record, number
             if name not in self._passes:
                 for old in [old for old in self._passes if old[0] == first_record][:-1]:
-                    del self._passes[old]  # a batch stands in two passes at most
+                    del self._passes[old]  # a batch spans at most two passes
                 self._passes[name] = _clustered(*self.documents, first_record, num_records, key_of(seed, number, 6))
             chosen = passes == number
             records[chosen] = first_record + self._passes[name][positions[chosen]]
@@ -99,10 +100,10 @@ class SampleOrder:
         return sources, places * self.batch_size + offsets.astype(np.int64)
 
     def _share_out(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source (n,) of each of these samples (or batches), and how many before it have the same source."""
+        """The source (n,) of each of these samples (or batches), and how many earlier ones have the same source."""
         sources = np.full(len(numbers), len(self.source_sizes) - 1)
         counts = np.empty(len(numbers), dtype=np.int64)
-        rest = np.arange(len(numbers))  # those that belong to none of the sources so far
+        rest = np.arange(len(numbers))  # those not assigned to a source yet
         numbers, left = numbers.copy(), 1.0
         for source, probability in enumerate(self.probabilities[:-1]):
             share = np.uint64(round(2 ** int(_PROBABILITY_BITS) * min(1.0, probability / left)))
@@ -135,7 +136,7 @@ def stream_records(seed: int, num_records: int, samples: np.ndarray) -> np.ndarr
 def _clustered(
     first_text: np.ndarray, text_keys: np.ndarray, first_record: int, num_records: int, key: np.uint64
 ) -> np.ndarray:
-    """The records (R,), counted from the first one, in the order of a pass: those that share documents together."""
+    """The records (R,), counted from first_record, in the order of a pass, with those that share documents together."""
     first = np.asarray(first_text[first_record : first_record + num_records + 1])
     keys, queries = np.asarray(text_keys[first[0] : first[-1]]), first[:-1] - first[0]
     last = np.iinfo(np.uint64).max
@@ -148,7 +149,7 @@ def _clustered(
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit integers so that any change of input changes half the output bits.
+    """Scramble 64-bit integers so that any change of the input changes about half of the output bits.
 
     The finaliser of SplitMix64 (Steele, Lea and Flood 2014).
     """

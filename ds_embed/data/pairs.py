@@ -1,11 +1,11 @@
-"""Pairs of a query and a document as one text of tokens: what a reranker reads.
+"""Pairs of a query and a document as one sequence of tokens, the input of a reranker.
 
     head, query, middle, document, tail
 
-Around the two stand the tokens that a tokenizer itself puts around a pair ([CLS] and [SEP]), or those of a template.
-What is too long loses tokens at the end of the longer of the two, as transformers' longest_first has it.
+Head, middle and tail are the tokens that the tokenizer itself puts around a pair ([CLS] and [SEP]), or those of a
+template. A pair that is too long loses tokens at the end of its longer text, as with transformers' longest_first.
 
-Shapes: N queries, M documents of the batch (N positives, then the hard negatives), b pairs, S tokens.
+Shapes: N queries, M documents of a batch (N positives, then the hard negatives), b pairs, S tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -23,18 +23,18 @@ QUERY, DOCUMENT = "{query}", "{document}"
 
 @dataclass(frozen=True)
 class PairFormat:
-    """How a pair becomes tokens; `max_length` counts all of them."""
+    """How a pair is converted to tokens; `max_length` includes all of them."""
 
     head: tuple[int, ...]
     middle: tuple[int, ...]
     tail: tuple[int, ...]
     max_length: int
-    has_types: bool  # whether the tokenizer tells query and document apart by token types
-    around: tuple[int, int]  # tokens before and behind a text alone, which a store keeps with it
+    has_types: bool  # whether the tokenizer marks query and document with token types
+    around: tuple[int, int]  # tokens before and after a single text, which a store includes
 
     @classmethod
     def of(cls, tokenizer: Any, max_length: int) -> "PairFormat":
-        """See what the tokenizer puts around a pair, by trying."""
+        """Find out what the tokenizer puts around a pair, by encoding one."""
         encoded = tokenizer("one", "two", return_special_tokens_mask=True, return_token_type_ids=True)
         is_text = [not special for special in encoded["special_tokens_mask"]]
         first = len(tokenizer("one", add_special_tokens=False)["input_ids"])
@@ -47,7 +47,8 @@ class PairFormat:
         return cls(*map(tuple, parts), max_length, types, (len(special.head), len(special.tail)))
 
     def with_template(self, tokenizer: Any, template: str) -> "PairFormat":
-        """The same with the tokens of a template between those that stand around any text; its control tokens are tokens."""
+        """The same, with a template's tokens inside those around any single text; control tokens in it are parsed as
+        such."""
         if (
             template.count(QUERY) != 1
             or template.count(DOCUMENT) != 1
@@ -69,12 +70,12 @@ class PairFormat:
         return len(self.head) + len(self.middle) + len(self.tail)
 
     def text_formats(self) -> tuple[TextFormat, TextFormat]:
-        """How queries and documents are kept in a store: whole, as far as a pair could hold them."""
+        """Formats of queries and documents in a store, which keeps as much of them as a pair could hold."""
         form = TextFormat("", self.max_length + sum(self.around), append_eos=False, strip=False)
         return form, form
 
     def truncated(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (n,) that are left of queries and of documents of so many tokens (n,)."""
+        """Lengths (n,) of queries and documents after truncation, given their lengths (n,) before."""
         room = self.max_length - self.num_around
         short, long = np.minimum(first, second), np.maximum(first, second)
         long = np.minimum(long, np.maximum(short, room - short))
@@ -89,7 +90,8 @@ class PairFormat:
         return self.truncated(lengths[:, 0], lengths[:, 1])
 
     def collate(self, store: TrainingStore, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids (b, S), lengths (b,), and the tokens (b,) up to the document of pairs (b, 2); one dummy for none."""
+        """Token ids (b, S), lengths (b,) and numbers of tokens before the document (b,) of pairs (b, 2); a dummy if b
+        is 0."""
         if len(pairs) == 0:
             return np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64), np.ones(1, dtype=np.int64)
         first, second = self.lengths_of(store, pairs)
@@ -105,7 +107,7 @@ class PairFormat:
 
 
 def as_pairs(batch: GlobalBatch, store: TrainingStore, form: PairFormat) -> GlobalBatch:
-    """The same batch with a pair (2,) of texts for each of its M documents, in their order, as what is encoded."""
+    """The same batch with a pair (2,) of texts for each of its M documents, in order, as the texts to encode."""
     first_text = np.asarray(store.first_text[batch.records])
     has_own = np.asarray(store.first_text[batch.records + 1]) - first_text > 2
     num_own = batch.own_negatives.shape[1]

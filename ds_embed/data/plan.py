@@ -1,6 +1,6 @@
 """Which rank encodes which text in which micro-batch: a pure function of the text lengths.
 
-Shapes: T texts, W ranks, B micro-batches in all, P micro-batches per rank (the same for every rank).
+Shapes: T texts, W ranks, B micro-batches in total, P micro-batches per rank (the same for every rank).
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import numpy as np
 
 from ds_embed.settings.errors import UserError
 
-# What one more micro-batch costs, as a share of a full one: launches, adding up gradients, under ZeRO-3 a gather of
-# the weights. More and smaller micro-batches pad less, so some more than must be often pay.
+# The overhead of another micro-batch, as a share of a full one: kernel launches, accumulating gradients and, under
+# ZeRO-3, gathering weights. Smaller micro-batches need less padding, so more than the minimum number often pay off.
 ROUND_COST = 1 / 32
-# A corpus is encoded in micro-batches whose texts are about equally long: at most by this share shorter than the longest
-# one, once there are so many tokens that one more forward pass costs little.
+# A corpus is encoded in micro-batches of texts of similar length: at most this share shorter than the longest one, once
+# a micro-batch has enough tokens that another forward pass costs little.
 LARGEST_GAP = 1 / 32
 SMALLEST_MICRO_BATCH = 1024
-# How finely the plan is sought: sizes of micro-batches that are tried, down to a part of the largest; positions at
-# which a round may start in the reckoning; and rounds whose sizes are decided together.
+# Resolution of the search for a plan: how many micro-batch sizes are tried, down to this fraction of the largest;
+# positions at which a round may start; and rounds whose sizes are optimized jointly.
 _FEWEST_SIZES, _MOST_SIZES, _LARGEST_PART = 32, 256, 8
 _FEWEST_POSITIONS, _POSITIONS_PER_ROUND, _MOST_DECISIONS = 256, 12, 64
 
@@ -28,13 +28,13 @@ _FEWEST_POSITIONS, _POSITIONS_PER_ROUND, _MOST_DECISIONS = 256, 12, 64
 class Plan:
     """Micro-batches of text positions (0..T-1); micro_batches[r][p] is what rank r encodes p-th.
 
-    An empty micro-batch stands for a dummy text: the rank takes part in the forward and backward,
-    which ZeRO-3 needs, and its gradient is zero.
+    An empty micro-batch stands for a dummy text with zero gradient, so that the rank takes part in the forward and
+    backward passes, as ZeRO-3 requires.
     """
 
     micro_batches: list[list[np.ndarray]]
     num_tokens: int  # real tokens
-    num_padded_tokens: int  # tokens that are encoded, padding included
+    num_padded_tokens: int  # encoded tokens, including padding
 
     @property
     def padding_share(self) -> float:
@@ -46,7 +46,7 @@ class Plan:
         return len(self.micro_batches[0])
 
     def rank_order(self) -> np.ndarray:
-        """Text positions (T,) in the order in which ranks hold them: rank 0's first."""
+        """Text positions (T,) in the order of the ranks that hold them: rank 0's first."""
         return np.concatenate([texts for rank in self.micro_batches for texts in rank])
 
     def rank_counts(self) -> list[int]:
@@ -58,8 +58,8 @@ def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: 
     """Cut texts of `lengths` (T,) tokens into micro-batches of at most micro_batch_tokens padded tokens.
 
     Texts are sorted by length and cut, longest first, into rounds of W micro-batches of about the same padded size, so
-    that the ranks wait little for each other; the cut with the least padding, idling and cost of rounds is taken.
-    Raises UserError when one text is longer than micro_batch_tokens.
+    that ranks wait little for each other. The cut minimizes padding, idle time and the overhead of rounds. UserError if
+    a text is longer than micro_batch_tokens.
     """
     lengths = np.asarray(lengths)
     check_budget(int(lengths.max(initial=0)), micro_batch_tokens)
@@ -74,19 +74,19 @@ def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: 
 
 
 def _longest_first(lengths: np.ndarray) -> np.ndarray:
-    """Positions (T,), texts of one length in their order."""
+    """Text positions (T,), longest first; texts of equal length keep their order."""
     longest = int(lengths.max(initial=0))
-    # In 16 bits numpy sorts by radix, ten times as fast.
+    # numpy sorts 16-bit integers by radix, ten times as fast.
     return np.argsort((longest - lengths).astype(np.min_scalar_type(longest)), kind="stable")
 
 
 def _cheapest_cut(descending: np.ndarray, budget: int, num_ranks: int) -> list[int]:
-    """First positions of the micro-batches of the rounds that together cost least; `descending` (T,).
+    """First positions of the micro-batches of the cheapest sequence of rounds; `descending` (T,).
 
-    A round, a micro-batch for every rank, costs the padded tokens of its largest micro-batch and a constant. It takes
-    as many texts as fit into micro-batches of one of many sizes. Far from the end that is the size with which a token
-    costs least where the round starts; for the last _MOST_DECISIONS rounds dynamic programming decides, from the
-    shortest text backwards. Where texts are many, costs are known at some positions only.
+    A round has one micro-batch for each rank, and costs the padded tokens of its largest micro-batch plus a constant.
+    It takes as many texts as fit into micro-batches of the chosen size. Far from the end, this is the size with the
+    lowest cost per token where the round starts; for the last _MOST_DECISIONS rounds, dynamic programming chooses it,
+    from the shortest text backwards. With many texts, costs are computed at some positions only.
     """
     before = np.append(0, np.cumsum(descending))  # tokens before each text
     find = partial(_rounds, np.append(descending, 1), num_ranks=num_ranks, round_cost=budget * ROUND_COST)
@@ -108,7 +108,7 @@ def _cheapest_cut(descending: np.ndarray, budget: int, num_ranks: int) -> list[i
     share = int(rest.sum()) / num_ranks
     spread = max(_POSITIONS_PER_ROUND * share / budget, min(_FEWEST_POSITIONS, 2**13 / num_ranks))
     positions = first + _spread_positions(rest, int(spread))
-    largest = min(budget, int(1.5 * share) + int(rest[0]))  # takes all texts, where the budget does
+    largest = min(budget, int(1.5 * share) + int(rest[0]))  # enough for all texts, if the budget is
     smallest = min(largest, max(int(rest[-1]), int(min(share, budget) / _LARGEST_PART)))
     sizes = _sizes(smallest, largest, len(positions) * num_ranks)
     least = _least_costs(positions, *find(positions[:-1, None], sizes=sizes))
@@ -121,7 +121,7 @@ def _cheapest_cut(descending: np.ndarray, budget: int, num_ranks: int) -> list[i
 
 
 def _sizes(smallest: int, largest: int, places: int) -> np.ndarray:
-    """Sizes of micro-batches to try at so many places."""
+    """Sizes of micro-batches to try, given the number of places to try them at."""
     number = min(_MOST_SIZES, max(_FEWEST_SIZES, 2**20 // places))
     return np.geomspace(max(1, smallest), largest, number).round().astype(np.int64)
 
@@ -129,7 +129,8 @@ def _sizes(smallest: int, largest: int, places: int) -> np.ndarray:
 def _walk(
     lengths: list[int], first: int, end: int, num_ranks: int, size_at: Callable[[int], int]
 ) -> tuple[list[int], int]:
-    """First positions of the micro-batches of the rounds that start in first .. end, and where the last one ends."""
+    """First positions of the micro-batches of the rounds that start from `first` to before `end`, and the end of the
+    last."""
     starts, total = [], len(lengths)
     while first < end:
         size = max(size_at(first), lengths[first])
@@ -141,7 +142,7 @@ def _walk(
 
 
 def _spread_positions(descending: np.ndarray, spread: int) -> np.ndarray:
-    """0, T, and positions between with about equally many tokens between them: all of them where they are few."""
+    """Positions from 0 to T with about equally many tokens between them; all positions if there are few."""
     num_texts = len(descending)
     if num_texts <= 2 * spread:
         return np.arange(num_texts + 1)
@@ -150,9 +151,10 @@ def _spread_positions(descending: np.ndarray, spread: int) -> np.ndarray:
 
 
 def _least_costs(positions: np.ndarray, ends: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """The least cost from each position (G + 1,) on; ends and costs (G, sizes) of what can start at the first G."""
+    """The least cost from each position (G + 1,) on; ends and costs (G, sizes) are of the rounds starting at the first
+    G."""
     before, part = _cells(positions, ends)
-    # Where a size does not reach the next position, its cost is not known yet.
+    # If a size does not reach the next position, the cost from its end on is not known yet.
     costs = np.where(before > np.arange(len(ends))[:, None], costs, np.inf)
     least, is_exact = np.zeros(len(positions)), not part.any()
     for first in range(len(ends) - 1, -1, -1):
@@ -165,15 +167,15 @@ def _least_costs(positions: np.ndarray, ends: np.ndarray, costs: np.ndarray) -> 
 
 
 def _between(least: np.ndarray, positions: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The least costs from `ends` on."""
+    """The least costs from `ends` on, interpolated between positions."""
     before, part = _cells(positions, ends)
     return least[before] + part * (least[np.minimum(before + 1, len(least) - 1)] - least[before])
 
 
 def _cells(positions: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the positions comes before each end (or is it), and what part of the way to the next one it is behind.
+    """The index of the last position at or before each end, and the fraction of the way from it to the next position.
 
-    In the last cell none: what is left there is a round, however small.
+    In the last interval the fraction is 0: whatever is left there takes a whole round.
     """
     before = np.searchsorted(positions, ends, side="right") - 1
     part = (ends - positions[before]) / np.diff(positions, append=positions[-1] + 1)[before]
@@ -183,9 +185,9 @@ def _cells(positions: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _rounds(
     lengths: np.ndarray, starts: np.ndarray, *, sizes: np.ndarray, num_ranks: int, round_cost: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a round of a size ends that starts at `starts`, and what it costs; both of the broadcast shape."""
+    """Where rounds with micro-batches of `sizes` that start at `starts` end, and their costs; both broadcast."""
     last, ends, largest = len(lengths) - 1, starts, 0
-    sizes = np.maximum(sizes, lengths[starts])  # at least a text
+    sizes = np.maximum(sizes, lengths[starts])  # at least one text
     for _ in range(num_ranks):
         length = lengths[ends]
         following = np.minimum(ends + (sizes / length).astype(np.int64), last)
@@ -195,14 +197,14 @@ def _rounds(
 
 
 def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Micro-batches of text positions, longest texts first, whatever the number of ranks."""
+    """Micro-batches of text positions, longest texts first, independent of the number of ranks."""
     check_budget(int(lengths.max(initial=0)), micro_batch_tokens)
     order = _longest_first(lengths)
     return np.split(order, _cut(lengths[order], micro_batch_tokens)[1:])
 
 
 def check_budget(longest: int, micro_batch_tokens: int) -> None:
-    """UserError when a text of `longest` tokens fits into no micro-batch."""
+    """UserError if a text of `longest` tokens does not fit into a micro-batch."""
     if longest > micro_batch_tokens:
         raise UserError(
             f"--micro_batch_tokens {micro_batch_tokens}: smaller than one text of {longest} tokens; "
@@ -211,8 +213,8 @@ def check_budget(longest: int, micro_batch_tokens: int) -> None:
 
 
 def _cut(descending: np.ndarray, budget: int) -> list[int]:
-    """First positions of the micro-batches: each takes texts while count * longest <= budget, and ends before that
-    where a text is shorter by LARGEST_GAP and the micro-batch is worth a forward pass."""
+    """First positions of the micro-batches. Each takes texts while count * longest <= budget, but ends at a text that
+    is shorter by LARGEST_GAP if it already is worth a forward pass."""
     ascending, total = descending[::-1], len(descending)
     starts, start = [], 0
     while start < total:

@@ -1,6 +1,6 @@
-"""Sets of documents, queries and judgments: BEIR folders, our own files, and training records seen as such a set.
+"""Sets of documents, queries and judgments: BEIR folders, our own files, and training records viewed as such a set.
 
-All three hand out (place, record) pairs, one at a time, and may be gone through again.
+All three yield (location, record) pairs and may be iterated repeatedly.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ TrainingRecords = Callable[[Tally], Iterator[tuple[str, TrainingRecord]]]
 
 
 class RetrievalSet(Protocol):
-    """What a retrieval measurement needs. Repeats are the reader's to deal with."""
+    """What measuring retrieval needs. The caller must handle repeated records."""
 
     def documents(self) -> Iterator[tuple[str, DocumentRecord]]: ...
 
@@ -42,7 +42,7 @@ class RetrievalSet(Protocol):
 class BeirFolder:
     """corpus.jsonl (_id, title, text), queries.jsonl (_id, text) and qrels/SPLIT.tsv of a folder.
 
-    Corpus and queries may also be in other files that our reader knows, such as corpus.parquet or corpus.jsonl.gz.
+    Corpus and queries may be in any file format that we read, such as corpus.parquet or corpus.jsonl.gz.
     """
 
     def __init__(self, folder: Path, split: str, tally: Tally, *, join_titles: bool):
@@ -76,7 +76,7 @@ def _find_table(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class OurFiles:
-    """Our files of queries and documents; the right documents are those of `qrels`, else the queries' doc_id."""
+    """Our own files of queries and documents; relevant documents come from `qrels` or else from the queries' doc_id."""
 
     query_files: Sequence[str]
     doc_files: Sequence[str]
@@ -100,10 +100,10 @@ class OurFiles:
 
 
 class TrainingSet:
-    """Training records as a set: positives judged 1, negatives 0. Texts without an id get their text_id.
+    """Training records as a set: positives are judged 1, negatives 0. Texts without an id get their text_id.
 
-    A negative that is the positive of some record is that document, and no negative of a query that it is a
-    positive of. documents() must be gone through before judgments().
+    A negative that equals the positive of some record is the same document, and is not a negative of queries that have
+    it as a positive. documents() must be exhausted before judgments() is called.
     """
 
     def __init__(self, read: TrainingRecords, ids_by_text: TextTable, tally: Tally):
@@ -140,7 +140,7 @@ class TrainingSet:
                     yield where, Judgment(_query_id(record), doc_id, 0)
 
     def _note(self, text: str, doc_id: str, where: str) -> bool:
-        """Whether the text is new; the first id of a text is kept."""
+        """Store the text's id and return whether the text is new; the first id of a text is kept."""
         key = text_id(text)
         return self._ids_by_text.get(key) is None and self._ids_by_text.add(key, doc_id, where)
 

@@ -1,7 +1,7 @@
 """Token stores: tokenized records on disk, memory-mapped, shared by all ranks of a machine.
 
-A store is a folder of plain .npy files, a manifest.json, and for texts with ids an ids.txt. Letters:
-R records, T texts, S tokens. Opening maps the arrays and reads none of them, whatever R is.
+A store is a folder of plain .npy files, a manifest.json, and an ids.txt for texts with ids. Letters: R records, T
+texts, S tokens. Opening a store only maps its arrays, so it takes the same time for any R.
 
     tokens.npy         (S,) int32       all texts, concatenated
     offsets.npy        (T + 1,) int64   text t owns tokens[offsets[t] : offsets[t + 1]]
@@ -43,7 +43,7 @@ __all__ = ["TextStore", "TrainingStore", "build_text_store", "build_training_sto
 
 
 class _Store:
-    """What the stores share. Arrays are read-only memory maps, named as their files are."""
+    """The common part of all stores. Arrays are read-only memory maps with the names of their files."""
 
     kinds: tuple[str, ...] = ()
 
@@ -63,7 +63,7 @@ class _Store:
 
     @classmethod
     def open(cls, path: str | os.PathLike):
-        """Map the store in folder `path`. UserError, with the cure, if it is not whole."""
+        """Map the store in folder `path`. UserError with the cure if it is not whole."""
         return cls(path)
 
     def tokens_of(self, text: int) -> np.ndarray:
@@ -73,11 +73,11 @@ class _Store:
 
     @property
     def file_sizes(self) -> tuple[int, ...]:
-        """Records of each file, in the order in which they stand here."""
+        """Number of records of each file, in store order."""
         return tuple(file["num_records"] for file in self.manifest["files"])
 
     def facts(self) -> list[dict[str, Any]]:
-        """What was read of each file: its path, records, negatives and positives, and texts that were cut."""
+        """What was read from each file: its path, records, negatives and positives, and truncated texts."""
         left_out = ("parts", "stamps", "sha256", "without_negatives")
         facts = [{k: v for k, v in file.items() if k not in left_out} for file in self.manifest["files"]]
         formats = self.manifest["settings"]
@@ -90,15 +90,15 @@ class _Store:
         return facts
 
     def describe(self) -> list[str]:
-        """facts() in lines for a user."""
+        """facts() as lines for the user."""
         return [line for file in self.facts() for line in describe_file(file)]
 
     def lengths_of(self, texts: np.ndarray) -> np.ndarray:
-        """The token counts of texts, in memory: same shape as `texts`, int64."""
+        """The token counts of texts, copied to memory: same shape as `texts`, int64."""
         return np.asarray(self.lengths[texts], np.int64)
 
     def prompt_lengths_of(self, texts: np.ndarray) -> np.ndarray | None:
-        """Leading tokens of texts (n,) that the pooling leaves out, (n,) int64; None where it leaves out none of any."""
+        """Number of leading tokens of texts (n,) that the pooling leaves out, (n,) int64; None if there are none."""
         by_file = np.array(self.manifest["prompt_lengths"])  # (files, sides)
         if not by_file.any():
             return None
@@ -106,7 +106,7 @@ class _Store:
         return by_file[np.searchsorted(self._file_ends, records, side="right"), sides]
 
     def location(self, record: int) -> str:
-        """Where a record stands in the data: "path:17", or "path:record 17" of a JSON array."""
+        """A record's location in the data: "path:17", or "path:record 17" in a JSON array."""
         if not 0 <= record < self.num_records:
             raise IndexError(f"record {record} of a store with {self.num_records}")
         file = self.manifest["files"][int(np.searchsorted(self._file_ends, record, side="right"))]
@@ -122,7 +122,7 @@ class _Store:
             raise UserError(
                 f"{self.path}: {name}.npy holds {array.shape} items, and the manifest says {num_items}; {again}"
             )
-        # A plain array over the map: slicing the memmap class costs several times more per text.
+        # Return a plain array over the map: slicing a memmap object takes several times as long per text.
         return array.view(np.ndarray)
 
 
@@ -150,13 +150,14 @@ class TrainingStore(_Store):
         return LabelledTexts.of(records, self.files_of(records), self.labels[records])
 
     def files_of(self, records: np.ndarray) -> np.ndarray:
-        """The number of the file of each record, same shape."""
+        """The index of each record's file, same shape as `records`."""
         return np.searchsorted(self._file_ends, records, side="right")
 
     def rows(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Where each row of the files begins (G + 1,): a row with several positives has as many records.
+        """The first record of each row in the files, (G + 1,), since a row with several positives becomes several
+        records.
 
-        And the number of rows of each file.
+        Also returns the number of rows of each file.
         """
         is_first = np.append(True, self.lines[1:] != self.lines[:-1])
         starts = self._file_ends[:-1]
@@ -179,7 +180,7 @@ class TextStore(_Store):
 
     @property
     def ids_path(self) -> Path:
-        """The file of ids, one a line, in row order."""
+        """The file of ids, one per line, in row order."""
         return self.path / IDS_NAME
 
     def ids(self) -> Iterator[str]:
@@ -190,7 +191,7 @@ class TextStore(_Store):
 
 
 def describe_file(facts: dict[str, Any]) -> list[str]:
-    """One file's facts, as _Store.facts gives them, in lines for a user."""
+    """One file's facts, as returned by _Store.facts, as lines for the user."""
     parts = [facts.get("read") or f"{facts['num_records']:,} records"]
     if facts.get("num_rows", facts["num_records"]) < facts["num_records"]:
         parts.append(f"{facts['num_records']:,} samples")
@@ -223,7 +224,7 @@ def describe_file(facts: dict[str, Any]) -> list[str]:
 
 
 def check_texts_fit(store: TextStore | TrainingStore, micro_batch_tokens: int) -> None:
-    """UserError when a text of the store is longer than a micro-batch, naming where the longest one stands."""
+    """UserError with the location of the longest text if it does not fit into a micro-batch."""
     longest = store.manifest["longest_text"]
     if longest["num_tokens"] > micro_batch_tokens:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Building token stores: a pass over the records, chunk by chunk, into arrays on disk.
+"""Builds token stores in one pass over the records, chunk by chunk, into arrays on disk.
 
-A store is named by a hash of all that decides its contents, so building twice is reusing once.
+A store's name is a hash of everything that determines its content, so a second build reuses the first.
 """
 
 import bisect
@@ -34,13 +34,12 @@ def build_training_store(
     skip_bad_records: bool = False,
     reading: Reading = AS_IT_IS,
 ) -> Path:
-    """Tokenize training records into a store under `cache_dir`, or reuse the one that is there.
+    """Tokenize training records into a store under `cache_dir`, or reuse an existing one.
 
-    A format is that of all files, or a sequence with one for each file.
-    `num_negatives` keeps the first so many negatives of each record (fewer: all that there are; None:
-    all). `progress` is told how many records were added since it was last called. Returns the store's
-    folder; open it with TrainingStore.open. UserError for bad data, with file and line; with
-    `skip_bad_records` bad records are left out and counted in the manifest (all of a file: an error).
+    A format applies to all files, or is a sequence with one for each file. At most the first `num_negatives` negatives
+    of each record are kept (None: all). `progress` is called with the number of records added since its last call.
+    Returns the store's folder; open it with TrainingStore.open. UserError for bad data, with file and line; with
+    `skip_bad_records`, bad records are skipped and counted in the manifest, unless a whole file is bad.
     """
     if num_negatives is not None and num_negatives < 0:
         raise UserError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
@@ -75,7 +74,7 @@ def build_training_store(
         if conflicts and not skip_bad_records:
             raise next(iter(conflicts.values()))
         if conflicts:
-            # Rare, so a second pass costs less than an index of all ids in the first.
+            # Conflicts are rare, so a second pass costs less than an index of all ids in the first.
             for path in folder.iterdir():
                 path.unlink()
             left = write_without(conflicts)
@@ -112,9 +111,9 @@ def build_text_store(
 ) -> Path:
     """Tokenize queries ("query", "query_id") or documents ("pos_doc", "doc_id") into a store.
 
-    Rows stand in the order of the files and their records; ids.txt holds their ids, one a line. A query that stands on
-    several lines (one for each right document) is one row; one query_id with two texts is a UserError.
-    Otherwise as build_training_store; open it with TextStore.open.
+    Rows follow the order of the files and their records; ids.txt holds their ids, one per line. A query repeated on
+    several lines (one for each relevant document) is one row; a query_id with two texts is a UserError. Otherwise like
+    build_training_store; open it with TextStore.open.
     """
     kinds = {
         ("query", "query_id"): ("queries", parse_query_record, "query_max_length"),
@@ -129,7 +128,7 @@ def build_text_store(
     settings |= {"columns": list(columns)} if columns else {}
 
     def write(folder: Path) -> None:
-        texts: dict[str, tuple[bytes, str]] = {}  # of queries: hash and place by id
+        texts: dict[str, tuple[bytes, str]] = {}  # for queries: hash and location by id
         with StoreWriter(folder, sides, progress, with_ids=True) as writer:
             for source in sources:
                 for number, record in source.records(writer, sides):
@@ -146,7 +145,7 @@ def build_text_store(
 
 
 def _is_repeated(texts: dict[str, tuple[bytes, str]], query: QueryRecord, where: str) -> bool:
-    """Whether the query's id stood before; with another text: UserError."""
+    """Whether the query's id has occurred before. UserError if it had another text."""
     digest = hashlib.blake2b(query.query.encode(), digest_size=16).digest()
     known, place = texts.setdefault(query.query_id, (digest, where))
     if known != digest:
@@ -158,13 +157,14 @@ def _is_repeated(texts: dict[str, tuple[bytes, str]], query: QueryRecord, where:
 
 
 class _Source:
-    """One entry of the files and what identifies its contents. Its records are numbered through all of its parts."""
+    """One entry of the files and what identifies its content. Its records are numbered consecutively across its
+    parts."""
 
     def __init__(self, file: RecordFile):
         self.file = file
-        # Read before the first record, so that a later change shows.
+        # Read before the first record, so that a later change is detected.
         self.stamps = file.stamps()
-        self.where = ""  # the place of the record that was read last
+        self.where = ""  # the location of the record read last
         self._parts: list[dict] = []
 
     def records(
@@ -174,9 +174,11 @@ class _Source:
         skipped: SkippedRecords | None = None,
         known_bad: Mapping[int, BadRecord] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Any]]:
-        """(number, parsed record) of the entry; when they end, `writer` has put them all into its arrays, by `sides`.
+        """Yield (number, parsed record) of the entry; at the end `writer`, encoding with `sides`, has stored all of
+        them.
 
-        A row may give several. Bad ones are raised, or counted in `skipped`; `known_bad` names more by number.
+        A row may give several records. Bad ones are raised, or counted in `skipped`; `known_bad` has further ones by
+        number.
         """
         digest, last_bad = hashlib.sha256(), None
         self.num_records = self.num_repeats = 0
@@ -195,7 +197,7 @@ class _Source:
             for part, stamp in zip(file.parts, self.stamps):
                 start, rows = last, Records(part, digest.update, refuse)
                 file.open_part(rows)
-                # What a store remembers must hold for readers in any working directory: the real path.
+                # Store the real path, since readers of the store may have another working directory.
                 parts.append({"path": stamp["path"], "unit": rows.unit, "records_before": start})
                 for number, row in rows:
                     last = start + number
@@ -231,13 +233,13 @@ class _Source:
 
 
 def part_location(parts: Sequence[Mapping[str, Any]], number: int) -> str:
-    """The place of a record by its number through all parts of a file, as a manifest lists them."""
+    """The location of a record, given its number across all parts of a file, as listed in a manifest."""
     part = parts[bisect.bisect_left([part["records_before"] for part in parts], number) - 1]
     return format_location(part["path"], part["unit"], number - part["records_before"])
 
 
 def _listed(files: Any) -> list:
-    """A lone path is a list of one (a string would otherwise be taken for a list of letters)."""
+    """The paths as a list; a single path becomes a list of one (a string would otherwise be split into characters)."""
     listed = [files] if isinstance(files, (str, os.PathLike)) else list(files)
     if not listed:
         raise UserError("no data files were given; name at least one")
@@ -247,7 +249,7 @@ def _listed(files: Any) -> list:
 def _tokenizers(
     tokenizer: Any, formats: TextFormat | Sequence[TextFormat], setting: str, num_files: int
 ) -> list[TextTokenizer]:
-    """One for each file; files of one format share it."""
+    """A tokenizer for each file; files with the same format share one."""
     formats = [formats] * num_files if isinstance(formats, TextFormat) else formats
     assert len(formats) == num_files
     made = {text_format: TextTokenizer(tokenizer, text_format, setting) for text_format in set(formats)}
@@ -272,6 +274,6 @@ def _manifest_start(
         "kind": kind,
         "settings": settings,
         "files": [source.describe() for source in sources],
-        # By file and side: how many leading tokens of a text the pooling leaves out.
+        # By file and side: the number of leading tokens of a text that the pooling leaves out.
         "prompt_lengths": [[one.prompt_length for one in sides.values()] for sides in tokenizers],
     }

@@ -1,7 +1,7 @@
-"""A chunk of a token store: records that are gathered, encoded at once, and appended to its arrays.
+"""A chunk of a token store: records that are collected, encoded together and appended to its arrays.
 
-Repeated texts are common (a paragraph with many questions, a negative used again), so each distinct
-text of a chunk is tokenized and hashed once. Letters: T texts, S tokens, R records, all of one chunk.
+Repeated texts are common (a paragraph with many questions, a reused negative), so each distinct text of a chunk is
+tokenized and hashed once. Letters: T texts, S tokens, R records, all in one chunk.
 """
 
 import itertools
@@ -18,36 +18,36 @@ from ds_embed.data.tokenize import TextTokenizer
 
 @dataclass
 class File:
-    """What all chunks of one data file share."""
+    """What the chunks of one data file have in common."""
 
-    encoders: tuple[dict[str, TextTokenizer], dict[str, TextTokenizer] | None]  # the arguments of ChunkTexts.encode
-    location: Callable[[int], str]  # the place of a record by its number
-    facts: dict[str, Any]  # what the manifest tells of it
+    encoders: tuple[dict[str, TextTokenizer], dict[str, TextTokenizer] | None]  # arguments of ChunkTexts.encode
+    location: Callable[[int], str]  # a record's location by its number
+    facts: dict[str, Any]  # what the manifest records about it
 
 
 class ChunkTexts:
-    """The texts of R records, as they are encoded."""
+    """The texts of R records, in the form in which they are encoded."""
 
     def __init__(self, num_sides: int):
-        # Per side (queries, documents): the distinct texts, each with its place among them.
+        # Per side (queries, documents): the distinct texts, each with its index.
         self.distinct: list[dict[str, int]] = [{} for _ in range(num_sides)]
         self.sides: list[int] = []  # per text
-        self.places: list[int] = []  # per text: its place among the distinct texts of its side
-        self.ends: list[int] = []  # per record: texts up to its end
+        self.places: list[int] = []  # per text: its index among the distinct texts of its side
+        self.ends: list[int] = []  # per record: number of texts up to its end
         self.ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "label": [], "row_id": []}
 
     def encode(
         self, sides: dict[str, TextTokenizer], first_sides: dict[str, TextTokenizer] | None
     ) -> dict[str, np.ndarray]:
-        """Arrays of a store by name, and full_lengths (T,), which texts would have had without truncation.
+        """Arrays of a store by name, and full_lengths (T,), the texts' lengths without truncation.
 
-        `sides` encode the kinds of texts, `first_sides` those of the first file. Without keys (None for the latter) for
-        text stores.
+        `sides` are the tokenizers of queries and documents, `first_sides` those of the first file, or None for text
+        stores, which have no keys.
         """
         encoded = [encoder.encode_flat(list(distinct)) for encoder, distinct in zip(sides.values(), self.distinct)]
         pool, pool_lengths, pool_full_lengths = (np.concatenate(parts) for parts in zip(*encoded))
         side_starts = np.cumsum([0] + [len(distinct) for distinct in self.distinct])
-        chosen = side_starts[np.array(self.sides)] + np.array(self.places)  # per text: its place in the pool
+        chosen = side_starts[np.array(self.sides)] + np.array(self.places)  # per text: its index in the pool
         lengths = pool_lengths[chosen]
         ends = np.cumsum(lengths)
         pool_starts = np.cumsum(pool_lengths) - pool_lengths
@@ -61,9 +61,9 @@ class ChunkTexts:
         return arrays
 
     def _text_keys(self, sides: dict[str, TextTokenizer], first_sides: dict, encoded: list) -> np.ndarray:
-        """Keys of the distinct texts of all sides, by the tokens that `encoded` gives them.
+        """Keys of the distinct texts of all sides, from their tokens in `encoded`.
 
-        Documents go by those of the first file's prefix: the same one behind another prefix is still the same.
+        The keys of documents use the first file's prefix, so that a document keeps its key under another prefix.
         """
         keys = []
         for side, distinct, (tokens, lengths, _) in zip(sides, self.distinct, encoded):
@@ -73,7 +73,7 @@ class ChunkTexts:
         return np.concatenate(keys)
 
     def _id_keys(self, name: str) -> np.ndarray:
-        """Keys (R,) of the records' ids of that name, 0 where there is none."""
+        """Keys (R,) of the records' ids with that name, 0 for none."""
         keys = np.zeros(len(self.ends), np.int64)
         rows = [row for row, value in enumerate(self.ids[name]) if value is not None]
         keys[rows] = id_keys(self.ids[name][row] for row in rows)
@@ -82,12 +82,12 @@ class ChunkTexts:
 
 @dataclass
 class Chunk:
-    """R records of one file: their texts, and what is appended beside these."""
+    """R records of one file: their texts, and the data stored along with them."""
 
     file: File
     texts: ChunkTexts
-    names: list[str] = field(default_factory=list)  # per text: the key that it stood under
-    scores: list[float] = field(default_factory=list)  # per text: the teacher's, NaN where there is none
+    names: list[str] = field(default_factory=list)  # per text: its key in the data
+    scores: list[float] = field(default_factory=list)  # per text: the teacher's, NaN for none
     numbers: list[int] = field(default_factory=list)  # per record
     num_characters: int = 0
     num_distinct_characters: int = 0

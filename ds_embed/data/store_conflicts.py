@@ -1,6 +1,6 @@
-"""Ids of a training store that name different texts in one file: a document's or a query's id means one text.
+"""Finds ids of a training store that name different texts in one file, where each id must mean one text.
 
-Letters: R records. Works on arrays of the build, by parts of the ids, so memory is flat in R.
+Letters: R records. It works on the arrays being built, one part of the ids at a time, so memory does not grow with R.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +14,10 @@ _ROWS_AT_ONCE = 1 << 19
 
 
 def find_conflicts(folder: Path, files: Sequence[tuple[int, Callable[[int], str]]]) -> dict[tuple[int, int], BadRecord]:
-    """{(file, record number): error} of records whose id stands earlier in their file with another text.
+    """{(file, record number): error} of records whose id occurs earlier in their file with another text.
 
-    `files` are (records in the store, number to place) of each file, in the store's order. Ids of
-    different files are not compared: data sets number their texts from 0, each for itself.
+    `files` holds (records in the store, function from number to location) of each file, in store order. Ids of
+    different files are not compared, since many data sets number their texts from 0.
     """
     query_ids, doc_ids, first_text, keys, lines = (
         np.load(folder / f"{name}.npy", mmap_mode="r")
@@ -43,7 +43,7 @@ def find_conflicts(folder: Path, files: Sequence[tuple[int, Callable[[int], str]
 
 
 def _conflicts(keys: np.ndarray, text_keys: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple[int, int]]:
-    """(row, earlier row) of rows whose key stood before, first in the earlier row, with another text."""
+    """Yield (row, earlier row) for each row whose key first occurred in the earlier row with another text."""
     parts = -(-len(keys) // _ROWS_AT_ONCE)
     for part in range(parts):
         rows = np.concatenate(

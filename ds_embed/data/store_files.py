@@ -1,4 +1,4 @@
-"""The folder under a token store: arrays written piece by piece, and a manifest that says when it is whole."""
+"""The files of a token store: arrays written piece by piece, and a manifest that marks the store as whole."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import numpy as np
 from ds_embed.artifact.shared import obtain_folder
 from ds_embed.settings.errors import UserError
 
-# Part of every store's key: raise it when the arrays, their meaning or the tokenization change.
+# Part of every store's key; increase it when the arrays, their meaning or the tokenization change.
 FORMAT_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 
 
 class NpyWriter:
-    """A one-dimensional .npy file that grows by appending; its length is entered when it is closed."""
+    """A one-dimensional .npy file that grows by appending; `finish` writes its length."""
 
     def __init__(self, path: Path, dtype: Any):
         self._dtype = np.dtype(dtype)
@@ -31,16 +31,16 @@ class NpyWriter:
         self.num_items += len(values)
 
     def finish(self) -> None:
-        """Enter the length."""
+        """Write the length and close the file."""
         header_bytes = self._file.seek(0, os.SEEK_END) - self.num_items * self._dtype.itemsize
         self._file.seek(0)
         self._write_header()
-        # numpy pads headers for exactly this: the length grows in place.
+        # numpy pads headers so that the length can grow in place.
         assert self._file.tell() == header_bytes
         self._file.close()
 
     def close(self) -> None:
-        """Give up: close without promising anything about the contents."""
+        """Close after a failure; the content may be incomplete."""
         self._file.close()
 
     def _write_header(self) -> None:
@@ -49,7 +49,7 @@ class NpyWriter:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write the manifest, last of all files, with the sizes of the others in it."""
+    """Write the manifest, the last of all files, with the sizes of the others."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
         json.dump({**manifest, "store_files": sizes}, file, indent=1, ensure_ascii=False)
@@ -57,7 +57,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a complete store. UserError, with the cure, if the store is not whole."""
+    """The manifest of a complete store. UserError with the cure if the store is not whole."""
     problem, manifest = _inspect(folder)
     if problem is not None:
         raise UserError(f"{folder}: {problem}; delete that folder and build the store again")
@@ -65,11 +65,12 @@ def read_manifest(folder: Path) -> dict:
 
 
 def obtain_store(cache_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Reuse the complete store `cache_dir/name`, or have `write(folder)` fill a folder and put it there.
+    """Reuse the store `cache_dir/name` if it is complete; otherwise have `write(folder)` fill a folder and move it
+    there.
 
-    Any number of processes may call this at once (artifact.shared). UserError with the cure when there is no room.
+    Any number of processes may call this at once (artifact.shared). UserError with the cure if the disk is full.
     """
-    cache_dir = cache_dir.expanduser()  # a default or a YAML file's value, which no shell has seen
+    cache_dir = cache_dir.expanduser()  # a default or a value from YAML, which no shell has expanded
     return obtain_folder(cache_dir / name, "token store", "--cache_dir", lambda folder: _inspect(folder)[0], write)
 
 

@@ -1,7 +1,7 @@
-"""Processes that encode the chunks of a token store, one on each core.
+"""Processes that encode the chunks of a token store, one per core.
 
-They are programs of their own, so neither the parent's main module nor torch is loaded in them, and talk through their
-standard input and output. A worker whose parent is gone reads the end of its input, and ends.
+They are separate programs, so they load neither the parent's main module nor torch. They communicate through standard
+input and output. A worker whose parent is gone reads the end of its input and exits.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from typing import Any
 
 from ds_embed.settings.errors import UserError
 
-# One process reads and checks the records: it can't feed more than about these.
+# A single process reads and checks the records, and it can't feed many more than this.
 _MOST_PROCESSES = 16
 _THREADS = "RAYON_NUM_THREADS"
 
 
 def count_processes() -> int:
-    """RAYON_NUM_THREADS, which also sets the tokenizer's threads, or the cores that this process may use."""
+    """RAYON_NUM_THREADS, which also sets the tokenizer's threads, or the number of cores that this process may use."""
     asked = os.environ.get(_THREADS, "")
     return int(asked) if asked.isdigit() and int(asked) else min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
 
 
 class Workers:
-    """`number` processes that call functions on what is submitted, until `close`."""
+    """`number` processes that run submitted function calls until `close`."""
 
     def __init__(self, number: int):
         self.number = number
@@ -49,7 +49,7 @@ class Workers:
         self._threads = ThreadPoolExecutor(number)
 
     def close(self) -> None:
-        """End the processes, whatever they are at."""
+        """End the processes, whatever they are doing."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.kill()
@@ -57,14 +57,14 @@ class Workers:
         for process in self._processes:
             process.wait()
             process.stdout.close()
-            with contextlib.suppress(OSError):  # of what it no longer reads
+            with contextlib.suppress(OSError):  # input that it will not read
                 process.stdin.close()
 
     def submit(self, function: Callable, shared: tuple, *arguments: Any) -> Future:
-        """function(*arguments, *shared) in some worker.
+        """Run function(*arguments, *shared) in some worker.
 
-        Each worker is given `shared`, which must live as long as the workers, once. The future raises UserError when
-        the worker was killed.
+        `shared` is sent to each worker once, and must live as long as the workers. The future raises UserError if the
+        worker was killed.
         """
         return self._threads.submit(self._call, function, shared, arguments)
 
@@ -92,8 +92,8 @@ class Workers:
 
 
 def serve() -> None:
-    """Be a worker: answer calls until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    """Run as a worker: answer calls until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     calls, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     shared = {}

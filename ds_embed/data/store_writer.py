@@ -1,7 +1,7 @@
 """The arrays of a token store, written chunk by chunk.
 
-Memory holds one chunk, or a few for each process that encodes them, however many records there are. Which process
-encodes a chunk, and where chunks end, shows nowhere in a store.
+Memory holds one chunk, or a few for each encoding process, however many records there are. The store does not depend on
+which process encodes a chunk or where chunks end.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.settings.errors import UserError
 
 IDS_NAME = "ids.txt"
-# A chunk ends at whichever comes first. These are enough texts for the tokenizer's threads, and about
-# 100 MB of its working memory (which goes with the distinct characters) and of ours (with all of them).
+# A chunk ends at whichever limit is reached first. This is enough texts for the tokenizer's threads, and about 100 MB
+# each of its working memory (proportional to distinct characters) and ours (to all characters).
 _CHUNK_TEXTS = 16_384
 _CHUNK_DISTINCT_CHARACTERS = 4_000_000
 _CHUNK_CHARACTERS = 16_000_000
-# Workers have one thread each, so smaller chunks do; and starting them takes the time of about so many texts.
+# Workers have one thread each, so smaller chunks suffice; starting them takes as long as encoding about this many
+# texts.
 _SHARE_OF_WORKERS = 4
 _WORKERS_FROM_TEXTS = 16_384
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
@@ -41,10 +42,11 @@ Progress = Callable[[int], object]
 
 
 class StoreWriter:
-    """Gathers records into chunks and appends each chunk to the arrays of a store."""
+    """Collects records into chunks and appends each chunk to the arrays of a store."""
 
     def __init__(self, folder: Path, sides: dict[str, TextTokenizer], progress: Progress | None, with_ids: bool):
-        """`sides`: the kinds of texts, with the first file's encoders; `with_ids` says text store, not training."""
+        """`sides`: the kinds of texts, with the first file's tokenizers; `with_ids`: this is a text store, not a
+        training store."""
         self._folder = folder
         self._sides = sides
         self._progress = progress
@@ -58,7 +60,7 @@ class StoreWriter:
             self._arrays["first_text"].append([0])
         self._longest: dict[str, Any] = {"num_tokens": 0, "num_tokens_before_truncation": 0}
         self._files: list[File] = []
-        self._workers: Workers | None = None  # of large stores
+        self._workers: Workers | None = None  # only for large stores
         self._pending: deque[tuple[Chunk, Future]] = deque()
         self._lacking: dict[str, tuple[int, str | None]] = {"negatives": (0, None), "scores": (0, None)}
         self._chunk: Chunk | None = None
@@ -69,16 +71,16 @@ class StoreWriter:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             if isinstance(error, UserError):
-                self._append_pending()  # an error in what was read before comes first, as in one process
+                self._append_pending()  # errors in earlier records come first, as in a single process
         finally:
             if self._workers is not None:
                 self._workers.close()
             for file in (*self._arrays.values(), *filter(None, [self._ids])):
-                with contextlib.suppress(OSError):  # what could not be written is about to be deleted
+                with contextlib.suppress(OSError):  # what could not be written will be deleted anyway
                     file.close()
 
     def start_source(self, sides: dict[str, TextTokenizer], location: Callable[[int], str]) -> None:
-        """The records that follow are of a file: encoded by `sides`, their numbers turned into places by `location`."""
+        """Begin a file: its records are encoded by `sides`, and `location` maps their numbers to locations."""
         assert self._chunk is None or not self._chunk.numbers, "a chunk holds records of one file"
         facts = {side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides}
         self._files.append(File((sides, self._sides if self._ids is None else None), location, facts))
@@ -88,7 +90,7 @@ class StoreWriter:
         self._chunk = Chunk(self._files[-1], ChunkTexts(len(self._sides)))
 
     def add_text(self, side: int, name: str, text: str, score: float | None = None) -> None:
-        """Add the next text of the record that is being written; `name` is its key in the data."""
+        """Add the next text of the current record; `name` is its key in the data."""
         self._chunk.add_text(side, name, text, score)
 
     def end_record(self, number: int, **ids: str | None) -> None:
@@ -103,12 +105,12 @@ class StoreWriter:
             self.flush()
 
     def count_blank(self) -> None:
-        """Note that the text that is added next is blank."""
+        """Record that the next text to be added is blank."""
         facts = self._files[-1].facts
         facts["num_blank"] = facts.get("num_blank", 0) + 1
 
     def count_negatives(self, number: int, where: str) -> None:
-        """Note how many negatives the record at `where` has in the data, kept or not."""
+        """Record how many negatives the record at `where` has in the data, kept or not."""
         facts = self._files[-1].facts
         least, most = facts.get("negatives", (number, number))
         if not least < number < most:
@@ -118,7 +120,7 @@ class StoreWriter:
             self.count_record_without("negatives", where)
 
     def count_record_without(self, what: str, where: str) -> None:
-        """Note that the record at `where` lacks its "negatives" or its "scores"."""
+        """Record that the record at `where` lacks its "negatives" or its "scores"."""
         number, first = self._lacking[what]
         self._lacking[what] = number + 1, first or where
 
@@ -126,7 +128,7 @@ class StoreWriter:
         return self._arrays[array].num_items
 
     def flush(self) -> None:
-        """Have the chunk encoded, here or by the workers, and append what is ready to the arrays, in order."""
+        """Encode the chunk, here or in the workers, and append chunks that are ready to the arrays, in order."""
         chunk = self._chunk
         if not chunk.numbers:
             return
@@ -166,7 +168,7 @@ class StoreWriter:
             facts["num_texts"] += int(of_side.sum())
             facts["num_cut"] += int((full_lengths > lengths)[of_side].sum())
             facts["longest"] = max(facts["longest"], int(full_lengths[of_side].max(initial=0)))
-        # Of the longest that are kept, the one that was longest before.
+        # Among the longest after truncation, the one that was longest before it.
         longest = int(np.argmax(np.where(lengths == lengths.max(), full_lengths, 0)))
         counts = {"num_tokens": int(lengths[longest]), "num_tokens_before_truncation": int(full_lengths[longest])}
         if tuple(counts.values()) > tuple(self._longest[name] for name in counts):
@@ -175,9 +177,9 @@ class StoreWriter:
             self._progress(len(chunk.numbers))
 
     def finish(self, manifest: dict) -> dict[tuple[int, int], BadRecord]:
-        """Close the arrays and write the manifest: what the caller knows, and what was counted here.
+        """Close the arrays and write the manifest: the caller's content plus the counts made here.
 
-        Of training records: unless ids conflict, which is returned, as find_conflicts has it.
+        If the ids of training records conflict, it returns the result of find_conflicts and writes no manifest.
         """
         self._append_pending()
         for array in self._arrays.values():

@@ -1,4 +1,4 @@
-"""Texts by id in a temporary file: random access and a check of repeats with memory flat in their number."""
+"""Texts by id in a temporary file, for random access and checks of repeats in constant memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CACHE_KIB = 64 << 10
 
 
 class TextTable:
-    """{id: text} on disk. The file lies in `folder`, has no name, and is gone when the process ends.
+    """{id: text} on disk. The file is in `folder`, has no name, and disappears when the process ends.
 
-    `what` names the ids in errors. With `keep_texts` False only digests of the texts are kept, to tell
-    repeats from conflicts. Used as a context manager.
+    `what` names the ids in errors. With `keep_texts` False only digests of the texts are kept, to tell repeats from
+    conflicts. Use it as a context manager.
     """
 
     def __init__(self, folder: Path, what: str, *, keep_texts: bool = True):
@@ -24,7 +24,7 @@ class TextTable:
         self._keep_texts = keep_texts
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".texts-") as file:
             self._database = sqlite3.connect(file.name, isolation_level=None)
-            # Nothing here outlives the process, so nothing needs a journal.
+            # Nothing here outlives the process, so no journal is needed.
             self._database.execute("PRAGMA journal_mode = OFF")
             self._database.execute("PRAGMA synchronous = OFF")
             self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -39,7 +39,7 @@ class TextTable:
         self._database.close()
 
     def add(self, name: str, text: str, where: str) -> bool:
-        """Whether the id is new. BadRecord with both places when it stands there with another text."""
+        """Add a text and return whether its id is new. BadRecord with both locations if the id has another text."""
         stored = text if self._keep_texts else hashlib.blake2b(text.encode(), digest_size=16).digest()
         row = name, stored, where
         if self._database.execute("INSERT OR IGNORE INTO texts VALUES (?, ?, ?)", row).rowcount:

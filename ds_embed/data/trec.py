@@ -1,4 +1,4 @@
-"""Lines of judgments (TREC qrels, BEIR tsv, JSON) and of runs (TREC), one at a time."""
+"""Reads and writes judgments (TREC qrels, BEIR tsv, JSON) and runs (TREC), one line at a time."""
 
 import math
 import os
@@ -18,7 +18,7 @@ _FORMS = (
     "'query-id 0 doc-id relevance' (TREC), 'query-id doc-id relevance', with BEIR's header "
     f"{' '.join(BEIR_HEADER)} or without, or JSON lines with query_id, doc_id and score"
 )
-# Our keys, and BEIR's names of the same.
+# Our keys, and BEIR's names for them.
 _JSON_KEYS = {
     "query_id": ("query_id", "query-id"),
     "doc_id": ("doc_id", "corpus-id", "corpus_id"),
@@ -27,7 +27,7 @@ _JSON_KEYS = {
 
 
 class Judgment(NamedTuple):
-    """How relevant a document is to a query: above 0 is relevant, more is better."""
+    """How relevant a document is to a query: above 0 means relevant, and higher is better."""
 
     query_id: str
     doc_id: str
@@ -43,10 +43,11 @@ class RunLine(NamedTuple):
 
 
 def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
-    """(place, judgment) of a file of judgments, told by its first line.
+    """Yield (location, judgment) of a file of judgments, whose format is detected from its first line.
 
-    TREC qrels (four columns at blanks or tabs), three columns, the same at tabs under BEIR's header, or JSON lines.
-    BadRecord with file and line: other columns, a relevance that is no whole number, not UTF-8.
+    Formats: TREC qrels (four columns separated by white space), three columns, the same separated by tabs with BEIR's
+    header, or JSON lines. BadRecord with file and line for other columns, a relevance that is not an integer, or
+    invalid UTF-8.
     """
     form = None
     for where, line in read_lines(path):
@@ -72,7 +73,7 @@ def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
 
 
 def _json_row(where: str, line: str) -> dict[str, Any]:
-    """A line of JSON with our keys."""
+    """A line of JSON, converted to our keys."""
     try:
         found = orjson.loads(line)
     except ValueError as error:
@@ -83,7 +84,8 @@ def _json_row(where: str, line: str) -> dict[str, Any]:
 
 
 def unique_judgments(judgments: Iterable[tuple[str, Judgment]]) -> Iterator[tuple[str, Judgment]]:
-    """Each judgment once; holds all pairs of ids in memory. BadRecord for a pair that is judged in two ways."""
+    """Yield each judgment once, keeping all pairs of ids in memory. BadRecord for a pair with two different
+    judgments."""
     seen: dict[str, dict[str, int]] = {}
     for where, judgment in judgments:
         query_id, doc_id, relevance = judgment
@@ -97,7 +99,7 @@ def unique_judgments(judgments: Iterable[tuple[str, Judgment]]) -> Iterator[tupl
 
 
 def read_run(path: str | os.PathLike) -> Iterator[tuple[str, RunLine]]:
-    """(place, line) of a TREC run file. BadRecord with file and line: other columns, a score that is no number."""
+    """Yield (location, line) of a TREC run file. BadRecord with file and line for other columns or an invalid score."""
     for where, line in read_lines(path):
         columns = line.split()
         if not columns:
@@ -108,7 +110,7 @@ def read_run(path: str | os.PathLike) -> Iterator[tuple[str, RunLine]]:
 
 
 def judgment(where: str, row: Mapping[str, Any]) -> Judgment:
-    """The judgment of a row with our keys. BadRecord for a missing id or a relevance that is no whole number."""
+    """The judgment in a row with our keys. BadRecord for a missing id or a relevance that is not an integer."""
     query_id, doc_id = _ids(where, row)
     relevance = row.get("relevance")
     try:
@@ -121,7 +123,7 @@ def judgment(where: str, row: Mapping[str, Any]) -> Judgment:
 
 
 def run_line(where: str, row: Mapping[str, Any]) -> RunLine:
-    """The run's line of a row with our keys. BadRecord for a missing id or a score that can't be ranked by."""
+    """The run line in a row with our keys. BadRecord for a missing id or a score that is not finite."""
     value = row.get("score")
     try:
         score = float(value)
@@ -141,14 +143,14 @@ def _ids(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def write_beir_qrels(path: Path, judgments: Iterable[Judgment]) -> None:
-    """query, document and score under BEIR's header. UserError for an id with a tab."""
+    """Write query, document and score under BEIR's header. UserError for an id with a tab."""
     with replaced_when_whole(path) as file:
         file.write(tsv_line(path, BEIR_HEADER))
         file.writelines(tsv_line(path, judgment) for judgment in judgments)
 
 
 def write_trec_qrels(path: Path, judgments: Iterable[Judgment]) -> None:
-    """`query 0 document relevance` lines. UserError for an id with white space."""
+    """Write lines of `query 0 document relevance`. UserError for an id with white space."""
     with replaced_when_whole(path) as file:
         for judgment in judgments:
             _check_ids(path, judgment)
@@ -156,7 +158,7 @@ def write_trec_qrels(path: Path, judgments: Iterable[Judgment]) -> None:
 
 
 def write_trec_run(path: Path, lines: Iterable[RunLine], tag: str) -> None:
-    """`query Q0 document rank score tag` lines; ranks count the lines of a query as they come."""
+    """Write lines of `query Q0 document rank score tag`, ranking each query's lines in the order given."""
     ranks: dict[str, int] = {}
     with replaced_when_whole(path) as file:
         for line in lines:
@@ -172,7 +174,7 @@ def _check_ids(path: Path, line: Judgment | RunLine) -> None:
 
 
 def tsv_line(path: Path, cells: Sequence[Any]) -> str:
-    """The cells as a line. UserError when one holds what separates cells or lines."""
+    """The cells as a line. UserError if one contains a separator of cells or lines."""
     for cell in cells:
         if type(cell) is str and not {"\t", "\n", "\r"}.isdisjoint(cell):
             raise UserError(f"{path}: '{cell[:60]}' holds a tab or a line break, which a TSV can't hold; write .csv")
