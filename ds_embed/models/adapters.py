@@ -1,8 +1,8 @@
-"""LoRA adapters as PEFT folders: what one says is put on the bare model whole, or refused by name.
+"""LoRA adapters in PEFT folders: everything in one is applied to the bare model, or refused by name.
 
-An adapter may have been trained on a model with a head (AutoModelForCausalLM, ...ForSequenceClassification): its names
-then have the head model's prefix, which the bare model lacks, and it may hold the head's own matrices, which no vector
-depends on and which are left out, by name.
+An adapter may have been trained on a model with a head (AutoModelForCausalLM, ...ForSequenceClassification). Its names
+then have that model's prefix, which the bare model lacks, and it may contain matrices of the head, which do not affect
+vectors; these are omitted, and their names logged.
 """
 
 import json
@@ -20,13 +20,13 @@ from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_PREFIX = "base_model.model."  # PEFT's, in front of the module's own name
+_PREFIX = "base_model.model."  # PEFT's prefix of module names
 
 logger = logging.getLogger(__name__)
 
 
 def read_adapter(folder: Path) -> Any:
-    """The LoraConfig of a PEFT folder. UserError when it is of another kind, or says what this PEFT does not know."""
+    """The LoraConfig of a PEFT folder. UserError if it is of another type, or has settings unknown to this PEFT."""
     from peft import LoraConfig
 
     path = folder / "adapter_config.json"
@@ -37,7 +37,7 @@ def read_adapter(folder: Path) -> Any:
         raise UserError(f"{path}: can't be read as JSON ({error})") from None
     if kind != "LORA":
         raise UserError(f"{path}: peft_type {kind}: only LoRA adapters can be loaded; merge it into its base with PEFT")
-    for name in ("megatron_config", "alora_invocation_tokens"):  # PEFT would import the module that the first names
+    for name in ("megatron_config", "alora_invocation_tokens"):  # PEFT would import the module named by the first
         if content.get(name) is not None:
             raise UserError(f"{path}: has {name}; such adapters are not supported")
     known = {field.name for field in fields(LoraConfig)}
@@ -48,19 +48,19 @@ def read_adapter(folder: Path) -> Any:
             "the adapter, or remove the key if it changes nothing"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the unknown keys that say nothing
+        warnings.simplefilter("ignore")  # about unknown keys without a value
         return LoraConfig.from_pretrained(str(folder))
 
 
 def changes_base(config: Any) -> bool:
-    """Whether making the matrices of this LoraConfig changes the base model's weights."""
+    """Whether initializing the matrices of this LoraConfig changes the base model's weights."""
     return str(config.init_lora_weights).startswith(_MUTATING)
 
 
 def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArguments | None = None) -> Any:
-    """The backbone wrapped by PEFT, with the LoRA matrices of `folder`: frozen, or to be trained on as `trained` says.
+    """The backbone wrapped by PEFT, with the LoRA matrices of `folder`: frozen, or trainable with settings `trained`.
 
-    UserError naming the adapter and the weight when one is missing, left over or of another shape.
+    UserError naming the adapter and the weight if one is missing, superfluous or of another shape.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -75,7 +75,7 @@ def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArgumen
     if trained is not None:
         config.lora_dropout = trained.lora_dropout
     with warnings.catch_warnings():
-        # About a call of PEFT's to transformers, and of a base with another name than where the adapter was trained.
+        # About a call from PEFT to transformers, and about a base name that differs from the one used in training.
         warnings.simplefilter("ignore")
         try:
             model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
@@ -102,12 +102,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if not safe.exists() and not pickled.exists():
         raise UserError(f"{folder}: has adapter_config.json and neither {safe.name} nor {pickled.name}")
     weights = load_file(safe) if safe.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
-    # A training loop's own state dict still has the adapter's name in its keys.
+    # State dicts from custom training loops still have the adapter's name in their keys.
     return {re.sub(r"(\.lora_[A-Za-z_]+)\.[^.]+(\.weight|\.bias)$", r"\1\2", name): w for name, w in weights.items()}
 
 
 def _on_bare_model(backbone: Any, config: Any, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The weights under the bare model's names; `config` is changed to say the same of it."""
+    """The weights under the bare model's names; `config` is changed accordingly."""
     config.task_type = "FEATURE_EXTRACTION"
     config.auto_mapping = None
     config.base_model_name_or_path = backbone.name_or_path
@@ -117,7 +117,7 @@ def _on_bare_model(backbone: Any, config: Any, weights: dict[str, Tensor], folde
     if not has_head and not isinstance(config.target_modules, str):
         return weights
     kept: dict[str, Tensor] = {}
-    places: dict[str, str] = {}  # a module's name here by its name where the adapter was trained
+    places: dict[str, str] = {}  # from a module's name in training to its name here
     left_out: set[str] = set()
     for name, weight in weights.items():
         inner = name.removeprefix(_PREFIX)
@@ -139,13 +139,13 @@ def _on_bare_model(backbone: Any, config: Any, weights: dict[str, Tensor], folde
 
 
 def _name_places(config: Any, places: dict[str, str]) -> None:
-    """Name the modules that have matrices one by one: patterns were written for the names of the model with a head."""
+    """List the modules with matrices one by one, since the patterns may match only names of the model with a head."""
     from peft.utils.other import get_pattern_key
 
     for pattern, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
         old = getattr(config, pattern)
         values = {new: old.get(get_pattern_key(old.keys(), name), default) for name, new in places.items()}
-        # PEFT takes these keys as expressions, in which "^" stands for the beginning of the module's name.
+        # PEFT interprets these keys as regular expressions, where "^" matches the start of the module's name.
         setattr(config, pattern, {f"^{re.escape(new)}": v for new, v in values.items() if v != default})
     config.target_modules = set(places.values())
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

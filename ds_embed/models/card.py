@@ -1,4 +1,4 @@
-"""What a model folder says about how to use it: `ds_embed.json` beside the weights."""
+"""The card of a model folder, `ds_embed.json`, which says how to use the weights."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -19,33 +19,34 @@ _FLAG, _DEFAULT = "flag", "default"
 
 @dataclass(frozen=True)
 class EmbeddingCard:
-    """Everything that decides a text's vector apart from the weights, so that no flag needs repeating."""
+    """Everything except the weights that determines a text's vector, so that no flag needs repeating."""
 
-    pooling: str  # one of POOLINGS, or several with + in between, one behind the other
+    pooling: str  # one of POOLINGS, or several joined by +, whose vectors are concatenated
     query_prefix: str
     doc_prefix: str
     query_max_length: int  # tokens
     doc_max_length: int  # tokens
-    append_eos: bool  # end texts with EOS where the tokenizer itself puts nothing behind them
-    base_model: str  # folder or hub name that an adapter belongs to
+    append_eos: bool  # end texts with EOS if the tokenizer itself adds nothing after them
+    base_model: str  # folder or hub name of the model that an adapter belongs to
     consumed_samples: int  # samples the model was trained on; 0 for a base model
     temperature: float | None = None  # of the loss at the end of training; None for a base model
     bidirectional: bool = False  # whether a decoder's tokens see the whole text; encoders' always do
     include_prompt: bool = True  # whether the tokens of the prefix are pooled too
-    head: list[dict[str, Any]] = field(default_factory=lambda: [NORMALIZE])  # Dense and Normalize behind the pooling
-    strip: bool = True  # take the blanks around prefix and text off
-    lower_case: bool = False  # where the tokenizer does not do so by itself
-    similarity: str = "cosine"  # that the model's files name, for other libraries
-    prompts: dict[str, str] = field(default_factory=dict)  # beside those of queries and documents, for other libraries
+    head: list[dict[str, Any]] = field(default_factory=lambda: [NORMALIZE])  # Dense and Normalize after the pooling
+    strip: bool = True  # remove white space around prefix and text
+    lower_case: bool = False  # if the tokenizer does not do so itself
+    similarity: str = "cosine"  # as named in the model's files, for other libraries
+    prompts: dict[str, str] = field(default_factory=dict)  # all but those of queries and documents, for others
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # by field; not saved
 
     @classmethod
     def choose(
         cls, text: TextArguments, model: ModelArguments, kind: Kind, base: str, known: Any, own: dict[str, Any]
     ) -> "EmbeddingCard":
-        """The card of a model: flags, else its own card `known`, else its `own` files' settings, else our defaults.
+        """The card of a model, from flags, else its card `known`, else the settings of its `own` files, else our
+        defaults.
 
-        UserError when a length exceeds what it has positions for, or for a pooling that sees one token.
+        UserError if a length exceeds the model's positions, or for cls pooling of a causal model.
         """
         longest, decoder = kind.longest, kind.is_causal
         flags: dict[str, Any] = {"base_model": base, "pooling": model.pooling, "bidirectional": model.bidirectional}
@@ -64,7 +65,7 @@ class EmbeddingCard:
             values[name] = sources[origins[name]][name]
         for name in ("query_max_length", "doc_max_length"):
             if longest is not None and values[name] > longest:
-                if origins[name] == OWN_FILES:  # as some say that count the padding's position too
+                if origins[name] == OWN_FILES:  # some also count the padding's position
                     values[name] = longest
                     continue
                 flag = "max_length" if getattr(text, name) is None else name
@@ -85,7 +86,7 @@ class EmbeddingCard:
 
     @property
     def encoding(self) -> dict[str, Any]:
-        """What load_encoder and build_encoder have to know of it."""
+        """The arguments for load_encoder and build_encoder."""
         return {"pooling": self.pooling, "bidirectional": self.bidirectional, "head": self.head}
 
     @property
@@ -94,7 +95,7 @@ class EmbeddingCard:
         return bool(self.head) and self.head[-1] == NORMALIZE
 
     def dimensions(self, hidden_size: int) -> int:
-        """Dimensions of a vector of a model with `hidden_size`. UserError when parts of the model don't fit."""
+        """Dimensions of the vectors of a model with `hidden_size`. UserError if parts of the model don't fit."""
         width = hidden_size * len(self.pooling.split("+"))
         for layer in self.head:
             if layer == NORMALIZE:
@@ -108,13 +109,13 @@ class EmbeddingCard:
         return width
 
     def text_formats(self) -> tuple[TextFormat, TextFormat]:
-        """How queries and how documents become tokens."""
+        """How queries and documents are converted to tokens."""
         rest = (self.append_eos, self.include_prompt, self.strip)
         queries = TextFormat(self.query_prefix, self.query_max_length, *rest)
         return queries, TextFormat(self.doc_prefix, self.doc_max_length, *rest)
 
     def describe(self, tokenizer: Any) -> list[str]:
-        """Lines that say how texts become vectors, and where each part of that comes from."""
+        """Lines that describe how texts become vectors, with the origin of each setting."""
 
         def of(name: str) -> str:
             return self.origins.get(name, CARD_NAME)
@@ -155,7 +156,7 @@ class EmbeddingCard:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What is saved of it."""
+        """The fields that are saved."""
         return {name: value for name, value in asdict(self).items() if name != "origins"}
 
     def save(self, folder: Path) -> None:
@@ -163,12 +164,12 @@ class EmbeddingCard:
 
     @classmethod
     def read(cls, path: Path) -> "EmbeddingCard":
-        """The card in a file. UserError when it can't be understood."""
+        """Read a card from a file. UserError if it is invalid."""
         return cls.of(json.loads(path.read_text("utf-8")), path)
 
     @classmethod
     def of(cls, content: dict[str, Any], path: Path) -> "EmbeddingCard":
-        """The card that `content`, of the file `path`, describes."""
+        """The card with `content`, which was read from the file `path`."""
         if "pair_format" in content:
             raise UserError(f"{path}: is a reranker's, which makes no vectors; ds-embed rerank takes it")
         try:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or absent, checked before use, free of topology; a step of a run that can be encoded.
+"""Checkpoints on disk: complete or absent, verified before use, and independent of the number of ranks and ZeRO stage.
 
 RUN/checkpoints/step_00000100/
     weights-00001.safetensors ...   trained weights, float32, "NAME"
@@ -6,8 +6,8 @@ RUN/checkpoints/step_00000100/
     state.json                      step, consumed_samples, AdamW's step, the best validations, ...
     manifest.json                   what the run is made from, size and SHA-256 of every file above
 
-An artifact whose parts are files. The learning rate and every random draw are pure functions of the settings and the
-position, so neither needs a file.
+A checkpoint is an artifact whose parts are files, and can also be used for encoding. The learning rate and all random
+draws are pure functions of settings and position, so they need no file.
 """
 
 import json
@@ -23,13 +23,13 @@ from ds_embed.settings.errors import UserError
 
 KIND = "a checkpoint, form 2"
 STATE = "state.json"
-WEIGHT = "weight"  # the kind of tensor beside AdamW's moments
+WEIGHT = "weight"  # the kind of tensor other than AdamW's moments
 _OTHER = "take another step, or start the run's command again, which writes it anew"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in `folder`, newest first, whole or not."""
+    """(step, path) of all checkpoints in `folder`, damaged or not, newest first."""
     found = [(m, path) for path in folder.glob("step_*") if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
     return sorted(((int(m[1]), path) for m, path in found), reverse=True)
 
@@ -39,29 +39,29 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, naming the file; None when every byte is as written.
+    """What is wrong with the checkpoint at `path`, naming the file; None if every byte is as written.
 
-    UserError when another version of ds_embed wrote it.
+    UserError if another version of ds_embed wrote it.
     """
     return inspect(path, KIND)[0]
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint."""
+    """The content of state.json of a verified checkpoint."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def verify(path: Path, names: str) -> None:
-    """UserError naming the first of the checkpoint's files, of those whose names begin with `names`, that was changed."""
+    """UserError naming the first changed file of the checkpoint, among those whose names begin with `names`."""
     for part in read_whole(path, KIND, _OTHER)["parts"]:
         if part.file.startswith(names) and not part.is_in(path):
             raise UserError(f"{path / part.file}: was changed: its SHA-256 is not as it was written; {_OTHER}")
 
 
 def checkpoint_in(flag: str, name: str, step: int | None) -> Path | None:
-    """The checkpoint that is meant: of `step` of the run `name`, or `name` itself; None where neither is.
+    """The checkpoint of `step` in the run `name`, or without a step `name` itself; None if that is not a checkpoint.
 
-    UserError with the steps that the run has.
+    UserError listing the run's steps if it has none of that step.
     """
     path = Path(name).expanduser()
     if step is None:
@@ -74,20 +74,21 @@ def checkpoint_in(flag: str, name: str, step: int | None) -> Path | None:
 
 
 def steps_of(run: Path) -> str:
-    """Which steps of a run can be taken, in words."""
+    """The steps of a run that can be chosen, in words."""
     steps = sorted(step for step, _ in list_checkpoints(run / "checkpoints"))
     return f"--step can be {', '.join(map(str, steps))}" if steps else f"there is none in {run / 'checkpoints'}"
 
 
 def way_to(place: str, folder: Path) -> list[str]:
-    """What finds a folder again, also when it was moved together with `folder`; a hub name as it is."""
+    """Paths to a folder, absolute and relative to `folder`, so that both can be moved together; a hub name is returned
+    as is."""
     if not Path(place).is_dir():
         return [place]
     return [str(Path(place).resolve()), os.path.relpath(Path(place).resolve(), folder.resolve())]
 
 
 def found_again(ways: list[str], folder: Path) -> str:
-    """The place that `way_to` told of. UserError where it is gone."""
+    """The folder or hub name stored by `way_to`. UserError if the folder is gone."""
     if len(ways) == 1:
         return ways[0]
     for way in ways:
@@ -97,14 +98,14 @@ def found_again(ways: list[str], folder: Path) -> str:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint by name, from however many shards."""
+    """The tensors of a checkpoint by name, from all shards."""
 
     def __init__(self, path: Path):
         from safetensors import SafetensorError, safe_open
 
         self.path = path
-        self.tensors: dict[str, Any] = {}  # name in the file: the open shard that holds it
-        # Those that the manifest vouches for, whatever else lies there.
+        self.tensors: dict[str, Any] = {}  # name in the file: the open shard with that tensor
+        # Only the files listed in the manifest.
         names = {part.file for part in read_whole(path, KIND, _OTHER)["parts"]}
         for shard in sorted(name for name in names if name.endswith(".safetensors")):
             try:
@@ -114,7 +115,7 @@ class CheckpointReader:
             self.tensors |= dict.fromkeys(file.keys(), file)
 
     def check(self, shapes: dict[str, tuple[int, ...]], cure: str) -> None:
-        """UserError with the cure unless these are the weights, each with its shape."""
+        """UserError with the cure unless the checkpoint has exactly these weights, with these shapes."""
         stored = {n: tuple(f.get_slice(n).get_shape()) for n, f in self.tensors.items() if "/" not in n}
         odd = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
         if odd:

@@ -1,14 +1,14 @@
-"""Everything that is computed in another way on a CPU than on a GPU; GPUs see none of it.
+"""Everything that is computed differently on CPUs; GPUs are not affected.
 
-- Products of bfloat16, where the CPU has no instructions for them, go through float32 (`use_kernels`).
-- Attention and dropout for training, several times as fast as torch's (`training_kernel`, `use_cpu_dropout`).
-- Linear layers for encoding, with weights in the order in which oneDNN multiplies them (`pack_linear_layers`).
+- On CPUs without bfloat16 instructions, bfloat16 products are computed in float32 (`use_kernels`).
+- Attention and dropout for training are several times as fast as torch's (`training_kernel`, `use_cpu_dropout`).
+- Linear layers for encoding have their weights in the memory layout that oneDNN uses (`pack_linear_layers`).
 
-`use_kernels` is the only function that touches torch's own table of kernels. It is called where a model is loaded,
-never in a forward pass; without that call torch computes every product itself.
+`use_kernels` is the only function that changes torch's own table of kernels. It is called when a model is loaded, never
+in a forward pass; without it torch computes every product itself.
 
-Shapes: B texts, S tokens, H heads in G groups that share keys and values, d dimensions a head; I and O dimensions in and
-out of a linear layer.
+Shapes: B texts, S tokens, H heads in G groups that share keys and values, d dimensions per head; I and O input and
+output dimensions of a linear layer.
 """
 
 import os
@@ -24,11 +24,11 @@ from torch.library import Library, get_kernel
 from ds_embed.models.kernels import DEVICE_KERNEL, mask_by_shape
 from ds_embed.settings.errors import UserError
 
-# This environment variable, set to float32, computes on any CPU as on one without bfloat16 instructions: for vectors that
-# must have the same bits on both, and for tests of both ways.
+# If this environment variable is float32, any CPU computes like one without bfloat16 instructions: for vectors that
+# must be bitwise equal on both, and to test both paths.
 WAY = "DS_EMBED_BFLOAT16"
-MATH_KERNEL = "math"  # as --attn_implementation
-# Products, and how many of their results are as wide as their operands; the attention's sums of exponentials are float32.
+MATH_KERNEL = "math"  # the value of --attn_implementation
+# Products, and how many of their results have the operands' dtype; attention's sums of exponentials are float32.
 _RESULTS = {
     "mm": 1,
     "bmm": 1,
@@ -38,32 +38,32 @@ _RESULTS = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
 }
 _IN_PLACE = ("addmm_", "baddbmm_")
-# Longer texts go to torch's attention, which keeps no (H, S, S) weights, unless they need dropout.
+# Longer texts use torch's attention, which stores no (H, S, S) weights, unless they need dropout.
 _LONGEST = 1024
 _DROPOUT_VALUES = 2**16
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
-_EXPECTED_ROWS = 2048  # of an input, for which oneDNN chooses the order
-# Where transformers' modules keep a linear layer and the activation function that is called on its output alone.
+_EXPECTED_ROWS = 2048  # rows of an input, for which oneDNN chooses the layout
+# Names in transformers' modules of a linear layer and the activation function that is applied only to its output.
 _ACTIVATED = (("dense", "intermediate_act_fn"), ("gate_proj", "act_fn"))
-# How far the outputs of a module may move when its activation is computed before they are rounded, relative.
+# Largest relative change of a module's outputs when its activation is computed before rounding.
 _SAME = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether oneDNN, to which torch leaves products of bfloat16, can compute them on this CPU."""
+    """Whether oneDNN, which torch uses for bfloat16 products, can compute them on this CPU."""
     if os.environ.get(WAY) == "float32":
         return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def use_kernels() -> None:
-    """Let this process compute with our kernels: attention by its name, and products where a tensor is on a CPU.
+    """Install our kernels in this process: attention under its name, and products of tensors on CPUs.
 
-    Without AVX-512 torch multiplies matrices of bfloat16 number by number: a product of 2048 x 576 x 1536 takes 0.2 s,
-    or 3 s with the weights transposed as backward passes need them, where float32 takes 0.03 s. On such a CPU torch's
-    products and its attention are given float32 copies of their operands, and their results are rounded to bfloat16
-    once, as the instructions do it elsewhere. Replaced in torch's own table, so that backward passes, PEFT's layers and
-    weights that ZeRO-3 gathers are all reached.
+    Without AVX-512 torch multiplies bfloat16 matrices element by element: a product of 2048 x 576 x 1536 takes 0.2 s,
+    or 3 s with transposed weights as in backward passes, compared with 0.03 s in float32. On such a CPU, torch's
+    products and attention get float32 copies of their operands, and their results are rounded to bfloat16 once, as
+    bfloat16 instructions do. The kernels are replaced in torch's own table, which covers backward passes, PEFT's layers
+    and weights gathered by ZeRO-3.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -75,12 +75,13 @@ def use_kernels() -> None:
         multiply_through_float32()
 
 
-@cache  # once; and the registration lasts as long as the object
+@cache  # call it once; the registration lasts as long as the object
 def multiply_through_float32() -> Library:
-    """Replace torch's kernels for products on a CPU by ones that compute bfloat16 in float32; others stay as they are."""
+    """Replace torch's kernels for bfloat16 products on CPUs by ones that compute in float32; other dtypes are
+    unchanged."""
     library = Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that kernels are replaced
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # about replaced kernels
         for name in (*_RESULTS, *_IN_PLACE):
             library.impl(name, _through_float32(name), "CPU", with_keyset=True)
     return library
@@ -108,7 +109,7 @@ def _widened(value: Any) -> Any:
 
 
 def takes_math_kernel(config: Any) -> bool:
-    """Whether models of this transformers config call their attention kernel by its name, and nothing but sdpa's way."""
+    """Whether models of this transformers config look up their attention kernel by name and call it like sdpa's."""
     from transformers import MODEL_MAPPING
 
     model_class: Any = MODEL_MAPPING.get(type(config), None)
@@ -117,7 +118,7 @@ def takes_math_kernel(config: Any) -> bool:
 
 
 def training_kernel(config: Any, asked: str | None, device_type: str) -> str | None:
-    """The kernel to train with: the one that was asked for; else ours where the model takes it; else its own choice."""
+    """The kernel for training: the one requested, else ours if the model supports it, else the model's default."""
     if asked is not None or not takes_math_kernel(config):
         return asked
     return MATH_KERNEL if device_type == "cpu" else DEVICE_KERNEL
@@ -138,9 +139,10 @@ def math_attention(
 
         O = c (K * softmax(Q K^T / sqrt(d))) V,   K which weights are kept, c = 1 / (1 - probability of dropout)
 
-    attention_mask: (B or 1, 1, S or 1, S) bool, True where a token sees another; None for all, or those before it.
-    Plain products in the model's precision: torch's kernel knows no dropout on a CPU, and its backward pass in bfloat16
-    takes 2 to 7 times as long (head sizes 32 and 64, 40 to 512 tokens). Outside of training it is sdpa.
+    attention_mask: (B or 1, 1, S or 1, S) bool, True where a token sees another; None for all tokens or, if causal,
+    earlier ones. It uses plain products in the model's precision: on CPUs torch's kernel supports no dropout, and its
+    backward pass in bfloat16 takes 2 to 7 times as long (head sizes 32 and 64, 40 to 512 tokens). Outside of training
+    it calls sdpa.
     """
     num_tokens = query.shape[2]
     is_slow_elsewhere = dropout > 0 or (query.dtype != torch.float32 and num_tokens <= _LONGEST)
@@ -155,10 +157,10 @@ def math_attention(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and is_causal and num_tokens > 1:
         attention_mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril_()[None, None]
-    # Added to the scores: on a CPU much quicker than filling by a mask.
+    # Added to the scores, which is much faster on a CPU than masked_fill.
     bias = None
     if attention_mask is not None:
-        # Not -inf: padding whose window holds nothing but padding would be NaN, and with it what it is multiplied by 0 for.
+        # Not -inf: padding whose window contains only padding would become NaN, which multiplying by 0 does not remove.
         lowest = torch.finfo(query.dtype).min
         bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -208,20 +210,20 @@ def _drop(weights: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def draw_kept(shape: tuple[int, ...], probability: float, dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU that is 0 with the given probability and else 1, element by element.
+    """A CPU tensor whose elements are 0 with the given probability and otherwise 1.
 
-    torch draws a double for every element, a sixth of a training step of MiniLM; here a 64-bit number of torch's makes
-    four elements. The probability is rounded to a multiple of 2^-16.
+    torch draws a double for every element, which takes a sixth of a training step of MiniLM; here each 64-bit random
+    number of torch gives four elements. The probability is rounded to a multiple of 2^-16.
     """
     count = torch.Size(shape).numel()
     numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    # Of the 2^16 values of 16 bits, the first `highest` + 1 are those that drop.
+    # 16-bit values up to `highest`, counted from the lowest, drop their element.
     highest = max(0, min(_DROPOUT_VALUES - 2, round(probability * _DROPOUT_VALUES) - 1)) - _DROPOUT_VALUES // 2
     return numbers.view(torch.int16)[:count].clamp_(highest, highest + 1).sub_(highest).to(dtype).view(shape)
 
 
 class CpuDropout(nn.Dropout):
-    """As nn.Dropout (Srivastava et al. 2014), for tensors on the CPU."""
+    """Like nn.Dropout (Srivastava et al. 2014), for tensors on the CPU."""
 
     def forward(self, values: Tensor) -> Tensor:
         if not self.training:
@@ -230,27 +232,27 @@ class CpuDropout(nn.Dropout):
 
 
 def use_cpu_dropout(model: nn.Module) -> None:
-    """Make every nn.Dropout of the model that drops something a CpuDropout."""
+    """Turn every nn.Dropout of the model with a probability between 0 and 1 into a CpuDropout."""
     for module in model.modules():
         if type(module) is nn.Dropout and 0.0 < module.p < 1.0:
             module.__class__ = CpuDropout
 
 
 class PackedLinear(nn.Module):
-    """y = f(x W^T + b) of x (..., I), for weights W (O, I) of a Linear and f one of oneDNN's functions.
+    """y = f(x W^T + b) of x (..., I), with weights W (O, I) of a Linear and f one of oneDNN's functions.
 
-    A float32 product takes six sevenths of the time of one with weights in rows, and f is computed before the result
-    leaves the cache. The weights can no longer be read or trained.
+    A float32 product takes six sevenths of the time that it takes with row-major weights, and f is computed while the
+    result is still in the cache. The weights can no longer be read or trained.
     """
 
     def __init__(self, linear: nn.Linear, function: tuple[str, str] = ("none", "")):
-        """function: name of oneDNN's function, and which approximation of it."""
+        """function: the name of oneDNN's function and of its approximation."""
         super().__init__()
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.weight = weight.to("meta")  # for models that ask for its dtype; it has no values
+        self.weight = weight.to("meta")  # for models that read its dtype; it has no values
         self.function = function
 
     def forward(self, values: Tensor) -> Tensor:
@@ -262,9 +264,9 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: nn.Module) -> None:
-    """Make every nn.Linear of a model on the CPU, in place, a PackedLinear, with the activation function behind it.
+    """Turn every nn.Linear of a model on the CPU into a PackedLinear, in place, including the activation after it.
 
-    Nothing changes where oneDNN can't compute in the model's precision. LoRA matrices stay as they are.
+    Does nothing if oneDNN can't compute in the model's precision. LoRA matrices are not changed.
     """
     linear = [module for module in model.modules() if type(module) is nn.Linear]
     if not linear or not can_pack(linear[0].weight.device.type, linear[0].weight.dtype):
@@ -273,7 +275,7 @@ def pack_linear_layers(model: nn.Module) -> None:
         for layer, activation in _ACTIVATED:
             if type(getattr(module, layer, None)) is nn.Linear and hasattr(module, activation):
                 _pack_with_activation(module, layer, activation)
-        # PEFT looks into the matrices that it holds, and with DoRA into the layer's own weights.
+        # PEFT reads the values of its own matrices and, with DoRA, the layer's weights.
         if isinstance(module, nn.ModuleDict) or getattr(module, "lora_variant", None):
             continue
         for name, child in list(module.named_children()):
@@ -282,16 +284,16 @@ def pack_linear_layers(model: nn.Module) -> None:
 
 
 def can_pack(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes linear layers of this precision on this device from packed weights."""
+    """Whether oneDNN can compute linear layers with packed weights in this precision on this device."""
     if device_type != "cpu" or dtype not in _PACKED_DTYPES or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or multiplies_bfloat16()
 
 
 def describe_kernels(device_type: str, dtype: torch.dtype, is_partitioned: bool) -> str:
-    """How linear layers are computed for encoding, as far as it changes bits.
+    """How linear layers are computed for encoding, as far as it affects the bits of vectors.
 
-    is_partitioned: under ZeRO-3 weights are only there while a module runs, so they can't be packed.
+    is_partitioned: under ZeRO-3 weights are only present while a module runs, so they can't be packed.
     """
     if device_type != "cpu":
         return device_type
@@ -303,7 +305,7 @@ def describe_kernels(device_type: str, dtype: torch.dtype, is_partitioned: bool)
 
 
 def _pack_with_activation(module: nn.Module, layer: str, activation: str) -> None:
-    """Let the layer compute the module's activation, if it is one that oneDNN knows and the module's output stays."""
+    """Let the layer compute the module's activation, if oneDNN has it and the module's output does not change."""
     linear, function = getattr(module, layer), getattr(module, activation)
     known = _onednn_function(function)
     if known is None:
@@ -314,13 +316,13 @@ def _pack_with_activation(module: nn.Module, layer: str, activation: str) -> Non
         setattr(module, layer, PackedLinear(linear, known))
         setattr(module, activation, nn.Identity())
         after = module(sample).float()
-    if not (after - before).norm() <= _SAME[linear.weight.dtype] * before.norm():  # also where it is NaN
+    if not (after - before).norm() <= _SAME[linear.weight.dtype] * before.norm():  # also true for NaN
         setattr(module, layer, linear)
         setattr(module, activation, function)
 
 
 def _onednn_function(function: object) -> tuple[str, str] | None:
-    """What oneDNN calls an activation function, seen by its values; None for one that is not among those tried."""
+    """oneDNN's name for an activation function, identified by its values; None if it is none of those tried."""
     places = torch.linspace(-12.0, 12.0, 193)
     candidates = {
         ("gelu", "none"): nn.functional.gelu(places),

@@ -1,4 +1,4 @@
-"""Whether the parts of one model belong together: config, weights, tokenizer, adapter. Only headers are read of a base."""
+"""Checks that a model's config, weights, tokenizer and adapter belong together. Of a base only headers are read."""
 
 import importlib.util
 import re
@@ -14,7 +14,7 @@ from ds_embed.settings.errors import UserError
 
 
 def check_parts(source: ModelSource, card: EmbeddingCard, tokenizer: Any, trust_remote_code: bool) -> None:
-    """UserError that names both parts where two don't fit, before any text is tokenized or a weight is read."""
+    """UserError naming both parts if two don't fit, before any text is tokenized or weight is read."""
     if source.load_in_4bit is not None:
         _check_4bit(source)
     if source.checkpoint is not None:
@@ -23,7 +23,7 @@ def check_parts(source: ModelSource, card: EmbeddingCard, tokenizer: Any, trust_
     _check_tokens(source, card, tokenizer, model)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, that nothing is copied into tensors without data
+            warnings.simplefilter("ignore")  # torch warns that copying into tensors without data does nothing
             put_adapter_on(model, source.adapter)
 
 
@@ -39,9 +39,9 @@ def _check_4bit(source: ModelSource) -> None:
 
 
 def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
-    """The model without its weights, of which every one is in its files and has the shape that the config asks for.
+    """The model without weights, after checking that its files contain every weight with the shape given by the config.
 
-    transformers would go on with random ones.
+    Otherwise transformers would continue with random weights.
     """
     config = load_config(source, trust_remote_code)
     with without_foreign_code(source.base), without_reports():
@@ -56,7 +56,7 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
             **loading_options(config),
         )
     names = [name for name, _ in model.named_parameters()]
-    # Poolers are no part of a token's state, whatever they hold.
+    # Poolers do not affect a token's state.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
         raise UserError(
@@ -71,7 +71,7 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
         )
     known = {re.sub(r"\d+", "*", name) for name in names}
     for name in sorted(report["unexpected_keys"]):
-        # A layer more, and no head.
+        # An extra layer, not a head.
         if re.sub(r"\d+", "*", name.removeprefix(f"{model.base_model_prefix}.")) in known:
             raise UserError(
                 f"{source.base}: its weight files hold {name}, which its config.json has no place for; bring the files "
@@ -81,7 +81,8 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
 
 
 def _check_tokens(source: ModelSource, card: EmbeddingCard, tokenizer: Any, model: Any) -> None:
-    """Control tokens that no text is given, such as a [PAD] added to a Llama, may lie behind the table."""
+    """UserError if a token is beyond the embedding table, except control tokens that no text uses, such as a Llama's
+    [PAD]."""
     rows = model.get_input_embeddings().weight.shape[0]
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     given = {int(i) for form in card.text_formats() for ids in encode_texts(tokenizer, ["a"], form) for i in ids}

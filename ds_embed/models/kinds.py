@@ -1,7 +1,7 @@
-"""What kind of model a config is of: its class, and what a small copy of it shows when it is tried.
+"""The kind of model that a config describes: its class, and what running a small copy of it reveals.
 
-Whether a token sees those behind it can't be told from a name: decoders come bidirectional by their config or by
-code of their own, and encoders causal. So a copy with few layers and made-up weights reads two texts.
+Names don't tell whether a token sees later ones: decoders may be bidirectional by their config or their own code, and
+encoders causal. So we run a copy with few layers and random weights on two texts.
 
 Shapes: S tokens, D dimensions.
 """
@@ -17,28 +17,28 @@ from torch import Tensor, nn
 
 from ds_embed.settings.errors import UserError
 
-# What transformers' models call the table of learned positions.
+# Names of the table of learned positions in transformers' models.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
-# Encoder-decoder models whose encoder transformers has as a model of its own.
+# Encoder-decoder models whose encoder is a separate model in transformers.
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-DPR = ["DPREncoder"]  # the architectures of its BERT's config until that is saved
-SAME_STATE = 1e-4  # relative difference up to which two states of a token count as the same
+DPR = ["DPREncoder"]  # architectures in the config of its BERT until that is saved
+SAME_STATE = 1e-4  # largest relative difference at which two states of a token count as equal
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a trial shows."""
+    """What a trial run reveals."""
 
-    is_causal: bool  # no token sees those behind it
-    num_dims: int  # D of a token's state
-    longest: int | None  # tokens that there are learned positions for; None where positions are computed (rotary)
+    is_causal: bool  # no token sees later ones
+    num_dims: int  # D, of a token's state
+    longest: int | None  # number of learned positions; None if positions are computed (rotary)
 
 
-_KINDS: dict[tuple[type, str, bool], Kind] = {}  # tried in this process
+_KINDS: dict[tuple[type, str, bool], Kind] = {}  # trial results of this process
 
 
 def kind_of(config: Any, trust_remote_code: bool, name: str = "the model") -> Kind:
-    """Try the model of a transformers config, once per process. UserError naming it when it is no text encoder."""
+    """Try out the model of a transformers config, once per process. UserError naming it if it is not a text encoder."""
     key = type(config), config.to_json_string(), trust_remote_code
     if key not in _KINDS:
         _KINDS[key] = _try(config, backbone_class(config, trust_remote_code, name), name)
@@ -46,7 +46,8 @@ def kind_of(config: Any, trust_remote_code: bool, name: str = "the model") -> Ki
 
 
 def direction_in_config(config: Any, trust_remote_code: bool) -> dict[str, bool] | None:
-    """The key of config.json by which transformers' own code makes a causal decoder bidirectional; None if none does."""
+    """The setting in config.json that makes transformers treat a causal decoder as bidirectional; None if there is
+    none."""
     by_flag = hasattr(config, "use_bidirectional_attention")
     direction = {"use_bidirectional_attention": True} if by_flag else {"is_causal": False}
     changed = copy.deepcopy(config)
@@ -55,21 +56,21 @@ def direction_in_config(config: Any, trust_remote_code: bool) -> dict[str, bool]
 
 
 def is_bert_style(config: Any) -> bool:
-    """Whether a model that is not causal is one of those trained as encoders from the start: BERT and its kin, T5."""
+    """Whether a non-causal model is of a type trained as an encoder from the start: BERT and its relatives, T5."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.model_type in _ENCODERS
 
 
 def auto_class(config: Any) -> Any:
-    """What loads the backbone: AutoModel, or its like that knows encoders without their decoder."""
+    """The class that loads the backbone: AutoModel, or its counterpart for encoders without their decoder."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     return AutoModelForTextEncoding if config.model_type in _ENCODERS else AutoModel
 
 
 def backbone_class(config: Any, trust_remote_code: bool, name: str = "the model") -> type:
-    """The class of the bare text encoder or decoder. UserError naming the model where there is none."""
+    """The class of the bare text encoder or decoder. UserError naming the model if there is none."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -96,21 +97,21 @@ def backbone_class(config: Any, trust_remote_code: bool, name: str = "the model"
 
 
 def make_bidirectional(backbone: Any) -> None:
-    """Tell every layer of a decoder, in place, that it is not causal: some kernels ask the layer alone."""
+    """Mark every layer of a decoder as not causal, in place: some kernels only check the layer."""
     for module in backbone.modules():
         if getattr(module, "is_causal", False):
             module.is_causal = False
 
 
 def probe_texts(config: Any) -> Tensor:
-    """Token ids (2, S) of two texts that differ in the last one alone, and hold no padding."""
+    """Token ids (2, S) of two texts that differ only in their last token, without padding."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     one, other = [number for number in range(3) if number != pad][:2]
     return torch.tensor([[one, one, one, one], [one, one, one, other]])
 
 
 def sees_behind(states: Tensor) -> bool | None:
-    """Whether states (2, S, D) of the probe texts differ in a token before the last; None where they are NaN."""
+    """Whether states (2, S, D) of the probe texts differ in a token before the last; None if they are not finite."""
     one, other = states[:, :-1].float()
     if not torch.isfinite(states).all():
         return None
@@ -118,7 +119,7 @@ def sees_behind(states: Tensor) -> bool | None:
 
 
 def _try(config: Any, model_class: type, name: str) -> Kind:
-    # On the CPU, also where a whole model is being built on the meta device: without values nothing could be tried.
+    # On the CPU even while a model is being built on the meta device: a trial needs values.
     with torch.no_grad(), torch.device("cpu"):
         model = _small_copy(config, model_class)
         try:
@@ -133,9 +134,10 @@ def _try(config: Any, model_class: type, name: str) -> Kind:
 
 
 def _small_copy(config: Any, model_class: type) -> nn.Module:
-    """The model with few layers, one of each type at least, in float32 on the CPU, with weights that take no memory.
+    """The model with few layers, at least one of each type, in float32 on the CPU, with weights that take little
+    memory.
 
-    Each weight matrix is a window into a short row of noise: its rows differ, and no more than a few numbers are held.
+    Each weight matrix is an overlapping view of a short vector of noise, so its rows differ but few numbers are stored.
     """
     from accelerate import init_empty_weights
 
@@ -144,7 +146,7 @@ def _small_copy(config: Any, model_class: type) -> nn.Module:
     types = getattr(text, "layer_types", None) or []
     needed = max([1, *(types.index(kind) + 1 for kind in set(types))])
     if needed < (getattr(text, "num_hidden_layers", None) or 0):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # computed from others
+        with contextlib.suppress(AttributeError, NotImplementedError):  # some configs compute it
             text.num_hidden_layers = needed
             if types:
                 text.layer_types = types[:needed]
@@ -163,15 +165,15 @@ def _small_copy(config: Any, model_class: type) -> nn.Module:
 def _made_up(shape: torch.Size, noise: torch.Generator) -> Tensor:
     if len(shape) < 2:  # norms and biases
         return 1 + torch.randn(shape, generator=noise) / 10
-    if len(shape) > 2:  # experts, which may be alike
+    if len(shape) > 2:  # experts, which may be identical
         return (torch.randn(shape[1:], generator=noise) * shape[-1] ** -0.5).expand(shape)
     return (torch.randn(sum(shape) - 1, generator=noise) * shape[-1] ** -0.5).as_strided(shape, (1, 1))
 
 
 def count_positions(model: nn.Module) -> int | None:
-    """Most tokens that a model has learned positions for; None where positions are computed (rotary).
+    """The number of tokens that a model has learned positions for; None if positions are computed (rotary).
 
-    RoBERTa and its kin start counting behind the padding index, so a table of 514 holds 512 tokens.
+    RoBERTa and its relatives start counting after the padding index, so a table of 514 allows 512 tokens.
     """
     limits = [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -182,9 +184,9 @@ def count_positions(model: nn.Module) -> int | None:
 
 
 def plain_config(config: Any, name: str) -> Any:
-    """The config itself; of DPR's two encoders, which wrap a BERT, that BERT's.
+    """The config itself or, for DPR's two encoders, which wrap a BERT, that BERT's config.
 
-    UserError for images and the like, and for weights that were quantized before.
+    UserError for multimodal models and for weights that are already quantized.
     """
     from transformers import BertConfig
 
@@ -212,13 +214,13 @@ def plain_config(config: Any, name: str) -> Any:
 
 
 def loading_options(config: Any) -> dict[str, Any]:
-    """What from_pretrained is told about the weights: no pooler, and what DPR calls those of its BERT."""
+    """Options of from_pretrained for loading weights: no pooler, and DPR's names for its BERT's weights."""
     names = {r"^(question_encoder|ctx_encoder)\.bert_model\.": ""}
     return ({"key_mapping": names} if config.model_type == "bert" else {}) | without_pooler(config)
 
 
 def without_pooler(config: Any) -> dict[str, Any]:
-    """What a class must be told so that no pooler is built: BERT's would be trained without ever being used."""
+    """Options that keep a class from building a pooler: BERT's would be trained without ever being used."""
     from transformers import MODEL_MAPPING
 
     model_class: Any = MODEL_MAPPING.get(type(config), None)

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) through PEFT: small trained matrices beside frozen weights, new ones or those of a run.
+"""LoRA (Hu et al. 2021) with PEFT: small trained matrices beside frozen weights, either new or from a run.
 
 Variants: rslora (Kalajdzievski 2023), dora (Liu et al. 2024), pissa (Meng et al. 2024).
 """
@@ -18,20 +18,20 @@ from ds_embed.settings.fields import listed
 
 
 def last_parts(names: Iterable[str]) -> set[str]:
-    """The names without the names of the modules around them."""
+    """The last components of dotted module names."""
     return {name.split(".")[-1] for name in names}
 
 
 def linear_modules(model: torch.nn.Module) -> set[str]:
-    """By their last names."""
+    """The last name components of the model's linear modules."""
     return last_parts(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
 
 
 def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype: torch.dtype) -> None:
-    """Freeze the backbone and put new trained LoRA matrices beside its modules, in place.
+    """Freeze the backbone and add new trainable LoRA matrices to its modules, in place.
 
-    The initial values depend on `seed` alone, so that every rank has the same. Raises UserError
-    when no module has the asked-for name.
+    The initial values depend only on `seed`, so they are the same on every rank. UserError if no module has a requested
+    name.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -53,16 +53,16 @@ def add_lora(encoder: TextEncoder, arguments: LoraArguments, *, seed: int, dtype
     except ValueError as error:
         known = "linear modules of this model: " + ", ".join(sorted(linear_modules(encoder.backbone)))
         raise UserError(f"--lora_target_modules {listed(modules)}: {error}; {known}") from None
-    if variant == "pissa":  # what was taken from the base model's weights
+    if variant == "pissa":  # what PiSSA subtracted from the base model's weights
         matrices = {n: p for n, p in encoder.backbone.named_parameters() if p.requires_grad}
         encoder.initial_lora = {n: p.detach().float().cpu().clone() for n, p in matrices.items()}
     start_training(encoder, dtype)
 
 
 def save_adapter(encoder: TextEncoder, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the matrices, by their names in the backbone, as a PEFT folder on the base model as it was.
+    """Write the matrices, given by their names in the backbone, as a PEFT folder for the original base model.
 
-    PiSSA took s B0 A0 out of the base, which so has gained s (B A - B0 A0) = s [B, -B0] [A; A0]: a LoRA of rank 2r.
+    PiSSA subtracted s B0 A0 from the base, so the change is s (B A - B0 A0) = s [B, -B0] [A; A0], a LoRA of rank 2r.
     """
     config = encoder.backbone.peft_config["default"]
     if encoder.initial_lora:
@@ -71,13 +71,13 @@ def save_adapter(encoder: TextEncoder, weights: dict[str, Tensor], folder: Path)
         weights = weights | both
         doubled = {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha, "init_lora_weights": True}
         encoder.backbone.peft_config["default"] = replace(config, **doubled)
-    # "auto" would ask the hub whether the base model's embeddings were resized.
+    # "auto" would query the hub to find out whether the base model's embeddings were resized.
     encoder.backbone.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     encoder.backbone.peft_config["default"] = config
 
 
 def start_training(encoder: TextEncoder, dtype: torch.dtype) -> None:
-    """Have the trained matrices in `dtype`, and computed where the product lies as far as that is exact."""
+    """Convert the trained matrices to `dtype`, and use LoraLinear where it is exact."""
     from ds_embed.models.lora_linear import use_lora_linear
 
     for parameter in encoder.backbone.parameters():

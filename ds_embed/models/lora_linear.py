@@ -1,8 +1,8 @@
-"""A linear layer with LoRA whose low-rank part is added where the product lies, forwards and backwards.
+"""A linear layer with LoRA that adds the low-rank part to the product in place, in forward and backward passes.
 
     y = x W^T + b + s (x A^T) B^T;   dx = g W + s (g B) A,   dA = s (g B)^T x,   dB = s g^T (x A^T)
 
-PEFT writes the low-rank part, its product with s and the sum as tensors (n, O) of their own, and as many gradients.
+PEFT stores the low-rank part, its product with s and the sum as separate (n, O) tensors, and as many gradients.
 
 Shapes: n tokens, I and O dimensions in and out, r the rank.
 """
@@ -29,18 +29,18 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         values, low, weight, down, up = ctx.saved_tensors
         on_low = (gradient @ up).mul_(ctx.scale)
-        # The first layer's input has nothing below it that is trained.
+        # Nothing below the first layer's input is trained.
         on_values = (gradient @ weight).addmm_(on_low, down) if ctx.needs_input_grad[0] else None
         return on_values, None, None, on_low.T @ values, (gradient.T @ low).mul_(ctx.scale), None
 
 
 class LoraLinear(PeftLinear):
-    """As PEFT's layer, from which it differs in how it computes; what it has no formula for is left to PEFT."""
+    """PEFT's layer with a faster implementation; cases that it does not cover are left to PEFT."""
 
     def forward(self, values: Tensor, *arguments: Any, **named: Any) -> Tensor:  # type: ignore[override]
         adapters, base = self.active_adapters, self.base_layer
-        # Under ZeRO-3 weights are there only while the module that holds them is called. (Gathering this layer as one,
-        # as DeepSpeed's leaf modules do, fails where a step has several backward passes.)
+        # Under ZeRO-3 weights are only present while the module that holds them runs. (Gathering this layer as a whole,
+        # with DeepSpeed's leaf modules, fails if a step has several backward passes.)
         is_plain = type(base) is nn.Linear and not hasattr(base.weight, "ds_id") and not (arguments or named)
         if not is_plain or self.disable_adapters or self.merged or len(adapters) != 1:
             return super().forward(values, *arguments, **named)
@@ -52,7 +52,7 @@ class LoraLinear(PeftLinear):
 
 
 def use_lora_linear(model: nn.Module) -> None:
-    """Make PEFT's LoRA layers around a frozen nn.Linear, without dropout or a variant such as DoRA, a LoraLinear."""
+    """Turn PEFT's LoRA layers around a frozen nn.Linear, without dropout or variants such as DoRA, into LoraLinear."""
     for module in model.modules():
         if type(module) is PeftLinear and type(module.base_layer) is nn.Linear and not module.lora_variant:
             dropouts = module.lora_dropout.values()

@@ -1,4 +1,4 @@
-"""LoRA runs that are trained further: with their own matrices, or with new ones on the base they were merged into."""
+"""Further training of LoRA runs: of their own matrices, or of new ones after merging the old ones into the base."""
 
 import json
 import logging
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, trust_remote_code: bool) -> LoraArguments:
-    """The settings with nothing left open: those of the LoRA run that is trained further, else the defaults.
+    """The settings with unset ones filled in from the LoRA run that is trained further, else from the defaults.
 
-    config: the base model's transformers config. UserError when they ask for other matrices than the run has,
-    and not for new ones.
+    config: the base model's transformers config. UserError if they differ from the run's matrices without requesting
+    new ones.
     """
     if source.checkpoint is not None:
         raise UserError(
@@ -88,7 +88,7 @@ def _check_4bit(source: ModelSource, resolved: LoraArguments) -> None:
 
 
 def _check_targets(resolved: LoraArguments, source: ModelSource, config: Any, trust_remote_code: bool) -> None:
-    """UserError for a name of which no module is; PEFT minds only if all are such."""
+    """UserError for a name that no module has; PEFT only complains if none of the names matches."""
     if not resolved.lora_rank or resolved.lora_target_modules == ["all-linear"]:
         return
     model = _without_weights(source, config, trust_remote_code)
@@ -107,9 +107,9 @@ def _without_weights(source: ModelSource, config: Any, trust_remote_code: bool) 
 
 
 def merge_adapter(source: ModelSource, card: EmbeddingCard, folder: Path, trust_remote_code: bool) -> None:
-    """Write `folder`, whole or not at all: the base model with the adapter merged in, in float32.
+    """Write the base model with the adapter merged, in float32, to `folder`, whole or not at all.
 
-    What stands there already is kept when it was made from the same weights. UserError when it was not.
+    An existing folder is kept if it was made from the same weights; otherwise UserError.
     """
     commit = getattr(load_config(source, trust_remote_code), "_commit_hash", None)
     made_from, record = identify_model(source.base, source.adapter, commit), folder / "merged_from.json"

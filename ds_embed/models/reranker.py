@@ -1,8 +1,8 @@
 """Rerankers: a transformers sequence classifier with one label, which reads query and document together.
 
-Encoders have a head of their own; a decoder's is a linear layer on its last token, and the difference of two words'
-logits, as yes and no, is such a layer. What is trained is transformers' own model, forward pass included, so RUN/model
-opens in every library that opens such classifiers: its tokenizer puts the template around a pair by itself.
+Encoders have their own head; a decoder's is a linear layer on its last token, which can start as the difference of the
+logits of two words such as yes and no. The trained model is transformers' own, including the forward pass, so RUN/model
+can be loaded by every library that loads such classifiers; its tokenizer applies the template to pairs by itself.
 
 Shapes: b pairs, S tokens (right-padded).
 """
@@ -37,7 +37,8 @@ _DEFAULT_MAX_LENGTH = 512
 
 @dataclass(frozen=True)
 class RerankerCard:
-    """What decides a pair's score apart from the weights, for a resumed run; scoring needs the tokenizer alone."""
+    """Everything except the weights that determines a pair's score, for a resumed run; scoring only needs the
+    tokenizer."""
 
     base_model: str
     pair_format: PairFormat
@@ -45,11 +46,11 @@ class RerankerCard:
     consumed_samples: int = 0
 
     def text_formats(self) -> tuple[TextFormat, TextFormat]:
-        """How queries and documents are kept in a store."""
+        """Formats of queries and documents in a store."""
         return self.pair_format.text_formats()
 
     def describe(self, tokenizer: Any) -> list[str]:
-        """Lines that say how pairs become tokens."""
+        """Lines that describe how pairs are converted to tokens."""
         form = self.pair_format
         head, middle, tail = (tokenizer.decode(ids) for ids in (form.head, form.middle, form.tail))
         shown = json.dumps(f"{head}<query>{middle}<document>{tail}", ensure_ascii=False)
@@ -61,13 +62,13 @@ class RerankerCard:
 
 
 def is_reranker(path: str) -> bool:
-    """Whether the folder, or model/ in it, is one that save_reranker wrote."""
+    """Whether save_reranker wrote the folder, or model/ in it."""
     cards = (Path(path).expanduser() / place / CARD_NAME for place in (".", "model"))
     return any(card.is_file() and '"pair_format"' in card.read_text("utf-8") for card in cards)
 
 
 def find_reranker(name: str, revision: str | None = None, flag: str = "model_name_or_path") -> ModelSource:
-    """A whole model's folder, a reranker's run, or a hub name. UserError naming the flag."""
+    """Find the model of a folder, a reranker's run, or a hub name. UserError naming the flag."""
     files = locate(flag, name, revision)
     if files.find(ADAPTER_CONFIG) is not None:
         raise UserError(f"--{flag} {name}: is an adapter; merge it into its base first, by ds-embed export")
@@ -77,9 +78,10 @@ def find_reranker(name: str, revision: str | None = None, flag: str = "model_nam
 def choose_pairs(
     source: ModelSource, arguments: RerankerModelArguments, tokenizer: Any, max_length: int | None, model: nn.Module
 ) -> RerankerCard:
-    """How pairs become tokens: by the template, else as the tokenizer joins two texts, else by the default template.
+    """How pairs are converted to tokens: by the template, else as the tokenizer joins two texts, else by the default
+    template.
 
-    `model` without weights tells how many positions there are. UserError for a length or template that can't be.
+    `model`, which needs no weights, gives the number of positions. UserError for an unusable length or template.
     """
     longest = count_positions(model)
     length = max_length or default_max_length(source, tokenizer, longest)
@@ -102,14 +104,14 @@ def choose_pairs(
 
 
 def default_max_length(source: ModelSource, tokenizer: Any, longest: int | None) -> int:
-    """Tokens of the longest pair: what a run was trained with; else what its tokenizer and positions allow, at most 512."""
+    """Tokens of the longest pair: as the run was trained, else as tokenizer and positions allow, but at most 512."""
     if (Path(source.base) / CARD_NAME).exists():
         return tokenizer.model_max_length
     return min(filter(None, (tokenizer.model_max_length, _DEFAULT_MAX_LENGTH, longest)))
 
 
 def padding_token(tokenizer: Any) -> int:
-    """The token that pairs are padded with. UserError where there is none."""
+    """The token that pairs are padded with. UserError if there is none."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
         if token is not None:
             return token
@@ -117,7 +119,7 @@ def padding_token(tokenizer: Any) -> int:
 
 
 class PairScorer(nn.Module):
-    """The classifier as DeepSpeed trains it: token ids in, scores out."""
+    """The classifier in the form that DeepSpeed trains: token ids in, scores out."""
 
     model: Any
 
@@ -129,9 +131,9 @@ class PairScorer(nn.Module):
     def forward(
         self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True, first_lengths: Tensor | None = None
     ) -> Tensor:
-        """Scores (b, 1) in float32 of token ids (b, S); first_lengths (b,): tokens up to the document."""
+        """Scores (b, 1) in float32 of token ids (b, S); first_lengths (b,): number of tokens before the document."""
         seen = token_mask(lengths, input_ids.shape[1])
-        ids = input_ids.masked_fill(~seen, self.model.config.pad_token_id)  # by which decoders find the last token
+        ids = input_ids.masked_fill(~seen, self.model.config.pad_token_id)  # decoders use it to find the last token
         types = {}
         if self.has_types:
             assert first_lengths is not None
@@ -140,7 +142,7 @@ class PairScorer(nn.Module):
 
 
 def empty_classifier(config: Any, trust_remote_code: bool) -> nn.Module:
-    """The classifier of a config without its weights. UserError where transformers has none."""
+    """The classifier of a config, without weights. UserError if transformers has none."""
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -151,14 +153,14 @@ def empty_classifier(config: Any, trust_remote_code: bool) -> nn.Module:
 
 
 def configure(config: Any, tokenizer: Any, name: str) -> Any:
-    """The config of the reranker that a model becomes. UserError for a classifier that has several labels."""
+    """The config of the reranker made from a model. UserError for a classifier with several labels."""
     is_classifier = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise UserError(f"--model_name_or_path {name}: is a classifier of {config.num_labels} labels; a reranker has 1")
     config.num_labels = 1
     config.pad_token_id = padding_token(tokenizer)
     config.use_cache = False
-    # sentence-transformers' CrossEncoder would put a sigmoid behind it.
+    # Without this, sentence-transformers' CrossEncoder would apply a sigmoid.
     config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
     return config
 
@@ -173,9 +175,9 @@ def load_scorer(
     trust_remote_code: bool,
     seed: int,
 ) -> tuple[PairScorer, list[str]]:
-    """The model with its weights, and the names of those of a head that its files lack, drawn from the seed.
+    """Load the model. Head weights missing from its files are drawn from the seed, and their names are returned.
 
-    UserError for any other weight that they lack.
+    UserError for any other missing weight.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -195,16 +197,16 @@ def load_scorer(
     missing = sorted(name for name in report["missing_keys"] if name.startswith(inner) and "pooler" not in name)
     if missing:
         raise UserError(f"{source.base}: its weight files lack {missing[0]}; nothing is made up in its place")
-    model._weight_conversions = []  # names that only reading needs
+    model._weight_conversions = []  # name conversions needed only for reading
     return PairScorer(model, card.pair_format.has_types), sorted(report["missing_keys"])
 
 
 def head_of_words(
     source: ModelSource, tokenizer: Any, words: list[str], card: RerankerCard, trust_remote_code: bool
 ) -> np.ndarray:
-    """The row (D,) whose product with a decoder's last state is the logit of the first word less that of the second.
+    """The row (D,) whose product with a decoder's last state is the first word's logit minus the second's.
 
-    A word is the token that follows the template: " yes" where that is one token, else "yes". UserError else.
+    A word is the token that follows the template: " yes" if that is a single token, else "yes", else UserError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -225,7 +227,7 @@ def head_of_words(
 
 
 def put_head(scorer: PairScorer, row: np.ndarray) -> None:
-    """Make the row (D,) a decoder's head, in place; under ZeRO-3 too. Every rank must call it."""
+    """Set a decoder's head to the row (D,), in place, also under ZeRO-3. Every rank must call it."""
     from deepspeed import zero
 
     weight = scorer.model.score.weight
@@ -238,7 +240,7 @@ def put_head(scorer: PairScorer, row: np.ndarray) -> None:
 
 
 def add_lora_behind_head(scorer: PairScorer, lora: LoraArguments, *, seed: int, dtype: torch.dtype) -> None:
-    """LoRA matrices on the model behind the head, which is trained whole, in place."""
+    """Add LoRA matrices to the model inside the classifier, in place; its head is trained in full."""
     prefix = scorer.model.base_model_prefix
     holder: Any = nn.Module()
     holder.backbone = getattr(scorer.model, prefix)
@@ -249,12 +251,12 @@ def add_lora_behind_head(scorer: PairScorer, lora: LoraArguments, *, seed: int, 
 def save_reranker(
     scorer: PairScorer, weights: dict[str, Tensor], tokenizer: Any, card: RerankerCard, folder: Path
 ) -> None:
-    """Write a folder that AutoModelForSequenceClassification and CrossEncoder open; LoRA matrices are merged.
+    """Write a folder that AutoModelForSequenceClassification and CrossEncoder can load; LoRA matrices are merged.
 
-    weights: all of the scorer's, by name.
+    weights: all weights of the scorer, by name.
     """
     model, prefix = scorer.model, scorer.model.base_model_prefix
-    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # as the PairScorer has it
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # PairScorer's prefix
     inner = getattr(model, prefix)
     if hasattr(inner, "peft_config"):
         weights = _merged(weights, inner, f"{prefix}.")
@@ -266,7 +268,7 @@ def save_reranker(
 
 
 def _merged(weights: dict[str, Tensor], peft: Any, inner: str) -> dict[str, Tensor]:
-    """The weights under the plain model's names, W + s B A in float32 where there are matrices."""
+    """The weights under the plain model's names, with LoRA matrices merged in float32: W + s B A."""
     scalings = {name: getattr(module, "scaling", None) for name, module in peft.named_modules()}
     scales = {name: scaling["default"] for name, scaling in scalings.items() if isinstance(scaling, dict)}
     own, merged = f"{inner}base_model.model.", {}
@@ -284,7 +286,7 @@ def _merged(weights: dict[str, Tensor], peft: Any, inner: str) -> dict[str, Tens
 
 
 def pair_tokenizer(tokenizer: Any, card: RerankerCard) -> Any:
-    """A tokenizer that makes of a plain call with two texts what `card` says, template and length included."""
+    """A tokenizer whose plain call with two texts does what `card` says, including template and length."""
     from tokenizers import processors
 
     form, backend = card.pair_format, plain_backend(tokenizer)

@@ -1,7 +1,7 @@
-"""Model folders and hub repositories in the form of sentence-transformers, versions 0 to 6: reading and writing them.
+"""Reads and writes model folders and hub repositories in the format of sentence-transformers, versions 0 to 6.
 
-What such files say of vectors becomes the settings of a card. modules.json names Python classes: none is imported,
-names that are known here are understood and all others refused.
+What these files say about vectors becomes the settings of a card. modules.json names Python classes, none of which is
+imported: known names are interpreted, and all others refused.
 """
 
 import json
@@ -18,7 +18,7 @@ from ds_embed.settings.errors import UserError
 
 MODULES_NAME = "modules.json"
 _PROMPTS_NAME = "config_sentence_transformers.json"
-# In the order in which several are concatenated; the names of versions 5 and 6, and the flags of those before.
+# In the order of concatenation, with their names in versions 5 and 6 and their flags in earlier versions.
 _POOLINGS = {
     "cls": ("cls", "pooling_mode_cls_token"),
     "max": ("max", "pooling_mode_max_tokens"),
@@ -28,14 +28,14 @@ _POOLINGS = {
     "last": ("lasttoken", "pooling_mode_lasttoken"),
 }
 _BACKBONES = {"Transformer", "BERT", "RoBERTa", "DistilBERT", "ALBERT", "CamemBERT", "XLMRoBERTa", "XLNet", "T5"}
-_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # of early Transformer files
-# Of arguments to transformers: those that change no vector. The kernel and the precision are chosen by flags.
+_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # in early file names
+# Arguments to transformers that do not affect vectors. Kernel and precision are chosen by our flags.
 _HARMLESS = {
     "model": {"add_pooling_layer", "attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "device_map"},
     "tokenizer": {"padding_side", "use_fast", "model_max_length"},
     "config": {"use_cache"},
 }
-# Keys that change no vector, beside those that are read or required to be as they are where they are read.
+# Known keys: those that do not affect vectors, and those that are read or checked where they are read.
 _KNOWN = {
     "Pooling": {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"}
     | {flag for _, flag in _POOLINGS.values()},
@@ -45,30 +45,30 @@ _KNOWN = {
     | {"module_output_name", "processing_kwargs", "query_expansion", "modality_config", "unpad_inputs"}
     | {f"{what}_{end}" for what in (*_HARMLESS, "processor") for end in ("args", "kwargs")},
 }
-_UNLIMITED = 10**9  # tokens; a tokenizer without a limit of its own says 10^30
+_UNLIMITED = 10**9  # tokens; a tokenizer without a limit has 10^30
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a folder, or of a hub repository at a revision (default main): looked up as from_pretrained does."""
+    """The files of a folder, or of a hub repository at a revision (default main), looked up like in from_pretrained."""
 
     name: str
     revision: str | None = None
 
     def find(self, path: str) -> Path | None:
-        """Where a file lies on this machine, fetched if need be; None where there is none, or no hub within reach."""
+        """The local path of a file, downloaded if necessary; None if it does not exist or the hub can't be reached."""
         from transformers.utils import cached_file
 
         quiet = ("gated_repo", "missing_entries", "connection_errors")
         options = {f"_raise_exceptions_for_{what}": False for what in quiet}
         try:
             found = cached_file(self.name, path, revision=self.revision, **options)
-        except OSError:  # no such repository or revision: loading its config says so
+        except OSError:  # no such repository or revision: loading its config reports that
             return None
         return None if found is None else Path(found)
 
     def read(self, path: str, kind: type = dict) -> Any:
-        """The content of a JSON file, None where there is none. UserError when it is no JSON, or of another kind."""
+        """The content of a JSON file, or None if it does not exist. UserError if it is not JSON, or of another type."""
         found = self.find(path)
         try:
             content: Any = None if found is None else json.loads(found.read_text("utf-8"))
@@ -80,7 +80,7 @@ class ModelFiles:
         return content
 
     def folder(self, path: str) -> str:
-        """A local folder with everything of a sub-folder."""
+        """A local folder with all files of a subfolder."""
         if Path(self.name).is_dir():
             return str(Path(self.name) / path)
         from huggingface_hub import snapshot_download
@@ -90,16 +90,16 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class OwnFiles:
-    """What a model's own files say: settings of its card by name, and where its transformers model is."""
+    """What a model's own files say: settings for its card by name, and the location of its transformers model."""
 
     settings: dict[str, Any]
-    names_modules: bool = False  # and not prompts alone
-    transformer: str = ""  # sub-folder
-    tokenizer_length: int | None = None  # tokens; the length where no setting gives it
+    names_modules: bool = False  # False if there are only prompts
+    transformer: str = ""  # subfolder
+    tokenizer_length: int | None = None  # tokens; the length if no setting gives one
 
 
 def read_own_files(files: ModelFiles) -> OwnFiles | None:
-    """What the sentence-transformers files of a model say; None where there are none.
+    """The content of a model's sentence-transformers files; None if there are none.
 
     UserError naming the file and the module, setting or value that can't be applied here.
     """
@@ -125,14 +125,14 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
     settings |= {"pooling": _pooling(pooling), "include_prompt": pooling.get("include_prompt", True)}
     behind = zip(kinds[2:], paths[2:])
     settings["head"] = [_dense(_Content(files, at, kind)) if kind == "Dense" else NORMALIZE for kind, at in behind]
-    # As sentence-transformers has it: no blank taken off, nothing put behind a text that the tokenizer does not.
+    # Like sentence-transformers: white space is kept, and only the tokenizer adds tokens after a text.
     settings |= {"append_eos": False, "strip": False}
     length = _transformer(files, paths[0], settings)
     return OwnFiles({n: value for n, value in settings.items() if value is not None}, True, paths[0], length)
 
 
 def _kind(files: ModelFiles, module: dict[str, Any]) -> str:
-    """The kind of a module; UserError unless it is a class of sentence-transformers at a place within the folder."""
+    """The kind of a module. UserError unless it is a class of sentence-transformers with a path inside the folder."""
     name, path = str(module.get("type")), str(module.get("path") or "")
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise UserError(f"{files.name}: {MODULES_NAME} has the path {path!r}, which leads out of the folder")
@@ -144,7 +144,8 @@ def _kind(files: ModelFiles, module: dict[str, Any]) -> str:
 
 
 class _Content(dict):
-    """The config.json of a module, with its name for errors. UserError for keys that say what is not known of `kind`."""
+    """The config.json of a module, with its name for errors. UserError for non-empty keys that are unknown for
+    `kind`."""
 
     def __init__(self, files: ModelFiles, path: str, kind: str | None = None, name: str = "config.json"):
         place = f"{path}/{name}" if path else name
@@ -160,13 +161,13 @@ class _Content(dict):
         raise UserError(f"{self.where}: {name} is missing; bring back the file")
 
     def require(self, name: str, *allowed: Any) -> None:
-        """UserError when the file gives something else than one of the allowed values, or than nothing."""
+        """UserError if the file has a value other than null or one of those allowed."""
         if self.get(name) not in (None, *allowed):
             raise UserError(f"{self.where}: {name} {json.dumps(self[name])} can't be applied here")
 
 
 def _prompts(general: dict[str, Any], where: str) -> dict[str, Any]:
-    """The prefixes: prompts under the names of the sides, in any case; else the default prompt; else none."""
+    """The prefixes: the prompts named after each side, ignoring case, else the default prompt, else none."""
     prompts, chosen = general.get("prompts") or {}, general.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise UserError(f"{where}: prompts {json.dumps(prompts)}: must be texts by name")
@@ -214,7 +215,7 @@ def _dense(content: _Content) -> dict[str, Any]:
 
 
 def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int | None:
-    """Put what the Transformer module says into settings; returns its tokenizer's length where no other is given."""
+    """Add the Transformer module's content to settings; return its tokenizer's length, for use if no other is given."""
     names = [f"sentence_{kind}_config.json" for kind in _KINDS]
     found = (_Content(files, path, "Transformer", name) for name in names)
     content = next(filter(None, found), _Content(files, path, "Transformer", names[0]))
@@ -247,7 +248,7 @@ def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int 
 
 
 def load_head(layers: list[dict[str, Any]], files: ModelFiles) -> torch.nn.Sequential:
-    """The modules behind the pooling with the weights of their Dense layers, float32. UserError when those don't fit."""
+    """The modules after the pooling, with the float32 weights of their Dense layers. UserError if those don't fit."""
     from safetensors.torch import load_file
 
     head = build_head(layers)
@@ -281,11 +282,11 @@ def write_modules(
     model_options: dict[str, Any],
     config_options: dict[str, Any] | None = None,
 ) -> None:
-    """Make a transformers folder, or one of a PEFT adapter, one of sentence-transformers and ours too: card and modules.
+    """Add our card and sentence-transformers' modules to the folder of a transformers model or PEFT adapter.
 
-    In the spelling that all its versions read, and TEI and vLLM (docs/models.md). `dimensions` are those of a token,
-    head_state the weights behind the pooling, model_options and config_options what AutoModel and AutoConfig are told.
-    Prefixes become prompts.
+    The format can be read by all versions, TEI and vLLM (docs/models.md). `dimensions` are those of a token's state,
+    head_state the weights after the pooling, model_options and config_options the arguments of AutoModel and
+    AutoConfig. Prefixes become prompts.
     """
     from safetensors.torch import save_file
 
@@ -310,7 +311,7 @@ def write_modules(
     pooling: dict[str, Any] = {"word_embedding_dimension": dimensions}
     if names == [name for name in _POOLINGS if name in names]:
         pooling |= {flag: name in names for name, (_, flag) in _POOLINGS.items()}
-    else:  # an order that the flags can't say; since version 6
+    else:  # an order that the flags can't express; since version 6
         pooling["pooling_mode"] = [_POOLINGS[name][0] for name in names]
     _write(folder / paths[1] / "config.json", pooling | {"include_prompt": card.include_prompt})
     for number, layer in enumerate(layers):
@@ -327,8 +328,8 @@ def write_modules(
         save_file(weights, folder / layer["path"] / "model.safetensors", metadata={"format": "pt"})
     prefixes = {"query": card.query_prefix, "document": card.doc_prefix}
     general = {
-        "__version__": {"sentence_transformers": "5.0.0"},  # whose spelling this is
-        # What a prefix puts behind a text, a prompt can't say.
+        "__version__": {"sentence_transformers": "5.0.0"},  # the version of this format
+        # A prompt can't express what a prefix adds after the text.
         "prompts": {side: text.partition(TEXT_PLACE)[0] for side, text in prefixes.items()} | card.prompts,
         "default_prompt_name": None,
         "similarity_fn_name": card.similarity,

@@ -1,4 +1,4 @@
-"""A tokenizer that does by itself what TextTokenizer does, for libraries that know nothing of ds_embed."""
+"""A tokenizer that does by itself what TextTokenizer does, for other libraries."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from ds_embed.models.card import EmbeddingCard
 
 
 def tokenizer_for_others(tokenizer: Any, card: EmbeddingCard) -> Any:
-    """The model's tokenizer, as it is where a plain call does all that the card says, else one that does.
+    """The model's tokenizer, unchanged if a plain call does all that the card says, else one that does.
 
-    As it is, it takes control tokens that a text spells for tokens, as the libraries that know nothing of ds_embed do.
+    If unchanged, it parses control tokens spelled in a text as tokens, as usual in other libraries.
     """
     around = SpecialTokens.of(tokenizer, False)
     does_all = around == SpecialTokens.of(tokenizer, card.append_eos) and tokenizer.truncation_side == "right"
@@ -23,9 +23,9 @@ def tokenizer_for_others(tokenizer: Any, card: EmbeddingCard) -> Any:
 def self_contained(tokenizer: Any, card: EmbeddingCard) -> Any:
     """A fast tokenizer whose plain call gives the ids of TextTokenizer.
 
-    Blanks around a text go, a text that is too long loses its end, and the special tokens, EOS too where
-    wanted, come after that. Text that spells a special token stays text, unless a prefix has some: its are tokens.
-    Padding is on the right.
+    White space around a text is removed, text that is too long is truncated, and then special tokens are added,
+    including EOS if wanted. Special tokens spelled in a text remain text, unless a prefix contains some, which must be
+    tokens. Padding is on the right.
     """
     from tokenizers import normalizers, processors
 
@@ -38,7 +38,7 @@ def self_contained(tokenizer: Any, card: EmbeddingCard) -> Any:
     backend.post_processor = processors.TemplateProcessing(
         single=[*head, "$A", *tail], special_tokens=list(zip([*head, *tail], [*special.head, *special.tail]))
     )
-    # Which one pads does not matter: the attention mask hides it.
+    # Any token can be used for padding, since the attention mask hides it.
     pad = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token or backend.id_to_token(0)
     return fast_tokenizer(
         backend,
@@ -52,7 +52,7 @@ def self_contained(tokenizer: Any, card: EmbeddingCard) -> Any:
 
 
 def plain_backend(tokenizer: Any) -> Any:
-    """A copy of what a fast tokenizer works with, which neither cuts nor pads."""
+    """A copy of a fast tokenizer's backend, without truncation and padding."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -62,7 +62,8 @@ def plain_backend(tokenizer: Any) -> Any:
 
 
 def fast_tokenizer(backend: Any, like: Any, max_length: int, pad_token: str, **options: Any) -> Any:
-    """A tokenizer around a backend with the special tokens of another; pads and cuts on the right, at max_length tokens."""
+    """A tokenizer for a backend with the special tokens of `like`; it pads and truncates on the right, at max_length
+    tokens."""
     from transformers import PreTrainedTokenizerFast
 
     names = {name: token for name, token in like.special_tokens_map.items() if isinstance(token, str)}
@@ -77,7 +78,7 @@ def fast_tokenizer(backend: Any, like: Any, max_length: int, pad_token: str, **o
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer; one that was made here under the class name that every version of transformers knows."""
+    """Write the tokenizer; one made here gets the class name that every version of transformers knows."""
     tokenizer.save_pretrained(folder)
     if type(tokenizer).__name__ not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return
