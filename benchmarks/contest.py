@@ -1,9 +1,9 @@
-"""What the benchmarks share: contestants in processes of their own, by turns, round by round; medians, goals, tables.
+"""Shared code of the benchmarks: contestants that take turns in separate processes, in rounds; medians, goals, tables.
 
-A call that is ended goes on with --go_on true, so that a long comparison can be made in pieces.
+An interrupted call continues with --go_on true, so that a long comparison can be made in pieces.
 
-A contestant is a function that returns a dict of numbers. The rounds go through the contestants forwards and backwards
-by turns, so that a machine that gets slower or faster favours none, and ratios are taken within a round.
+A contestant is a function that returns a dict of numbers. Rounds go through the contestants alternately forwards and
+backwards, so that a machine that becomes slower or faster favours none, and ratios are taken within a round.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _KIB_PER_GIB = 2**20
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of the rounds."""
+    """Median, minimum and maximum over the rounds."""
 
     median: float
     low: float
@@ -45,7 +45,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Goal:
-    """What was measured of a figure, and the bound it is held to."""
+    """The measurements of a figure, and its bound."""
 
     what: str
     measured: Spread
@@ -65,7 +65,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended well. peak_gib: of the largest process of its tree."""
+    """A process that exited without an error. peak_gib: peak memory of the largest process in its tree."""
 
     output: str
     seconds: float
@@ -73,7 +73,7 @@ class Finished:
 
 
 def run_process(words: list[object], threads: int) -> Finished:
-    """Run a command from the repository and wait for it; SystemExit with what it said when it fails."""
+    """Run a command in the repository and wait for it; SystemExit with its output if it fails."""
     command = [str(word) for word in words]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -102,7 +102,7 @@ def launched(ranks: int, script: str | Path, *flags: object) -> Finished:
 
 
 def launcher(ranks: int) -> list[object]:
-    """The words that start a script on so many ranks, beside other jobs of this machine."""
+    """The command line that starts a script on `ranks` ranks, without disturbing other jobs on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -110,12 +110,13 @@ def launcher(ranks: int) -> list[object]:
 
 
 def flags(**values: object) -> list[object]:
-    """As words of a command line: --name value."""
+    """The values as words of a command line: --name value."""
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def in_process(function: str, **arguments: Any) -> dict:
-    """What `module:function(**arguments)` of this folder returns in a fresh process with all cores, and its peak_gib."""
+    """The result of `module:function(**arguments)` of this folder in a fresh process with all cores, and its
+    peak_gib."""
     finished = run_process([sys.executable, __file__, function, json.dumps(arguments, default=str)], threads=CORES)
     return {"peak_gib": finished.peak_gib} | json.loads(finished.output.splitlines()[-1])
 
@@ -123,9 +124,9 @@ def in_process(function: str, **arguments: Any) -> dict:
 def play(
     contestants: dict[str, Callable[[int], dict]], rounds: int, notebook: Path | None = None
 ) -> dict[str, list[dict]]:
-    """What every contestant measured in each of the rounds, whose number it is given.
+    """Run each contestant in each round, with the round's number as its argument, and return their measurements.
 
-    notebook: a JSONL file that gets each measurement at once. What it holds already is not measured again.
+    notebook: a JSONL file to which each measurement is written at once. Those already in it are not repeated.
     """
     results: dict[str, list[dict]] = {name: [] for name in contestants}
     held = notebook.read_text().splitlines() if notebook and notebook.exists() else []
@@ -147,7 +148,8 @@ _NOT_OF_A_MEASUREMENT = ("go_on", "rounds", "contestants", "goal", "marks")
 
 
 def notebook_of(settings: Any, folder: Path) -> Path:
-    """The file of `play` for these settings; empty but where --go_on true asks for what an earlier call measured."""
+    """The notebook of `play` for these settings; emptied unless --go_on true keeps the measurements of an earlier
+    call."""
     told = {name: value for name, value in vars(settings).items() if name not in _NOT_OF_A_MEASUREMENT}
     name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
     notebook = folder / f"rounds-{name}.jsonl"
@@ -161,14 +163,14 @@ def spread(results: dict[str, list[dict]], name: str, key: str) -> Spread:
 
 
 def ratio(results: dict[str, list[dict]], name: str, other: str, key: str = "tokens_per_second") -> Spread:
-    """Of `name` to `other`, round by round."""
+    """The ratio of `name` to `other` in each round."""
     return Spread.of([mine[key] / theirs[key] for mine, theirs in zip(results[name], results[other])])
 
 
 def goals(
     results: dict[str, list[dict]], wanted: list[tuple[str, str, str, float, bool]], key: str = "tokens_per_second"
 ) -> list[Goal]:
-    """One for each (what, name, other, bound, at_least) whose contestants played."""
+    """A goal for each (what, name, other, bound, at_least) whose contestants took part."""
     return [
         Goal(what, ratio(results, name, other, key), bound, at_least)
         for what, name, other, bound, at_least in wanted
@@ -177,7 +179,7 @@ def goals(
 
 
 def print_table(header: list[str], rows: list[list[object]]) -> None:
-    """As Markdown."""
+    """Print a Markdown table."""
     print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |", flush=True)
@@ -189,7 +191,7 @@ def print_goals(reached: list[Goal]) -> None:
 
 
 def write_results(path: str | Path, settings: Any, results: Any, reached: list[Goal] | None = None) -> None:
-    """Settings, every single measurement and the goals, as JSON."""
+    """Write settings, all measurements and the goals as JSON."""
     if reached is None:
         reached = []
     content = {

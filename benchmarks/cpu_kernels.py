@@ -1,14 +1,15 @@
-"""Do our own layers pay on this machine? Each against what it stands for, by turns in one process where that can be.
+"""Are our own layers worthwhile on this machine? Each against what it replaces, taking turns in one process if
+possible.
 
     python benchmarks/cpu_kernels.py --model_name_or_path SmolLM2-135M-Instruct --output_dir kernels
     python benchmarks/cpu_kernels.py --model_name_or_path all-MiniLM-L6-v2 --output_dir kernels --parts training encoding compiled
 
-"lora": a training pass (forwards and backwards) with LoraLinear and with PEFT's layers. "training": one with all weights,
-with our attention kernel for CPUs and dropout, and with torch's. "encoding": a forward pass with packed linear layers and with
-plain ones, in either precision. "compiled": a training pass with each layer of the model compiled by torch.compile, and
-without; its first pass, which compiles, is told apart. "products": both passes in bfloat16 with products through float32,
-and before with torch's own, which take minutes on a CPU without instructions for bfloat16 and are the quicker ones on another;
-this part only runs when it is named. Texts are random tokens, all of one length.
+"lora": a training pass (forward and backward) with LoraLinear and with PEFT's layers. "training": one with all weights,
+with our attention kernel and dropout for CPUs and with torch's. "encoding": a forward pass with packed and with plain
+linear layers, in both precisions. "compiled": a training pass with and without torch.compile for each layer of the
+model; the first pass, which compiles, is reported separately. "products": both passes in bfloat16 with products in
+float32, preceded by torch's own, which take minutes on a CPU without bfloat16 instructions and are faster on other
+CPUs; this part only runs if it is named. Texts are random tokens of equal length.
 """
 
 import time
@@ -49,7 +50,7 @@ class KernelArguments(Settings):
 
 
 def load(model: str, kernel: str | None, bf16: bool = True) -> Any:
-    """The encoder as training and generate load it."""
+    """Load the encoder as training and generate do."""
     from ds_embed.models.kinds import kind_of
     from ds_embed.models.loading import find_model, load_config, load_encoder
 
@@ -66,7 +67,7 @@ def load(model: str, kernel: str | None, bf16: bool = True) -> Any:
 
 
 def trained(model: str, kernel: str | None, lora_rank: int) -> Any:
-    """The encoder as the training loop dresses it on a CPU."""
+    """The encoder, prepared as the training loop does on a CPU."""
     import torch
 
     from ds_embed.models.cpu import use_cpu_dropout
@@ -124,14 +125,14 @@ def timed(run: Callable[[], None]) -> Callable[[int], dict]:
 
 
 def by_turns(passes: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every pass in every round, after one that counts as `name, first` alone."""
+    """Seconds of every pass in every round, after a first one that is reported separately as `name, first`."""
     played = play({name: timed(run) for name, run in passes.items()}, rounds + 1)
     seconds = {name: [measured["seconds"] for measured in results] for name, results in played.items()}
     return {f"{name}, first": times[:1] for name, times in seconds.items()} | {n: t[1:] for n, t in seconds.items()}
 
 
 def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, lora_rank: int) -> dict:
-    """Seconds of ours and of the other side in each round, for one part, and for each precision where there are two."""
+    """Seconds of both sides in each round of one part, for each precision if there are two."""
     from peft.tuners.lora.layer import Linear as PeftLinear
 
     from ds_embed.models.cpu import pack_linear_layers, training_kernel
@@ -169,7 +170,8 @@ def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, 
 
 
 def products(model: str, rounds: int, shape: tuple[int, int]) -> dict:
-    """Seconds of passes with torch's products of bfloat16, then with ours: kernels are replaced for a whole process."""
+    """Seconds of passes with torch's bfloat16 products and then with ours, since kernels are replaced for the whole
+    process."""
     from unittest.mock import patch
 
     from ds_embed.models.cpu import multiply_through_float32
@@ -189,7 +191,7 @@ def products(model: str, rounds: int, shape: tuple[int, int]) -> dict:
 
 
 def layers_of(backbone: Any) -> Any:
-    """The list of a model's equal layers."""
+    """The list of a model's identical layers."""
     import torch
 
     return max((m for m in backbone.modules() if isinstance(m, torch.nn.ModuleList)), key=len)

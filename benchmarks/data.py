@@ -1,11 +1,11 @@
-"""Are prepared tokens made faster, and in less memory, than with `datasets.map`? A table and a JSON.
+"""Is tokenizing the data faster than with `datasets.map`, and does it need less memory? Writes a table and JSON.
 
     python benchmarks/data.py --model_name_or_path all-MiniLM-L6-v2 --output_dir data-speed --records 200000
 
-The records are generated: words of the tokenizer's own vocabulary, queries of 5 to 20 and documents of 20 to 150. Ours builds
-a token store, hashes of texts and ids included. Theirs loads the same JSONL with `datasets` and maps the same
-tokenizer over it in batches, in one process (its tokenizer has threads) and in one per core. Then: opening the store,
-and assembling and planning a global batch, the best of several. Needs `pip install -e .[benchmark]`.
+The records are generated from words of the tokenizer's vocabulary, 5 to 20 per query and 20 to 150 per document. Ours
+builds a token store, including hashes of texts and ids. Theirs loads the same JSONL with `datasets` and maps the same
+tokenizer over it in batches, in one process (whose tokenizer uses threads) and in one per core. Then it times opening
+the store, and assembling and planning a global batch, each the best of several. Needs `pip install -e .[benchmark]`.
 """
 
 import json
@@ -37,7 +37,7 @@ class DataSpeedArguments(Settings):
 
 
 def write_records(*, model: str, path: str, records: int) -> dict:
-    """A JSONL file of generated training records."""
+    """Write a JSONL file of generated training records."""
     from ds_embed.models.loading import find_model, load_tokenizer
 
     vocabulary = load_tokenizer(find_model(model), False).get_vocab()
@@ -52,7 +52,7 @@ def write_records(*, model: str, path: str, records: int) -> dict:
 
 
 def build_store(*, model: str, path: str, folder: str, max_length: int, records: int) -> dict:
-    """Our token store."""
+    """Build our token store."""
     from ds_embed.data.store import build_training_store
     from ds_embed.data.tokenize import TextFormat
     from ds_embed.models.loading import find_model, load_tokenizer
@@ -93,7 +93,7 @@ def map_tokenizer(*, model: str, path: str, folder: str, max_length: int, record
 
 
 def open_and_plan(*, store: str, batch_sizes: list[int], micro_batch_tokens: int, repeats: int = 10) -> dict:
-    """Milliseconds: to open a store, and for each size to assemble and plan a batch; the best of several."""
+    """Milliseconds to open a store, and to assemble and plan a batch of each size; the best of several."""
     from ds_embed.data.batch import assemble_batch
     from ds_embed.data.order import SampleOrder
     from ds_embed.data.plan import plan_micro_batches

@@ -3,9 +3,9 @@
     python benchmarks/distil.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
         --query_file squad/test_queries.jsonl --doc_file squad/test_docs.jsonl --output_dir distil
 
-The texts of the training records are encoded once by the teacher, which is the whole model. The student, its first
-num_layers layers, is trained with equal settings and steps: on the records alone, with each teacher_loss beside them,
-and with the teacher as a guide. Prints a table and writes results.json. Started again, it goes on.
+The teacher, which is the whole model, encodes the texts of the training records once. The student, its first num_layers
+layers, is trained with equal settings and steps: on the records alone, with each teacher_loss in addition, and with the
+teacher as a guide. Prints a table and writes results.json. When started again, it resumes.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class DistilArguments(RecoveryArguments):
 
 
 def encode(settings: DistilArguments, folder: Path) -> Path:
-    """The teacher's vectors of the training records' texts."""
+    """Encode the texts of the training records with the teacher."""
     texts = folder / "texts"
     if not texts.exists():
         launched(

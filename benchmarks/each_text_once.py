@@ -1,11 +1,11 @@
-"""Does a step cost what its distinct texts cost? The same records with each document made distinct, as they are, and clustered.
+"""Does a step only cost as much as its distinct texts? Records with every document made distinct, as is, and clustered.
 
     python benchmarks/each_text_once.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
         --output_dir once --global_batch_size 2048 --hard_negatives 4 --max_length 128
 
-The records need neg_doc. In the copy of the file whose documents are distinct, the first word of each use of a document is a
-number of its own. Contestants are recipes/train_bert.py with grad_cache on one rank, by turns. A step of this size takes
-minutes, so there is one, and what the first one does besides is timed with it; small ones need --max_steps and --skip_steps.
+The records need neg_doc. In the copy with distinct documents, the first word of each use of a document is replaced by a
+unique number. The contestants, recipes/train_bert.py with grad_cache on one rank, take turns. A step of this size takes
+minutes, so only one is timed, including the overhead of a first step; smaller steps need --max_steps and --skip_steps.
 """
 
 import json
@@ -48,7 +48,7 @@ class OnceArguments(Settings):
 
 
 def make_distinct(source: str, target: Path) -> None:
-    """The records of `source` with as many different documents as they name."""
+    """Write the records of `source` with every use of a document made distinct."""
     numbers = count()
 
     def distinct(text: str) -> str:
@@ -62,7 +62,7 @@ def make_distinct(source: str, target: Path) -> None:
 
 
 def step(settings: OnceArguments, model: str, records: Path, batching: str) -> dict:
-    """Tokens and seconds of a step, and its peak memory."""
+    """Tokens, seconds and peak memory of a step."""
     folder = Path(settings.output_dir).resolve()
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""Is encoding faster than sentence-transformers' `encode`, at the same precision? By turns; a table and a JSON.
+"""Is encoding faster than sentence-transformers' `encode` in the same precision? Writes a table and JSON.
 
     python benchmarks/encode.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl --output_dir encoding
 
-The texts are queries and documents of training records, shuffled (mixed lengths), and the same number of texts that all
-have --same_length words. Ours is recipes/generate.py on one and on two ranks; its start is taken off by a second run
-that encodes one text. So that is the time of tokenizing, encoding and writing. Embedder and sentence-transformers are
-timed in their process once they are warm, from texts to vectors. Tokens are those of the texts, not padding. Needs
-`pip install -e .[benchmark]`.
+The texts are shuffled queries and documents of training records (mixed lengths), and the same number of texts with
+--same_length words each. Contestants take turns. Ours is recipes/generate.py on one and two ranks; the time of a second
+run that encodes a single text is subtracted, which leaves tokenizing, encoding and writing. Embedder and
+sentence-transformers are timed within their process after warming up, from texts to vectors. Padding does not count as
+tokens. Needs `pip install -e .[benchmark]`.
 """
 
 import json
@@ -56,7 +56,7 @@ class EncodingArguments(Settings):
 def encode_with_embedder(
     *, model: str, text_file: str, pooling: str, max_length: int, bf16: bool, micro_batch_tokens: int
 ) -> dict:
-    """Our class, in a process of its own."""
+    """Encode with our class; runs in a separate process."""
     from ds_embed import Embedder
     from ds_embed.data.tokenize import encode_texts
 
@@ -80,7 +80,7 @@ def encode_with_embedder(
 
 
 def generate(settings: EncodingArguments, folder: Path, text_file: Path, ranks: int, bf16: bool) -> dict:
-    """recipes/generate.py over all texts, less the same over one text."""
+    """recipes/generate.py for all texts, minus the same for one text."""
 
     def run(file: Path) -> tuple[float, float, int]:
         for name in ("vectors", "cache"):
@@ -114,7 +114,7 @@ def generate(settings: EncodingArguments, folder: Path, text_file: Path, ranks: 
 
     start_seconds, _, _ = run(folder / "one.jsonl")
     seconds, peak, num_tokens = run(text_file)
-    # With so few texts the difference would be noise: then the start counts as well, and the row says so.
+    # With few texts the difference would be noise; then the start is included, and the row says so.
     is_noise = seconds - start_seconds < 0.2 * start_seconds
     net = seconds if is_noise else seconds - start_seconds
     return {
@@ -128,7 +128,7 @@ def generate(settings: EncodingArguments, folder: Path, text_file: Path, ranks: 
 
 
 def write_texts(settings: EncodingArguments, folder: Path) -> dict[str, Path]:
-    """Files of texts of mixed length, of one length, and of one text."""
+    """Write files with texts of mixed length, with texts of equal length, and with one text."""
     texts = {text for _, record in read_records(settings.train_file) for text in (record["query"], record["pos_doc"])}
     shuffled = sorted(texts)
     rng = random.Random(0)
@@ -183,7 +183,7 @@ def main() -> None:
                 share = f"{200 * weights * rate.median / chip:.3g} %"
                 shown = f"{name}, start included" if any(m.get("includes_start") for m in results[name]) else name
                 rows.append([case, shown, rate, share, spread(results, name, "peak_gib")])
-            # Faster on texts of mixed length, and never slower.
+            # The goal: faster for texts of mixed length, and never slower.
             bound = 1.5 if kind == "mixed" else 1.0
             reached += goals(
                 results, [(f"{case}: {name} / {PEER}", name, PEER, bound, True) for name in names if name != PEER]

@@ -1,7 +1,7 @@
-"""FlagEmbedding's fine-tuning of encoders, as its documentation starts it: a contestant that runs in its own process.
+"""FlagEmbedding's fine-tuning of encoders, run as in its documentation: a contestant with its own process.
 
-Its extra for fine-tuning asks for flash-attn, which needs a GPU; the trainer runs without it:
-`pip install --no-deps FlagEmbedding` (and ir-datasets, sentencepiece, which it imports).
+Its extra for fine-tuning requires flash-attn, which needs a GPU, but the trainer runs without it: `pip install
+--no-deps FlagEmbedding` (and ir-datasets, sentencepiece, which it imports).
 """
 
 import json
@@ -28,7 +28,8 @@ def train(
     lora_rank: int,
     bf16: bool,
 ) -> dict:
-    """Its EncoderOnlyEmbedderRunner without hard negatives, fp32 or bf16 by autocast; tokens per second as ours."""
+    """Its EncoderOnlyEmbedderRunner without hard negatives, in fp32, or bf16 by autocast; tokens are counted like
+    ours."""
     from FlagEmbedding.finetune.embedder.encoder_only.base import (
         EncoderOnlyEmbedderDataArguments,
         EncoderOnlyEmbedderModelArguments,

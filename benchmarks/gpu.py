@@ -1,15 +1,15 @@
-"""How fast is a 7B model trained and run on the accelerators here, against the matrix products that they can do?
+"""How fast is a 7B model trained and run on this machine's accelerators, compared with their rate of matrix products?
 
     python benchmarks/gpu.py --output_dir gpu --num_ranks 8
     python benchmarks/gpu.py --output_dir small --small true --num_ranks 2      # tries the script, CPUs will do
 
-A Mistral-7B-shaped model with random weights and texts of random words; speed does not depend on either. The shipped
-recipes run through the launcher: LoRA 16 under ZeRO-2 and ZeRO-3 with grad_cache off and on, with gradient
-checkpointing, then encoding. Prints and writes results.json: real tokens per second (without padding), the peak memory
-of the fullest rank beside what --dry_run true said (which on a GPU counts 1.5 GiB of context too), and the utilisation
-of model FLOPs over the measured rate of large bfloat16 products: 4 N a token for training LoRA (forward 2, gradients of
-activations 2), 2 N for encoding, N the weights in matrix products. What is computed twice (grad_cache, checkpointing)
-and attention do not count.
+The model has the shape of Mistral 7B with random weights, and texts are random words; speed does not depend on either.
+The shipped recipes run through the launcher: LoRA 16 under ZeRO-2 and ZeRO-3 with grad_cache off and on, with gradient
+checkpointing, then encoding. Prints results and writes results.json: tokens per second without padding, the peak memory
+of the fullest rank and the prediction of --dry_run true (which on a GPU includes 1.5 GiB of context), and the model
+FLOPs utilisation relative to the measured rate of large bfloat16 products: 4 N per token for training LoRA (forward 2,
+gradients of activations 2), 2 N for encoding, where N is the number of weights in matrix products. Recomputation
+(grad_cache, checkpointing) and attention do not count.
 """
 
 import json
@@ -65,7 +65,7 @@ class GpuArguments(Settings):
 
 
 def matrix_rate(device: str, size: int, seconds: float = 2.0) -> float:
-    """FLOP/s of square bfloat16 matrix products on one device (a CPU: all threads)."""
+    """FLOP/s of square bfloat16 matrix products on one device (on a CPU, with all threads)."""
 
     def wait() -> None:
         if device == "cuda":
@@ -85,7 +85,7 @@ def matrix_rate(device: str, size: int, seconds: float = 2.0) -> float:
 
 
 def make_model(settings: GpuArguments, device: str, folder: Path) -> int:
-    """Save a model of random weights and a tokenizer of whole words; returns N, its weights in matrix products."""
+    """Save a model with random weights and a whole-word tokenizer; return N, its weights in matrix products."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 
@@ -102,14 +102,14 @@ def make_model(settings: GpuArguments, device: str, folder: Path) -> int:
 
 
 def write_texts(settings: GpuArguments, vocab_size: int, folder: Path) -> tuple[Path, dict[int, Path]]:
-    """Training records, and files of documents by their number of tokens."""
+    """Write training records and files of documents; return their paths, those of documents by number of tokens."""
     drawn = random.Random(0)
     counted = 0
 
     def text(mean: int) -> str:
         nonlocal counted
         length = drawn.randint(mean // 2, mean + mean // 2)
-        counted += length + 1  # with the end of the text
+        counted += length + 1  # including EOS
         return " ".join(f"w{drawn.randrange(2, vocab_size)}" for _ in range(length))
 
     records = folder / "train.jsonl"
@@ -146,7 +146,7 @@ def model_flags(settings: GpuArguments, output: Path) -> list[object]:
 
 
 def train(settings: GpuArguments, output: Path, records: Path, stage: int, grad_cache: bool) -> dict[str, float]:
-    """Medians over the steps after the first two, the peak memory, and what was expected of it."""
+    """The median rate after the first two steps, the peak memory, and its prediction."""
     run_folder = output / f"zero{stage}-{'cached' if grad_cache else 'kept'}"
     words = [
         "train_gpt.py",
@@ -185,7 +185,7 @@ def train(settings: GpuArguments, output: Path, records: Path, stage: int, grad_
 
 
 def encode(settings: GpuArguments, output: Path, files: dict[int, Path]) -> dict[str, float]:
-    """From the time of many documents less that of a few, so that starting and loading cancel out."""
+    """The rate from the time for many documents minus that for a few, so that startup and loading cancel out."""
     seconds = {}
     for num_tokens, path in files.items():
         started = time.perf_counter()
@@ -202,7 +202,7 @@ def main() -> None:
     output.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    # The ranks of a CPU share its threads.
+    # Ranks on a CPU share its threads.
     rate = matrix_rate(device, 8192 if device == "cuda" else 1024) * (settings.num_ranks if device == "cuda" else 1)
     num_weights = make_model(settings, device, output / "model")
     if device == "cuda":

@@ -1,11 +1,12 @@
-"""Scored pairs and labelled texts: does a model get better at them, and as good as the peer's?
+"""Does training on scored pairs and labelled texts improve a model, and as much as the peer's training does?
 
     python benchmarks/graded_pairs.py --model_name_or_path all-MiniLM-L6-v2 --sick sick --banking banking77 --output_dir graded
 
-For each seed recipes/train_bert.py and sentence-transformers' CoSENTLoss train the model on SICK_train.txt with equal batches,
-rate, schedule and steps, both in bfloat16; measured is Spearman's correlation on SICK_test_annotated.txt. Then ours trains it on
-Banking77's train.csv; measured is the share of the questions of test.csv whose nearest question of train.csv has their intent.
-All vectors are in float32. Prints a table and writes results.json. Needs `pip install -e .[benchmark]`.
+For each seed, recipes/train_bert.py and sentence-transformers' CoSENTLoss train the model on SICK_train.txt with equal
+batch size, rate, schedule and steps, both in bfloat16; the measure is Spearman's correlation on
+SICK_test_annotated.txt. Then ours trains it on Banking77's train.csv; the measure is the share of questions in test.csv
+whose nearest question in train.csv has the same intent. All vectors are float32. Prints a table and writes
+results.json. Needs `pip install -e .[benchmark]`.
 """
 
 import csv
@@ -40,7 +41,7 @@ class GradedArguments(Settings):
 
 
 def train_ours(settings: GradedArguments, seed: int, folder: Path, file: Path, *flags: object) -> Path:
-    """Train on one rank of one thread; returns the run."""
+    """Train on one rank with one thread; return the run."""
     names = ("model_name_or_path", "max_steps", "global_batch_size", "learning_rate", "warmup_steps", "max_length")
     words = [word for name in names for word in (f"--{name}", getattr(settings, name))]
     words += ["--deepspeed", "zero1", "--train_files", file, "--output_dir", folder, "--seed", seed, *flags]
@@ -122,7 +123,7 @@ def main() -> None:
     (settings,) = parse_arguments(GradedArguments)
     output = Path(settings.output_dir).resolve()
     output.mkdir(parents=True)
-    pairs = output / "sick_train.tsv"  # the ending says what it is
+    pairs = output / "sick_train.tsv"  # the suffix determines the format
     shutil.copyfile(Path(settings.sick) / "SICK_train.txt", pairs)
     columns = [f"{key}={column}" for key, column in SICK.items()]
     base = settings.model_name_or_path

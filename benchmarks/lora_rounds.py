@@ -1,9 +1,9 @@
-"""A decoder trained in rounds with LoRA, as the README has it: train, mine negatives, train on with the same matrices.
+"""A decoder trained in rounds with LoRA, as in the README: train, mine negatives, continue with the same matrices.
 
     python benchmarks/lora_rounds.py --model_name_or_path DECODER --train_file squad/train.jsonl \
         --query_file squad/test_queries.jsonl --doc_file squad/test_docs.jsonl --output_dir lora_rounds
 
-Every setting that no flag here names is the recipes' default. Each round goes on from the run before it. Prints a line a
+Settings without a flag here have the recipes' defaults. Each round continues from the previous run. Prints a line per
 model, the base first, and writes results.json.
 """
 

@@ -1,11 +1,11 @@
-"""Does the loss need no memory for the logits, and what does that cost? Ours against plain softmax cross-entropy.
+"""Does the loss avoid memory for the logits, and at what cost? Ours against plain softmax cross-entropy.
 
     python benchmarks/loss.py --output_dir loss
     python benchmarks/loss.py --output_dir loss --long true      # also 65,536 queries x 65,536 documents
 
-Forward and backward of N random unit queries against N documents, in float32, in processes by turns; then the difference
-of both from the plain loss in float64; then, with --long, the largest private memory above what stood before the call
-(the gradient that is returned, as large as the table of vectors, counts).
+Times forward and backward passes of N random unit queries against N documents in float32, in processes that take turns;
+then the difference of both from the plain loss in float64; then, with --long, the peak increase of private memory
+during the call (including the returned gradient, which is as large as the table of vectors).
 """
 
 import time
@@ -48,7 +48,7 @@ def random_table(num_queries: int, dimensions: int) -> Any:
 
 
 def ours(table: Any) -> tuple[Any, Any]:
-    """Loss and gradient by the table."""
+    """The loss and its gradient with respect to the table."""
     import torch
 
     from ds_embed.losses import contrastive_loss
@@ -76,7 +76,7 @@ LOSSES: dict[str, Callable] = {OURS: ours, PLAIN: plain}
 
 
 def seconds_of(name: str, cases: list[list[int]], repeats: int) -> dict:
-    """Fastest of the calls for each case (queries, dimensions), after one that is not timed."""
+    """The fastest call for each case (queries, dimensions), after one that is not timed."""
     result = {}
     for num_queries, dimensions in cases:
         table, times = random_table(num_queries, dimensions), []
@@ -89,7 +89,7 @@ def seconds_of(name: str, cases: list[list[int]], repeats: int) -> dict:
 
 
 def differences(num_queries: int, dimensions: int) -> dict:
-    """Of the loss (relative) and of the gradient (norm, relative) from those of the plain loss in float64."""
+    """Relative differences of the loss and of the gradient (in norm) from the plain loss in float64."""
     table = random_table(num_queries, dimensions)
     exact_loss, exact_gradient = plain(table.double())
     result = {}
@@ -101,11 +101,11 @@ def differences(num_queries: int, dimensions: int) -> dict:
 
 
 def extra_memory(name: str, num_queries: int, dimensions: int) -> dict:
-    """Bytes above what the process held with the table in place, and seconds."""
+    """Memory in addition to what the process had with the table in place, and seconds."""
     from search import PeakMemory
 
     table = random_table(num_queries, dimensions)
-    LOSSES[name](table[:: len(table) // 4])  # what libraries allocate once
+    LOSSES[name](table[:: len(table) // 4])  # so that one-time allocations of libraries don't count
     with PeakMemory() as memory:
         started = time.perf_counter()
         LOSSES[name](table)

@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: the machine's matrix products, and the size of a model."""
+"""Reference values for the benchmarks: the machine's rate of matrix products, and the size of a model."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def matrix_rates(size: int = 2048, repeats: int = 12) -> dict:
     """Floating-point operations per second of a size x size x size matrix product: the best of `repeats`.
 
-    Where the CPU has no instructions for bfloat16, its rate is that of float32, through which its products go.
+    On a CPU without bfloat16 instructions, the rate of bfloat16 is that of float32, in which its products are computed.
     """
     import torch
 
@@ -26,7 +26,7 @@ def matrix_rates(size: int = 2048, repeats: int = 12) -> dict:
 
 
 def count_weights(model: str) -> dict:
-    """Weights of a model folder: all, and those that a token is multiplied with (N: no embedding tables)."""
+    """Number of weights of a model: all, and those that each token is multiplied with (N, without embedding tables)."""
     import torch
     from transformers import AutoConfig, AutoModel
 

@@ -1,6 +1,6 @@
-"""What a user would take instead, each as its own documentation has it: contestants that run in their own process.
+"""The alternatives to ds_embed, used as in their own documentation: contestants that run in separate processes.
 
-All of them count tokens as the ones of the attention mask, and time whole steps after the first `skip_steps`.
+All of them count tokens as ones in the attention mask, and time whole steps after the first `skip_steps`.
 """
 
 import random
@@ -36,10 +36,10 @@ def train_sentence_transformers(
     evaluate: Callable[[Any, int], None] | None = None,
     eval_steps: int = 0,
 ) -> dict:
-    """Its trainer with (Cached)MultipleNegativesRankingLoss, fp32 or bf16 by autocast.
+    """Its trainer with (Cached)MultipleNegativesRankingLoss, in fp32, or bf16 by autocast.
 
-    grouped: batches hold documents of about one length, and none twice. evaluate(model, step) is called before the first
-    step and after each `eval_steps`, outside of the clock.
+    grouped: batches contain documents of similar length, each at most once. evaluate(model, step) is called before the
+    first step and after each `eval_steps`, without being timed.
     """
     import torch
     from datasets import Dataset
@@ -48,7 +48,7 @@ def train_sentence_transformers(
     from sentence_transformers.sentence_transformer import losses
     from transformers import TrainerCallback
 
-    # Without a dtype weights come as they are stored, which may be bfloat16.
+    # Without a dtype, weights are loaded as stored, possibly in bfloat16.
     transformer = sentence_transformer(model, pooling, max_length, None if bf16 else torch.float32)
     if lora_rank:
         transformer.add_adapter(lora_config(lora_rank))
@@ -69,7 +69,7 @@ def train_sentence_transformers(
 
     class GroupedByLength(DefaultBatchSampler):
         def __iter__(self):
-            """The first use of each document by length, then the second of each, and so on; cut into batches and shuffled."""
+            """First uses of documents by length, then second uses, and so on, cut into batches, which are shuffled."""
             rng, uses, places = random.Random(self.seed + self.epoch), Counter(), {}
             for index in rng.sample(range(len(records)), len(records)):
                 document = records[index]["pos_doc"]
@@ -145,9 +145,11 @@ def train_bare_loop(
     seed: int,
     our_kernels: bool,
 ) -> dict:
-    """A loop around a Hugging Face model in bfloat16 with AdamW: our batches and micro-batches, nothing else of ours.
+    """A loop around a Hugging Face model in bfloat16 with AdamW and our batches and micro-batches, but nothing else of
+    ours.
 
-    our_kernels: with our attention, dropout and products, so that what is left of the difference is what DeepSpeed and we add.
+    our_kernels: also use our attention, dropout and products, so that the remaining difference is the overhead of
+    DeepSpeed and ds_embed.
     """
     import torch
     from transformers import AutoModel
@@ -193,7 +195,7 @@ def train_bare_loop(
         batch = assemble_batch(
             tokens, order, first_sample=number * batch_size, num_queries=batch_size, hard_negatives=0
         )
-        texts, lengths = batch.texts[batch.rows], batch.lengths[batch.rows]  # each use, as peers encode them
+        texts, lengths = batch.texts[batch.rows], batch.lengths[batch.rows]  # every use, since peers encode each
         (parts,) = plan_micro_batches(lengths, micro_batch_tokens, 1).micro_batches
         positions = torch.argsort(torch.cat([torch.from_numpy(part) for part in parts]))
         if grad_cache:
@@ -219,7 +221,7 @@ def train_bare_loop(
 
 
 def encode_sentence_transformers(*, model: str, text_file: str, pooling: str, max_length: int, bf16: bool) -> dict:
-    """`SentenceTransformer.encode` of the texts of a file, as shipped: batches of 32, sorted by length."""
+    """`SentenceTransformer.encode` for the texts of a file, with its defaults: batches of 32, sorted by length."""
     import torch
 
     transformer = sentence_transformer(model, pooling, max_length, torch.bfloat16 if bf16 else torch.float32)
@@ -233,7 +235,7 @@ def encode_sentence_transformers(*, model: str, text_file: str, pooling: str, ma
 
 
 def sentence_transformer(model: str, pooling: str, max_length: int, dtype: Any = None) -> Any:
-    """The model as it loads it, with the pooling named, on the CPU."""
+    """The model as loaded by sentence-transformers, with the given pooling, on the CPU."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -251,18 +253,18 @@ def lora_config(rank: int) -> Any:
 
 
 def read_texts(path: str) -> list[str]:
-    """The documents of a file to encode."""
+    """The documents in a file."""
     return [record["pos_doc"] for _, record in read_records(path)]
 
 
 def _count_masks(values: list) -> int:
-    """Ones of the attention masks in (features of anchors, features of positives)."""
+    """Number of ones in the attention masks of (features of anchors, features of positives)."""
     (features,) = [value for value in values if isinstance(value, (list, tuple)) and isinstance(value[0], dict)]
     return sum(int(side["attention_mask"].sum()) for side in features)
 
 
 class Steps:
-    """Tokens and seconds of a loop's steps, each from the end of the one before."""
+    """Tokens and seconds of a loop's steps, each timed from the end of the previous one."""
 
     def __init__(self, skip_steps: int):
         self.skip_steps = skip_steps

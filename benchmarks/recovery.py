@@ -1,12 +1,12 @@
-"""Is learning real, and as good as the peer's? A model with layers made anew learns again, in ours and in theirs.
+"""Does training work, and as well as the peer's? A model with reinitialized layers is retrained by ours and theirs.
 
     python benchmarks/recovery.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
         --query_file squad/test_queries.jsonl --doc_file squad/test_docs.jsonl --output_dir recovery
 
-For each seed the last layers of a BERT model are drawn anew; then recipes/train_bert.py (on two ranks) and
+For each seed, the last layers of a BERT model are reinitialized; then recipes/train_bert.py (on two ranks) and
 sentence-transformers train it with the same records, batch size, lengths, temperature, rate, schedule and number of
-steps, both in bfloat16. The vectors of all models are written and measured by our recipes. Prints a table and writes
-results.json. Needs `pip install -e .[benchmark]`.
+steps, both in bfloat16. Our recipes encode with all models and measure them. Prints a table and writes results.json.
+Needs `pip install -e .[benchmark]`.
 """
 
 import json
@@ -48,7 +48,7 @@ class RecoveryArguments(Settings):
 
 
 def draw_anew(model_name_or_path: str, num_layers: int, seed: int, folder: str | Path) -> Path:
-    """Save the model with its last num_layers layers' weights drawn as the model was first initialised."""
+    """Save the model with the weights of its last num_layers layers drawn as in its original initialization."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -67,7 +67,7 @@ def draw_anew(model_name_or_path: str, num_layers: int, seed: int, folder: str |
 
 
 def run(*command: object, threads: int) -> str:
-    """Run a command to its end; returns what it printed."""
+    """Run a command to completion; return its output."""
     words = [str(word) for word in command]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(words, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -77,7 +77,7 @@ def run(*command: object, threads: int) -> str:
 
 
 def launched(settings: Any, recipe: str, *flags: object) -> str:
-    """Run a recipe on settings.num_ranks ranks; returns what it printed."""
+    """Run a recipe on settings.num_ranks ranks; return its output."""
     ranks = settings.num_ranks
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     return run(*launcher(ranks), REPOSITORY / "recipes" / recipe, *flags, threads=threads)
@@ -126,7 +126,7 @@ def train_ours(settings: RecoveryArguments, base: Path, seed: int, folder: Path)
 
 
 def train_theirs(settings: RecoveryArguments, base: Path, seed: int, folder: Path) -> Path:
-    """sentence-transformers as its documentation would have it, equal documents kept out of a batch."""
+    """Train with sentence-transformers as in its documentation, without duplicate documents in a batch."""
     words = [sys.executable, __file__, "--peer", base, seed, folder, json.dumps(settings.__dict__)]
     run(*words, threads=len(os.sched_getaffinity(0)))
     return folder / "model"
@@ -151,7 +151,7 @@ def peer(base: str, seed: str, folder: str, settings_text: str) -> None:
     tokenizer = model.tokenizer
     records = []
     for _, record in read_records(settings.train_file):
-        # It has one length for all texts; queries of this data are far below theirs.
+        # It has a single length limit for all texts; the queries of this data are far below theirs.
         assert len(tokenizer(record["query"])["input_ids"]) <= settings.doc_max_length
         records.append({"anchor": record["query"], "positive": record["pos_doc"]})
     arguments = SentenceTransformerTrainingArguments(
@@ -213,7 +213,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 def summarise(settings: RecoveryArguments, results: dict[str, list[dict[str, float]]], output: Path) -> None:
-    """Print the means over seeds, and write everything to results.json."""
+    """Print means over seeds, and write everything to results.json."""
     for name, runs in results.items():
         means = [statistics.mean(r[m] for r in runs) for m in MEASURES]
         spread = statistics.stdev(r["nDCG@10"] for r in runs) if len(runs) > 1 else 0.0

@@ -1,11 +1,11 @@
-"""Time, memory and bytes sent, against batch, text length, ranks and corpus; and formulas held to what was counted.
+"""Time, memory and bytes sent by batch size, text length, ranks and corpus size; and formulas compared with counts.
 
     python benchmarks/scaling.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl --output_dir scaling
 
-A model with few layers, so that the sizes and not the model decide. Every row is a run of recipes/train_bert.py or train_gpt.py, started by the
-deepspeed launcher; tokens per second and memory (of the largest rank) are those of its metrics.jsonl. "wire" counts
-the collectives of a step (wire.py) and compares their bytes with the formulas of docs/scaling.md. "generate" runs
-recipes/generate.py over corpora of short texts, its start and the preparation of tokens included; "search" runs search.py.
+The model has few layers, so that the sizes dominate. Every row is a run of recipes/train_bert.py or train_gpt.py,
+started by the deepspeed launcher; tokens per second and memory (of the largest rank) are from its metrics.jsonl. "wire"
+counts the collectives of a step (wire.py) and compares their bytes with the formulas in docs/scaling.md. "generate"
+runs recipes/generate.py on corpora of short texts, including startup and tokenization; "search" runs search.py.
 """
 
 import json
@@ -26,7 +26,7 @@ from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, setting
 
 PARTS = ("batch", "length", "ranks", "wire", "generate", "search")
-_WORDS = 6  # of a text that is encoded
+_WORDS = 6  # in each text to encode
 _FLOAT, _BF16 = 4, 2
 
 
@@ -100,7 +100,7 @@ class Scaling:
         counts: Path | None = None,
         budget: int | None = None,
     ) -> dict:
-        """A run; with `counts`, one whose collectives are counted into that file."""
+        """Run a training; with `counts`, write counts of its collectives to that file."""
         settings, run = self.settings, self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         recipe = recipe_of(settings.pooling)
@@ -142,7 +142,7 @@ class Scaling:
         return measured | {"step_seconds": measured["seconds"] / (settings.max_steps - settings.skip_steps)}
 
     def long_file(self) -> Path:
-        """The training records with texts that fill any of the lengths: their own words, over and over."""
+        """The training records with texts long enough for all lengths, made by repeating their own words."""
         path = self.folder / "long.jsonl"
         words_wanted = max(self.settings.lengths)
         with open(path, "w", encoding="utf-8") as file:
@@ -161,9 +161,9 @@ class Scaling:
         return results
 
     def wire(self, weights: int, dimensions: int) -> list[dict]:
-        """Bytes of a step's messages as counted, beside the formula, for stages, ranks and grad_cache."""
+        """Bytes of a step's messages, as counted and by the formula, for stages, ranks and grad_cache."""
         found = []
-        budget = 8 * self.settings.max_length  # so that a rank has several micro-batches
+        budget = 8 * self.settings.max_length  # small, so that a rank has several micro-batches
         for stage in self.settings.stages:
             for ranks in self.settings.wire_ranks:
                 for mode in self.settings.modes:
@@ -202,7 +202,7 @@ class Scaling:
         return found
 
     def generate(self, num_texts: int) -> dict:
-        """recipes/generate.py over so many texts of a few random words; "peak_gib" is that of its process."""
+        """Run recipes/generate.py on `num_texts` texts of a few random words; "peak_gib" is that of its process."""
         texts, cache, vectors = (self.folder / name for name in ("texts.jsonl", "encode_cache", "vectors"))
         shutil.rmtree(cache, ignore_errors=True)
         shutil.rmtree(vectors, ignore_errors=True)
@@ -263,13 +263,13 @@ def expected_bytes(
     elif stage in (1, 2):
         expected["weights: all_gather"] = model
         expected["weights: all_reduce"] = (1 if stage == 1 else passes) * model
-    else:  # how often weights are gathered depends on which of them DeepSpeed keeps
+    else:  # the number of gathers depends on which weights DeepSpeed keeps
         expected["weights: reduce_scatter"] = passes * model
     return expected
 
 
 def search_table(settings: ScalingArguments) -> str:
-    """The table that search.py prints."""
+    """Run search.py and return the table that it prints."""
     command = [
         sys.executable,
         REPOSITORY / "benchmarks/search.py",

@@ -3,9 +3,9 @@
     python benchmarks/search.py
     python benchmarks/search.py --num_documents 10000000 --num_queries 1000 --index none
 
-Every row runs in a process of its own, over documents memory-mapped from --work_dir. "peak" is the largest private
-memory (without the documents' own pages in the file cache) less what the process had before the search.
-The documents lie around centres, as texts do: in vectors without any structure an index finds little.
+Every row runs in a separate process, with documents memory-mapped from --work_dir. "peak" is the peak of private memory
+(without the documents' pages in the file cache) minus what the process had before the search. The documents form
+clusters, as texts do: an index finds little in vectors without any structure.
 """
 
 import json
@@ -73,7 +73,7 @@ def main():
 
 
 def write_vectors(folder: Path, sizes: list[int], arguments: BenchmarkArguments) -> None:
-    """Documents around sqrt(largest size) centres, queries near others of the same centres; unit rows."""
+    """Write unit vectors of documents and queries, scattered around the same sqrt(largest size) random centres."""
     rng = np.random.default_rng(0)
     centres = unit(rng.standard_normal((max(1, round(sizes[-1] ** 0.5)), arguments.dimensions), dtype=np.float32))
     for name, count in (("documents", sizes[-1]), ("queries", arguments.num_queries)):
@@ -111,7 +111,7 @@ def measure(arguments: BenchmarkArguments, case: dict) -> None:
     documents = np.load(folder / "documents.npy", mmap_mode="r")[: case["size"]]
     k = min(arguments.top_k, len(documents))
     ranks = np.arange(len(documents))[::-1].copy()
-    search(queries[:2], documents[:1000], 1)  # what libraries allocate once
+    search(queries[:2], documents[:1000], 1)  # so that one-time allocations of libraries don't count
     if case["kind"] != "exact":
         build_index(case["kind"], np.array(documents[:1000]), arguments)
     result = {"name": "exact", "built": 0.0, "recall": 1.0}
@@ -132,7 +132,7 @@ def measure(arguments: BenchmarkArguments, case: dict) -> None:
 
 
 class PeakMemory:
-    """The largest anonymous memory of this process within a block, in bytes above its start, sampled."""
+    """The sampled peak of this process's anonymous memory within a block, in bytes above the start."""
 
     def __enter__(self):
         self._start, self.peak, self._done = self._anonymous(), 0, threading.Event()

@@ -1,9 +1,9 @@
-"""How long until something happens: importing ds_embed, and from launch to the first optimizer step.
+"""Startup time: of importing ds_embed, and from launch to the first optimizer step.
 
     python benchmarks/startup.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl --output_dir startup
 
-Imports are timed in fresh processes that have imported torch. The launch is that of a training run of one step whose
-token store exists already, from the command to the line of that step in metrics.jsonl.
+Imports are timed in fresh processes that have already imported torch. The launch is that of a one-step training run
+with an existing token store, from the command to the step's line in metrics.jsonl.
 """
 
 import shutil
@@ -72,7 +72,7 @@ def launch_seconds(settings: StartupArguments, folder: Path, ranks: int) -> dict
         "--report_to",
         "none",
     )
-    # Its one line is the last thing that is written to it.
+    # The step's line is the last write to this file.
     return {"seconds": (run / "metrics.jsonl").stat().st_mtime - started}
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     launches = {f"launch to the end of step 1, {ranks} rank(s)": ranks for ranks in settings.ranks if ranks}
     if launches:
-        launch_seconds(settings, folder, 1)  # builds the store
+        launch_seconds(settings, folder, 1)  # builds the token store
     playing = {what: lambda _, code=code: import_seconds(code) for what, code in IMPORTS.items()}
     playing |= {
         what: lambda _, ranks=ranks: launch_seconds(settings, folder, ranks) for what, ranks in launches.items()

@@ -1,14 +1,14 @@
-"""How long until a model is so good, and how good after the same time? nDCG@10 on held-out documents against seconds.
+"""How long does a model take to reach a quality, and how good is it after equal time? nDCG@10 on held-out documents.
 
     python benchmarks/time_to_quality.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
         --query_file squad/test_queries.jsonl --doc_file squad/test_docs.jsonl --output_dir quality --marks 0.5 0.6
     python benchmarks/time_to_quality.py ... --hard_negatives 1 --contestants ds_embed 'ds_embed, clustered' --more_steps 4
 
-The last layers of a BERT model are drawn anew with the seed, the number of the round, and learn again. Ours is
-recipes/train_bert.py on one rank; theirs is sentence-transformers in bf16 as it comes, and with the settings that make it
-faster (benchmarks/train.py). All have the same data, batch size, length, rate and precision. The model is measured before
-training and after every --eval_steps with one function; the clock stands meanwhile, and it counts no start. Between two
-measurements quality is taken to rise on a straight line, in ours as in theirs. Needs `pip install -e .[benchmark]`.
+The last layers of a BERT model are reinitialized, with the round's number as seed, and retrained. Ours is
+recipes/train_bert.py on one rank; theirs is sentence-transformers in bf16 with its defaults, and with settings that
+make it faster (benchmarks/train.py). All have the same data, batch size, length, rate and precision. The same function
+measures all models before training and after every --eval_steps; this time and startup are not counted. Quality is
+interpolated linearly between measurements, for ours and theirs. Needs `pip install -e .[benchmark]`.
 """
 
 import json
@@ -74,7 +74,7 @@ class QualityArguments(Settings):
 
 @dataclass(frozen=True)
 class Curve:
-    """Quality after so many steps, seconds and encoded tokens, the first before training."""
+    """Quality after given numbers of steps, seconds and encoded tokens; the first entry is before training."""
 
     steps: Sequence[int]
     seconds: Sequence[float]
@@ -82,7 +82,7 @@ class Curve:
     quality: Sequence[float]
 
     def at(self, cost: str, value: float) -> float:
-        """Quality after so many "seconds" or "tokens", at most those of the last measurement."""
+        """Quality after `value` "seconds" or "tokens", up to the last measurement."""
         import numpy as np
 
         return float(np.interp(value, getattr(self, cost), self.quality))
@@ -91,7 +91,7 @@ class Curve:
         return self.quality[self.steps.index(step)]
 
     def until(self, mark: float) -> float:
-        """Seconds until the quality is first `mark`; infinite where it never is."""
+        """Seconds until the quality first reaches `mark`; infinite if it never does."""
         points = list(zip(self.seconds, self.quality))
         for (start, low), (end, high) in pairwise(points):
             if high >= mark:
@@ -100,7 +100,7 @@ class Curve:
 
 
 class Quality:
-    """The contestants on one folder."""
+    """The contestants, with a common output folder."""
 
     def __init__(self, settings: QualityArguments):
         self.settings, self.folder = settings, Path(settings.output_dir).resolve()
@@ -128,7 +128,7 @@ class Quality:
         return {name: every[name] for name in settings.contestants}
 
     def base(self, seed: int) -> str:
-        """The model that all of a round start from."""
+        """The model from which all contestants of a round start."""
         folder = self.folder / f"base-{seed}"
         if not (folder / "config.json").exists():
             settings = {"model": self.settings.model_name_or_path, "num_layers": self.settings.num_layers}
@@ -194,13 +194,13 @@ _SHARED = ("max_length", "max_steps", "learning_rate", "warmup_steps", "temperat
 
 
 def curve(costs: dict[int, tuple[float, int]], measured: dict[int, float]) -> dict:
-    """A Curve's lists from {step: its seconds and tokens} and {step: quality after it}."""
+    """The lists of a Curve, from {step: its seconds and tokens} and {step: quality after it}."""
     sums = [[sum(cost[k] for step, cost in costs.items() if step <= end) for end in measured] for k in (0, 1)]
     return {"steps": list(measured), "seconds": sums[0], "tokens": sums[1], "quality": list(measured.values())}
 
 
 def draw_anew(*, model: str, num_layers: int, seed: int, folder: str) -> dict:
-    """As in recovery.py, in a process of its own."""
+    """recovery.draw_anew, to be run in a separate process."""
     import recovery
 
     recovery.draw_anew(model, num_layers, seed, folder)
@@ -208,7 +208,7 @@ def draw_anew(*, model: str, num_layers: int, seed: int, folder: str) -> dict:
 
 
 def train_peer(*, queries: str, documents: str, **training: Any) -> dict:
-    """sentence-transformers' trainer, measured by what measures ours."""
+    """sentence-transformers' trainer, measured by the same code as ours."""
     import numpy as np
     from peers import train_sentence_transformers
 

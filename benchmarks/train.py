@@ -1,18 +1,18 @@
-"""Is training faster than with what a user would take instead? Ours and theirs by turns; a table and a JSON.
+"""Is training faster than with the alternatives? Ours and theirs take turns; writes a table and JSON.
 
     python benchmarks/train.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl --output_dir speed
     python benchmarks/train.py --model_name_or_path SmolLM2-135M-Instruct --train_file squad/train.jsonl \
         --output_dir speed-lora --lora_rank 16 --pooling last --global_batch_size 32 --max_length 64
 
 Ours is recipes/train_bert.py or, with --pooling last, train_gpt.py, started by the deepspeed launcher. Theirs is
-sentence-transformers' trainer as it comes and with settings that make it faster (batches of documents of about one length,
-which `train_sampling_strategy` does not give it, and its cached loss by tokens), FlagEmbedding's where it is installed, and a bare loop that has our micro-batches and
-kernels and does nothing besides. All have the same model, data, batch size, length and number of steps; the first steps
-are left out. A token is one that stands in a text:
-padding counts for nobody. "of the chip" is 6 N (all weights trained) or 4 N (LoRA) operations per token, N the weights
-without embedding tables, attention scores and the second forward pass of grad_cache not counted, as a share of
-the rate of matrix products in the contestant's precision (autocast: bf16), measured in the same rounds. Peak memory is
-that of the largest process. Needs `pip install -e .[benchmark]`.
+sentence-transformers' trainer with its defaults and with settings that make it faster (batches of documents of similar
+length, which its `train_sampling_strategy` does not provide, and its cached loss by tokens), FlagEmbedding's if it is
+installed, and a bare loop with our micro-batches and kernels and nothing else. All have the same model, data, batch
+size, length and number of steps; the first steps are not timed. Padding never counts as tokens. "of the chip" is 6 N
+(training all weights) or 4 N (LoRA) operations per token, where N is the number of weights without embedding tables,
+not counting attention scores and the second forward pass of grad_cache, as a share of the rate of matrix products in
+the contestant's precision (autocast: bf16), measured in the same rounds. Peak memory is that of the largest process.
+Needs `pip install -e .[benchmark]`.
 """
 
 import json
@@ -52,13 +52,13 @@ OURS_FP32 = "ds_embed, fp32"
 BARE, BARE_CACHED, PLAIN = "bare loop", "bare loop, grad_cache", "bare loop, Hugging Face's kernels"
 PEER_FP32, PEER_BF16 = "sentence-transformers, fp32", "sentence-transformers, bf16"
 PEER_CACHED = "sentence-transformers, bf16, cached"
-# With what makes it faster and is not its default: batches of documents of one length, and its cached loss by tokens.
+# With non-default settings that make it faster: batches of documents of similar length, and its cached loss by tokens.
 PEER_GROUPED = "sentence-transformers, bf16, grouped"
 PEER_BUDGET = "sentence-transformers, bf16, grouped, cached by tokens"
 PEERS_BF16 = (PEER_BF16, PEER_CACHED, PEER_GROUPED, PEER_BUDGET)
 FLAG = "FlagEmbedding, bf16"
 MATRICES = "matrix products"
-# (figure, contestant, other, bound): tokens per second of the contestant are so many times those of the other.
+# (figure, contestants, other, bound): least ratio of a contestant's tokens per second to the other's.
 GOALS = [
     ("{mine} / " + PEER_FP32, (OURS, TWO), PEER_FP32, 3.0),
     ("{mine} / " + PEER_BF16, (OURS, TWO), PEER_BF16, 5.0),
@@ -135,7 +135,7 @@ class Speed:
         }
         wanted = self.settings.contestants
         if not wanted and (self.settings.pooling != "mean" or find_spec("FlagEmbedding") is None):
-            del every[FLAG]  # not of the extra: see flag_embedding.py
+            del every[FLAG]  # not included in the extra: see flag_embedding.py
         for name in wanted:
             if name not in every:
                 raise UserError(f"--contestants '{name}': choose from {', '.join(map(repr, every))}")
@@ -203,7 +203,7 @@ class Speed:
 
     def bare(self, grad_cache: bool = False, our_kernels: bool = True) -> dict:
         stores = sorted((self.folder / "cache").glob("training-*/manifest.json"), key=lambda path: path.stat().st_mtime)
-        if not stores:  # ours builds it
+        if not stores:  # our run builds it
             self.ours(1)
             return self.bare(grad_cache, our_kernels)
         return in_process(
@@ -218,7 +218,7 @@ class Speed:
 
 
 def first_layers(model: str, num_layers: int, folder: Path) -> str:
-    """The model, or a copy in `folder` that has only its first layers."""
+    """The model, or a copy in `folder` with only its first layers."""
     if not num_layers:
         return model
     copy = str(folder / f"model-{num_layers}-layers")
@@ -227,14 +227,14 @@ def first_layers(model: str, num_layers: int, folder: Path) -> str:
 
 
 def recipe_of(pooling: str) -> str:
-    """The recipe that trains a model of this pooling: decoders pool the last token here, encoders the mean."""
+    """The recipe for a model with this pooling: here decoders pool the last token, and encoders the mean."""
     if pooling not in ("mean", "last"):
         raise UserError(f"--pooling {pooling}: choose mean (a BERT-family model) or last (a decoder)")
     return f"recipes/train_{'gpt' if pooling == 'last' else 'bert'}.py"
 
 
 def steady(metrics: Path, skip_steps: int) -> dict:
-    """Tokens per second of a run after its first steps, and how much of what was computed was padding."""
+    """Tokens per second of a run after its first steps, and the share of padding in its computation."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()][skip_steps:]
     num_tokens, encoded = (sum(line[key] for line in lines) for key in ("tokens", "tokens_encoded"))
     computed = sum(line["tokens_encoded"] / (1 - line["padding_share"]) for line in lines)
@@ -249,7 +249,7 @@ def steady(metrics: Path, skip_steps: int) -> dict:
 
 
 def share_of_chip(results: dict[str, list[dict]], name: str, operations: int) -> Spread:
-    """Operations per second as a share of the matrix products of the same round."""
+    """Operations per second in percent of the rate of matrix products in the same round."""
     dtype = "float32" if "fp32" in name else "bfloat16"
     rounds = zip(results[name], results[MATRICES])
     key = "tokens_encoded_per_second" if name.startswith(OURS) else "tokens_per_second"

@@ -1,12 +1,12 @@
-"""Do mined hard negatives help? Train, mine with the trained model, train on; against training on without them.
+"""Do mined hard negatives help? Train, mine with the trained model, and continue training with and without them.
 
     python benchmarks/two_rounds.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
         --query_file squad/test_queries.jsonl --doc_file squad/test_docs.jsonl --output_dir two_rounds
 
-For each seed the model's last layers are drawn anew (a model that has seen the data already could learn nothing).
-Round 1 trains it on queries and positives. Then recipes/mine_negatives.py gives every record hard negatives, and round 2
-goes on from round 1 with them; as a control, another round 2 goes on without. BM25 is measured on the same test.
-Prints a table and writes results.json.
+For each seed, the model's last layers are reinitialized (a model that has already seen the data might learn nothing).
+Round 1 trains it on queries and positives. Then recipes/mine_negatives.py adds hard negatives to every record, and
+round 2 continues from round 1 with them; as a control, another round 2 continues without. BM25 is measured on the same
+test set. Prints a table and writes results.json.
 """
 
 import sys
@@ -96,7 +96,7 @@ def mine(settings: RoundsArguments, run_folder: Path, output: Path) -> Path:
 
 
 def bm25(settings: RoundsArguments, folder: Path) -> dict[str, float]:
-    """BM25 over the test documents, measured as any run file is."""
+    """BM25 on the test documents, measured like any run file."""
     import bm25s
 
     documents = [record for _, record in read_records(settings.doc_file)]

@@ -1,12 +1,12 @@
-"""Train, mine, train a reranker, rerank, distil it, train on: what each stage of the loop gives.
+"""Train, mine, train a reranker, rerank, distil it, continue training: what each stage of the loop gains.
 
     python benchmarks/whole_loop.py --model_name_or_path all-MiniLM-L6-v2 --train_file squad/train.jsonl \
         --query_file squad/test_queries.jsonl --doc_file squad/test_docs.jsonl --output_dir whole_loop
 
-The embedder's last layers are drawn anew, as in benchmarks/two_rounds.py; the reranker starts from the model as it is. It reranks
-the best documents of two first stages, BM25 and the embedder. Then the embedder goes on in three ways, with equal steps: with
-mined negatives, with mined negatives and the reranker as a teacher, and without negatives. Prints a table and writes
-results.json. Started again with the same flags it keeps what is finished.
+The embedder's last layers are reinitialized, as in benchmarks/two_rounds.py; the reranker starts from the unchanged
+model. It reranks the best documents of two first stages, BM25 and the embedder. Then the embedder is trained further in
+three ways with equal steps: with mined negatives, with mined negatives and the reranker as a teacher, and without
+negatives. Prints a table and writes results.json. When started again with the same flags, it skips finished parts.
 """
 
 import sys
@@ -36,7 +36,7 @@ class LoopArguments(RoundsArguments):
 
 
 def spread(source: str, number: int, target: Path) -> Path:
-    """So many lines of a file, evenly spread (neighbours may be of one document), in a file of their own."""
+    """Write `number` evenly spaced lines of a file (neighbours may share a document) to another file."""
     lines = Path(source).read_text(encoding="utf-8").splitlines(keepends=True)
     number = min(number, len(lines))
     target.write_text("".join(lines[i * len(lines) // number] for i in range(number)), encoding="utf-8")
@@ -63,7 +63,7 @@ def train_reranker(settings: LoopArguments, records: Path, seed: int, folder: Pa
 
 
 def rerank(settings: LoopArguments, reranker: Path, folder: Path, *first_stage: object) -> dict[str, float]:
-    """Measures of a first stage's best documents, reranked."""
+    """Measures of a first stage's best documents after reranking."""
     folder.mkdir(exist_ok=True)
     texts = ["--query_files", settings.query_file, "--doc_files", settings.doc_file, "--top_k", settings.top_k]
     target = folder / "run.trec"

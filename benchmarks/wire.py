@@ -1,9 +1,9 @@
-"""Count what a training run sends: a recipe with every collective of torch.distributed counted, step by step.
+"""Count what a training run sends: runs a recipe and counts every collective of torch.distributed, step by step.
 
     deepspeed --num_gpus 2 benchmarks/wire.py COUNTS.jsonl recipes/train_bert.py ...the recipe's flags...
 
-Rank 0 writes a line a step: for each kind and dtype of collective the calls and the bytes of the whole message (what a
-gather ends with, what a reduction starts from), the rows of embeddings of every rank, and its micro-batches.
+Rank 0 writes a line per step: for each kind and dtype of collective, the calls and the bytes of the whole message (the
+output of a gather, the input of a reduction), the rows of embeddings of every rank, and its micro-batches.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# How a collective is called, and which of its arguments is the whole message.
+# By function: the kind of collective, and the position and name of the argument with the whole message.
 WHOLE_MESSAGE = {
     "all_reduce": ("all_reduce", 0, "tensor"),
     "reduce": ("reduce", 0, "tensor"),
@@ -32,11 +32,11 @@ WHOLE_MESSAGE = {
     "isend": ("send", 0, "tensor"),
     "all_reduce_coalesced": ("all_reduce", 0, "tensors"),
 }
-CONTROL_BYTES = 256  # smaller messages, and those in float64, carry numbers, not vectors
+CONTROL_BYTES = 256  # smaller messages and those in float64 contain control values, not vectors
 
 
 class Counts:
-    """Calls and bytes of the collectives since the last line."""
+    """Calls and bytes of collectives since the last line."""
 
     def __init__(self):
         self.calls: Counter = Counter()
@@ -48,7 +48,7 @@ class Counts:
 
         @functools.wraps(function)
         def call(*args, **kwargs):
-            # Some of these functions call one another: only the outermost call counts.
+            # Some of these functions call each other, so only the outermost call counts.
             if self._depth == 0:
                 message = args[place] if len(args) > place else kwargs[keyword]
                 self._add(kind, message if isinstance(message, (list, tuple)) else [message])
@@ -104,6 +104,6 @@ def main(counts_path: str, recipe: str, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The launcher puts --local_rank=N in front.
+    # The launcher inserts --local_rank=N at the front.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     main(words[0], words[1], words[2:])

@@ -4,8 +4,8 @@
     python recipes/benchmark.py --model_name_or_path RUN --query_files queries.jsonl --doc_files docs.jsonl \
         --output_dir DIR
 
-Results are in mteb's format. If it is started again with the same model and settings, it skips finished tasks. All
-ranks encode. It needs mteb: pip install -e '.[mteb]'.
+Results are in mteb's format. When started again with the same model and settings, it skips finished tasks. All ranks
+encode. It needs mteb: pip install -e '.[mteb]'.
 """
 
 import importlib.util

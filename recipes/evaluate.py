@@ -7,9 +7,9 @@
     python recipes/evaluate.py --run_file bm25.trec --qrels qrels/test.tsv --output_dir BM25
     deepspeed recipes/evaluate.py --device cuda --embeddings OUT/consumed_samplesX --query_files queries.jsonl
 
-The relevant documents are those named in the query files, or those in --qrels (TREC or BEIR format).
-Several ranks share the exact search, with the same results to the bit.
-It writes metrics.json, per_query.jsonl and run.trec (for trec_eval, or to fuse with other runs).
+The relevant documents are those named in the query files, or those in --qrels (TREC or BEIR format). Several ranks
+share the exact search, with bitwise equal results. It writes metrics.json, per_query.jsonl and run.trec (for trec_eval,
+or to fuse with other runs).
 """
 
 import os
@@ -21,7 +21,7 @@ from ds_embed.tools.evaluate import EvaluateArguments, evaluate_and_print
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Alone it needs no process group, whose start takes seconds.
+    # A single process needs no process group, which takes seconds to start.
     world = initialize() if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
     evaluate_and_print(*parse_arguments(EvaluateArguments, SearchIndexArguments, argv=argv), world)
 

@@ -3,8 +3,8 @@
     python recipes/plan.py --model_name_or_path MODEL --deepspeed ds_configs/zero3.json \
         --global_batch_size 1024 --hard_negatives 4 --num_gpus 16 --gpu_memory_gb 80
 
-No GPU is needed, and of the model only its config.json. It takes the flags of train_gpt.py or train_bert.py, depending
-on the model; train_files are read if they are given.
+It needs no GPU, and only config.json of the model. It takes the flags of train_gpt.py or train_bert.py, depending on
+the model; train_files are read if they are given.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pairs of one Python file: the first sentence of a docstring, and the function's source without it."""
+"""Extracts pairs from a Python file: the first sentence of a docstring, and the function's source without it."""
 
 import ast
 import collections
@@ -8,17 +8,17 @@ import tokenize
 import warnings
 from typing import NamedTuple
 
-# What makes a usable pair.
+# Limits on usable pairs.
 LIMITS = {"min_query_words": 3, "max_query_words": 40, "max_doc_characters": 8000, "max_test_per_file": 10}
 
 # A full stop after one of these does not end a sentence, even in front of a capital letter.
 ABBREVIATIONS = {"e.g.", "i.e.", "cf.", "vs.", "al.", "approx.", "resp.", "incl.", "a.k.a.", "w.r.t."}
 ABBREVIATIONS |= {"fig.", "eq.", "eqs.", "sec.", "ref.", "refs.", "no.", "vol.", "dr.", "mr.", "mrs."}
-# A capital, digit or bracket must follow: "numpy. then" is a typing slip more often than an end.
+# A capital, digit or bracket must follow: "numpy. then" is more often a typo than the end of a sentence.
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[^a-z\s])")
 # Docstrings of wrapped functions often open with the call itself: "relu(input, inplace=False) -> Tensor".
 SIGNATURE = re.compile(r"[\w.]+\s*\(.*\)(\s*->.*)?:?$")
-# Where the prose of a docstring ends although no blank line says so.
+# Lines that end a docstring's prose without a blank line before them.
 SECTION = re.compile(
     r"(args?|arguments|parameters|returns?|raises|yields|examples?|notes?|inputs?|outputs?|shape)\s*:+\s*$"
     r"|:(param|type|returns?|rtype|raises|args?|keyword|kwarg|meta|ivar|var)\b"
@@ -57,7 +57,7 @@ def first_sentence(docstring):
 
 
 def says_nothing(statements):
-    """True if a function's body (its docstring left out) only passes or raises NotImplementedError."""
+    """True if a function's body, apart from its docstring, only passes or raises NotImplementedError."""
     for statement in statements:
         if isinstance(statement, ast.Pass):
             continue
@@ -72,8 +72,7 @@ def says_nothing(statements):
 def functions_of(tree):
     """Yield (qualified name, node) of functions and methods, in file order.
 
-    Functions inside functions are left out: their text is part of the outer document, so that two documents
-    would answer one query.
+    Nested functions are omitted: their text is part of the outer document, so two documents would answer one query.
     """
     waiting = [("", node) for node in reversed(tree.body)]
     while waiting:
@@ -83,7 +82,7 @@ def functions_of(tree):
             continue
         if isinstance(node, ast.ClassDef):
             prefix += node.name + "."
-        # Into classes, and into `if` and `try` around definitions.
+        # Descend into classes, and into `if` and `try` around definitions.
         inner = (ast.stmt, ast.ExceptHandler)
         children = [child for child in ast.iter_child_nodes(node) if isinstance(child, inner)]
         waiting.extend((prefix, child) for child in reversed(children))
@@ -109,7 +108,7 @@ def document_of(node, lines):
 
 
 def judge(node, lines):
-    """(query, document, None) of one function, or (None, None, the rule that drops it)."""
+    """(query, document, None) for a function, or (None, None, the rule that drops it)."""
     docstring = ast.get_docstring(node, clean=False)
     if not docstring or not docstring.strip():
         return None, None, "no docstring"
@@ -131,18 +130,18 @@ def judge(node, lines):
 
 
 def read_file(file):
-    """([Pair], counts) of one (relative path, path)."""
+    """([Pair], counts) for one (relative path, path)."""
     relative_path, path = file
     counts = collections.Counter(files=1)
     try:
         with tokenize.open(path) as opened:
             source = opened.read()
         with warnings.catch_warnings():
-            # Odd escapes in other people's strings are no news to whoever runs this.
+            # Warnings about invalid escapes in other people's code are of no use here.
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
-        # Among them files that need a newer Python.
+        # This includes files that need a newer Python.
         counts["files that do not parse"] += 1
         return [], counts
     # Not splitlines(): it also breaks at form feeds, which the parser does not count as lines.

