@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from tiny import REPOSITORY, launch, make_model, make_training_file
+from tiny import REPOSITORY, launch, load_recipe, make_model, make_training_file
+
+from ds_embed.settings.errors import UserError
 
 SECONDS = 600  # a job that hangs instead of ending fails by this limit
 
@@ -240,3 +242,109 @@ def test_a_master_port_that_another_job_uses_is_named():
         )
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"error: MASTER_PORT {port} is in use")
+
+
+# Files of one process, and what the message about a recipe that gets them must say.
+FILES = {
+    "docs.jsonl": [{"pos_doc": "w1 w2", "doc_id": "d1"}, {"pos_doc": "w3", "doc_id": "d2"}],
+    "queries.jsonl": [{"query": "w1", "query_id": "q1", "doc_id": "d1"}],
+    "two_docs.jsonl": [{"pos_doc": "w1 w2", "doc_id": "d1"}, {"pos_doc": "w3", "doc_id": "d1"}],
+    "two_queries.jsonl": [{"query": "w1", "query_id": "q1"}, {"query": "w2", "query_id": "q1"}],
+    "scored.jsonl": [{"sentence1": f"w{i}", "sentence2": f"w{i + 1}", "score": i / 9} for i in range(9)],
+    "equal.jsonl": [{"sentence1": f"w{i}", "sentence2": f"w{i + 1}", "score": 1} for i in range(9)],
+    "nan.jsonl": [{"sentence1": "w1", "sentence2": "w2", "score": score} for score in (0.5, float("nan"))],
+    "infinite.jsonl": [{"sentence1": "w1", "sentence2": "w2", "score": -float("inf")}],
+    "high.jsonl": [{"sentence1": "w1", "sentence2": "w2", "score": "high"}],
+    "labels.jsonl": [{"text": f"w{i} w9", "label": i % 3} for i in range(12)],
+    "no_label.jsonl": [{"text": "w1", "label": "a"}, {"text": "w2", "label": None}],
+    "one_label.jsonl": [{"text": f"w{i}", "label": "a"} for i in range(9)],
+    "lone_label.jsonl": [{"text": f"w{i}", "label": i} for i in range(9)],
+    "few_scores.jsonl": [{"query": "w1", "pos_doc": "w2", "neg_doc": ["w3", "w4"], "pos_score": 1, "neg_scores": [0]}],
+    "run.trec": ["q1 Q0 d1 1 2.5 x", "q1 Q0 d2 2 0.5 x"],
+    "unknown.trec": ["q1 Q0 d9 1 2.5 x"],
+    "twice.trec": ["q1 Q0 d1 1 2.5 x", "q1 Q0 d1 2 0.5 x"],
+    "nan.trec": ["q1 Q0 d1 1 nan x"],
+    "short.trec": ["q1 d1 2.5"],
+    "empty.trec": [],
+    "other.tsv": ["q1\td1"],
+}
+OUT = "--output_dir {}/none --cache_dir {}/cache"
+TRAIN_RERANKER = f"train_reranker --deepspeed zero0 {OUT} --model_name_or_path {{}}/bert --train_files"
+TRAIN = f"train_bert --deepspeed zero0 --global_batch_size 4 {OUT} --model_name_or_path {{}}/bert --train_files"
+RERANK = "rerank --model_name_or_path {}/ranker --output_file {}/out.trec --query_files {}/queries.jsonl --doc_files"
+RERANK_RUN = f"{RERANK} {{}}/docs.jsonl --run_file"
+BENCHMARK = "benchmark --model_name_or_path {}/bert --output_dir {}/out"
+OWN = f"{BENCHMARK} --query_files {{}}/queries.jsonl --doc_files"
+HERE = {
+    f"{TRAIN_RERANKER} {{}}/labels.jsonl": (
+        "labels.jsonl:1: the keys here are those of labelled texts: .* of an embedder"
+    ),
+    f"{TRAIN_RERANKER} {{}}/scored.jsonl": "scored.jsonl:1: the keys here are those of scored pairs: .* --pair_loss",
+    f"{TRAIN_RERANKER} {{}}/few_scores.jsonl --loss kl": (
+        "few_scores.jsonl:1: neg_scores has 1 numbers and neg_doc 2 texts"
+    ),
+    f"{TRAIN_RERANKER} {{}}/good.jsonl --guide_embeddings {{}}": "unknown flag --guide_embeddings",
+    f"{TRAIN} {{}}/scored.jsonl": "scored.jsonl:1: the keys here are those of scored pairs: .* --pair_loss",
+    f"{TRAIN} {{}}/equal.jsonl --pair_loss cosent": "every pair has the score 1",
+    f"{TRAIN} {{}}/nan.jsonl --pair_loss cosent": "nan.jsonl:2: not JSON .NaN is no number there",
+    f"{TRAIN} {{}}/infinite.jsonl --pair_loss cosent": "infinite.jsonl:1: not JSON .*Infinity is no number there",
+    f"{TRAIN} {{}}/high.jsonl --pair_loss cosent": "high.jsonl:1: score is 'high', want a finite number",
+    f"{TRAIN} {{}}/good.jsonl --pair_loss cosent": "--pair_loss cosent: no file .* has scored pairs",
+    f"{TRAIN} {{}}/scored.jsonl --pair_loss cosent --guide_embeddings {{}}": (
+        "--guide_embeddings .*: applies to no scored"
+    ),
+    f"{TRAIN} {{}}/no_label.jsonl": "no_label.jsonl:2: label is missing",
+    f"{TRAIN} {{}}/one_label.jsonl": "one_label.jsonl:1: every text of its file has this label",
+    f"{TRAIN} {{}}/lone_label.jsonl": "lone_label.jsonl:1: no other text of its file has its label",
+    f"{TRAIN} {{}}/labels.jsonl --val_files {{}}/labels.jsonl": "--val_files .*labels.jsonl: holds labelled texts",
+    f"{TRAIN} {{}}/good.jsonl --guide_embeddings {{}}/good.jsonl": "--guide_embeddings .*good.jsonl: no such folder",
+    f"{RERANK_RUN} {{}}/absent.trec": "--run_file .*absent.trec: no such file",
+    f"{RERANK_RUN} {{}}/empty.trec": "empty.trec: holds no line of a run",
+    f"{RERANK_RUN} {{}}/unknown.trec": "--doc_files: 1 of the 1 ids to rerank have no text there, such as 'd9'",
+    f"{RERANK_RUN} {{}}/twice.trec": "twice.trec:2: document 'd1' stands twice",
+    f"{RERANK_RUN} {{}}/nan.trec": "nan.trec:1: score 'nan', want a finite number",
+    f"{RERANK_RUN} {{}}/short.trec": "short.trec:1: 3 columns",
+    f"{RERANK_RUN} {{}}/run.trec --max_length 3": "--max_length 3: leaves no room beside the 3 tokens",
+    f"{RERANK_RUN} {{}}/run.trec --model_name_or_path {{}}/bert": "has no trained classifier .* choose a reranker",
+    f"{RERANK} {{}}/two_docs.jsonl --run_file {{}}/run.trec": "two_docs.jsonl:2: doc_id 'd1' has another text",
+    f"{RERANK_RUN} {{}}/run.trec --query_files {{}}/two_queries.jsonl": (
+        "two_queries.jsonl:2: query_id 'q1' has another text"
+    ),
+    "generate --model_name_or_path {}/ranker --doc_files {}/docs.jsonl": "is a reranker's, which makes no vectors",
+    f"{BENCHMARK} --tasks SciFakt": "--tasks SciFakt: .*Did you mean: 'SciFact'",
+    f"{OWN} {{}}/docs.jsonl --qrels {{}}/absent.tsv": "--qrels .*absent.tsv: no such file",
+    f"{OWN} {{}}/docs.jsonl --qrels {{}}/other.tsv": "other.tsv:1: ",
+}
+
+
+@pytest.mark.parametrize("command", HERE)
+def test_here(command, place, tmp_path, monkeypatch):
+    for name, lines in FILES.items():
+        (place / name).write_text("".join((json.dumps(x) if type(x) is dict else x) + "\n" for x in lines))
+    if not (place / "ranker").exists():
+        _make_reranker(place)
+    recipe, *argv = command.replace("{}", str(place)).split()
+    monkeypatch.setattr(sys, "argv", [recipe, *argv])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=HERE[command]) as error:
+        load_recipe(recipe).main()
+    assert "\n" not in str(error.value)
+    assert not list(place.glob("out.trec*")) and not (place / "none").exists()
+
+
+def _make_reranker(root):
+    """A reranker that has learned nothing, as training leaves it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from ds_embed.data.pairs import PairFormat
+    from ds_embed.models.loading import load_tokenizer
+    from ds_embed.models.reranker import PairScorer, RerankerCard, configure, find_reranker, save_reranker
+
+    tokenizer, name = load_tokenizer(find_reranker(str(root / "bert")), False), str(root / "bert")
+    torch.manual_seed(0)
+    config = configure(AutoConfig.from_pretrained(name), tokenizer, name)
+    scorer = PairScorer(AutoModelForSequenceClassification.from_config(config), False)
+    card = RerankerCard(name, PairFormat.of(tokenizer, 30), None)
+    (root / "ranker").mkdir()
+    save_reranker(scorer, scorer.state_dict(), tokenizer, card, root / "ranker")

@@ -350,7 +350,7 @@ FILES = [
         "a.jsonl",
         b'{"query": "q", "pos_doc": "p", "x": NaN}',
         {},
-        "a.jsonl:1: not JSON (unexpected character, expected a JSON value, character 37",
+        "a.jsonl:1: not JSON (NaN is no number there; leave such a value out, character 37",
     ),
     ("a.csv", b"a,b\n1,2\n", {}, "a.csv:2: query is missing, want a string; the keys here are 'a', 'b'"),
     ("a.csv", b"a,b\n", {"columns": ["in_order"]}, "a.csv: holds no record"),

@@ -90,7 +90,7 @@ def test_read_from_a_table(tmp_path):
 
 def test_others_refuse_labelled_texts(tmp_path):
     path = write_jsonl(tmp_path / "labels.jsonl", ROWS)
-    with pytest.raises(ValueError, match=":1: query is missing, want a string; the keys here are 'text', 'label'"):
+    with pytest.raises(ValueError, match=":1: the keys here are those of labelled texts: "):
         next(read_training_records([path]))
 
 

@@ -194,7 +194,7 @@ def test_runs_are_equal_on_ranks_resume_and_open_elsewhere(place, name):
 
     val = ["--val_files", place / "train.jsonl", "--val_check_interval", 3, "--save_interval", 2]
     train(place, 2, name, f"{name}-2", *val)
-    train(place, 1, name, f"{name}-1", *val)
+    assert "rerank with: ds-embed rerank --model_name_or_path" in train(place, 1, name, f"{name}-1", *val).stderr
     (one, measured), (two, _) = losses(place / f"{name}-1"), losses(place / f"{name}-2")
     assert len(one) == 6 and one == pytest.approx(two, rel=1e-4)
     assert [line["step"] for line in measured] == [3, 6] and 0 < measured[-1]["nDCG@10"] <= 1

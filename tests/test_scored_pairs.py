@@ -93,7 +93,7 @@ def test_read_in_every_form(tmp_path):
     assert [(record.query, record.pos_doc, record.pos_score) for record in read[0]][1] == ("a w1", "b w1", 0.25)
     # Where scores are not asked for, a pair of ours is a query and its right document, and sentences are none.
     assert next(read_training_records([paths[1]]))[1].pos_score is None
-    with pytest.raises(ValueError, match=":1: query is missing"):
+    with pytest.raises(ValueError, match=":1: the keys here are those of scored pairs: "):
         next(read_training_records([paths[0]]))
 
 

@@ -27,12 +27,14 @@ import ijson
 import jsonlines
 import orjson
 
+from ds_embed.artifact.identity import identify_texts
 from ds_embed.settings.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
 _JSON_BLANKS = b" \t\r\n"
 # Large reads: the observer below is Python code and runs once per read.
 _READ_BYTES = 1 << 20
+_NO_NUMBER = re.compile(r"-?(?:NaN|Infinity)|(?<=-)Infinity")  # which Python writes, and JSON lacks
 _LOOK_BYTES = 1 << 12
 _ROWS_AT_ONCE = 1000
 # The endings of data files, which decide what of a folder is read, and whether text is a table.
@@ -99,6 +101,12 @@ def list_parts(entry: str | os.PathLike) -> list[str]:
     if not found:
         raise UserError(f"{entry}: no data file there; want files that end in {', '.join(SUFFIXES)}, packed or not")
     return sorted(found)
+
+
+def identify_entries(entries: Iterable[str | os.PathLike]) -> str:
+    """What the entries stand for: files by what they hold, URLs and data sets by their stamps."""
+    parts = (part for entry in entries for part in list_parts(entry))
+    return ", ".join(identify_texts([part]) if os.path.isfile(part) else str(stamp_of(part)) for part in parts)
 
 
 def _is_data(path: str) -> bool:
@@ -215,8 +223,11 @@ class Records:
                     problem = f"not UTF-8 ({cause.reason}, byte {cause.start + 1} of it); save the file as UTF-8"
                 else:
                     # orjson's own line counts within the one line that it was given, and would mislead.
-                    is_spot = isinstance(cause, orjson.JSONDecodeError)
-                    reason = f"{cause.msg}, character {cause.pos + 1} of it" if is_spot else cause
+                    reason: Any = cause
+                    if isinstance(cause, orjson.JSONDecodeError):
+                        word = _NO_NUMBER.match(cause.doc, cause.pos)
+                        wrong = f"{word[0]} is no number there; leave such a value out" if word else cause.msg
+                        reason = f"{wrong}, character {cause.pos + 1} of it"
                     problem = f"not JSON ({reason}); JSONL wants one whole JSON object a line"
                 value = BadRecord(self.location(line_number), problem)
             yield line_number, value

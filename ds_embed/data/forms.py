@@ -455,6 +455,12 @@ def parse_training_record(where: str, record: dict) -> list[TrainingRecord]:
 
 def _refuse_lack(where: str, form: _Form, record: dict, row: dict) -> NoReturn:
     """Name the key that the record lacks, and those of the row that it was mapped from."""
+    for other, cure in (
+        (_SCORED, "they are read in the training of an embedder with --pair_loss"),
+        (_LABELS, "they are read in the training of an embedder"),
+    ):
+        if other.fits(record):
+            raise BadRecord(where, f"the keys here are those of {other.name}: {cure}")
     lacks = [keys[0] for keys in form.keys if not any(key in record for key in keys)]
     cure = f"if another key holds it: --columns {' '.join(f'{key}=KEY' for key in lacks)}" if form is _OWN else ""
     refuse_missing(where, lacks[0], row, cure)

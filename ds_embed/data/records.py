@@ -102,12 +102,20 @@ def read_documents(entries: Iterable[str | os.PathLike]) -> Iterator[tuple[str, 
 
 def read_document_texts(paths: Sequence[str | os.PathLike], wanted: set[str]) -> dict[str, str]:
     """The texts of the documents whose ids are in `wanted`, by id; the others are only passed over."""
-    return {document.doc_id: document.pos_doc for _, document in read_documents(paths) if document.doc_id in wanted}
+    return _wanted(((where, "doc_id", one.doc_id, one.pos_doc) for where, one in read_documents(paths)), wanted)
 
 
 def read_query_texts(paths: Sequence[str | os.PathLike], wanted: set[str]) -> dict[str, str]:
     """The texts of the queries whose ids are in `wanted`, by id; the others are only passed over."""
-    return {query.query_id: query.query for _, query in read_queries(paths) if query.query_id in wanted}
+    return _wanted(((where, "query_id", one.query_id, one.query) for where, one in read_queries(paths)), wanted)
+
+
+def _wanted(records: Iterable[tuple[str, str, str, str]], wanted: set[str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for where, name, id_, text in records:
+        if id_ in wanted and texts.setdefault(id_, text) != text:
+            raise BadRecord(where, f"{name} '{id_}' has another text further up; give each text an id of its own")
+    return texts
 
 
 def present(record: dict, keys: Sequence[str]) -> str:

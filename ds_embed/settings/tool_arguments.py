@@ -158,7 +158,7 @@ class RerankArguments(JobArguments):
     model_name_or_path: str = setting(
         "run of ds-embed train-reranker, or folder or hub name of a sequence classifier with 1 or 2 labels"
     )
-    run_file: str | None = optional("TREC run file whose documents are reranked")
+    run_file: str | None = optional("TREC run file whose documents are reranked", files=True)
     embeddings: str | None = optional(
         "folder OUT/consumed_samplesX written by ds-embed generate; exact search in it gives the documents to rerank, "
         "instead of run_file"
@@ -194,7 +194,7 @@ class BenchmarkArguments(JobArguments):
         "queries of an additional task of your own; doc_id is the relevant document unless --qrels is given", files=True
     )
     doc_files: list[str] = several("the documents of query_files", files=True)
-    qrels: str | None = optional("judgments of query_files, as ds-embed evaluate reads them")
+    qrels: str | None = optional("judgments of query_files, as ds-embed evaluate reads them", files=True)
     task_name: str = setting("name of the task made of query_files", "own")
     ignore_identical_ids: bool = setting(
         "in BEIR folders and your own files, ignore the document that has the same id as the query", False

@@ -26,7 +26,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 
 from ds_embed.artifact.durable import check_writable_folder, hold_lock, replaced_when_whole
-from ds_embed.artifact.identity import identify_texts
+from ds_embed.data.files import identify_entries
 from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet
 from ds_embed.data.tally import Tally
 from ds_embed.data.trec import unique_judgments
@@ -115,7 +115,7 @@ def _own_task(name: str, records: RetrievalSet, paths: Iterable[Any], arguments:
             description="queries, documents and judgments in files",
             type="Retrieval",
             main_score="ndcg_at_10",
-            dataset={"path": "files", "revision": identify_texts(paths)},
+            dataset={"path": "files", "revision": identify_entries(paths)},
             eval_splits=["test"],
             eval_langs=["eng-Latn"],
         )

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ds_embed.artifact.durable import replaced_when_whole
-from ds_embed.artifact.identity import identify_large, identify_texts, identify_weights
+from ds_embed.artifact.identity import identify_large, identify_weights
 from ds_embed.artifact.work import WorkFolder
+from ds_embed.data.files import identify_entries
 from ds_embed.data.records import read_document_texts, read_query_texts
 from ds_embed.job.ranks import World
 from ds_embed.models.reranker import find_reranker
@@ -42,28 +43,28 @@ def rerank(world: World, arguments: RerankArguments) -> None:
     output = Path(arguments.output_file).expanduser().resolve()
     made_from = world.on_main("rerank: what decides the output", lambda: _made_from(output, arguments))
     work = WorkFolder(output.with_name(f"{output.name}.work"), KIND, "--output_file", made_from)
-    if world.on_main("rerank: begin", work.open) and world.is_main:
-        logger.info("going on with what %s holds", work.path)
+    # What is wrong with the inputs shows before the work is begun: mended, they would be other inputs than it was begun with.
     candidates = world.on_main("rerank: candidates", lambda: _candidates(arguments))
     texts = _texts(arguments, candidates)
+    scorer = CrossEncoder(
+        world,
+        arguments.model_name_or_path,
+        flag="model_name_or_path",
+        prefix="",
+        max_length=arguments.max_length,
+        bf16=arguments.bf16,
+        micro_batch_tokens=arguments.micro_batch_tokens,
+    )
+    if world.on_main("rerank: begin", work.open) and world.is_main:
+        logger.info("going on with what %s holds", work.path)
     chunks = [candidates[start : start + CHUNK_QUERIES] for start in range(0, len(candidates), CHUNK_QUERIES)]
     missing = world.on_main("rerank: chunks", lambda: work.missing_chunks(len(chunks)))
-    if missing:
-        scorer = CrossEncoder(
-            world,
-            arguments.model_name_or_path,
-            flag="model_name_or_path",
-            prefix="",
-            max_length=arguments.max_length,
-            bf16=arguments.bf16,
-            micro_batch_tokens=arguments.micro_batch_tokens,
-        )
-        for number in missing:
-            pairs = [(texts[0][query], texts[1][name]) for query, names in chunks[number] for name in names]
-            scores = scorer.score(pairs)
-            world.on_main(f"rerank: chunk {number}", lambda: work.write_chunk(number, scores=scores))
-            if world.is_main:
-                logger.info("scored %d of %d chunks of %d queries", number + 1, len(chunks), CHUNK_QUERIES)
+    for number in missing:
+        pairs = [(texts[0][query], texts[1][name]) for query, names in chunks[number] for name in names]
+        scores = scorer.score(pairs)
+        world.on_main(f"rerank: chunk {number}", lambda: work.write_chunk(number, scores=scores))
+        if world.is_main:
+            logger.info("scored %d of %d chunks of %d queries", number + 1, len(chunks), CHUNK_QUERIES)
 
     def finish() -> None:
         run: dict[str, dict[str, float]] = {}
@@ -84,9 +85,9 @@ def _made_from(output: Path, arguments: RerankArguments) -> dict[str, str]:
     settings = asdict(arguments)
     made_from = {name: str(settings[name]) for name in ("top_k", "max_length", "bf16", "micro_batch_tokens")}
     made_from["model"] = identify_weights(find_reranker(arguments.model_name_or_path).base)
-    made_from |= {name: identify_texts(settings[name]) for name in ("query_files", "doc_files")}
+    made_from |= {name: identify_entries(settings[name]) for name in ("query_files", "doc_files")}
     if arguments.run_file is not None:
-        return made_from | {"run_file": identify_texts([arguments.run_file])}
+        return made_from | {"run_file": identify_entries([arguments.run_file])}
     assert arguments.embeddings is not None
     return made_from | {"embeddings": identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))}
 

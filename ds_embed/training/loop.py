@@ -70,6 +70,7 @@ class TrainingRun:
     """One run on this rank. Building it checks the settings and the model; nothing is read, made or locked yet."""
 
     validation_class = Validation
+    next_command = "encode with: ds-embed generate --model_name_or_path %s --doc_files ... --output_prefix OUT"
 
     def _take(self, world, model, data, step, optimizer, run, validation) -> None:
         """What every kind of run begins with, whatever model it trains."""
@@ -213,9 +214,7 @@ class TrainingRun:
             logger.info("model written to %s", self.folder.model_dir)
             run = self.run.output_dir
             logger.info("report on the run with: ds-embed report %s", run)
-            logger.info(
-                "encode with: ds-embed generate --model_name_or_path %s --doc_files ... --output_prefix OUT", run
-            )
+            logger.info(self.next_command, run)
 
     def _save_model(self, encoder: Any, consumed: int) -> None:
         save_model(encoder, self.tokenizer, self._card_after(consumed), self.folder, self.world)

@@ -144,6 +144,7 @@ class RerankerRun(TrainingRun):
     """One run on this rank. The constructor checks the settings and the model; it does not read data, write or lock."""
 
     validation_class = RerankValidation
+    next_command = "rerank with: ds-embed rerank --model_name_or_path %s --run_file ... --output_file OUT.trec"
 
     def __init__(
         self,

@@ -34,6 +34,9 @@ class StoredVectors:
     def __init__(self, world: World, store: TrainingStore, flag: str, folder: str, cache_dir: str):
         """Find the row of every text, once for all ranks and later runs. UserError naming the flag: what does not fit."""
 
+        if set(store.kinds_of_files) == {"scored"}:
+            raise UserError(f"{flag} {folder}: applies to no scored pairs, and --train_files hold nothing else")
+
         def find() -> tuple[str, list[str], str]:
             try:
                 files = [vector_files(folder, kind) for kind in ("query", "doc")]

@@ -119,6 +119,11 @@ class Validation:
                 world, arguments.val_files, data, step, tokenizer, card.text_formats(), "held-out token store"
             )
             kinds = self.store.kinds_of_files
+            if "labels" in kinds:
+                raise UserError(
+                    f"--val_files {arguments.val_files[kinds.index('labels')]}: holds labelled texts, which only training "
+                    "takes; give records with a right document, or scored pairs"
+                )
             self.of_batches = (self.of_batches if "" in kinds else []) + (self.of_pairs if "scored" in kinds else [])
             batches = (batch for batch, _ in itertools.islice(self._batches(), 4))
             world.on_main(

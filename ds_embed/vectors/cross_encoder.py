@@ -51,6 +51,11 @@ class CrossEncoder:
         self._max_length = max_length or default_max_length(source, self._tokenizer, longest)
         if longest is not None and self._max_length > longest:
             raise UserError(f"--{prefix}max_length {max_length}: the model has positions for {longest} tokens")
+        around = self._tokenizer.num_special_tokens_to_add(pair=True)
+        if self._max_length < around + 2:
+            raise UserError(
+                f"--{prefix}max_length {self._max_length}: leaves no room beside the {around} tokens around a pair"
+            )
         self._budget = micro_batch_tokens
         if self._max_length > self._budget:
             raise UserError(

@@ -105,6 +105,8 @@ def load_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
         if line.doc_id in scores:
             raise UserError(f"{where}: document '{line.doc_id}' stands twice for query '{line.query_id}'; keep one")
         scores[line.doc_id] = line.score
+    if not run:
+        raise UserError(f"{path}: holds no line of a run")
     return run
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ds_embed.artifact.durable import remove_unfinished, replaced_when_whole
-from ds_embed.artifact.identity import check_unchanged, identify_large, identify_texts, identify_weights
+from ds_embed.artifact.identity import check_unchanged, identify_large, identify_weights
 from ds_embed.artifact.work import WorkFolder
-from ds_embed.data.files import list_parts, stamp_of
+from ds_embed.data.files import identify_entries
 from ds_embed.data.identity import ranges
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.job.ranks import World
@@ -94,7 +94,7 @@ def _describe_inputs(model: ModelArguments, text: TextArguments, arguments: Mini
     settings = {**asdict(model), **asdict(text), **asdict(arguments)}
     inputs = {name: str(value) for name, value in settings.items() if name not in _PLACES}
     for name in ("train_files", "doc_files", "corpus_files"):
-        inputs[name] = ", ".join(map(_identify, settings[name]))
+        inputs[name] = identify_entries(settings[name])
     if arguments.embeddings is not None:
         inputs["embeddings"] = identify_large(Path(arguments.embeddings).resolve().rglob("*.npy"))
     if model.model_name_or_path:
@@ -102,12 +102,6 @@ def _describe_inputs(model: ModelArguments, text: TextArguments, arguments: Mini
     if arguments.cross_encoder is not None:
         inputs["cross_encoder"] = identify_weights(find_reranker(arguments.cross_encoder, flag="cross_encoder").base)
     return inputs
-
-
-def _identify(entry: str) -> str:
-    """Identify files by their content, and URLs and data sets by their stamps."""
-    parts = list_parts(entry)
-    return ", ".join(identify_texts([part]) if Path(part).is_file() else str(stamp_of(part)) for part in parts)
 
 
 def _tokenizers(model: ModelArguments, text: TextArguments) -> tuple[TextTokenizer, ...] | None:
