@@ -115,8 +115,7 @@ def flags(**values: object) -> list[object]:
 
 
 def in_process(function: str, **arguments: Any) -> dict:
-    """The result of `module:function(**arguments)` of this folder in a fresh process with all cores, and its
-    peak_gib."""
+    """Run `module:function(**arguments)` of this folder in a new process with all cores; its result and peak_gib."""
     finished = run_process([sys.executable, __file__, function, json.dumps(arguments, default=str)], threads=CORES)
     return {"peak_gib": finished.peak_gib} | json.loads(finished.output.splitlines()[-1])
 
@@ -148,8 +147,7 @@ _NOT_OF_A_MEASUREMENT = ("go_on", "rounds", "contestants", "goal", "marks")
 
 
 def notebook_of(settings: Any, folder: Path) -> Path:
-    """The notebook of `play` for these settings; emptied unless --go_on true keeps the measurements of an earlier
-    call."""
+    """The notebook of `play` for these settings; emptied unless --go_on true keeps earlier measurements."""
     told = {name: value for name, value in vars(settings).items() if name not in _NOT_OF_A_MEASUREMENT}
     name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
     notebook = folder / f"rounds-{name}.jsonl"

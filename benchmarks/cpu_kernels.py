@@ -1,5 +1,4 @@
-"""Are our own layers worthwhile on this machine? Each against what it replaces, taking turns in one process if
-possible.
+"""Are our own layers worthwhile on this machine? Each takes turns with what it replaces, in one process if possible.
 
     python benchmarks/cpu_kernels.py --model_name_or_path SmolLM2-135M-Instruct --output_dir kernels
     python benchmarks/cpu_kernels.py --model_name_or_path all-MiniLM-L6-v2 --output_dir kernels --parts training encoding compiled
@@ -170,8 +169,7 @@ def compare(*, part: str, model: str, rounds: int, num_texts: int, length: int, 
 
 
 def products(model: str, rounds: int, shape: tuple[int, int]) -> dict:
-    """Seconds of passes with torch's bfloat16 products and then with ours, since kernels are replaced for the whole
-    process."""
+    """Seconds of passes with torch's bfloat16 products, then with ours: kernels are replaced process-wide."""
     from unittest.mock import patch
 
     from ds_embed.models.cpu import multiply_through_float32

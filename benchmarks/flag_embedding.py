@@ -28,8 +28,7 @@ def train(
     lora_rank: int,
     bf16: bool,
 ) -> dict:
-    """Its EncoderOnlyEmbedderRunner without hard negatives, in fp32, or bf16 by autocast; tokens are counted like
-    ours."""
+    """Its EncoderOnlyEmbedderRunner without hard negatives, in fp32, or bf16 by autocast; counts tokens like ours."""
     from FlagEmbedding.finetune.embedder.encoder_only.base import (
         EncoderOnlyEmbedderDataArguments,
         EncoderOnlyEmbedderModelArguments,

@@ -145,8 +145,7 @@ def train_bare_loop(
     seed: int,
     our_kernels: bool,
 ) -> dict:
-    """A loop around a Hugging Face model in bfloat16 with AdamW and our batches and micro-batches, but nothing else of
-    ours.
+    """A loop around a Hugging Face model in bfloat16 with AdamW; of ours it only uses batches and micro-batches.
 
     our_kernels: also use our attention, dropout and products, so that the remaining difference is the overhead of
     DeepSpeed and ds_embed.

@@ -1,6 +1,6 @@
 """Outputs made in parts: complete under their name or absent, made from named inputs, resumable, with one owner.
 
-    PATH/              the files of the parts, and manifest.json: made_from, and where each part lies, with its SHA-256
+    PATH/              the files of the parts, and manifest.json: made_from, and the place and SHA-256 of each part
     .unfinished-NAME/  the same until it is whole, with begun.json (made_from) and parts.jsonl (a line for each part)
 
 A part is written to disk before its line. So whatever kills a job, the parts listed in parts.jsonl exist, and a part
@@ -85,8 +85,7 @@ class Artifact:
             self._lock = None
 
     def is_there(self) -> bool:
-        """Own it, and return whether it is there and whole. UserError naming any file that differs from what was
-        written."""
+        """Own it, and return whether it is there and whole. UserError naming a file that has been changed."""
         self.claim()
         if self.look() != "whole":
             return False
@@ -216,8 +215,7 @@ class Artifact:
 
     @contextmanager
     def or_named(self, what: str, kept: str) -> Iterator[None]:
-        """Turn disk errors inside the block into a UserError that says what is being made, what is free and what is
-        kept."""
+        """Turn disk errors inside the block into a UserError with what is made, what is free and what is kept."""
         with written_or_named(self.path, f"{kept}. Cure that and start the same command again", what):
             yield
 
@@ -301,8 +299,7 @@ def _check_kind(path: Path, content: Mapping[str, Any], kind: str, cure: str) ->
 
 
 def _manifest(kind: str, made_from: Mapping[str, str], parts: list[dict[str, Any]]) -> bytes:
-    """The text of the manifest, the same for the same content; it includes its own hash, so that changes are
-    detected."""
+    """The text of the manifest, unique for its content; it includes its own hash, so that changes are detected."""
     content = {"kind": kind, "made_from": made_from, "parts": parts}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n").encode()

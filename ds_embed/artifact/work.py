@@ -24,8 +24,7 @@ class WorkFolder(Artifact):
         self._done: set[str] = set()
 
     def open(self) -> bool:
-        """Make and own the folder, or resume the existing one. True if work is resumed. UserError if another job owns
-        it."""
+        """Own the folder, new or existing. True if there is work to resume. UserError if another job owns it."""
         names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if BEGUN not in names and any(not name.startswith(".") for name in names):
             raise UserError(

@@ -102,8 +102,7 @@ def write_positives(folder: Path, file_sizes: Sequence[int], kinds: Sequence[str
 
 
 def _pairs_of_part(arrays: dict, part: int, num_parts: int, spans: Sequence[range]) -> tuple[np.ndarray, ...]:
-    """Query keys, positive keys and numbers of the records in `spans` whose query key lies in the given part of all
-    keys."""
+    """Query keys, positive keys and numbers of the records in `spans` whose query key is in one part of all keys."""
     found = []
     for start, stop in ((start, span.stop) for span in spans for start in span[::_ROWS_AT_ONCE]):
         first_text = arrays["first_text"][start : min(start + _ROWS_AT_ONCE, stop)]
@@ -117,8 +116,7 @@ def _pairs_of_part(arrays: dict, part: int, num_parts: int, spans: Sequence[rang
 def positive_pairs(
     query_keys: np.ndarray, document_keys: np.ndarray, several: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Pairs (P, 2) of a query and a document that is one of its positives, among N queries and M documents, by their
-    keys.
+    """Pairs (P, 2) of a query and a document that is one of its positives, from the keys of N queries and M documents.
 
     The first N documents are the queries' positives; a pair that follows from this alone, because the document is the
     positive of an equal query, is omitted. `several` are the arrays that write_positives wrote.

@@ -35,8 +35,7 @@ class LabelledTexts:
         return self.keys[np.searchsorted(self.records, records)]
 
     def draw(self, records: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a positive (n,) and K negatives (n, K), as records, for these records (n,), by random numbers (n, 1 +
-        K)."""
+        """A positive (n,) and K negatives (n, K), as records, for records (n,), given random numbers (n, 1 + K)."""
         chosen = np.searchsorted(self.records, records)
         place = self.place[chosen]
         first, number = (values[chosen] for values in self.of_label)

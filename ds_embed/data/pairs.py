@@ -47,8 +47,7 @@ class PairFormat:
         return cls(*map(tuple, parts), max_length, types, (len(special.head), len(special.tail)))
 
     def with_template(self, tokenizer: Any, template: str) -> "PairFormat":
-        """The same, with a template's tokens inside those around any single text; control tokens in it are parsed as
-        such."""
+        """The same, with a template's tokens inside those around any text; its control tokens are parsed as such."""
         if (
             template.count(QUERY) != 1
             or template.count(DOCUMENT) != 1
@@ -90,8 +89,7 @@ class PairFormat:
         return self.truncated(lengths[:, 0], lengths[:, 1])
 
     def collate(self, store: TrainingStore, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids (b, S), lengths (b,) and numbers of tokens before the document (b,) of pairs (b, 2); a dummy if b
-        is 0."""
+        """Token ids (b, S), lengths (b,), and tokens before the document (b,) of pairs (b, 2); a dummy for none."""
         if len(pairs) == 0:
             return np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64), np.ones(1, dtype=np.int64)
         first, second = self.lengths_of(store, pairs)

@@ -129,8 +129,7 @@ def _sizes(smallest: int, largest: int, places: int) -> np.ndarray:
 def _walk(
     lengths: list[int], first: int, end: int, num_ranks: int, size_at: Callable[[int], int]
 ) -> tuple[list[int], int]:
-    """First positions of the micro-batches of the rounds that start from `first` to before `end`, and the end of the
-    last."""
+    """First positions of the micro-batches of rounds that start in [first, end), and the end of the last one."""
     starts, total = [], len(lengths)
     while first < end:
         size = max(size_at(first), lengths[first])
@@ -151,8 +150,7 @@ def _spread_positions(descending: np.ndarray, spread: int) -> np.ndarray:
 
 
 def _least_costs(positions: np.ndarray, ends: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """The least cost from each position (G + 1,) on; ends and costs (G, sizes) are of the rounds starting at the first
-    G."""
+    """The least cost from each position (G + 1,) on; ends and costs (G, sizes): of rounds starting at the first G."""
     before, part = _cells(positions, ends)
     # If a size does not reach the next position, the cost from its end on is not known yet.
     costs = np.where(before > np.arange(len(ends))[:, None], costs, np.inf)

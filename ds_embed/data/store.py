@@ -154,8 +154,7 @@ class TrainingStore(_Store):
         return np.searchsorted(self._file_ends, records, side="right")
 
     def rows(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """The first record of each row in the files, (G + 1,), since a row with several positives becomes several
-        records.
+        """The first record of each row of the files, (G + 1,): one row may have several positives, each a record.
 
         Also returns the number of rows of each file.
         """

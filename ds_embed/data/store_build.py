@@ -157,8 +157,7 @@ def _is_repeated(texts: dict[str, tuple[bytes, str]], query: QueryRecord, where:
 
 
 class _Source:
-    """One entry of the files and what identifies its content. Its records are numbered consecutively across its
-    parts."""
+    """One entry of the files and what identifies its content. Its records are numbered across its parts."""
 
     def __init__(self, file: RecordFile):
         self.file = file
@@ -174,8 +173,7 @@ class _Source:
         skipped: SkippedRecords | None = None,
         known_bad: Mapping[int, BadRecord] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number, parsed record) of the entry; at the end `writer`, encoding with `sides`, has stored all of
-        them.
+        """Yield (number, parsed record) of the entry; at the end `writer` has stored all, encoded by `sides`.
 
         A row may give several records. Bad ones are raised, or counted in `skipped`; `known_bad` has further ones by
         number.

@@ -65,8 +65,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def obtain_store(cache_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Reuse the store `cache_dir/name` if it is complete; otherwise have `write(folder)` fill a folder and move it
-    there.
+    """Reuse the store `cache_dir/name` if it is complete, or have `write(folder)` fill a folder and move it there.
 
     Any number of processes may call this at once (artifact.shared). UserError with the cure if the disk is full.
     """

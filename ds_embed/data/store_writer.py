@@ -45,8 +45,7 @@ class StoreWriter:
     """Collects records into chunks and appends each chunk to the arrays of a store."""
 
     def __init__(self, folder: Path, sides: dict[str, TextTokenizer], progress: Progress | None, with_ids: bool):
-        """`sides`: the kinds of texts, with the first file's tokenizers; `with_ids`: this is a text store, not a
-        training store."""
+        """`sides`: the first file's tokenizers by kind of text; `with_ids`: for a text store, not a training store."""
         self._folder = folder
         self._sides = sides
         self._progress = progress

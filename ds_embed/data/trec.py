@@ -84,8 +84,7 @@ def _json_row(where: str, line: str) -> dict[str, Any]:
 
 
 def unique_judgments(judgments: Iterable[tuple[str, Judgment]]) -> Iterator[tuple[str, Judgment]]:
-    """Yield each judgment once, keeping all pairs of ids in memory. BadRecord for a pair with two different
-    judgments."""
+    """Yield each judgment once, keeping all pairs of ids in memory. BadRecord for a pair with two judgments."""
     seen: dict[str, dict[str, int]] = {}
     for where, judgment in judgments:
         query_id, doc_id, relevance = judgment

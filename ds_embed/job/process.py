@@ -30,8 +30,8 @@ def read_environment() -> tuple[int, int, int, int]:
 def choose_device(local_rank: int, num_visible: int) -> int:
     """The index of this rank's GPU among those that its process sees.
 
-    With Slurm's --gpus-per-task=1 or --gpu-bind, each task sees only its own GPU, which then has index 0. UserError
-    when a rank finds no GPU of its own.
+    With Slurm's --gpus-per-task=1 or --gpu-bind, each task sees only its own GPU, which then has index 0. UserError if
+    a rank has no GPU of its own.
     """
     if num_visible == 1:
         return 0

@@ -71,8 +71,7 @@ class Watch:
         self._write()
 
     def wait_for_news(self, seconds: float) -> int | None:
-        """The exit code of a rank that exited with an error, or EXIT_RANK_LOST; None if no rank is known to have
-        failed."""
+        """The exit code of a rank that failed, or EXIT_RANK_LOST; None if no rank is known to have failed."""
         return self._news_code if self._news.wait(seconds) else None
 
     def leave(self, code: int) -> None:

@@ -43,8 +43,7 @@ class EmbeddingCard:
     def choose(
         cls, text: TextArguments, model: ModelArguments, kind: Kind, base: str, known: Any, own: dict[str, Any]
     ) -> "EmbeddingCard":
-        """The card of a model, from flags, else its card `known`, else the settings of its `own` files, else our
-        defaults.
+        """The card of a model, from flags, else its card `known`, else the settings in its `own` files, else defaults.
 
         UserError if a length exceeds the model's positions, or for cls pooling of a causal model.
         """

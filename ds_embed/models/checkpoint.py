@@ -80,8 +80,7 @@ def steps_of(run: Path) -> str:
 
 
 def way_to(place: str, folder: Path) -> list[str]:
-    """Paths to a folder, absolute and relative to `folder`, so that both can be moved together; a hub name is returned
-    as is."""
+    """Paths to a place, absolute and from `folder`, so that both can be moved together; a hub name is kept as is."""
     if not Path(place).is_dir():
         return [place]
     return [str(Path(place).resolve()), os.path.relpath(Path(place).resolve(), folder.resolve())]

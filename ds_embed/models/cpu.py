@@ -77,8 +77,7 @@ def use_kernels() -> None:
 
 @cache  # call it once; the registration lasts as long as the object
 def multiply_through_float32() -> Library:
-    """Replace torch's kernels for bfloat16 products on CPUs by ones that compute in float32; other dtypes are
-    unchanged."""
+    """Make torch compute bfloat16 products on CPUs in float32; other dtypes are unchanged."""
     library = Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # about replaced kernels

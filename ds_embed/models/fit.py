@@ -81,8 +81,7 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
 
 
 def _check_tokens(source: ModelSource, card: EmbeddingCard, tokenizer: Any, model: Any) -> None:
-    """UserError if a token is beyond the embedding table, except control tokens that no text uses, such as a Llama's
-    [PAD]."""
+    """UserError if a token is beyond the table, except control tokens that no text uses, such as a Llama's [PAD]."""
     rows = model.get_input_embeddings().weight.shape[0]
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     given = {int(i) for form in card.text_formats() for ids in encode_texts(tokenizer, ["a"], form) for i in ids}

@@ -46,8 +46,7 @@ def kind_of(config: Any, trust_remote_code: bool, name: str = "the model") -> Ki
 
 
 def direction_in_config(config: Any, trust_remote_code: bool) -> dict[str, bool] | None:
-    """The setting in config.json that makes transformers treat a causal decoder as bidirectional; None if there is
-    none."""
+    """The setting in config.json that makes a causal decoder bidirectional in transformers; None if there is none."""
     by_flag = hasattr(config, "use_bidirectional_attention")
     direction = {"use_bidirectional_attention": True} if by_flag else {"is_causal": False}
     changed = copy.deepcopy(config)
@@ -134,8 +133,7 @@ def _try(config: Any, model_class: type, name: str) -> Kind:
 
 
 def _small_copy(config: Any, model_class: type) -> nn.Module:
-    """The model with few layers, at least one of each type, in float32 on the CPU, with weights that take little
-    memory.
+    """The model with few layers, at least one of each type, in float32 on the CPU, with weights of little memory.
 
     Each weight matrix is an overlapping view of a short vector of noise, so its rows differ but few numbers are stored.
     """

@@ -37,8 +37,7 @@ _DEFAULT_MAX_LENGTH = 512
 
 @dataclass(frozen=True)
 class RerankerCard:
-    """Everything except the weights that determines a pair's score, for a resumed run; scoring only needs the
-    tokenizer."""
+    """Everything but the weights that determines a pair's score, for resuming; scoring only needs the tokenizer."""
 
     base_model: str
     pair_format: PairFormat
@@ -78,8 +77,7 @@ def find_reranker(name: str, revision: str | None = None, flag: str = "model_nam
 def choose_pairs(
     source: ModelSource, arguments: RerankerModelArguments, tokenizer: Any, max_length: int | None, model: nn.Module
 ) -> RerankerCard:
-    """How pairs are converted to tokens: by the template, else as the tokenizer joins two texts, else by the default
-    template.
+    """How to tokenize pairs: by the template, else as the tokenizer joins two texts, else by the default template.
 
     `model`, which needs no weights, gives the number of positions. UserError for an unusable length or template.
     """

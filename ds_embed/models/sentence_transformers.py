@@ -144,8 +144,7 @@ def _kind(files: ModelFiles, module: dict[str, Any]) -> str:
 
 
 class _Content(dict):
-    """The config.json of a module, with its name for errors. UserError for non-empty keys that are unknown for
-    `kind`."""
+    """The config.json of a module, with its name for errors. UserError for non-empty keys unknown for `kind`."""
 
     def __init__(self, files: ModelFiles, path: str, kind: str | None = None, name: str = "config.json"):
         place = f"{path}/{name}" if path else name

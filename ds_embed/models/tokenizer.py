@@ -62,8 +62,7 @@ def plain_backend(tokenizer: Any) -> Any:
 
 
 def fast_tokenizer(backend: Any, like: Any, max_length: int, pad_token: str, **options: Any) -> Any:
-    """A tokenizer for a backend with the special tokens of `like`; it pads and truncates on the right, at max_length
-    tokens."""
+    """A tokenizer for a backend with the special tokens of `like`; pads and truncates right, at max_length tokens."""
     from transformers import PreTrainedTokenizerFast
 
     names = {name: token for name, token in like.special_tokens_map.items() if isinstance(token, str)}

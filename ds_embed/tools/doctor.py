@@ -113,8 +113,7 @@ def _disks(found: dict[str, str], notes: list[str], folders: dict[str, str]) -> 
 
 
 def _rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """GFLOP/s of a product of two (size, size) matrices: the best of four runs, the first of which warms up the
-    kernel."""
+    """GFLOP/s of a product of two (size, size) matrices: the best of four runs, the first of which is a warm-up."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     # item() waits for the device.
     return 2 * size**3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=4)) / 1e9

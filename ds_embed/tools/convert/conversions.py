@@ -24,8 +24,7 @@ NumberedRecords = Iterator[tuple[str, TrainingRecord]]
 
 
 def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_negatives: bool) -> NumberedRecords:
-    """Yield (location, record) for each document judged relevant to a query; `work` is a folder with room for the
-    texts.
+    """Yield (location, record) for each document judged relevant to a query; `work`: a folder with room for texts.
 
     With `judged_negatives`, the documents judged not relevant to the query become its negatives.
     """
@@ -216,8 +215,7 @@ def _known(where: str, judgment: Judgment, queries: TextTable, documents: TextTa
 
 
 def _new(items: Iterable[tuple[str, Sequence[Any]]], table: TextTable, tally: Tally) -> Iterator[tuple[str, str]]:
-    """Yield (text, id) of each (location, record starting with these two) whose id is new. An id with two texts is
-    refused."""
+    """Yield (text, id) of each (location, (text, id, ...)) whose id is new. An id with two texts is refused."""
     for where, (text, name, *_) in items:
         try:
             if table.add(name, text, where):

@@ -47,8 +47,7 @@ class ModelCandidates:
 def obtain_vectors(
     world: World, folder: Path, model: ModelArguments, text: TextArguments, arguments: MiningArguments
 ) -> dict[str, str]:
-    """Encode the catalog in `folder`, or find its vectors in --embeddings; return the paths of "queries" and
-    "documents".
+    """Encode the catalog in `folder`, or find its vectors in --embeddings; paths of "queries" and "documents".
 
     Both are .npy files with rows in table order. A restarted job reuses them. UserError if vectors do not match the ids
     or are not finite, or if ids have no vector.

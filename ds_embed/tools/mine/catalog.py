@@ -104,8 +104,7 @@ class Catalog:
 
 
 def match_key(text: str, normalized: bool) -> int:
-    """A key that is equal for equal texts or, if normalized, texts that differ only in case, white space and Unicode
-    form."""
+    """A key for equal texts or, if normalized, for texts that differ only in case, white space and Unicode form."""
     if normalized:
         text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return content_key(text)
@@ -197,8 +196,7 @@ class CatalogBuilder:
         return counts
 
     def _keyed(self, items: Iterable[Any], side: int, texts_of: Callable[[Any], list[str]]) -> Iterator[tuple]:
-        """Yield (item, keys of each of its texts). Texts with a key in common are one query (side 0) or one document
-        (1)."""
+        """Yield (item, keys of each of its texts); texts that share a key are one query (side 0) or document (1)."""
         items = iter(items)
         while block := list(itertools.islice(items, _TEXTS_AT_ONCE)):
             texts = [texts_of(item) for item in block]

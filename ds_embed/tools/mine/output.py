@@ -72,8 +72,7 @@ def _statistics(scores: np.ndarray) -> dict[str, float]:
 
 
 def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: MiningArguments) -> None:
-    """Write the records in order as JSONL. In our own form, neg_doc, pos_score and neg_scores are set and the rest is
-    kept.
+    """Write the records in order as JSONL. Our own form keeps all but neg_doc, pos_score and neg_scores, which are set.
 
     Records in other forms or with several positives are converted to our own form, one record for each positive.
 

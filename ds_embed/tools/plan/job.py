@@ -40,8 +40,7 @@ _DEFAULT_GPU_GIB = 80.0
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines what a job needs. lengths: (T,) tokens of the texts of one global batch, queries
-    first."""
+    """Everything that determines what a job needs. lengths: tokens (T,) of one global batch's texts, queries first."""
 
     model: ModelArguments
     lora: LoraArguments
@@ -131,8 +130,7 @@ class Job:
         return sent, seconds
 
     def largest_budget(self, zero: Zero, available: float) -> int | None:
-        """The largest multiple of longest_text that fits into `available` bytes as micro_batch_tokens; None if none
-        does."""
+        """The largest micro_batch_tokens, a multiple of longest_text, that fits into `available` bytes, or None."""
         unit = self.longest_text
         # A rank never has more texts than this, so a larger budget changes nothing.
         low, high = 0, max(1, -(-len(self.lengths) // self.num_ranks))

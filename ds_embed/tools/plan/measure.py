@@ -37,8 +37,7 @@ flop_registry.setdefault(
 
 @dataclass(frozen=True)
 class Pass:
-    """Cost of one micro-batch's forward and backward passes, without weights and their gradients; a multiply-add is 2
-    FLOPs."""
+    """Cost of a micro-batch's forward and backward, without weights and their gradients; a multiply-add is 2 FLOPs."""
 
     kept_bytes: float  # live after the forward pass, for the backward pass
     peak_bytes: float  # during both passes
@@ -69,8 +68,7 @@ class ModelCost:
         return sum(self.trained) + sum(self.frozen)
 
     def of_tokens(self, part: str, num_tokens: float) -> float:
-        """Bytes of `part` of a Pass for a micro-batch of num_tokens in texts of S tokens, linear in the number of
-        texts."""
+        """Bytes of `part` of a Pass for a micro-batch of num_tokens, in texts of S tokens; linear in num_tokens."""
         one, two = getattr(self.one, part), getattr(self.two, part)
         return max(0.0, one + (two - one) * (num_tokens / self.num_tokens - 1))
 
