@@ -114,9 +114,9 @@ def flags(**values: object) -> list[object]:
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
-def in_process(function: str, **arguments: Any) -> dict:
+def in_process(function: str, python: str = sys.executable, **arguments: Any) -> dict:
     """Run `module:function(**arguments)` of this folder in a new process with all cores; its result and peak_gib."""
-    finished = run_process([sys.executable, __file__, function, json.dumps(arguments, default=str)], threads=CORES)
+    finished = run_process([python, __file__, function, json.dumps(arguments, default=str)], threads=CORES)
     return {"peak_gib": finished.peak_gib} | json.loads(finished.output.splitlines()[-1])
 
 

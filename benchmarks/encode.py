@@ -23,9 +23,10 @@ from peers import read_texts
 from ds_embed.data.files import read_records
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, setting
+from ds_embed.settings.fields import Settings, optional, setting
 
 PEER, EMBEDDER = "sentence-transformers", "ds_embed.Embedder"
+OPENVINO = "sentence-transformers, OpenVINO int8"
 GENERATE = "generate, {} rank(s)"
 MATRICES = "matrix products"
 PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
@@ -45,6 +46,9 @@ class EncodingArguments(Settings):
     max_length: int = setting("longest text in tokens", default=256)
     micro_batch_tokens: int = setting("of ours, padded tokens per forward pass", default=16384)
     pooling: str = setting("mean or last", default="mean")
+    openvino_python: str | None = optional(
+        "Python of an environment with sentence-transformers[openvino], see openvino_peer.py (default: no such contestant)"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -159,6 +163,10 @@ def contestants(settings: EncodingArguments, folder: Path, text_file: Path, bf16
         PEER: lambda _: in_process("peers:encode_sentence_transformers", **same),
         EMBEDDER: lambda _: in_process("encode:encode_with_embedder", **ours),
     }
+    if settings.openvino_python is not None and bf16:  # it has one precision of its own
+        of_texts = {name: same[name] for name in ("model", "text_file", "max_length")}
+        python = str(Path(settings.openvino_python).absolute())
+        playing[OPENVINO] = lambda _: in_process("openvino_peer:encode", python, **of_texts)
     for ranks in filter(None, settings.ranks):
         playing[GENERATE.format(ranks)] = lambda _, ranks=ranks: generate(settings, folder, text_file, ranks, bf16)
     return playing
@@ -178,6 +186,8 @@ def main() -> None:
             every[case] = results
             chip = spread(results, MATRICES, PRECISIONS[precision]).median
             names = [name for name in results if name != MATRICES]
+            if OPENVINO in results:
+                print(f"{case}: cosine of OpenVINO's int8 with float32: {spread(results, OPENVINO, 'cosine')}")
             for name in names:
                 rate = spread(results, name, "tokens_per_second")
                 share = f"{200 * weights * rate.median / chip:.3g} %"
@@ -186,7 +196,12 @@ def main() -> None:
             # The goal: faster for texts of mixed length, and never slower.
             bound = 1.5 if kind == "mixed" else 1.0
             reached += goals(
-                results, [(f"{case}: {name} / {PEER}", name, PEER, bound, True) for name in names if name != PEER]
+                results,
+                [
+                    (f"{case}: {name} / {PEER}", name, PEER, bound, True)
+                    for name in names
+                    if name not in (PEER, OPENVINO)
+                ],
             )
     print(
         "\nof the chip: 2 N operations per token (N: weights without embedding tables) of the rate of matrix products"
