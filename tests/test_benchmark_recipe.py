@@ -191,12 +191,19 @@ def test_killed_and_resumed_on_other_ranks(model, tmp_path):
         (["--query_files", "{small}/queries.jsonl"], "give --doc_files too"),
         (["--tasks", "{small}", "--qrels", "{small}"], "--qrels .*: has no effect without --query_files"),
         (["--tasks", "{bad}"], "document 'd999' is not among the texts"),
+        (
+            ["--tasks", "{asked}"],
+            "queries.jsonl:13: brings a prompt of its own, and mteb encodes all queries of a task",
+        ),
     ],
 )
 def test_what_is_refused(model, tmp_path, given, message):
     small, bad = make_beir(tmp_path / "small", 12), make_beir(tmp_path / "bad", 12)
     with open(bad / "qrels" / "test.tsv", "a") as file:
         file.write("qd0\td999\t1\n")
-    words = [str(word).replace("{small}", str(small)).replace("{bad}", str(bad)) for word in given]
+    asked = make_beir(tmp_path / "asked", 12)
+    with open(asked / "queries.jsonl", "a") as file:
+        file.write('{"_id": "more", "text": "w1", "prompt": "w2 "}\n')
+    words = [str(word).format(small=small, bad=bad, asked=asked, instruction="{instruction}") for word in given]
     with pytest.raises(UserError, match=message):
         load_recipe("benchmark").main([str(word) for word in flags(model, tmp_path, *words)])

@@ -70,6 +70,7 @@ CONSTANT = [{"query": "the label", "pos_doc": f"d{n}"} for n in range(12)]
             ["train.jsonl:3", "--negatives pair", "10 of 12"],
         ),
         (PAIRS, dict(negatives="pair"), ["--negatives pair", "--hard_negatives 1 or more"]),
+        (PAIRS, dict(hardness_weight=5.0), ["--hardness_weight 5", "--hard_negatives is 0", "1 or more"]),
         (PAIRS, dict(negatives="hard"), ["--negatives hard", "--hard_negatives 1 or more"]),
     ],
 )

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from tiny import REPOSITORY, launch_environment, load_recipe
 
+from ds_embed.data.identity import text_id
 from ds_embed.settings.errors import UserError
 
 RECIPE = REPOSITORY / "recipes" / "convert.py"
@@ -423,3 +424,23 @@ def test_a_run_becomes_a_typed_table(tmp_path):
     assert pyarrow.parquet.read_table(table).to_pylist() == [{"query_id": "q1", "doc_id": "7", "score": 0.5}]
     with pytest.raises(UserError, match="run.trec: is a file; give a folder"):
         convert("run", "table", tmp_path / "run.trec" / "a.csv", "--input", tmp_path / "run.trec")
+
+
+def test_prompts_stay_beside_their_queries_where_there_is_a_place_for_them(tmp_path, capsys):
+    pairs = [
+        {"query": "a lake", "pos_doc": "water", "query_id": "q1", "doc_id": "d1", "prompt": "find "},
+        {"query": "a hill", "pos_doc": "earth", "query_id": "q2", "doc_id": "d2"},
+    ]
+    source = jsonl(tmp_path / "a.jsonl", pairs)
+    assert read_jsonl(convert("training", "training", tmp_path / "again.jsonl", "--input", source)) == pairs
+    queries = read_jsonl(convert("training", "texts", tmp_path / "texts", "--input", source) / "queries.jsonl")
+    assert [(row["query"], row.get("prompt")) for row in queries] == [("a lake", "find "), ("a hill", None)]
+    assert queries[0]["query_id"] == text_id("find a lake")
+    table = convert("table", "queries", tmp_path / "queries.jsonl", "--input", source)
+    assert [(row["query"], row.get("prompt")) for row in read_jsonl(table)] == [("a lake", "find "), ("a hill", None)]
+    capsys.readouterr()
+    for target, output in (("pairs", "pairs.jsonl"), ("test", "test"), ("beir", "beir")):
+        made = convert("training", target, tmp_path / output, "--input", source)
+        assert "1 queries with a prompt of their own, which is now the start of their text" in capsys.readouterr().out
+        path = made if target == "pairs" else made / "queries.jsonl"
+        assert "find a lake" in path.read_text()

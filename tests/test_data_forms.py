@@ -12,7 +12,7 @@ from data_forms import OWN, jsonl, write_containers, write_forms
 from mining_material import run
 from store_material import make_tokenizer
 
-from ds_embed.data.forms import Reading, TrainingFile, read_training_records
+from ds_embed.data.forms import Reading, TrainingFile, parse_training_record, read_training_records
 from ds_embed.data.store import TrainingStore, build_text_store, build_training_store
 from ds_embed.data.tokenize import TextFormat, encode_texts
 from ds_embed.settings import DataArguments, StepArguments
@@ -186,7 +186,21 @@ def test_instructions_and_titles_are_joined_as_their_makers_do(tmp_path):
         (_, sample), *_ = read_training_records([path], Reading(**settings))
         return sample
 
-    assert read({"query": "q", "pos": ["p"], "neg": ["n"], "prompt": "Find: "}).query == "Find: q"
+    for key in ("prompt", "instruction"):
+        for row in (
+            {"query": "q", "pos": ["p"], "neg": ["n"]},
+            OURS,
+            ST,
+            {"query_id": 1, "query": "q", "positive_passages": [{"docid": 1, "title": "", "text": "p"}]},
+            SWIFT,
+        ):
+            sample = read(row | {key: "Find: "})
+            assert (sample.query, sample.prompt) == ("Find: q", "Find: ")
+            assert parse_training_record("f:1", sample.as_json()) == [sample]
+            assert (sample.as_json()["query"], sample.as_json()["prompt"]) == ("q", "Find: ")
+            assert read(row | {key: ""}) == read(row | {key: None}) == read(row)
+    sample = read({"ask": "q", "good": "p", "task": "Find: "}, columns=("query=ask", "pos_doc=good", "prompt=task"))
+    assert (sample.query, sample.prompt) == ("Find: q", "Find: ")
     sample = read({"query": ["Find", "q"], "pos": [["", "p"]], "neg": [["Doc", "n"]]})
     assert (sample.query, sample.pos_doc, sample.neg_docs) == ("Find\nq", "p", ("Doc\nn",))
     passage = {"docid": 7, "title": "T", "text": "p"}
@@ -238,6 +252,14 @@ BAD = [
     (FE, {"query": "q", "pos": ["p"], "pos_scores": ["1"]}, ":2: pos_scores is a string, want a finite number"),
     (FE, {"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": []}, ":2: neg_scores has 0 numbers and neg 1 texts"),
     (FE, {"query": "q", "pos": ["p"], "prompt": 3}, ":2: prompt is a number, want a string"),
+    (FE, FE | {"prompt": " \n"}, ":2: prompt is blank"),
+    (OURS, OURS | {"prompt": ["a"]}, ":2: prompt is a list, want a string"),
+    (OURS, OURS | {"instruction": 1}, ":2: instruction is a number, want a string"),
+    (
+        OURS,
+        OURS | {"prompt": "a ", "instruction": "b "},
+        ":2: prompt and instruction could both be in front of the query",
+    ),
     (FE, {"query": ["a", "b", "c"], "pos": ["p"]}, ":2: query is a list, want a string, or [instruction, text]"),
     (FE, {"query": None, "pos": ["p"]}, ":2: query is null, want a string"),
     (FE, {"question": "q"}, ":2: query is missing, want a string; the keys here are 'question'"),
@@ -439,16 +461,18 @@ def test_what_is_not_taken_as_it_might_be_is_said(tmp_path, tokenizer):
     rows = [{"query": "w1", "pos": ["w2"], "prompt": "w9 ", "type": "x"}, {"query": "w3", "pos": ["w4"], "source": 1}]
     path = str(jsonl(tmp_path / "a.jsonl", rows))
     build_store = functools.partial(build_training_store, [path], tokenizer, num_negatives=None, cache_dir=tmp_path)
-    for prefix, place in (("", ""), ("query: ", ", behind the query prefix 'query: '; FlagEmbedding puts them in its")):
+    for prefix in ("", "query: "):
         store = TrainingStore.open(
             build_store(query_format=TextFormat(prefix, 32, True), document_format=TextFormat("", 32, True))
         )
         said = store.describe()
         assert "not read: type, source" in said
-        assert any(line.startswith(f"1 records bring a prompt for their query{place}") for line in said)
-        np.testing.assert_array_equal(
-            store.tokens_of(0), encode_texts(tokenizer, ["w9 w1"], TextFormat(prefix, 32, True))[0]
-        )
+        place = f"in place of the query prefix '{prefix}', such as 'w9 w1'"
+        assert f"1 queries bring a prompt of their own, {place}" in said
+        for text, expected in enumerate(
+            encode_texts(tokenizer, ["w9 w1", "w2", f"{prefix}w3"], TextFormat("", 32, True))
+        ):
+            np.testing.assert_array_equal(store.tokens_of(text), expected)
     forms = write_forms(tmp_path)
     metadata = {"corpus_id": "c", "query_instruction": "Find:\n", "passage_instruction": ""}
     (tmp_path / "corpus" / "merlin_metadata.json").write_text(json.dumps(metadata))

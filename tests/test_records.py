@@ -195,7 +195,7 @@ def training(**keys):
     ],
 )
 def test_training_records(record, expected):
-    assert parse_training_record("f:1", record) == [(*expected, None, None, None)]
+    assert parse_training_record("f:1", record) == [(*expected, None, None, None, None)]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_training_records(record, expected):
     ],
 )
 def test_teacher_scores(record, expected):
-    assert parse_training_record("f:1", record)[0][-3:-1] == expected
+    assert parse_training_record("f:1", record)[0][5:7] == expected
 
 
 OTHER_KEY = "; if another key holds it: --columns {}"
@@ -262,9 +262,12 @@ def test_bad_training_records_name_place_key_and_type(record, message):
 
 
 def test_query_and_document_records():
-    assert parse_query_record("f:1", {"query": "q", "query_id": "1"}) == ("q", "1", ())
-    assert parse_query_record("f:1", {"query": "q", "query_id": "1", "doc_id": "2"}) == ("q", "1", ("2",))
-    assert parse_query_record("f:1", {"text": "q", "_id": 7, "doc_id": [2, "3"]}) == ("q", "7", ("2", "3"))
+    assert parse_query_record("f:1", {"query": "q", "query_id": "1"}) == ("q", "1", (), None)
+    assert parse_query_record("f:1", {"query": "q", "query_id": "1", "doc_id": "2"}) == ("q", "1", ("2",), None)
+    assert parse_query_record("f:1", {"text": "q", "_id": 7, "doc_id": [2, "3"]}) == ("q", "7", ("2", "3"), None)
+    prompted = parse_query_record("f:1", {"question": "q", "qid": 1, "instruction": "find "})
+    assert prompted == ("find q", "1", (), "find ")
+    assert prompted.as_json() == {"query": "q", "query_id": "1", "prompt": "find "}
     assert parse_document_record("f:1", {"title": "T", "text": "p", "docid": 7}) == ("T p", "7")
     assert parse_document_record("f:1", {"title": None, "text": "p", "id": 7.0}) == ("p", "7")
     assert parse_document_record("f:1", {"pos_doc": "", "doc_id": "a b"}) == ("", "a b")
@@ -291,6 +294,17 @@ MAKE_IDS = "; give each text an id, or name its key (--columns {}=KEY); `convert
             parse_query_record,
             {"query": "q", "query_id": "1", "doc_id": True},
             "doc_id is a boolean, want a string (or leave the key out)",
+        ),
+        (parse_query_record, {"query": "q", "query_id": "1", "prompt": 3}, "prompt is a number, want a string"),
+        (
+            parse_query_record,
+            {"query": "q", "query_id": "1", "instruction": " "},
+            "instruction is blank; remove the record or give it text",
+        ),
+        (
+            parse_query_record,
+            {"query": "q", "query_id": "1", "prompt": "a ", "instruction": "b "},
+            "prompt and instruction could both be in front of the query; leave one of them out",
         ),
         (
             parse_document_record,

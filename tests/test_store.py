@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from store_material import (  # noqa: F401
 
 from ds_embed.data import identity, store_files, store_writer
 from ds_embed.data.identity import content_key, token_keys
-from ds_embed.data.store import TextStore, TrainingStore, build_text_store, check_texts_fit
+from ds_embed.data.store import TextStore, TrainingStore, build_text_store, build_training_store, check_texts_fit
 from ds_embed.data.tokenize import TextFormat, encode_texts
 from ds_embed.settings.errors import UserError
 
@@ -150,6 +151,35 @@ def test_text_stores_hold_rows_and_ids_in_file_order(tmp_path, tokenizer, small_
     assert store.tokens_of(0).tolist() == encode_texts(tokenizer, ["how deep"], QUERY)[0].tolist()
     with pytest.raises(ValueError, match="holds documents, want training"):
         TrainingStore.open(path)
+
+
+def test_a_prompt_of_a_query_stands_in_place_of_the_prefix(tmp_path, tokenizer, small_chunks):
+    """As if it had been the prefix of all, in text stores and in training stores; a model that leaves prompts out has one."""
+    records = [{"query": f"how deep {n % 2}", "query_id": f"q{n}", "pos_doc": f"so {n}"} for n in range(6)]
+    prompts = [None, None, "find ", "ask </s> ", "find ", ""]
+    lines = [record | ({} if prompt is None else {"prompt": prompt}) for record, prompt in zip(records, prompts)]
+    path = write_jsonl(tmp_path / "q.jsonl", lines)
+    queries = TextStore.open(build_text_store([path], "query", "query_id", tokenizer, QUERY, tmp_path))
+    training = TrainingStore.open(build_training_store([path], tokenizer, QUERY, DOCUMENT, 0, tmp_path))
+    for row, (record, prompt) in enumerate(zip(records, prompts)):
+        if prompt:
+            (wanted,) = encode_texts(tokenizer, [prompt + record["query"]], replace(QUERY, prefix=""))
+        else:
+            (wanted,) = encode_texts(tokenizer, [record["query"]], QUERY)
+        for tokens in (queries.tokens_of(row), training.tokens_of(2 * row)):
+            assert tokens.tolist() == wanted.tolist()
+    for store in (queries, training):
+        assert any(line.startswith("3 queries bring a prompt of their own") for line in store.describe())
+        assert store.facts()[0]["queries"]["num_texts"] == 6
+    left_out = replace(QUERY, include_prompt=False)
+    for attempt in (
+        lambda: build_text_store([path], "query", "query_id", tokenizer, left_out, tmp_path),
+        lambda: build_training_store([path], tokenizer, left_out, DOCUMENT, 0, tmp_path),
+    ):
+        with pytest.raises(
+            ValueError, match="q.jsonl:3: brings a prompt of its own, and this model's pooling leaves out"
+        ):
+            attempt()
 
 
 def test_keys_are_never_zero_and_tell_texts_apart():

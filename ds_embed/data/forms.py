@@ -20,12 +20,14 @@ import orjson
 
 from ds_embed.data.files import BadRecord, Records, list_parts, stamp_of
 from ds_embed.data.records import (
+    PROMPT_KEYS,
     TrainingRecord,
     id_of,
     is_finite_number,
     join_title,
     parse_document_record,
     present,
+    prompt_of,
     refuse,
     refuse_missing,
     text_of,
@@ -36,8 +38,19 @@ from ds_embed.settings.errors import UserError
 _LISTS = ("neg_doc", "neg_scores")  # may be spread over several columns
 _IDS = ("query_id", "doc_id")
 COLUMN_KEYS = {
-    "training": ("query", "pos_doc", "neg_doc", *_IDS, "pos_score", "neg_scores", "score", "text", "label"),
-    "queries": ("query", *_IDS),
+    "training": (
+        "query",
+        "pos_doc",
+        "neg_doc",
+        *_IDS,
+        "pos_score",
+        "neg_scores",
+        "score",
+        "text",
+        "label",
+        *PROMPT_KEYS,
+    ),
+    "queries": ("query", *_IDS, *PROMPT_KEYS),
     "documents": ("pos_doc", "doc_id", "title"),
     "judgments": (*_IDS, "relevance"),
     "run": (*_IDS, "score"),
@@ -175,7 +188,7 @@ class _Form:
     def unread(self, row: dict) -> set[str]:
         """Keys that nobody reads."""
         own = (self.negatives, self.query_id, self.doc_ids, self.pos_scores, self.neg_scores)
-        unread = row.keys() - {*own, *self.more}.union(*self.keys)
+        unread = row.keys() - {*own, *self.more, *PROMPT_KEYS[: 0 if self.kind else None]}.union(*self.keys)
         return {key for key in unread if self.side is not _columns or not _NEGATIVE_COLUMN.fullmatch(key)}
 
     def parse(self, where: str, row: dict, lookup: Lookup | None = None) -> list[TrainingRecord]:
@@ -194,7 +207,8 @@ class _Form:
                     f"(and --columns score={key}), keep the pairs of label 1, or name the columns with --columns, which "
                     f"leaves {key} aside",
                 )
-        query = self.query(where, _key_in(row, self.keys[0]), row)
+        prompt = prompt_of(where, row)
+        query = (prompt or "") + self.query(where, _key_in(row, self.keys[0]), row)
         positive = _key_in(row, self.keys[1])
         if positive not in row:
             refuse_missing(where, positive, row)
@@ -217,7 +231,9 @@ class _Form:
         query_id = id_of(where, self.query_id, query_id)
         ids = _for_each(where, self.doc_ids, doc_ids, positive, len(texts))
         return [
-            TrainingRecord(query, text, tuple(neg_docs), query_id, id_of(where, self.doc_ids, doc_id), score, scores)
+            TrainingRecord(
+                query, text, tuple(neg_docs), query_id, id_of(where, self.doc_ids, doc_id), score, scores, None, prompt
+            )
             for text, doc_id, score in zip(texts, ids, own_scores)
         ]
 
@@ -259,7 +275,7 @@ def _plain(row: dict) -> TrainingRecord | None:
     What most rows are: three times as fast as the closer look.
     """
     query, text, negatives, query_id, doc_id = map(row.get, ("query", "pos_doc", "neg_doc", "query_id", "doc_id"))
-    if row.get("pos_score") is not None or row.get("neg_scores") is not None:
+    if any(row.get(key) is not None for key in ("pos_score", "neg_scores", *PROMPT_KEYS)):
         return None
     negatives = () if negatives is None else negatives if type(negatives) is list else (negatives,)
     for value in (query, text, *negatives):
@@ -291,12 +307,8 @@ def _with_instruction(where: str, key: str, value: Any) -> Any:
     return "\n".join(part for part in value if part)
 
 
-def _prompted(where: str, key: str, row: dict) -> str:
-    query = _with_instruction(where, key, row[key])
-    if row.get("prompt") is not None:
-        # FlagEmbedding's default format puts the two together as they are.
-        query = text_of(where, "prompt", row, may_be_blank=True) + text_of(where, key, row)
-    return text_of(where, key, {key: query})
+def _query_of_gritlm(where: str, key: str, row: dict) -> str:
+    return text_of(where, key, {key: _with_instruction(where, key, row[key])})
 
 
 def _passages(where: str, key: str, row: dict, *_: Any) -> tuple[list[str], list]:
@@ -367,9 +379,7 @@ _LABELS = _Form("labelled texts", (("text",), ("label",)), None, _own, query_id=
 _OWN = _Form("our own", (("query",), ("pos_doc",)), "neg_doc", _own, pos_scores="pos_score", neg_scores="neg_scores")
 _AUTOMODEL = replace(_OWN, name="Automodel", keys=(("question",), ("pos_doc",)), query_id="question_id", more=_MORE)
 _AUTOMODEL_IDS = replace(_AUTOMODEL, keys=(("question", "query"), ("pos_doc",)), side=_of_ids, doc_ids=None)
-_FLAG_EMBEDDING = _Form(
-    "FlagEmbedding", (("query",), ("pos",)), "neg", _instructed, _prompted, ("prompt",), doc_ids=None
-)
+_FLAG_EMBEDDING = _Form("FlagEmbedding", (("query",), ("pos",)), "neg", _instructed, _query_of_gritlm, doc_ids=None)
 _FLAG_EMBEDDING = replace(_FLAG_EMBEDDING, pos_scores="pos_scores", neg_scores="neg_scores")
 _TEVATRON = _Form("Tevatron", (("query",), ("positive_passages",)), "negative_passages", _passages, doc_ids="docid")
 _TEVATRON_IDS = _Form(
@@ -531,7 +541,6 @@ class TrainingFile(RecordFile):
         self._forms = (*(form for form in (_SCORED, _LABELS) if form.kind in reading.kinds), *_FORMS)
         self.score_range: list[float] = []  # of scored pairs
         self.num_rows, self.fewest, self.most = 0, 0, 0
-        self._num_prompts = 0
         self._keys: tuple[str, ...] = ()  # of the last row
         self._unread: dict[str, None] = {}  # keys that nobody reads, in the order in which they came
         self._notes: list[str] = []
@@ -610,7 +619,6 @@ class TrainingFile(RecordFile):
             scores = [*self.score_range, samples[0].pos_score]
             self.score_range = [min(scores), max(scores)]
         self.num_rows += 1
-        self._num_prompts += form is _FLAG_EMBEDDING and bool(row.get("prompt"))
         if not self.fewest <= len(samples) <= self.most:
             self.fewest = min(self.fewest or len(samples), len(samples))
             self.most = max(self.most, len(samples))
@@ -625,7 +633,7 @@ class TrainingFile(RecordFile):
         several = f" with {counts} positives" if self.most > 1 else ""
         read = f"{form} {_NOUNS[self.kind]}, {self.num_rows:,}{several}".lstrip()
         facts = {"read": read, "num_rows": self.num_rows}
-        more = {"unread": list(self._unread), "num_prompts": self._num_prompts, "notes": self._notes}
+        more = {"unread": list(self._unread), "notes": self._notes}
         more |= {"kind": self.kind, "score_range": self.score_range}
         return facts | {name: value for name, value in more.items() if value}
 

@@ -23,10 +23,11 @@ class TrainingRecord(NamedTuple):
     pos_score: float | None
     neg_scores: tuple[float, ...] | None  # of each of neg_docs
     label: str | None = None  # of a labelled text, which is query and pos_doc in one
+    prompt: str | None = None  # the record's own, with which `query` starts, in place of the query prefix
 
     def as_json(self) -> dict[str, Any]:
         """The record in our own form, without the keys that have no value."""
-        values = self._asdict()
+        values = _without_prompt(self._asdict())
         values["neg_doc"] = list(values.pop("neg_docs")) or None
         values["neg_scores"] = list(self.neg_scores) if self.neg_docs and self.neg_scores else None
         return {key: value for key, value in values.items() if value is not None}
@@ -38,6 +39,13 @@ class QueryRecord(NamedTuple):
     query: str
     query_id: str
     doc_ids: tuple[str, ...]
+    prompt: str | None = None  # as in a TrainingRecord
+
+    def as_json(self) -> dict[str, Any]:
+        values = _without_prompt(self._asdict())
+        doc_ids = list(values.pop("doc_ids"))
+        values["doc_id"] = doc_ids if len(doc_ids) > 1 else next(iter(doc_ids), None)
+        return {key: value for key, value in values.items() if value is not None}
 
 
 class DocumentRecord(NamedTuple):
@@ -45,6 +53,9 @@ class DocumentRecord(NamedTuple):
 
     pos_doc: str
     doc_id: str
+
+    def as_json(self) -> dict[str, Any]:
+        return self._asdict()
 
 
 _FIRST_INEXACT = (
@@ -54,21 +65,39 @@ _FIRST_INEXACT = (
 _QUERY_KEYS = ("query", "text", "query_text", "question")
 _QUERY_ID_KEYS = ("query_id", "_id", "qid", "question_id", "id")
 _DOC_KEYS = ("pos_doc", "text")
+PROMPT_KEYS = ("prompt", "instruction")
 _DOC_ID_KEYS = ("doc_id", "_id", "docid", "id")
 
 
 def parse_query_record(where: str, record: dict) -> QueryRecord:
-    """Check one record of a queries file: query (not blank), query_id, and doc_id, one or a list, if it is there.
+    """Check one record of a queries file: query (not blank), query_id, and doc_id (one or a list) and prompt, if there.
 
     Or, in the names of others: text or question, and _id, qid, question_id or id. BadRecord names the place.
     """
     doc_ids = record.get("doc_id")
     doc_ids = doc_ids if type(doc_ids) is list else [doc_ids]
+    prompt = prompt_of(where, record)
     return QueryRecord(
-        text_of(where, present(record, _QUERY_KEYS), record),
+        (prompt or "") + text_of(where, present(record, _QUERY_KEYS), record),
         _required_id(where, record, _QUERY_ID_KEYS),
         tuple(id_of(where, "doc_id", value) for value in doc_ids if value is not None),
+        prompt,
     )
+
+
+def prompt_of(where: str, record: dict) -> str | None:
+    """What the record puts in front of its query, as it is, in place of the query prefix; an empty one is none."""
+    given = [key for key in PROMPT_KEYS if record.get(key) not in (None, "")]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise BadRecord(where, f"{' and '.join(given)} could both be in front of the query; leave one of them out")
+    return text_of(where, given[0], record)
+
+
+def _without_prompt(values: dict[str, Any]) -> dict[str, Any]:
+    """A record's fields, the query without its prompt, which stands beside it."""
+    return values | {"query": values["query"][len(values["prompt"] or "") :]}
 
 
 def parse_document_record(where: str, record: dict, *, join_titles: bool = True) -> DocumentRecord:

@@ -124,7 +124,7 @@ class TrainingSet:
 
     def queries(self) -> Iterator[tuple[str, QueryRecord]]:
         for where, record in self._read_again():
-            yield where, QueryRecord(record.query, _query_id(record), ())
+            yield where, QueryRecord(record.query, _query_id(record), (), record.prompt)
 
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
         positives: dict[str, set[str]] = {}

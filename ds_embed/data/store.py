@@ -214,10 +214,10 @@ def describe_file(facts: dict[str, Any]) -> list[str]:
     if "unread" in facts:
         lines.append(f"not read: {', '.join(facts['unread'])}")
     if "num_prompts" in facts:
-        prefix = facts["queries"]["prefix"]
-        place = f"behind the query prefix '{prefix}'; FlagEmbedding puts them in its place (--query_prefix '')"
+        prefix, example = facts["queries"]["prefix"], facts["prompted"]
+        example = f"{example[:100]}..." if len(example) > 100 else example
         lines.append(
-            f"{facts['num_prompts']:,} records bring a prompt for their query" + (f", {place}" if prefix else "")
+            f"{facts['num_prompts']:,} queries bring a prompt of their own, in place of the query prefix {prefix!r}, such as {example!r}"
         )
     return lines + facts.get("notes", [])
 

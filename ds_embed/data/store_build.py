@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from ds_embed.data.files import BadRecord, Records, format_location
 from ds_embed.data.forms import AS_IT_IS, Columns, Reading, RecordFile, TrainingFile
 from ds_embed.data.records import QueryRecord, TrainingRecord, parse_document_record, parse_query_record
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
-from ds_embed.data.store_writer import Progress, StoreWriter
+from ds_embed.data.store_writer import PROMPTED, Progress, StoreWriter
 from ds_embed.data.tally import SkippedRecords
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerprint
 from ds_embed.settings.errors import UserError
@@ -45,9 +45,16 @@ def build_training_store(
         raise UserError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
     cache_dir = Path(cache_dir).expanduser()
     sources = [_Source(TrainingFile(path, reading, cache_dir)) for path in _listed(files)]
-    query_tokenizers = _tokenizers(tokenizer, query_format, "query_max_length", len(sources))
-    document_tokenizers = _tokenizers(tokenizer, document_format, "doc_max_length", len(sources))
-    sides = [{"queries": q, "documents": d} for q, d in zip(query_tokenizers, document_tokenizers)]
+    query_tokenizers = _tokenizers(tokenizer, _listed_formats(query_format, len(sources)), "query_max_length")
+    by_file = _listed_formats(document_format, len(sources))
+    # A document behind another prefix is still the same one, as long as it is cut at the same length.
+    like_first = [replace(by_file[0], max_length=one.max_length) for one in by_file]
+    document_tokenizers = _tokenizers(tokenizer, by_file + like_first, "doc_max_length")
+    bare = [replace(one, prefix="") for one in _listed_formats(query_format, len(sources))]
+    prompted = _tokenizers(tokenizer, bare, "query_max_length")
+    ways = zip(query_tokenizers, document_tokenizers, prompted)
+    sides = [{"queries": query, "documents": document, PROMPTED: own} for query, document, own in ways]
+    key_sides = [one | {"documents": key} for one, key in zip(sides, document_tokenizers[len(sources) :])]
     settings = {
         "query_format": _described(query_format),
         "document_format": _described(document_format),
@@ -64,7 +71,9 @@ def build_training_store(
             with StoreWriter(folder, sides[0], progress, with_ids=False) as writer:
                 for index, source in enumerate(sources):
                     bad = {number: error for (file, number), error in conflicts.items() if file == index}
-                    for number, record in source.records(writer, sides[index], skipped, bad):
+                    for number, record in source.records(writer, sides[index], key_sides[index], skipped, bad):
+                        if record.prompt is not None:
+                            _count_prompt(writer, record.query, source.where, bare[index])
                         _add_training_record(writer, record, number, source, num_negatives)
                 start = _manifest_start("training", settings, sources, sides)
                 start |= {"skipped_records": skipped.describe()} if skipped else {}
@@ -86,8 +95,8 @@ def build_training_store(
 def _add_training_record(
     writer: StoreWriter, record: TrainingRecord, number: int, source: "_Source", num_negatives: int | None
 ) -> None:
-    queries, documents = range(2)
-    writer.add_text(queries, "query", record.query)
+    queries, documents, prompted = range(3)
+    writer.add_text(queries if record.prompt is None else prompted, "query", record.query)
     writer.add_text(documents, "pos_doc", record.pos_doc, record.pos_score)
     scores = record.neg_scores or [None] * len(record.neg_docs)
     for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
@@ -124,6 +133,8 @@ def build_text_store(
     kind, parse, setting = kinds[text_key, id_key]
     sources = [_Source(RecordFile(path, parse, Columns(columns, kind) if columns else None)) for path in _listed(files)]
     sides = {kind: TextTokenizer(tokenizer, text_format, setting)}
+    if kind == "queries":
+        sides[PROMPTED] = TextTokenizer(tokenizer, replace(text_format, prefix=""), setting)
     settings = {"text_format": asdict(text_format), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
     settings |= {"columns": list(columns)} if columns else {}
 
@@ -131,17 +142,30 @@ def build_text_store(
         texts: dict[str, tuple[bytes, str]] = {}  # for queries: hash and location by id
         with StoreWriter(folder, sides, progress, with_ids=True) as writer:
             for source in sources:
-                for number, record in source.records(writer, sides):
+                for number, record in source.records(writer, sides, sides):
                     if kind == "queries" and _is_repeated(texts, record, source.where):
                         source.num_repeats += 1
                         continue
                     if not getattr(record, text_key).strip():
                         writer.count_blank()
-                    writer.add_text(0, text_key, getattr(record, text_key))
+                    is_prompted = getattr(record, "prompt", None) is not None
+                    if is_prompted:
+                        _count_prompt(writer, record.query, source.where, text_format)
+                    writer.add_text(int(is_prompted), text_key, getattr(record, text_key))
                     writer.end_record(number, row_id=getattr(record, id_key))
             writer.finish(_manifest_start(kind, settings, sources, [sides] * len(sources)))
 
     return obtain_store(Path(cache_dir), f"{kind}-{_store_key(kind, settings, sources)}", write)
+
+
+def _count_prompt(writer: StoreWriter, query: str, where: str, text_format: TextFormat) -> None:
+    if not text_format.include_prompt:
+        raise BadRecord(
+            where,
+            "brings a prompt of its own, and this model's pooling leaves out the tokens of one prefix for all queries of a "
+            "file; remove the prompt, and give each prompt a file and a query prefix",
+        )
+    writer.count_prompt(query)
 
 
 def _is_repeated(texts: dict[str, tuple[bytes, str]], query: QueryRecord, where: str) -> bool:
@@ -170,6 +194,7 @@ class _Source:
         self,
         writer: StoreWriter,
         sides: dict[str, TextTokenizer],
+        key_sides: dict[str, TextTokenizer],
         skipped: SkippedRecords | None = None,
         known_bad: Mapping[int, BadRecord] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Any]]:
@@ -191,7 +216,7 @@ class _Source:
             last_bad = error
 
         with self.file as file:
-            writer.start_source(sides, lambda number: part_location(parts, number))
+            writer.start_source(sides, key_sides, lambda number: part_location(parts, number))
             for part, stamp in zip(file.parts, self.stamps):
                 start, rows = last, Records(part, digest.update, refuse)
                 file.open_part(rows)
@@ -244,12 +269,15 @@ def _listed(files: Any) -> list:
     return listed
 
 
-def _tokenizers(
-    tokenizer: Any, formats: TextFormat | Sequence[TextFormat], setting: str, num_files: int
-) -> list[TextTokenizer]:
-    """A tokenizer for each file; files with the same format share one."""
-    formats = [formats] * num_files if isinstance(formats, TextFormat) else formats
-    assert len(formats) == num_files
+def _listed_formats(formats: TextFormat | Sequence[TextFormat], num_files: int) -> list[TextFormat]:
+    """One for each file."""
+    listed = [formats] * num_files if isinstance(formats, TextFormat) else list(formats)
+    assert len(listed) == num_files
+    return listed
+
+
+def _tokenizers(tokenizer: Any, formats: Sequence[TextFormat], setting: str) -> list[TextTokenizer]:
+    """A tokenizer for each format; equal formats share one."""
     made = {text_format: TextTokenizer(tokenizer, text_format, setting) for text_format in set(formats)}
     return [made[text_format] for text_format in formats]
 
@@ -273,5 +301,7 @@ def _manifest_start(
         "settings": settings,
         "files": [source.describe() for source in sources],
         # By file and side: the number of leading tokens of a text that the pooling leaves out.
-        "prompt_lengths": [[one.prompt_length for one in sides.values()] for sides in tokenizers],
+        "prompt_lengths": [
+            [one.prompt_length for side, one in sides.items() if side != PROMPTED] for sides in tokenizers
+        ],
     }

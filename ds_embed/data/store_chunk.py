@@ -37,12 +37,12 @@ class ChunkTexts:
         self.ids: dict[str, list[str | None]] = {"query_id": [], "doc_id": [], "label": [], "row_id": []}
 
     def encode(
-        self, sides: dict[str, TextTokenizer], first_sides: dict[str, TextTokenizer] | None
+        self, sides: dict[str, TextTokenizer], key_sides: dict[str, TextTokenizer] | None
     ) -> dict[str, np.ndarray]:
         """Arrays of a store by name, and full_lengths (T,), the texts' lengths without truncation.
 
-        `sides` are the tokenizers of queries and documents, `first_sides` those of the first file, or None for text
-        stores, which have no keys.
+        `sides` are the tokenizers of queries and documents, `key_sides` those with the first file's prefixes, or None for
+        text stores, which have no keys.
         """
         encoded = [encoder.encode_flat(list(distinct)) for encoder, distinct in zip(sides.values(), self.distinct)]
         pool, pool_lengths, pool_full_lengths = (np.concatenate(parts) for parts in zip(*encoded))
@@ -53,22 +53,22 @@ class ChunkTexts:
         pool_starts = np.cumsum(pool_lengths) - pool_lengths
         tokens = pool[np.arange(ends[-1]) + np.repeat(pool_starts[chosen] - (ends - lengths), lengths)]
         arrays = {"tokens": tokens, "lengths": lengths.astype(np.int32), "full_lengths": pool_full_lengths[chosen]}
-        if first_sides is not None:
-            arrays["text_keys"] = self._text_keys(sides, first_sides, encoded)[chosen]
+        if key_sides is not None:
+            arrays["text_keys"] = self._text_keys(sides, key_sides, encoded)[chosen]
             texts = itertools.chain(*self.distinct)
             arrays["content_keys"] = content_keys(list(texts))[chosen]
             arrays |= {f"{name}s": self._id_keys(name) for name in ("query_id", "doc_id", "label")}
         return arrays
 
-    def _text_keys(self, sides: dict[str, TextTokenizer], first_sides: dict, encoded: list) -> np.ndarray:
+    def _text_keys(self, sides: dict[str, TextTokenizer], key_sides: dict, encoded: list) -> np.ndarray:
         """Keys of the distinct texts of all sides, from their tokens in `encoded`.
 
         The keys of documents use the first file's prefix, so that a document keeps its key under another prefix.
         """
         keys = []
         for side, distinct, (tokens, lengths, _) in zip(sides, self.distinct, encoded):
-            if side == "documents" and sides[side] is not first_sides[side]:
-                tokens, lengths, _ = first_sides[side].encode_flat(list(distinct))
+            if side == "documents" and sides[side] is not key_sides[side]:
+                tokens, lengths, _ = key_sides[side].encode_flat(list(distinct))
             keys.append(token_keys(tokens, lengths))
         return np.concatenate(keys)
 

@@ -34,6 +34,7 @@ _CHUNK_CHARACTERS = 16_000_000
 # texts.
 _SHARE_OF_WORKERS = 4
 _WORKERS_FROM_TEXTS = 16_384
+PROMPTED = "prompted"  # the side of queries that bring their own prefix; they are counted as queries
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
 _KEYS = ("first_text", "text_keys", "content_keys", "query_ids", "doc_ids", "labels")
 _TRAINING_ARRAYS = {**dict.fromkeys(_KEYS, "i8"), "scores": "f4"}
@@ -78,11 +79,16 @@ class StoreWriter:
                 with contextlib.suppress(OSError):  # what could not be written will be deleted anyway
                     file.close()
 
-    def start_source(self, sides: dict[str, TextTokenizer], location: Callable[[int], str]) -> None:
-        """Begin a file: its records are encoded by `sides`, and `location` maps their numbers to locations."""
+    def start_source(
+        self, sides: dict[str, TextTokenizer], key_sides: dict[str, TextTokenizer], location: Callable[[int], str]
+    ) -> None:
+        """Begin a file: its records are encoded by `sides`, and `location` maps their numbers to locations.
+
+        key_sides: the tokenizers whose tokens decide which documents are equal.
+        """
         assert self._chunk is None or not self._chunk.numbers, "a chunk holds records of one file"
-        facts = {side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides}
-        self._files.append(File((sides, self._sides if self._ids is None else None), location, facts))
+        facts = {side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides if side != PROMPTED}
+        self._files.append(File((sides, key_sides if self._ids is None else None), location, facts))
         self._start_chunk()
 
     def _start_chunk(self) -> None:
@@ -107,6 +113,11 @@ class StoreWriter:
         """Record that the next text to be added is blank."""
         facts = self._files[-1].facts
         facts["num_blank"] = facts.get("num_blank", 0) + 1
+
+    def count_prompt(self, query: str) -> None:
+        """Note that this query, prompt and all, brings its own."""
+        facts = self._files[-1].facts
+        facts |= {"num_prompts": facts.get("num_prompts", 0) + 1, "prompted": facts.get("prompted", query)}
 
     def count_negatives(self, number: int, where: str) -> None:
         """Record how many negatives the record at `where` has in the data, kept or not."""
@@ -163,7 +174,7 @@ class StoreWriter:
 
         sides = np.array(chunk.texts.sides)
         for index, side in enumerate(self._sides):
-            facts, of_side = chunk.file.facts[side], sides == index
+            facts, of_side = chunk.file.facts["queries" if side == PROMPTED else side], sides == index
             facts["num_texts"] += int(of_side.sum())
             facts["num_cut"] += int((full_lengths > lengths)[of_side].sum())
             facts["longest"] = max(facts["longest"], int(full_lengths[of_side].max(initial=0)))

@@ -65,7 +65,7 @@ class DataArguments(TextArguments):
     train_files: list[str] = setting(
         "training records: files (JSON, JSONL, CSV, TSV, Parquet, compressed or not), folders of them, glob patterns, "
         "URLs, or data sets as NAME:SPLIT or NAME:CONFIG:SPLIT; docs/data_formats.md lists the formats. In YAML, an entry can also be a mapping of path with "
-        "weight, negatives, hard_negatives, temperature, query_prefix or doc_prefix",
+        "weight, negatives, hard_negatives, temperature, query_prefix, doc_prefix, query_max_length or doc_max_length",
         files=True,
     )
     columns: list[str] = several(
@@ -91,6 +91,11 @@ class DataArguments(TextArguments):
         "stored with the trained model for later queries"
     )
     doc_prefixes: list[str] = several("one doc_prefix per train_files entry, like query_prefixes")
+    query_max_length_per_file: list[int] = several(
+        "query_max_length of each of train_files, in tokens; query_max_length is then the one stored with the trained model",
+        above=0,
+    )
+    doc_max_length_per_file: list[int] = several("doc_max_length of each of train_files, in tokens", above=0)
     batching: str = setting(
         "mixed (a global batch has samples of all files), homogeneous (of one file) or clustered (mixed, with records "
         "that share documents in the same batch, so that fewer texts are encoded)",
@@ -120,7 +125,8 @@ class DataArguments(TextArguments):
                 "--batching clustered: needs fixed positives, but --positives random draws a new one in every pass; set "
                 "--positives all or --batching mixed"
             )
-        for name in ("sampling_probabilities", "hard_negatives_per_file", "query_prefixes", "doc_prefixes"):
+        lengths = ("query_max_length_per_file", "doc_max_length_per_file")
+        for name in ("sampling_probabilities", "hard_negatives_per_file", "query_prefixes", "doc_prefixes", *lengths):
             check_one_for_each(name, getattr(self, name), self.train_files)
         for name, single in (("query_prefixes", "query_prefix"), ("doc_prefixes", "doc_prefix")):
             for prefix in getattr(self, name):

@@ -11,7 +11,7 @@ from ds_embed.settings.run_arguments import JobArguments
 ROUNDING_SETTINGS = ("micro_batch_tokens", "attn_implementation", "kernels")
 
 VECTOR_DTYPES = ("float32", "float16", "int8")
-_COLUMN_KEYS = ("query", "query_id", "pos_doc", "doc_id", "title")
+_COLUMN_KEYS = ("query", "query_id", "prompt", "pos_doc", "doc_id", "title")
 
 
 @dataclass
@@ -31,7 +31,7 @@ class EncodeArguments(JobArguments):
     query_files: list[str] = several("files of queries (query, query_id), given like train_files", files=True)
     doc_files: list[str] = several("files of documents (pos_doc, doc_id), given like train_files", files=True)
     columns: list[str] = several(
-        "mapping of our keys (query, query_id, pos_doc, doc_id, title) to the keys or columns of the files, such as "
+        "mapping of our keys (query, query_id, prompt, pos_doc, doc_id, title) to the keys or columns of the files, such as "
         "query=question or doc_id=number (default: detected from the keys)"
     )
     output_prefix: str = setting("folder in which consumed_samplesX/ is created", "embeddings")

@@ -164,6 +164,8 @@ _PER_FILE = {
     "temperature": "temperature_per_file",
     "query_prefix": "query_prefixes",
     "doc_prefix": "doc_prefixes",
+    "query_max_length": "query_max_length_per_file",
+    "doc_max_length": "doc_max_length_per_file",
 }
 
 

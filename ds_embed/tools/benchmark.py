@@ -133,7 +133,14 @@ class _OwnTask(AbsTaskRetrieval):
 
     def load_data(self, *_: Any, **unused: Any) -> None:
         documents = [{"id": one.doc_id, "text": one.pos_doc} for _, one in self.records.documents()]
-        queries = {query.query_id: query.query for _, query in self.records.queries()}
+        queries: dict[str, str] = {}
+        for where, query in self.records.queries():
+            if query.prompt is not None:
+                raise UserError(
+                    f"{where}: brings a prompt of its own, and mteb encodes all queries of a task behind one; remove it, or "
+                    "measure with generate and evaluate"
+                )
+            queries[query.query_id] = query.query
         right: dict[str, dict[str, int]] = {}
         ids = {one["id"] for one in documents}
         for where, judgment in unique_judgments(self.records.judgments()):

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.settings import DataArguments, StepArguments
 from ds_embed.settings.data_arguments import check_one_for_each, unescape
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import listed
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +64,31 @@ def prepare_store(
 def file_formats(
     data: DataArguments, card: EmbeddingCard
 ) -> tuple[TextFormat | list[TextFormat], TextFormat | list[TextFormat]]:
-    """How queries and documents become tokens: the card's way, or with a prefix for each file."""
-    query_format, document_format = card.text_formats()
+    """How queries and documents become tokens: the card's way, or with a prefix or a length for each file."""
+    queries, documents = card.text_formats()
     return (
-        [replace(query_format, prefix=unescape(prefix)) for prefix in data.query_prefixes] or query_format,
-        [replace(document_format, prefix=unescape(prefix)) for prefix in data.doc_prefixes] or document_format,
+        _formats("query_max_length", queries, data.query_prefixes, data.query_max_length_per_file),
+        _formats("doc_max_length", documents, data.doc_prefixes, data.doc_max_length_per_file),
     )
+
+
+def _formats(name: str, one: TextFormat, prefixes: list[str], lengths: list[int]) -> TextFormat | list[TextFormat]:
+    if not prefixes and not lengths:
+        return one
+    if max([0, *lengths]) > one.max_length:
+        raise UserError(
+            f"--{name}_per_file {listed(lengths)}: the model's own length, which later texts are cut at, is {one.max_length}; "
+            f"lower the file's, or raise --{name} or --max_length"
+        )
+    ways = zip_longest(map(unescape, prefixes), lengths)
+    return [
+        replace(
+            one,
+            prefix=one.prefix if prefix is None else prefix,
+            max_length=one.max_length if length is None else length,
+        )
+        for prefix, length in ways
+    ]
 
 
 def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:

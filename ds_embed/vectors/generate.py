@@ -115,7 +115,7 @@ def build_stores(
     `prefix` is that of the flags that name the files. UserError: texts that are too long, one id on two documents.
     """
     kinds = [
-        ("query", "test_queries", arguments.query_files, ("query", "query_id")),
+        ("query", "test_queries", arguments.query_files, ("query", "query_id", "prompt")),
         ("doc", "test_docs", arguments.doc_files, ("pos_doc", "doc_id", "title")),
     ]
     stores = []

@@ -13,7 +13,7 @@ from ds_embed.artifact.durable import folder_when_whole, replaced_when_whole
 from ds_embed.data.files import BadRecord, read_lines
 from ds_embed.data.forms import parse_training_record
 from ds_embed.data.identity import text_id
-from ds_embed.data.records import TrainingRecord
+from ds_embed.data.records import DocumentRecord, QueryRecord, TrainingRecord
 from ds_embed.data.retrieval_sets import RetrievalSet
 from ds_embed.data.tally import Tally
 from ds_embed.data.text_table import TextTable
@@ -37,7 +37,7 @@ def training_records(source: RetrievalSet, tally: Tally, work: Path, *, judged_n
             negatives.setdefault(judgment.query_id, []).append(judgment.doc_id)
     with TextTable(work, "document id") as documents, TextTable(work, "query id") as queries:
         _keep((item for item in source.documents() if item[1].doc_id in wanted), documents, tally)
-        _keep(source.queries(), queries, tally)
+        _keep(_queries(source, tally), queries, tally)
         for where, judgment in unique_judgments(source.judgments()):
             if judgment.relevance <= 0 or not _known(where, judgment, queries, documents, tally):
                 continue
@@ -74,6 +74,7 @@ def write_pairs(path: Path, records: NumberedRecords, num_negatives: int, tally:
                 problem = f"has {len(record.neg_docs)} neg_doc; --num_negatives {num_negatives} wants so many"
                 tally.refuse(BadRecord(where, problem))
                 continue
+            _count_prompt(record, tally)
             write({"anchor": record.query, "positive": record.pos_doc, **dict(zip(names, record.neg_docs))})
             tally.count("rows written")
 
@@ -85,11 +86,12 @@ def write_training_texts(folder: Path, records: NumberedRecords, tally: Tally) -
         names = ("queries", "docs")
         files = [stack.enter_context(replaced_when_whole(partial / f"{name}.jsonl")) for name in names]
         for where, record in records:
-            for number, text in enumerate((record.query, record.pos_doc, *record.neg_docs)):
-                side, name = min(number, 1), text_id(text)
+            query: QueryRecord | DocumentRecord = QueryRecord(record.query, text_id(record.query), (), record.prompt)
+            documents = (DocumentRecord(text, text_id(text)) for text in (record.pos_doc, *record.neg_docs))
+            for number, one in enumerate((query, *documents)):
+                side, (text, name, *_) = min(number, 1), one
                 if tables[side].add(name, text, where):
-                    keys = (("query", "query_id"), ("pos_doc", "doc_id"))[side]
-                    write_json_line(files[side], dict(zip(keys, (text, name))))
+                    write_json_line(files[side], one.as_json())
                     tally.count(f"{names[side]} written")
 
 
@@ -103,7 +105,7 @@ def write_beir(folder: Path, split: str, source: RetrievalSet, tally: Tally) -> 
                     for text, name in tally.counted("documents written", _new(source.documents(), documents, tally)):
                         write_json_line(file, {"_id": name, "title": "", "text": text})
                 with replaced_when_whole(partial / "queries.jsonl") as file:
-                    for text, name in tally.counted("queries written", _new(source.queries(), queries, tally)):
+                    for text, name in tally.counted("queries written", _new(_queries(source, tally), queries, tally)):
                         write_json_line(file, {"_id": name, "text": text})
                 judgments = _known_judgments(source, queries, documents, tally)
                 write_beir_qrels(partial / "qrels" / f"{split}.tsv", judgments)
@@ -117,7 +119,7 @@ def write_test_files(folder: Path, source: RetrievalSet, tally: Tally) -> None:
         with replaced_when_whole(partial / "docs.jsonl") as file:
             for text, name in tally.counted("documents written", _new(source.documents(), documents, tally)):
                 write_json_line(file, {"pos_doc": text, "doc_id": name})
-        _keep(source.queries(), queries, tally)
+        _keep(_queries(source, tally), queries, tally)
         relevant: dict[str, list[str]] = {}
 
         def judgments() -> Iterator[Judgment]:
@@ -151,11 +153,7 @@ def write_texts(path: Path, kind: str, records: Iterator[tuple[str, Any]], work:
             except BadRecord as error:
                 tally.refuse(error)
                 continue
-            values = record._asdict()
-            doc_ids = list(values.pop("doc_ids", ()))
-            if doc_ids:
-                values["doc_id"] = doc_ids[0] if len(doc_ids) == 1 else doc_ids
-            write_json_line(file, values)
+            write_json_line(file, record.as_json())
             tally.count(f"{kind} written")
 
 
@@ -227,6 +225,18 @@ def _new(items: Iterable[tuple[str, Sequence[Any]]], table: TextTable, tally: Ta
 def _keep(items: Iterable[tuple[str, Sequence[Any]]], table: TextTable, tally: Tally) -> None:
     for _ in _new(items, table, tally):
         pass
+
+
+def _queries(source: RetrievalSet, tally: Tally) -> Iterator[tuple[str, QueryRecord]]:
+    for where, query in source.queries():
+        _count_prompt(query, tally)
+        yield where, query
+
+
+def _count_prompt(record: TrainingRecord | QueryRecord, tally: Tally) -> None:
+    """For files that have no place for a prompt."""
+    if record.prompt is not None:
+        tally.count("queries with a prompt of their own, which is now the start of their text")
 
 
 def write_json_line(file: IO, values: Mapping[str, Any]) -> None:

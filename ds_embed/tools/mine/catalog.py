@@ -70,7 +70,8 @@ class Texts:
         return len(self._offsets) - 1
 
     def __getitem__(self, row: int) -> str:
-        return orjson.loads(self._lines[self._offsets[row] : self._offsets[row + 1]])[self._key]
+        values = orjson.loads(self._lines[self._offsets[row] : self._offsets[row + 1]])
+        return values.get("prompt", "") + values[self._key]
 
     def __iter__(self) -> Iterator[str]:
         return (self[row] for row in range(len(self)))
@@ -129,7 +130,15 @@ class _Table:
         """The rows of those keys that are known."""
         return [self.rows[key] for key in keys if key in self.rows]
 
-    def row(self, keys: tuple[int, ...], text: str, name: str | None, path: str | None, where: str) -> int:
+    def row(
+        self,
+        keys: tuple[int, ...],
+        text: str,
+        name: str | None,
+        path: str | None,
+        where: str,
+        prompt: str | None = None,
+    ) -> int:
         row = next(iter(self.found(keys)), len(self))
         for key in keys:
             self.rows.setdefault(key, row)
@@ -141,7 +150,8 @@ class _Table:
                     "for it; give each text its own, or let --model_name_or_path encode them"
                 )
         if row == len(self):
-            line = orjson.dumps({self.text_key: text, self.id_key: str(row)}) + b"\n"
+            values = {self.text_key: text[len(prompt or "") :], self.id_key: str(row)}
+            line = orjson.dumps(values if prompt is None else values | {"prompt": prompt}) + b"\n"
             self.file.write(line)
             self.offsets.append(self.offsets[-1] + len(line))
             if self.names is not None:
@@ -266,7 +276,8 @@ class CatalogBuilder:
                 raise UserError(
                     f"{where}: query_id is missing, by which --embeddings has its vector; give every record its query_id"
                 )
-            query = self.queries.row((content_key(record.query),), record.query, record.query_id, path, where)
+            key, prompt = content_key(record.query), record.prompt
+            query = self.queries.row((key,), record.query, record.query_id, path, where, prompt)
             for shared in (*query_keys, record.query_id and (path, record.query_id)):
                 if shared is not None:
                     same_group.extend((query, first_query.setdefault(shared, query)))
