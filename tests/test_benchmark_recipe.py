@@ -191,10 +191,7 @@ def test_killed_and_resumed_on_other_ranks(model, tmp_path):
         (["--query_files", "{small}/queries.jsonl"], "give --doc_files too"),
         (["--tasks", "{small}", "--qrels", "{small}"], "--qrels .*: has no effect without --query_files"),
         (["--tasks", "{bad}"], "document 'd999' is not among the texts"),
-        (
-            ["--tasks", "{asked}"],
-            "queries.jsonl:13: brings a prompt of its own, and mteb encodes all queries of a task",
-        ),
+        (["--tasks", "{asked}"], "queries.jsonl:4: brings a prompt of its own, and mteb encodes all queries of a task"),
     ],
 )
 def test_what_is_refused(model, tmp_path, given, message):
