@@ -160,7 +160,7 @@ def test_queries_without_negatives_and_further_positives_equal_the_reference(neg
     place = {document: number for number, document in enumerate(kept)}
     lists = [[place[j] for j in own] for own in lists]
     table, keys, teacher = table[[*range(9), *(9 + j for j in kept)]], keys[kept], teacher[kept]
-    pairs = [(1, 4), (4, 1), (2, lists[2][1]), (5, lists[7][0]), (8, lists[1][1])]
+    pairs = [(1, 4), (4, 1), (6, 3), (2, lists[2][1]), (5, lists[7][0]), (8, lists[1][1])]
     own = torch.tensor([own or [-1] * num_hard for own in lists])
     own[2, 1] = -1  # a hard negative that is a positive of its own query
     t = table.clone().requires_grad_()
