@@ -37,19 +37,17 @@ def main() -> None:
         ModelArguments, TextArguments, SearchArguments, SearchIndexArguments, argv=argv
     )
     from ds_embed.data.records import read_document_texts
-    from ds_embed.models.loading import find_source, load_config
+    from ds_embed.models.loading import find_source
     from ds_embed.vectors.embedder import Embedder
     from ds_embed.vectors.faiss_index import search_by_arguments
+    from ds_embed.vectors.load import identify_with_card
     from ds_embed.vectors.vectors import other_model, read_vectors
 
     documents = read_vectors(arguments.embeddings, "doc")
     source = find_source(model)
     embedder = Embedder.from_source(source, model, text, device=None, bf16=arguments.bf16)
     if documents.made_from:
-        card = embedder.card
-        here = source.identify(getattr(load_config(source, model.trust_remote_code), "_commit_hash", None))
-        here |= {"pooling": repr(card.pooling), "head": repr(card.head), "bidirectional": repr(card.bidirectional)}
-        if other := other_model(documents, here):
+        if other := other_model(documents, identify_with_card(source, embedder.card, model.trust_remote_code)):
             print(
                 f"warning: the vectors of {arguments.embeddings} come from another model than "
                 f"{model.model_name_or_path} ({other}): unless one is an export of the other, what is found means nothing",

@@ -42,6 +42,8 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     [
         ([], ["missing required flag(s)", "--output_dir"]),
         (["--output_dir", "x", "--max_step", "3"], ["unknown flag --max_step", "did you mean --max_steps"]),
+        (["--output_dir", "x", "--steps", "3"], ["unknown flag --steps", "did you mean --max_steps"]),
+        (["--output_dir", "x", "--epochs", "3"], ["--epochs: unknown flag; use --num_train_epochs"]),
         (["--output_dir", "x", "stray"], ["unexpected argument 'stray'"]),
         (["--output_dir", "x", "--max_steps", "1.5"], ["max_steps", "1.5"]),
         (["--output_dir", "x", "--bf16", "perhaps"], ["bf16", "perhaps"]),

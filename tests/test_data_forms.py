@@ -386,6 +386,7 @@ FILES = [
         "--columns pos_doc=KEY",
     ),
     ("a.jsonl", b'{"a": "b", "c": "d"}\n', {"columns": ["query=a", "pos_doc=c", "neg_doc=e"]}, "no record has 'e'"),
+    ("a.jsonl", b"{}", {"columns": ["Frage=query"]}, "--columns Frage=query (did you mean query=Frage?): want KEY=COL"),
     ("a.jsonl", b"{}", {"columns": ["ask=a"]}, "--columns ask=a: want KEY=COLUMN, where KEY is one of query, pos_doc"),
     ("a.jsonl", b"{}", {"columns": ["query=a", "query=b"]}, "--columns query=b: query is given twice"),
     (

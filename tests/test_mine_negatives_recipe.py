@@ -91,4 +91,7 @@ def test_two_ranks_killed_and_started_again_write_what_one_process_writes(place)
     assert "encoding doc" not in again.stderr  # the vectors were there
     for suffix in ("", ".summary.json", ".scores.png"):
         assert (place / f"two.jsonl{suffix}").read_bytes() == (place / f"one.jsonl{suffix}").read_bytes()
-    assert '"negatives_mined": ' in again.stdout and not work.exists()
+    assert (
+        " mined; " in again.stdout and "left out: positive " in again.stdout and '"negatives_mined"' not in again.stdout
+    )
+    assert f"{work}/vectors" not in again.stderr and not work.exists()

@@ -8,13 +8,16 @@ import pytest
 from report_material import report, write_retrieval, write_run
 from tiny import check, launch, make_model, make_training_file
 
+from ds_embed.job.ranks import World
+from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments
 from ds_embed.tools.report.answers import find_answers, map_documents, sample_documents, worst_queries
 from ds_embed.tools.report.charts import draw_curves, smooth
 from ds_embed.tools.report.run_log import read_run
+from ds_embed.vectors.generate import generate
 from ds_embed.vectors.vectors import read_embeddings
 
 
-def test_report_of_a_real_run(tmp_path):
+def test_report_of_a_real_run(tmp_path, capsys):
     from safetensors.torch import load_file
 
     model = make_model(tmp_path / "bert", "bert")
@@ -59,6 +62,21 @@ def test_report_of_a_real_run(tmp_path):
     assert shown["Trained weights"] == f"all: {sum(w.numel() for w in weights.values()):,} parameters"
     assert "No retrieval was measured: set --val_check_interval" in page
     assert "No vectors: give --embeddings" in page
+
+    # Vectors of the run's model, and of another: said on the page and where the command runs.
+    names = [{"query": f"w{i}", "query_id": f"q{i}", "doc_id": f"d{i}"} for i in range(9)]
+    texts = [{"pos_doc": f"w{i} w{i + 1}", "doc_id": f"d{i}"} for i in range(9)]
+    for name, lines in (("q.jsonl", names), ("d.jsonl", texts)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = {"query_files": [str(tmp_path / "q.jsonl")], "doc_files": [str(tmp_path / "d.jsonl")]}
+    for encoded_by in (run, model):
+        options = {"output_prefix": str(tmp_path / encoded_by.name), "cache_dir": str(tmp_path / "cache")}
+        arguments = EncodeArguments(**files, **options)
+        folder = generate(World.alone(), ModelArguments(str(encoded_by)), TextArguments(), arguments)
+        capsys.readouterr()
+        page = report(run, embeddings=str(folder), **files)
+        warning = f"The vectors are not those of {run}/model, but of another model or a checkpoint (base_model "
+        assert (warning in page) == (f"warning: {warning}" in capsys.readouterr().err) == (encoded_by == model)
 
 
 def test_found_documents_agree_with_brute_force(tmp_path):

@@ -282,6 +282,7 @@ def test_dry_run_and_plan_as_commands(place, tmp_path):
     dry = check(launch(RANKS, "recipes/train_gpt.py", *flags, "--dry_run", "true"))
     assert not (tmp_path / "run").exists()
     assert (dry.stdout + dry.stderr).count("dry run: nothing was loaded") == 1
+    assert "The ranks here are CPUs, and all times are those of GPUs of 989 TFLOP/s" in dry.stdout + dry.stderr
     plan = check(launch(0, "recipes/plan.py", *flags, "--num_gpus", RANKS)).stdout
     first = [line for line in (dry.stdout + dry.stderr).splitlines() if line.startswith(("weights  ", "10 steps"))]
     assert len(first) >= 2 and plan.count("(yours)") == 1

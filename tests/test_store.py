@@ -117,6 +117,18 @@ def test_the_manifest_says_what_was_stored(tmp_path, tokenizer, small_chunks):
     }
 
 
+def test_keys_of_queries_and_documents_that_nobody_reads_are_told(tmp_path, tokenizer):
+    queries = [{"query": "x", "query_id": "q", "doc_id": "d", "language": "en"}, {"text": "y", "_id": "p", "url": "u"}]
+    documents = [{"pos_doc": "x", "doc_id": "d", "title": "T"}, {"text": "y", "_id": "e", "title": "T", "source": "s"}]
+    for text, id_key, records, unread in (
+        ("query", "query_id", queries, "language, url"),
+        ("pos_doc", "doc_id", documents, "title, source"),
+    ):
+        path = write_jsonl(tmp_path / f"{text}.jsonl", records)
+        folder = build_text_store([path], text, id_key, tokenizer, TextFormat("", 9, True), tmp_path / "cache")
+        assert f"not read: {unread}" in TextStore.open(folder).describe()
+
+
 def test_the_longest_text_is_the_longest_that_is_kept(tmp_path, tokenizer):
     """Not one that was longer before it was cut: a query too long for a micro-batch is found beside it."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": "x " * 10, "pos_doc": "x " * 40}, RECORDS[0]])

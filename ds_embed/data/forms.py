@@ -34,6 +34,7 @@ from ds_embed.data.records import (
 )
 from ds_embed.data.text_table import TextTable
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.fields import check_column
 
 _LISTS = ("neg_doc", "neg_scores")  # may be spread over several columns
 _IDS = ("query_id", "doc_id")
@@ -91,9 +92,8 @@ class Columns:
         self._by_order = list(words) == [IN_ORDER] and kind == "training"
         self._columns: dict[str, list[str]] = {}
         for word in [] if self._by_order else words:
-            key, equals, column = word.partition("=")
-            if key not in self._keys or not equals or not column:
-                raise UserError(f"--columns {word}: want KEY=COLUMN, where KEY is one of {', '.join(self._keys)}")
+            check_column(word, self._keys)
+            key, _, column = word.partition("=")
             if key in self._columns:
                 raise UserError(f"--columns {word}: {key} is given twice")
             self._columns[key] = column.split(",") if key in _LISTS else [column]
@@ -482,10 +482,19 @@ class RecordFile(ExitStack):
     While rows are parsed it is entered: what reading them has opened is closed at the end.
     """
 
-    def __init__(self, entry: str | os.PathLike, parse_row: Callable[[str, dict], Any], columns: Columns | None = None):
+    def __init__(
+        self,
+        entry: str | os.PathLike,
+        parse_row: Callable[[str, dict], Any],
+        columns: Columns | None = None,
+        keys_read: Callable[[dict], set[str]] | None = None,
+    ):
+        """keys_read: which keys of a row `parse_row` reads; the others are told of."""
         super().__init__()
         self.path, self.parts = os.fspath(entry), list_parts(entry)
-        self._parse_row, self._columns = parse_row, columns
+        self._parse_row, self._columns, self._keys_read = parse_row, columns, keys_read
+        self._keys: tuple[str, ...] = ()  # of the last row
+        self._unread: dict[str, None] = {}  # keys that nobody reads, in the order in which they came
 
     def stamps(self) -> list[dict]:
         """What changes when the file does: a dictionary for each part, and for each corpus that one names."""
@@ -498,7 +507,14 @@ class RecordFile(ExitStack):
 
     def parse(self, where: str, row: dict) -> list:
         """The records of a row. BadRecord (a UserError) names the place, the key and what was found."""
+        if self._keys_read is not None:
+            self._note_unread(row, lambda row: row.keys() - self._keys_read(row))
         return [self._parse_row(where, row if self._columns is None else self._columns.mapped(where, row))]
+
+    def _note_unread(self, row: dict, unread: Callable[[dict], set[str]]) -> None:
+        if self._columns is None and (keys := tuple(row)) != self._keys:
+            self._keys = keys
+            self._unread |= dict.fromkeys(sorted(unread(row)))
 
     def end(self) -> None:
         """All rows were read: UserError when none had a column of --columns."""
@@ -525,7 +541,7 @@ class RecordFile(ExitStack):
 
     def facts(self) -> dict[str, Any]:
         """What was met in the rows so far."""
-        return {}
+        return {"unread": list(self._unread)} if self._unread else {}
 
 
 class TrainingFile(RecordFile):
@@ -541,8 +557,6 @@ class TrainingFile(RecordFile):
         self._forms = (*(form for form in (_SCORED, _LABELS) if form.kind in reading.kinds), *_FORMS)
         self.score_range: list[float] = []  # of scored pairs
         self.num_rows, self.fewest, self.most = 0, 0, 0
-        self._keys: tuple[str, ...] = ()  # of the last row
-        self._unread: dict[str, None] = {}  # keys that nobody reads, in the order in which they came
         self._notes: list[str] = []
         self.corpora_sha256 = ""  # of the corpora that were read for the records
         self._reading, self._work_dir = reading, work_dir or Path(tempfile.gettempdir())
@@ -606,9 +620,7 @@ class TrainingFile(RecordFile):
         if self._has_text_cells:
             row = _typed(where, row)
         form = self.form or _OWN
-        if self._columns is None and (keys := tuple(row)) != self._keys:
-            self._keys = keys
-            self._unread |= dict.fromkeys(sorted(form.unread(row)))
+        self._note_unread(row, form.unread)
         if form is _TEVATRON_IDS and not self._corpora:
             if not self._reading.corpus_files:
                 raise UserError(f"{where}: names its documents by id; give their texts with --corpus_files")
@@ -633,7 +645,7 @@ class TrainingFile(RecordFile):
         several = f" with {counts} positives" if self.most > 1 else ""
         read = f"{form} {_NOUNS[self.kind]}, {self.num_rows:,}{several}".lstrip()
         facts = {"read": read, "num_rows": self.num_rows}
-        more = {"unread": list(self._unread), "notes": self._notes}
+        more = super().facts() | {"notes": self._notes}
         more |= {"kind": self.kind, "score_range": self.score_range}
         return facts | {name: value for name, value in more.items() if value}
 

@@ -100,6 +100,17 @@ def _without_prompt(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"query": values["query"][len(values["prompt"] or "") :]}
 
 
+def keys_of_query(record: dict) -> set[str]:
+    """The keys that parse_query_record reads."""
+    return {present(record, _QUERY_KEYS), present(record, _QUERY_ID_KEYS), "doc_id", *PROMPT_KEYS}
+
+
+def keys_of_document(record: dict) -> set[str]:
+    """The keys that parse_document_record reads."""
+    key = present(record, _DOC_KEYS)
+    return {key, present(record, _DOC_ID_KEYS)} | ({"title"} if key == "text" else set())
+
+
 def parse_document_record(where: str, record: dict, *, join_titles: bool = True) -> DocumentRecord:
     """Check one record of a documents file: pos_doc (may be empty: corpora hold such) and doc_id.
 

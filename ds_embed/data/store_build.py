@@ -15,7 +15,14 @@ from typing import Any
 
 from ds_embed.data.files import BadRecord, Records, format_location
 from ds_embed.data.forms import AS_IT_IS, Columns, Reading, RecordFile, TrainingFile
-from ds_embed.data.records import QueryRecord, TrainingRecord, parse_document_record, parse_query_record
+from ds_embed.data.records import (
+    QueryRecord,
+    TrainingRecord,
+    keys_of_document,
+    keys_of_query,
+    parse_document_record,
+    parse_query_record,
+)
 from ds_embed.data.store_files import FORMAT_VERSION, obtain_store
 from ds_embed.data.store_writer import PROMPTED, Progress, StoreWriter
 from ds_embed.data.tally import SkippedRecords
@@ -125,13 +132,16 @@ def build_text_store(
     build_training_store; open it with TextStore.open.
     """
     kinds = {
-        ("query", "query_id"): ("queries", parse_query_record, "query_max_length"),
-        ("pos_doc", "doc_id"): ("documents", parse_document_record, "doc_max_length"),
+        ("query", "query_id"): ("queries", parse_query_record, keys_of_query, "query_max_length"),
+        ("pos_doc", "doc_id"): ("documents", parse_document_record, keys_of_document, "doc_max_length"),
     }
     if (text_key, id_key) not in kinds:
         raise UserError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
-    kind, parse, setting = kinds[text_key, id_key]
-    sources = [_Source(RecordFile(path, parse, Columns(columns, kind) if columns else None)) for path in _listed(files)]
+    kind, parse, keys_read, setting = kinds[text_key, id_key]
+    files = _listed(files)
+    sources = [
+        _Source(RecordFile(path, parse, Columns(columns, kind) if columns else None, keys_read)) for path in files
+    ]
     sides = {kind: TextTokenizer(tokenizer, text_format, setting)}
     if kind == "queries":
         sides[PROMPTED] = TextTokenizer(tokenizer, replace(text_format, prefix=""), setting)

@@ -70,8 +70,8 @@ class DataArguments(TextArguments):
     )
     columns: list[str] = several(
         "mapping of our keys to the keys or columns of the training and held-out records, such as query=question "
-        "neg_doc=worse,worst; in_order takes the columns of a table as query, positive, negatives (default: the format "
-        "is detected from the keys)"
+        "neg_doc=worse,worst; in_order takes the columns of a table as query, positive, negatives; one mapping "
+        "for all files together (default: the format of each file is detected from its keys)"
     )
     corpus_files: list[str] = several(
         "documents that training records refer to by id, as in Tevatron's positive_document_ids", files=True

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ds_embed.settings.data_arguments import DataArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import optional, same_as, setting, several
+from ds_embed.settings.fields import check_column, optional, same_as, setting, several
 from ds_embed.settings.run_arguments import JobArguments
 
 # Changing these changes a row only by rounding.
@@ -32,7 +32,7 @@ class EncodeArguments(JobArguments):
     doc_files: list[str] = several("files of documents (pos_doc, doc_id), given like train_files", files=True)
     columns: list[str] = several(
         "mapping of our keys (query, query_id, prompt, pos_doc, doc_id, title) to the keys or columns of the files, such as "
-        "query=question or doc_id=number (default: detected from the keys)"
+        "query=question or doc_id=number; one mapping for all files (default: detected from the keys)"
     )
     output_prefix: str = setting("folder in which consumed_samplesX/ is created", "embeddings")
     vector_dtype: str = setting(
@@ -62,8 +62,7 @@ class EncodeArguments(JobArguments):
         if not self.query_files and not self.doc_files:
             raise UserError("nothing to encode: give --query_files, --doc_files or both")
         for word in self.columns:
-            if word.partition("=")[0] not in _COLUMN_KEYS:
-                raise UserError(f"--columns {word}: expected KEY=COLUMN, where KEY is one of {', '.join(_COLUMN_KEYS)}")
+            check_column(word, _COLUMN_KEYS)
         for name in self.accept_changes:
             if name not in ROUNDING_SETTINGS:
                 raise UserError(

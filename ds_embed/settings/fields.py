@@ -60,6 +60,14 @@ def same_as(owner: Any, name: str) -> Any:
     return dataclasses.field(metadata=known.metadata, **given)
 
 
+def check_column(word: str, keys: Sequence[str]) -> None:
+    """UserError for a word of --columns that is not KEY=COLUMN with one of these keys."""
+    key, equals, column = word.partition("=")
+    if key not in keys or not equals or not column:
+        hint = f" (did you mean {column}={key}?)" if column in keys and key else ""
+        raise UserError(f"--columns {word}{hint}: want KEY=COLUMN, where KEY is one of {', '.join(keys)}")
+
+
 def constants_of(owner: Any) -> Callable[[type], type]:
     """A class decorator: settings of `owner` that the class doesn't have are constants of it, with their defaults."""
 

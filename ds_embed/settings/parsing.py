@@ -15,7 +15,7 @@ from ds_embed.settings.help_page import help_page
 _NOT_GIVEN = object()
 # Our counterparts of flags of Hugging Face's trainer, sentence-transformers, Tevatron, FlagEmbedding, Automodel, ms-swift.
 _OURS = {
-    "--global_batch_size, over all ranks": "per_device_train_batch_size local_batch_size",
+    "--global_batch_size, over all ranks": "per_device_train_batch_size local_batch_size batch_size train_batch_size",
     "--micro_batch_tokens, the tokens of a forward pass": "per_device_eval_batch_size mini_batch_size sub_batch_size "
     "gc_q_chunk_size gc_p_chunk_size cached_batch_size",
     "--global_batch_size, over all ranks; --micro_batch_tokens splits it": "gradient_accumulation_steps",
@@ -29,7 +29,7 @@ _OURS = {
     "--best_metric": "metric_for_best_model",
     "--lr_scheduler": "lr_scheduler_type",
     "--learning_rate": "lr",
-    "--num_train_epochs": "num_epochs",
+    "--num_train_epochs": "num_epochs epochs n_epochs max_epochs train_epochs",
     "--max_grad_norm": "gradient_clipping",
     "--query_max_length": "query_max_len q_max_len",
     "--doc_max_length": "passage_max_len p_max_len",
@@ -190,5 +190,7 @@ def _of_each_file(path: Path, files: list, content: dict) -> dict[str, list]:
 
 
 def _nearest(name: str, known: Mapping, dashes: str) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6) or [
+        one for one in known if len(name) > 3 and name in one
+    ]
     return f" (did you mean {dashes}{match[0]}?)" if match else ""

@@ -32,8 +32,12 @@ _NOT_OF_ROWS |= {"normalize", "similarity", "prompts", "origins", "base_model", 
 logger = logging.getLogger(__name__)
 
 
-def generate(world: World, model: ModelArguments, text: TextArguments, arguments: EncodeArguments) -> Path:
+def generate(
+    world: World, model: ModelArguments, text: TextArguments, arguments: EncodeArguments, is_part: bool = False
+) -> Path:
     """Write consumed_samplesX/ under output_prefix and return its path. Every rank must call it.
+
+    is_part: of a larger job, whose user does not look there.
 
     What is finished stays as it is, what was begun is gone on with. UserError when what is there was made
     from other files, another model or other settings, or when another job is at it.
@@ -101,9 +105,11 @@ def generate(world: World, model: ModelArguments, text: TextArguments, arguments
         for job in jobs:
             corpus, _, rows = job
             state = "written to" if job in unfinished else "finished already, they are in"
+            corpus.release()
+            if is_part:
+                continue
             numbers = "" if corpus.dtype == "float32" else f", as {corpus.dtype}"
             logger.info("%s vectors %s %s%s", f"{len(rows):,} {corpus.name}", state, corpus.path, numbers)
-            corpus.release()
     return embeddings
 
 

@@ -9,7 +9,7 @@ from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.fit import check_parts
-from ds_embed.models.loading import ModelSource, choose_card, load_encoder, load_tokenizer
+from ds_embed.models.loading import ModelSource, choose_card, load_config, load_encoder, load_tokenizer
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.encode import encode_tokens
@@ -24,6 +24,12 @@ _TEXTS = (
     "An old violin maker in Cremona, it is said, would not sell an instrument before he had played it for a year.",
     "no",
 )
+
+
+def identify_with_card(source: ModelSource, card: EmbeddingCard, trust_remote_code: bool) -> dict[str, str]:
+    """What vectors of this model say of it in their manifest, as other_model compares it."""
+    here = source.identify(getattr(load_config(source, trust_remote_code), "_commit_hash", None))
+    return here | {name: repr(getattr(card, name)) for name in ("pooling", "head", "bidirectional")}
 
 
 @dataclass(frozen=True)

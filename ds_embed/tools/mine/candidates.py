@@ -71,7 +71,7 @@ def obtain_vectors(
             micro_batch_tokens=arguments.micro_batch_tokens,
             cache_dir=str(folder / "tokens"),
         )
-        embeddings = generate(world, model, text, encode)
+        embeddings = generate(world, model, text, encode, is_part=True)
 
     def take() -> dict[str, str]:
         paths = {}

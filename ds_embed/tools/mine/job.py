@@ -31,7 +31,7 @@ from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.tool_arguments import MiningArguments
 from ds_embed.tools.mine.catalog import Catalog, CatalogBuilder
-from ds_embed.tools.mine.output import Mined, plot_path, plot_scores, summarise, summary_path, write_records
+from ds_embed.tools.mine.output import Mined, describe, plot_path, plot_scores, summarise, summary_path, write_records
 from ds_embed.tools.mine.rules import RULES, Pool, choose, make_pool
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
             file.write("\n")
         write_records(output_file, mined, catalog, arguments)
         work.remove()
-        print(json.dumps(summary, indent=2))
-        print(f"written to {output_file}")
+        print("\n".join(describe(summary, arguments)))
+        print(f"written to {output_file}, all numbers to {summary_path(output_file).name}")
         if without := summary["records_without_negatives"]:
             rule, count = max(summary["dropped"].items(), key=lambda item: (item[0] != "positive", item[1]))
             end = "left out" if arguments.drop_without_negatives else "written without one"

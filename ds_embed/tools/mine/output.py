@@ -63,6 +63,25 @@ def summarise(mined: Mined, catalog: Catalog, arguments: MiningArguments, counts
     }
 
 
+def describe(summary: dict, arguments: MiningArguments) -> list[str]:
+    """What a user wants to know of a summary first, in lines."""
+    kept = f", {summary['negatives_kept']:,} kept" if summary["negatives_kept"] else ""
+    lines = [
+        f"records    {summary['records_written']:,} of {summary['records']:,} written, {summary['queries']:,} queries",
+        f"negatives  {summary['negatives_mined']:,} mined{kept}; {summary['records_with_fewer']:,} records have fewer than "
+        f"{arguments.num_negatives}, {summary['records_without_negatives']:,} have none",
+    ]
+    dropped = [f"{name} {count:,}" for name, count in summary["dropped"].items() if count]
+    lines.append(
+        f"candidates {summary['candidates_considered']:,} considered; left out: {', '.join(dropped) or 'none'}"
+    )
+    for name in ("positive", "negative"):
+        if scores := summary[f"{name}_scores"]:
+            spread = f"5% to 95%: {scores['p5']:.3f} to {scores['p95']:.3f}"
+            lines.append(f"scores     of {name}s: median {scores['p50']:.3f} ({spread})")
+    return lines
+
+
 def _statistics(scores: np.ndarray) -> dict[str, float]:
     if not len(scores):
         return {}

@@ -278,6 +278,11 @@ def table(job: Job) -> str:
         f"Assumed: {hardware.efficiency:.0%} of {hardware.gpu_tflops:g} TFLOP/s; {hardware.node_gb_per_second:g} GB/s "
         f"between GPUs of a node, {hardware.network_gb_per_second:g} GB/s between nodes; no overlap of the two.",
     ]
+    if not job.on_gpu:
+        lines.append(
+            f"The ranks here are CPUs, and all times are those of GPUs of {hardware.gpu_tflops:g} TFLOP/s: give --gpu_tflops "
+            "and the bandwidths of these ranks, in the same units, for their own."
+        )
     if job.on_gpu:
         lines.append(
             f"Assumed: {ranks.CONTEXT_BYTES / GIB:.1f} GiB of CUDA context and communication buffers, "

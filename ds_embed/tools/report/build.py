@@ -1,6 +1,7 @@
 """From a run and its vectors to report.html and the charts beside it."""
 
 import importlib.util
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ds_embed.tools.report.answers import Answers, find_answers, map_documents, 
 from ds_embed.tools.report.charts import STYLE, Chart, chart_of_documents, charts_of_similarity, draw_curves
 from ds_embed.tools.report.run_log import RunLog, read_run
 from ds_embed.vectors.metrics import read_qrels, read_qrels_from_queries
-from ds_embed.vectors.vectors import read_embeddings
+from ds_embed.vectors.vectors import Vectors, other_model, read_embeddings
 
 _TOP_SHOWN = 3
 
@@ -95,6 +96,7 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
             missing = f"The run's validation file {path} is not there (any more): give --query_files and --doc_files."
             return [Section(title, missing=missing)]
     queries, documents = read_embeddings(embeddings)
+    of_another = _of_another_model(run, documents)
     qrels = read_qrels(arguments.qrels) if arguments.qrels else read_qrels_from_queries(query_files)
     source = arguments.qrels or ", ".join(query_files)
     ignore = arguments.ignore_identical_ids
@@ -105,6 +107,8 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
         intro += f"; {answers.num_unjudged:,} queries without judgments are left out"
     if ignore:
         intro += "; documents of a query's own id are left out"
+    if of_another:
+        intro += f". {of_another}"
     if answers.hint:
         intro += f". {answers.hint}"
     similarities = Section("Similarities", intro, charts_of_similarity(answers), answers.means)
@@ -115,6 +119,27 @@ def _vector_sections(arguments: ReportArguments, run: RunLog) -> list[Section]:
         points, how = map_documents(documents.rows[chosen], arguments.map, arguments.seed)
         document_map = Section("Documents", charts=[chart_of_documents(answers, chosen, points, how)])
     return [similarities, document_map, _failures_section(arguments, answers, query_files, doc_files)]
+
+
+def _of_another_model(run: RunLog, vectors: Vectors) -> str:
+    """A warning, printed too, where the vectors are not of the run's model; "" where they are, or nobody can say.
+
+    UserError for a reranker, which makes none.
+    """
+    from ds_embed.models.loading import find_model  # torch takes seconds to import
+    from ds_embed.vectors.load import identify_with_card
+
+    if "base_model" not in vectors.made_from or not (run.path / "model").exists():
+        return ""
+    source = find_model(str(run.path), flag="run")
+    assert source.card is not None
+    trust_remote_code = bool(run.config.get("trust_remote_code"))
+    differs = other_model(vectors, identify_with_card(source, source.card, trust_remote_code))
+    if not differs:
+        return ""
+    warning = f"The vectors are not those of {run.path / 'model'}, but of another model or a checkpoint ({differs})"
+    print(f"warning: {warning}", file=sys.stderr)
+    return warning
 
 
 def _failures_section(
