@@ -4,8 +4,10 @@
     python benchmarks/gpu.py --output_dir small --small true --num_ranks 2      # tries the script, CPUs will do
 
 The model has the shape of Mistral 7B with random weights, and texts are random words; speed does not depend on either.
-The shipped recipes run through the launcher: LoRA 16 under ZeRO-2 and ZeRO-3 with grad_cache off and on, with gradient
-checkpointing, then encoding. Prints results and writes results.json: tokens per second without padding, the peak memory
+First the varlen kernel, which had not been run on a GPU when it was written, is compared with attention text by text in
+float32: outputs and gradients, for heads of several shapes. Then the shipped recipes run through the launcher, with each
+kernel of --kernels: LoRA 16 under ZeRO-2 and ZeRO-3 with grad_cache off and on, with gradient checkpointing, then
+encoding. Prints results and writes results.json: tokens per second without padding, the peak memory
 of the fullest rank and the prediction of --dry_run true (which on a GPU includes 1.5 GiB of context), and the model
 FLOPs utilisation relative to the measured rate of large bfloat16 products: 4 N per token for training LoRA (forward 2,
 gradients of activations 2), 2 N for encoding, where N is the number of weights in matrix products. Recomputation
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 from recovery import launched
 
+from ds_embed.models.varlen import by_operator, by_text, kernel_error
 from ds_embed.settings import parse_arguments
 from ds_embed.settings.fields import Settings, setting
 
@@ -52,9 +55,12 @@ class GpuArguments(Settings):
     small: bool = setting("a model of 4 million weights in place of 7 billion, to try the script", default=False)
     num_ranks: int = setting("ranks, one per GPU", default=1, above=0)
     stages: list[int] = setting("ZeRO stages to train under", default_factory=lambda: [2, 3])
+    kernels: list[str] = setting(
+        "values of --attn_implementation to compare", default_factory=lambda: ["varlen", "sdpa_by_shape"]
+    )
     max_steps: int = setting("optimizer steps of a run; the first two are not counted", default=6, at_least=3)
     global_batch_size: int = setting("queries per step, each with a document and a hard negative", default=256, above=0)
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank", default=16384, above=0)
+    micro_batch_tokens: int = setting("tokens per forward pass of one rank, padding included", default=16384, above=0)
     query_tokens: int = setting(
         "mean tokens of a query; lengths are between half and one and a half", default=32, at_least=3
     )
@@ -128,8 +134,22 @@ def write_texts(settings: GpuArguments, vocab_size: int, folder: Path) -> tuple[
     return records, files
 
 
-def model_flags(settings: GpuArguments, output: Path) -> list[object]:
+def varlen_errors(device: str) -> dict[str, float]:
+    """Relative differences of torch's operator; on a CPU, which has none, of what takes its place there."""
+    errors = {}
+    for heads, groups, head_size in ((32, 8, 128), (12, 12, 32), (16, 16, 64), (8, 1, 256)):
+        for is_causal in (False, True):
+            for window in (None, 16):
+                name = f"{heads}/{groups} heads of {head_size}, causal {is_causal}, window {window}".lower()
+                shape = heads, groups, head_size, is_causal, window
+                errors[name] = kernel_error(torch.device(device), *shape, by_operator if device == "cuda" else by_text)
+    return errors
+
+
+def model_flags(settings: GpuArguments, output: Path, kernel: str) -> list[object]:
     return [
+        "--attn_implementation",
+        kernel,
         "--model_name_or_path",
         output / "model",
         "--query_prefix",
@@ -145,14 +165,16 @@ def model_flags(settings: GpuArguments, output: Path) -> list[object]:
     ]
 
 
-def train(settings: GpuArguments, output: Path, records: Path, stage: int, grad_cache: bool) -> dict[str, float]:
+def train(
+    settings: GpuArguments, output: Path, records: Path, stage: int, grad_cache: bool, kernel: str
+) -> dict[str, float]:
     """The median rate after the first two steps, the peak memory, and its prediction."""
-    run_folder = output / f"zero{stage}-{'cached' if grad_cache else 'kept'}"
+    run_folder = output / f"zero{stage}-{'cached' if grad_cache else 'kept'}-{kernel}"
     words = [
         "train_gpt.py",
         "--deepspeed",
         f"ds_configs/zero{stage}.json",
-        *model_flags(settings, output),
+        *model_flags(settings, output, kernel),
         "--train_files",
         records,
         "--output_dir",
@@ -184,13 +206,13 @@ def train(settings: GpuArguments, output: Path, records: Path, stage: int, grad_
     }
 
 
-def encode(settings: GpuArguments, output: Path, files: dict[int, Path]) -> dict[str, float]:
+def encode(settings: GpuArguments, output: Path, files: dict[int, Path], kernel: str) -> dict[str, float]:
     """The rate from the time for many documents minus that for a few, so that startup and loading cancel out."""
     seconds = {}
     for num_tokens, path in files.items():
         started = time.perf_counter()
-        words = ["--doc_files", path, "--output_prefix", output / f"vectors-{path.stem}"]
-        launched(settings, "generate.py", *model_flags(settings, output), *words)
+        words = ["--doc_files", path, "--output_prefix", output / f"vectors-{path.stem}-{kernel}"]
+        launched(settings, "generate.py", *model_flags(settings, output, kernel), *words)
         seconds[num_tokens] = time.perf_counter() - started
     (few, few_seconds), (many, many_seconds) = sorted(seconds.items())
     return {"tokens_per_second": (many - few) / (many_seconds - few_seconds)}
@@ -204,12 +226,15 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     # Ranks on a CPU share its threads.
     rate = matrix_rate(device, 8192 if device == "cuda" else 1024) * (settings.num_ranks if device == "cuda" else 1)
+    errors = varlen_errors(device)
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"varlen against text by text: a relative difference of at most {errors[worst]:.1e} ({worst})")
     num_weights = make_model(settings, device, output / "model")
     if device == "cuda":
         torch.cuda.empty_cache()
     records, files = write_texts(settings, (SMALL if settings.small else MISTRAL_7B)["vocab_size"], output)
     print(f"{settings.num_ranks} rank(s), {name}: {rate / 1e12:.3f} TFLOP/s in matrix products, N = {num_weights:,}")
-    print(f"{'':24}{'tokens/s':>12}{'utilisation':>13}{'peak GiB':>10}{'planned GiB':>13}", flush=True)
+    print(f"{'':38}{'tokens/s':>12}{'utilisation':>13}{'peak GiB':>10}{'planned GiB':>13}", flush=True)
     results = {}
 
     def add(what: str, flops_per_weight: int, found: dict[str, float]) -> None:
@@ -218,14 +243,15 @@ def main() -> None:
         memory = [found.get(key) for key in ("peak_memory_gib", "planned_memory_gib")]
         peak, planned = ("-" if value is None else f"{value:.2f}" for value in memory)
         share = f"{found['model_flops_utilisation']:.1%}"
-        print(f"{what:24}{found['tokens_per_second']:12,.0f}{share:>13}{peak:>10}{planned:>13}", flush=True)
+        print(f"{what:38}{found['tokens_per_second']:12,.0f}{share:>13}{peak:>10}{planned:>13}", flush=True)
 
-    for stage in settings.stages:
-        for grad_cache in (False, True):
-            what = f"ZeRO-{stage}, grad_cache {str(grad_cache).lower()}"
-            add(what, 4, train(settings, output, records, stage, grad_cache))
-    add("encoding", 2, encode(settings, output, files))
-    facts = {"device": name, "matrix_flops_per_second": rate, "num_weights": num_weights}
+    for kernel in settings.kernels:
+        for stage in settings.stages:
+            for grad_cache in (False, True):
+                what = f"ZeRO-{stage}, grad_cache {str(grad_cache).lower()}, {kernel}"
+                add(what, 4, train(settings, output, records, stage, grad_cache, kernel))
+        add(f"encoding, {kernel}", 2, encode(settings, output, files, kernel))
+    facts = {"varlen_errors": errors, "device": name, "matrix_flops_per_second": rate, "num_weights": num_weights}
     (output / "results.json").write_text(
         json.dumps(facts | {"settings": settings.__dict__, "results": results}, indent=2)
     )

@@ -34,7 +34,7 @@ class MetaEngine:
     """An encoder on the meta device, called as DeepSpeed's engine is."""
 
     def __init__(self, encoder):
-        self.encoder = encoder.train()
+        self.encoder = self.module = encoder.train()
         self.num_backwards = 0
 
     def zero_optimization_stage(self):
@@ -57,7 +57,7 @@ def store(tmp_path_factory):
     return TrainingStore.open(build_training_store([path], tokenizer, texts, texts, 2, root / "cache"))
 
 
-def make_step(kind, store, pooling, bidirectional=False, **settings):
+def make_step(kind, store, pooling, bidirectional=False, kernel=None, **settings):
     config_class, sizes = MODELS[kind]
     config = getattr(transformers, config_class)(**sizes)
     encoder = build_encoder(
@@ -65,7 +65,7 @@ def make_step(kind, store, pooling, bidirectional=False, **settings):
         pooling=pooling,
         bidirectional=bidirectional,
         bf16=True,
-        attn_implementation=training_kernel(config, None, "cuda"),
+        attn_implementation=training_kernel(config, kernel, "cuda"),
         trust_remote_code=False,
     )
     if settings.get("learnable_temperature"):
@@ -75,6 +75,7 @@ def make_step(kind, store, pooling, bidirectional=False, **settings):
     return ContrastiveStep(MetaEngine(encoder), store, replace(World.alone(), device=META), arguments, 1)
 
 
+@pytest.mark.parametrize("kernel", [None, "varlen"])  # the latter's operator, which torch has shapes of too
 @pytest.mark.parametrize("settings", [{}, dict(grad_cache=True, learnable_temperature=True, **OPTIONS), NEAR])
 @pytest.mark.parametrize(
     "kind, pooling, bidirectional",
@@ -86,11 +87,12 @@ def make_step(kind, store, pooling, bidirectional=False, **settings):
         ("llama", "last", False),
         ("llama", "weighted_mean", True),
         ("mistral", "last", False),
+        ("qwen2", "max+cls", False),
         ("qwen3", "mean", True),
     ],
 )
-def test_a_step_waits_for_the_device_once(monkeypatch, store, kind, pooling, bidirectional, settings):
-    step = make_step(kind, store, pooling, bidirectional, **settings)
+def test_a_step_waits_for_the_device_once(monkeypatch, store, kind, pooling, bidirectional, settings, kernel):
+    step = make_step(kind, store, pooling, bidirectional, kernel, **settings)
     waits = []
 
     def tell_all(self, values):
@@ -101,7 +103,8 @@ def test_a_step_waits_for_the_device_once(monkeypatch, store, kind, pooling, bid
     monkeypatch.setattr(ContrastiveStep, "_tell_all", tell_all)
     batch = assemble_batch(store, SampleOrder(1, store.file_sizes), first_sample=0, num_queries=8, hard_negatives=2)
     inputs = step.prepare(batch)
-    assert len(inputs.micro_batches) > 1 and any(micro_batch.has_padding for micro_batch in inputs.micro_batches)
+    assert len(inputs.micro_batches) > 1
+    assert any(micro_batch.has_padding for micro_batch in inputs.micro_batches) == (kernel is None)
     result = step.run(inputs, tell=(0.0, 1.0))
     assert result.told == (1.0, 1.0) and len(waits) == 1
     assert step.engine.num_backwards == (len(inputs.micro_batches) if "grad_cache" in settings else 1)

@@ -54,6 +54,7 @@ BASE = dict(
     dropout=0.0,
     bidirectional=False,
     data="plain",
+    kernel=None,
     loss={},
     models={},
 )
@@ -153,6 +154,12 @@ def cases(num_ranks: int) -> dict[str, dict]:
         add(zero=zero, grad_cache=grad_cache, model="dense", lora=4 * (zero == 3 and grad_cache))
     for number, model in enumerate(FAMILIES + OTHERS):
         add(zero=2 + number % 2, grad_cache=number % 2 == 0, negatives="own", model=model)
+    # Texts in one row, in which some micro-batches hold one text and some many.
+    for number, model in enumerate(("llama", "bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "dense")):
+        for zero, lora in ((number % 4, 0), ((number + 2) % 4, 4)):
+            add(kernel="varlen", model=model, zero=zero, lora=lora, grad_cache=number % 2 == 0, budget=40 + 20 * zero)
+    add(kernel="varlen", zero=3, grad_cache=True, checkpointing=True, lora=4, bidirectional=True)
+    add(kernel="varlen", zero=3, grad_cache=True, queries=1, hard_negatives=0, model="bert")
     return found
 
 

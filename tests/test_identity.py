@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ class BagOfTokens:
     """In place of a model: the unit vector of the sum of its tokens' vectors."""
 
     vectors = torch.randn(400, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+
+    module = SimpleNamespace(is_packed=False)
 
     def zero_optimization_stage(self):
         return 0

@@ -37,6 +37,41 @@ def test_balanced_and_tight():
     assert plan.num_micro_batches <= 1.5 * fewest + 4
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("budget", [64, 100, 1000, 10**6])
+@pytest.mark.parametrize("num_texts", [1, 5, 64, 333])
+def test_packed_texts_once_within_budget_in_full_micro_batches(num_ranks, budget, num_texts):
+    lengths = np.random.default_rng(num_texts).integers(1, 65, num_texts)
+    plan = plan_micro_batches(lengths, budget, num_ranks, is_packed=True)
+    assert {len(rank) for rank in plan.micro_batches} == {plan.num_micro_batches}
+    assert sorted(plan.rank_order()) == list(range(num_texts))
+    tokens = [int(lengths[texts].sum()) for rank in plan.micro_batches for texts in rank]
+    assert max(tokens) <= budget and plan.num_padded_tokens == plan.num_tokens == sum(tokens)
+
+    def count(lengths, size):
+        """Micro-batches up to this size, text after text."""
+        number, left = 0, 0
+        for length in lengths:
+            number, left = (number, left - length) if length <= left else (number + 1, size - length)
+        return number
+
+    assert plan.num_micro_batches == -(-count(sorted(lengths, reverse=True), budget) // num_ranks)
+    *full, last = zip(*plan.micro_batches)
+    assert all(lengths[texts].sum() > budget - 64 for together in full for texts in together)
+    # No smaller size does for the last round.
+    rest = [length for texts in last for length in lengths[texts]]
+    largest = max(int(lengths[texts].sum()) for texts in last)
+    assert largest == max(rest) or count(rest, largest - 1) > num_ranks
+
+
+def test_packed_micro_batches_of_a_corpus_are_full():
+    lengths = np.random.default_rng(1).integers(1, 65, 500)
+    batches = cut_by_length(lengths, 300, is_packed=True)
+    assert np.array_equal(np.concatenate(batches), np.argsort(-lengths, kind="stable"))
+    tokens = [int(lengths[texts].sum()) for texts in batches]
+    assert max(tokens) <= 300 and min(tokens[:-1]) > 300 - 64
+
+
 def cost_of(descending, starts, num_ranks, budget):
     """By the definition: the slowest micro-batch of every round, and a constant."""
     padded = [(b - a) * descending[a] for a, b in zip(starts, [*starts[1:], len(descending)])]

@@ -233,15 +233,19 @@ def flat_tokens(store: TrainingStore, texts: np.ndarray, lengths: np.ndarray) ->
     return store.tokens[np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts, lengths)]
 
 
-def collate(store: TrainingStore | TextStore, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (b, S) int64, padded on the right with 0, and lengths (b,) of the given texts.
+def collate(
+    store: TrainingStore | TextStore, texts: np.ndarray, is_packed: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (b, S) int64, padded on the right with 0, and lengths (b,) of the given texts; packed, (S,) of all.
 
     With no text at all: one dummy text of one token.
     """
     if len(texts) == 0:
-        return np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64)
-    lengths = store.lengths_of(texts)
-    return pad(flat_tokens(store, texts, lengths), lengths), lengths
+        tokens, lengths = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    else:
+        lengths = store.lengths_of(texts)
+        tokens = flat_tokens(store, texts, lengths)
+    return tokens.astype(np.int64) if is_packed else pad(tokens, lengths), lengths
 
 
 def collate_prompts(store: TrainingStore | TextStore, texts: np.ndarray) -> np.ndarray | None:

@@ -1,5 +1,7 @@
 """Which rank encodes which text in which micro-batch: a pure function of the text lengths.
 
+A micro-batch is a matrix of texts padded to the longest, or, packed, a row of texts one after the other without padding.
+
 Shapes: T texts, W ranks, B micro-batches in total, P micro-batches per rank (the same for every rank).
 """
 
@@ -35,6 +37,7 @@ class Plan:
     micro_batches: list[list[np.ndarray]]
     num_tokens: int  # real tokens
     num_padded_tokens: int  # encoded tokens, including padding
+    is_packed: bool = False
 
     @property
     def padding_share(self) -> float:
@@ -45,6 +48,11 @@ class Plan:
         """Micro-batches per rank."""
         return len(self.micro_batches[0])
 
+    def tokens_taken(self, lengths: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """Tokens (b,) that each text of a micro-batch takes, padding included; lengths (T,) of all."""
+        own = lengths[texts]
+        return own if self.is_packed else np.full_like(own, own.max(initial=0))
+
     def rank_order(self) -> np.ndarray:
         """Text positions (T,) in the order of the ranks that hold them: rank 0's first."""
         return np.concatenate([texts for rank in self.micro_batches for texts in rank])
@@ -54,23 +62,50 @@ class Plan:
         return [sum(len(texts) for texts in rank) for rank in self.micro_batches]
 
 
-def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: int) -> Plan:
-    """Cut texts of `lengths` (T,) tokens into micro-batches of at most micro_batch_tokens padded tokens.
+def plan_micro_batches(lengths: np.ndarray, micro_batch_tokens: int, num_ranks: int, is_packed: bool = False) -> Plan:
+    """Cut texts of `lengths` (T,) tokens into micro-batches of at most micro_batch_tokens tokens, padding included.
 
     Texts are sorted by length and cut, longest first, into rounds of W micro-batches of about the same padded size, so
-    that ranks wait little for each other. The cut minimizes padding, idle time and the overhead of rounds. UserError if
-    a text is longer than micro_batch_tokens.
+    that ranks wait little for each other. The cut minimizes padding, idle time and the overhead of rounds. Packed
+    micro-batches are full, except in the last round, where they are about equal. UserError if a text is longer than
+    micro_batch_tokens.
     """
     lengths = np.asarray(lengths)
     check_budget(int(lengths.max(initial=0)), micro_batch_tokens)
     order = _longest_first(lengths)
     descending = lengths[order]
-    starts = _cheapest_cut(descending, micro_batch_tokens, num_ranks)
+    cut = _fullest_cut if is_packed else _cheapest_cut
+    starts = cut(descending, micro_batch_tokens, num_ranks)
     ends = [*starts[1:], len(order)]
-    padded = int(np.dot(np.subtract(ends, starts), descending[starts]))
+    tokens = int(lengths.sum())
+    padded = tokens if is_packed else int(np.dot(np.subtract(ends, starts), descending[starts]))
     batches = [order[start:end] for start, end in zip(starts, ends)]
     batches += [order[:0]] * (-len(batches) % num_ranks)
-    return Plan([batches[rank::num_ranks] for rank in range(num_ranks)], int(lengths.sum()), padded)
+    return Plan([batches[rank::num_ranks] for rank in range(num_ranks)], tokens, padded, is_packed)
+
+
+def _fullest_cut(descending: np.ndarray, budget: int, num_ranks: int) -> list[int]:
+    """First positions of packed micro-batches: full ones, but for the last round, whose largest is as small as can be."""
+    starts = _cut_packed(descending, budget)
+    starts, (first, *_) = np.split(starts, [(len(starts) - 1) // num_ranks * num_ranks])
+    rest = descending[first:]
+    low, high = int(rest[0]), budget
+    while low < high:
+        middle = (low + high) // 2
+        fits = len(_cut_packed(rest, middle)) <= num_ranks
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return [*starts.tolist(), *(int(first) + start for start in _cut_packed(rest, low))]
+
+
+def _cut_packed(lengths: np.ndarray, budget: int) -> list[int]:
+    """First positions of the micro-batches, each of which takes texts (T,) as long as their tokens fit into the budget."""
+    ends = np.cumsum(lengths)
+    starts, start = [], 0
+    while start < len(lengths):
+        starts.append(start)
+        before = int(ends[start] - lengths[start])
+        start = int(np.searchsorted(ends, before + budget, side="right"))
+    return starts
 
 
 def _longest_first(lengths: np.ndarray) -> np.ndarray:
@@ -194,11 +229,12 @@ def _rounds(
     return ends, np.where(starts < last, largest + round_cost, 0.0)
 
 
-def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
+def cut_by_length(lengths: np.ndarray, micro_batch_tokens: int, is_packed: bool = False) -> list[np.ndarray]:
     """Micro-batches of text positions, longest texts first, independent of the number of ranks."""
     check_budget(int(lengths.max(initial=0)), micro_batch_tokens)
     order = _longest_first(lengths)
-    return np.split(order, _cut(lengths[order], micro_batch_tokens)[1:])
+    cut = _cut_packed if is_packed else _cut
+    return np.split(order, cut(lengths[order], micro_batch_tokens)[1:])
 
 
 def check_budget(longest: int, micro_batch_tokens: int) -> None:

@@ -17,6 +17,7 @@ from ds_embed.models.cpu import MATH_KERNEL
 from ds_embed.models.kernels import DEVICE_KERNEL
 from ds_embed.models.kinds import Kind, is_bert_style, make_bidirectional
 from ds_embed.models.pooling import token_mask
+from ds_embed.models.varlen import VARLEN_KERNEL
 from ds_embed.settings.errors import UserError
 
 # Decoders whose forward pass takes masks as they are: one for all layers, without a window or with one, or one
@@ -26,7 +27,7 @@ _ONE_WINDOWED_MASK = ("mistral", "phi3")
 _MASK_PER_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 BIDIRECTIONAL_FAMILIES = (*_ONE_MASK, *_ONE_WINDOWED_MASK, *_MASK_PER_LAYER_TYPE)
 OUR_KERNELS = (DEVICE_KERNEL, MATH_KERNEL)
-_KERNELS = ("sdpa", *OUR_KERNELS, "eager", "flash_attention_2", "flash_attention_3")
+_KERNELS = ("sdpa", *OUR_KERNELS, VARLEN_KERNEL, "eager", "flash_attention_2", "flash_attention_3")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A learned temperature is trained with it: as log(initial temperature / temperature), which starts at zero, where
 bfloat16 is finest. The logarithm makes steps relative (Radford et al. 2021, sec. 2.5).
 
-Shapes: B texts, S tokens (right-padded), D dimensions.
+Shapes: B texts, S tokens (right-padded; packed, of all texts one behind the other), D dimensions.
 """
 
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ds_embed.models.attention import Attention, CausalAttention
 from ds_embed.models.kinds import probe_texts, sees_behind
-from ds_embed.models.pooling import NORMALIZE, Normalize, build_head, pool
+from ds_embed.models.pooling import NORMALIZE, Normalize, build_head, pool, pool_packed
+from ds_embed.models.varlen import VARLEN_KERNEL, Packing
 from ds_embed.settings.step_arguments import MIN_LEARNED_TEMPERATURE
 
 LOG_SCALE_CHANGE = "log_scale_change"  # the parameter's name in the encoder
@@ -39,10 +40,18 @@ class TextEncoder(nn.Module):
         self.head = build_head([NORMALIZE]) if head is None else head
         self.pooling = pooling
         self.attention = attention
+        config: Any = backbone.config
+        is_causal = isinstance(attention, CausalAttention)
+        self.packing = Packing.of(config, is_causal) if config._attn_implementation == VARLEN_KERNEL else None
         self._attention_is_checked = not check_attention
         self.register_parameter(LOG_SCALE_CHANGE, None)
         self.projection: nn.Linear | None = None
         self.initial_lora: dict[str, Tensor] = {}  # by name, where the base model gave up what these matrices hold
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it reads texts in one row, without padding."""
+        return self.packing is not None
 
     def learn_temperature(self) -> None:
         """Add the parameter of a learned temperature; forward then returns its value (1,) beside the vectors."""
@@ -61,17 +70,24 @@ class TextEncoder(nn.Module):
             self.head.append(Normalize())
 
     def forward(
-        self, input_ids: Tensor, lengths: Tensor, has_padding: bool = True, prompt_lengths: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        has_padding: bool = True,
+        prompt_lengths: Tensor | None = None,
+        longest: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Vectors (B, D) in float32 of token ids (B, S), right-padded, of `lengths` (B,).
+        """Vectors (B, D) in float32 of token ids (B, S), right-padded, or packed (S,), of `lengths` (B,).
 
         has_padding: False promises that every text has S tokens, which saves the attention mask.
         prompt_lengths (B,): leading tokens that the pooling leaves out; None where it takes all.
+        longest: tokens of the longest text, where they are packed.
         """
         if not self._attention_is_checked:  # the first forward pass
             self._check_attention(input_ids)
-        states = self._states(input_ids, lengths, has_padding)
-        vectors = self.head(pool(states, lengths, self.pooling, prompt_lengths))
+        states = self._states(input_ids, lengths, has_padding, longest)
+        pooled = (pool_packed if self.is_packed else pool)(states, lengths, self.pooling, prompt_lengths)
+        vectors = self.head(pooled)
         if self.projection is not None and self.training:
             projected = self.projection(vectors.to(self.projection.weight.dtype))
             vectors = torch.cat([vectors, projected.float()], 1)
@@ -80,7 +96,10 @@ class TextEncoder(nn.Module):
         # A product, since under ZeRO-3 the parameter itself is empty again after the forward pass.
         return vectors, self.log_scale_change.float() * 1.0
 
-    def _states(self, input_ids: Tensor, lengths: Tensor, has_padding: bool) -> Tensor:
+    def _states(self, input_ids: Tensor, lengths: Tensor, has_padding: bool, longest: int) -> Tensor:
+        """(B, S, D), or packed (S, D)."""
+        if self.packing is not None:
+            return self.backbone(**self.packing.arguments(input_ids, lengths, longest)).last_hidden_state[0]
         dtype = next(self.backbone.parameters()).dtype
         arguments = self.attention.arguments(lengths, input_ids.shape[1], has_padding, dtype)
         return self.backbone(input_ids=input_ids, **arguments).last_hidden_state
@@ -97,7 +116,8 @@ class TextEncoder(nn.Module):
         self.backbone.eval()
         ids = probe_texts(self.backbone.config).to(like.device)
         lengths = torch.full((len(ids),), ids.shape[1], device=like.device)
-        is_bidirectional = sees_behind(self._states(ids, lengths, False))
+        states = self._states(ids.flatten() if self.is_packed else ids, lengths, False, ids.shape[1])
+        is_bidirectional = sees_behind(states.view(*ids.shape, -1))
         self.backbone.train(was_training)
         is_causal = isinstance(self.attention, CausalAttention)
         # Weights that are NaN show nothing, and whoever uses the vectors will notice.

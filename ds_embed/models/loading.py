@@ -37,6 +37,7 @@ from ds_embed.models.sentence_transformers import (
     load_head,
     read_own_files,
 )
+from ds_embed.models.varlen import VARLEN_KERNEL, use_varlen
 from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 
@@ -322,6 +323,7 @@ def load_encoder(
     Under an active ZeRO-3 HfDeepSpeedConfig transformers partitions the weights while loading.
     """
     config = load_config(source, trust_remote_code)
+    kind = kind_of(config, trust_remote_code, source.base)  # before the config is told of a kernel
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     if source.load_in_4bit is not None:
         from transformers import BitsAndBytesConfig
@@ -339,7 +341,7 @@ def load_encoder(
         # validation, and from then on its layers pass no gradient on.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
-    attention = choose_attention(backbone, kind_of(config, trust_remote_code, source.base), bidirectional)
+    attention = choose_attention(backbone, kind, bidirectional)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)):
             backbone = put_adapter_on(backbone, source.adapter, source.lora or trained)
@@ -392,10 +394,11 @@ def build_encoder(
     head: list[dict[str, Any]] | None = None,
 ) -> TextEncoder:
     """The encoder of a transformers config, with weights that were never loaded: for a count of what it takes."""
+    kind = kind_of(config, trust_remote_code)
     options = _model_options(config, bf16, attn_implementation, trust_remote_code)
     with without_foreign_code(config.name_or_path, attn_implementation):
         backbone = auto_class(config).from_config(config, **options, **without_pooler(config))
-    attention = choose_attention(backbone, kind_of(config, trust_remote_code), bidirectional)
+    attention = choose_attention(backbone, kind, bidirectional)
     layers = build_head([NORMALIZE] if head is None else head).to(options["dtype"])
     return TextEncoder(backbone, pooling, attention, check_attention=False, head=layers)
 
@@ -405,6 +408,8 @@ def _model_options(config: Any, bf16: bool, attn_implementation: str | None, tru
     use_kernels()
     if attn_implementation in OUR_KERNELS and not takes_math_kernel(config):
         raise UserError(f"--attn_implementation {attn_implementation}: not for a {config.model_type}; leave it out")
+    if attn_implementation == VARLEN_KERNEL:
+        use_varlen(config)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
 
@@ -447,6 +452,6 @@ def without_foreign_code(name: str, attn_implementation: str | None = None) -> I
                 f"{name}: comes with Python code of its own, which is not run; read it, and if you trust it give "
                 "--trust_remote_code true"
             ) from None
-        if attn_implementation in (None, *OUR_KERNELS):
+        if attn_implementation in (None, VARLEN_KERNEL, *OUR_KERNELS):
             raise
         raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None

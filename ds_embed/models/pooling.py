@@ -1,6 +1,6 @@
 """From token states to one vector per text, and what may come behind the pooling.
 
-Shapes: B texts, S tokens (right-padded), D dimensions.
+Shapes: B texts, S tokens (right-padded), T tokens of texts that stand one behind the other, D dimensions.
 """
 
 from typing import Any
@@ -54,6 +54,36 @@ def pool(states: Tensor, lengths: Tensor, pooling: str, prompt_lengths: Tensor |
 
     parts = [pooled(name) for name in pooling.split("+")]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def pool_packed(states: Tensor, lengths: Tensor, pooling: str, prompt_lengths: Tensor | None = None) -> Tensor:
+    """What `pool` makes of the same texts, one behind the other in states (T, D)."""
+    ends, num_tokens = lengths.cumsum(0), states.shape[0]
+    starts = ends - lengths
+    first = torch.zeros_like(lengths) if prompt_lengths is None else torch.minimum(prompt_lengths, lengths - 1)
+    place = torch.arange(num_tokens, device=states.device) - spread(starts, lengths, num_tokens)
+    is_pooled = place >= spread(first, lengths, num_tokens)
+
+    def pooled(name: str) -> Tensor:
+        if name in ("cls", "last"):
+            return states[starts + first if name == "cls" else ends - 1].float()
+        if name == "max":
+            seen = states.float().masked_fill(~is_pooled[:, None], -torch.inf)
+            return torch.segment_reduce(seen, "max", lengths=lengths, unsafe=True)
+        weights = is_pooled * (place + 1) if name == "weighted_mean" else is_pooled
+        weighted = states.float() * weights[:, None]
+        total, count = (
+            torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True) for part in (weighted, weights.float())
+        )
+        return total / (count.sqrt() if name == "mean_sqrt_len" else count)[:, None]
+
+    parts = [pooled(name) for name in pooling.split("+")]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def spread(values: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
+    """The value (B,) of each token's text, (T,). Told how many tokens there are, the host waits for no device."""
+    return torch.repeat_interleave(values, lengths, output_size=num_tokens)
 
 
 class Normalize(nn.Module):

@@ -120,6 +120,7 @@ class PairScorer(nn.Module):
     """The classifier in the form that DeepSpeed trains: token ids in, scores out."""
 
     model: Any
+    is_packed = False  # pairs are padded
 
     def __init__(self, model: nn.Module, has_types: bool):
         super().__init__()

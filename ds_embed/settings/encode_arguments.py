@@ -41,14 +41,16 @@ class EncodeArguments(JobArguments):
         "float32",
         choices=VECTOR_DTYPES,
     )
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank; sets memory use", 16384, above=0)
+    micro_batch_tokens: int = setting(
+        "tokens per forward pass of one rank, with padding where texts are padded; sets memory use", 16384, above=0
+    )
     cache_dir: str = same_as(DataArguments, "cache_dir")
     save_seconds: float = setting(
         "seconds between saves of the encoded rows; a job that was killed resumes from the last save", 30.0, at_least=0
     )
     accept_changes: list[str] = several(
         "settings that may differ from those of the rows encoded so far, because they affect only rounding: "
-        "micro_batch_tokens, attn_implementation, kernels (the machine's matrix multiplication)"
+        "micro_batch_tokens, attn_implementation, kernels (the machine's matrix multiplication, and varlen attention)"
     )
     num_shards: int = setting("number of shards of the rows, each encoded by a separate job", 1, above=0)
     shard_index: int | None = optional("index of the shard that this job encodes, from 0")

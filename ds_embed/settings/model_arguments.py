@@ -31,9 +31,10 @@ class ModelArguments(Settings):
         "use bidirectional instead of causal attention in a decoder (default: as the model was built or trained)"
     )
     attn_implementation: str | None = optional(
-        "attention implementation: sdpa, eager, flash_attention_2, ..., or math, which is ds_embed's own for training "
-        "on CPUs and the same as sdpa elsewhere (default: math for training on CPUs, else sdpa; eager if the model "
-        "supports neither)"
+        "attention implementation: sdpa, eager, flash_attention_2, ...; math, which is ds_embed's own for training on "
+        "CPUs and the same as sdpa elsewhere; or varlen, which computes texts one behind the other without padding, by "
+        "torch's operator on GPUs (default: varlen on GPUs where model, precision and GPU allow, math for training on "
+        "CPUs, else sdpa; eager if the model supports neither)"
     )
     trust_remote_code: bool = setting("run Python code shipped with the model", False)
     load_in_4bit: str | None = optional(

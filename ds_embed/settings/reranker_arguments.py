@@ -33,6 +33,8 @@ class RerankerModelArguments(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.attn_implementation == "varlen":
+            raise UserError("--attn_implementation varlen: not for rerankers, whose pairs are padded; leave it out")
         if self.template is not None:
             self.template = unescape(self.template)
         if self.yes_no and len(self.yes_no) != 2:

@@ -18,7 +18,9 @@ MIN_LEARNED_TEMPERATURE = 0.01
 @dataclass
 class StepArguments(Settings):
     global_batch_size: int = setting("queries per optimizer step, over all ranks", 64, above=0)
-    micro_batch_tokens: int = setting("padded tokens per forward pass of one rank; sets memory use", 4096, above=0)
+    micro_batch_tokens: int = setting(
+        "tokens per forward pass of one rank, with padding where texts are padded; sets memory use", 4096, above=0
+    )
     negatives: str = setting(
         "documents each query is scored against: all (every document of the batch), own (all positives and its own "
         "hard negatives), hard (its positive and its own hard negatives), pair (its positive and one of its own hard "

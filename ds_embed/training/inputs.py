@@ -1,12 +1,14 @@
 """The inputs of a step, on the rank's device. They are prepared while the previous step is being computed.
 
 Shapes: U distinct texts of the global batch, T uses of them, b texts of a micro-batch, S tokens, M documents.
+A packed micro-batch is a row of the S tokens of all its texts.
 """
 
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +25,19 @@ from ds_embed.training.stored_vectors import StoredVectors
 class MicroBatch:
     """The texts of one forward pass."""
 
-    ids: Tensor  # (b, S)
+    ids: Tensor  # (b, S); packed, (S,)
     lengths: Tensor  # (b,)
     has_padding: bool
     num_texts: int  # 0: the text is a dummy, so that all ranks make equally many passes
     noise_seed: int  # for dropout
     prompt_lengths: Tensor | None  # (b,) leading tokens that the pooling leaves out; None if there are none
+    longest: int | None  # tokens of the longest text; None if they are not packed
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of the model."""
+        padded = self.ids, self.lengths, self.has_padding, self.prompt_lengths
+        return padded if self.longest is None else (*padded, self.longest)
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,12 @@ def prepare_inputs(
     micro_batch_tokens: int,
     seed: int,
     vectors: Mapping[str, StoredVectors] = MappingProxyType({}),
+    is_packed: bool = False,
 ) -> StepInputs:
     """Plan the batch, and put this rank's share on its device. It enters no collective, since it runs in a thread.
 
-    collate returns token ids (b, S), lengths (b,) and prompt lengths (b,) for some of batch.texts. vectors: those of
-    "guide" and "teacher".
+    collate returns token ids (b, S) or packed (S,), lengths (b,) and prompt lengths (b,) for some of batch.texts.
+    vectors: those of "guide" and "teacher".
     """
     is_cuda = world.device.type == "cuda"
 
@@ -74,12 +84,14 @@ def prepare_inputs(
         # masks as the first, and a resumed run those that the interrupted one would have drawn.
         noise_seed = int(key_of(seed, batch.first_sample, world.rank, number)) % 2**63
         left_out = None if prompts is None else put(prompts)
-        has_padding = bool(lengths.min() < ids.shape[1])
-        return MicroBatch(put(ids), put(lengths), has_padding, len(chosen), noise_seed, left_out)
+        longest = int(lengths.max())
+        has_padding = not is_packed and bool(lengths.min() < longest)
+        packed = longest if is_packed else None
+        return MicroBatch(put(ids), put(lengths), has_padding, len(chosen), noise_seed, left_out, packed)
 
     # In a new thread the current device is GPU 0, whichever GPU is this rank's.
     with torch.cuda.device(world.device) if is_cuda else contextlib.nullcontext():
-        plan = plan_micro_batches(batch.lengths, micro_batch_tokens, world.size)
+        plan = plan_micro_batches(batch.lengths, micro_batch_tokens, world.size, is_packed)
         return StepInputs(
             batch,
             plan,

@@ -29,6 +29,7 @@ from ds_embed.models.loading import (
 )
 from ds_embed.models.lora import add_lora, start_training
 from ds_embed.models.lora_runs import merge_adapter, resolve_lora
+from ds_embed.models.varlen import VARLEN_KERNEL, describe_choice, why_not_varlen
 from ds_embed.settings import (
     DataArguments,
     LoraArguments,
@@ -106,6 +107,11 @@ class TrainingRun:
                 "--deepspeed to a config with ZeRO 0 to 2, such as zero2"
             )
         self.card = choose_card(self.source, data, model)
+        asked = model.attn_implementation
+        self.against_varlen = why_not_varlen(config, asked, world, bf16=run.bf16, is_trained=True)
+        self.kernel: str | None = VARLEN_KERNEL
+        if self.against_varlen is not None:
+            self.kernel = training_kernel(config, asked, world.device.type)
         if step.matryoshka_dims:
             check_prefixes(step, self.card.dimensions(self.kind.num_dims))
         self.tokenizer = load_tokenizer(self.source, model.trust_remote_code)
@@ -376,7 +382,6 @@ class TrainingRun:
     def _load_encoder(self):
         import torch
 
-        kernel = training_kernel(self.config, self.model.attn_implementation, self.world.device.type)
         dtype = torch.bfloat16 if self.run.bf16 else torch.float32
         source = self.trained_from = self._source_to_train()
         with partitioned_loading(self.deepspeed_config):
@@ -384,7 +389,7 @@ class TrainingRun:
                 source,
                 **self.card.encoding,
                 bf16=self.run.bf16,
-                attn_implementation=kernel,
+                attn_implementation=self.kernel,
                 trust_remote_code=self.model.trust_remote_code,
                 trained=self.lora,
             )
@@ -429,7 +434,8 @@ class TrainingRun:
     def _print_arithmetic(self, encoder: Any) -> None:
         """Print what a step consists of, as computed from the first batch."""
         batch = self.batch(0)
-        plan = plan_micro_batches(batch.lengths, self.step_arguments.micro_batch_tokens, self.world.size)
+        budget, is_packed = self.step_arguments.micro_batch_tokens, encoder.is_packed
+        plan = plan_micro_batches(batch.lengths, budget, self.world.size, is_packed)
         trained = sum(whole_size(p) for p in encoder.parameters() if p.requires_grad)
         total = sum(whole_size(p) for p in encoder.parameters())
         modes, hards = self._modes()
@@ -453,8 +459,9 @@ class TrainingRun:
             f"first step     {len(batch.rows):,} texts with {batch.num_tokens_named:,} tokens, at most "
             f"{max([0, *seen]):,} negatives per query",
             f"unique texts   {len(batch.texts):,} with {plan.num_tokens:,} tokens; each is encoded once",
-            f"micro-batches  {plan.num_micro_batches} per rank, at most {self.step_arguments.micro_batch_tokens:,} tokens each, "
+            f"micro-batches  {plan.num_micro_batches} per rank, at most {budget:,} tokens each, "
             f"{plan.padding_share:.1%} padding",
+            f"attention      {describe_choice(self.kernel, self.against_varlen)}",
         ]
         if self.lora.lora_rank:
             matrices = f"continued from {self.source.adapter}" if self.source.adapter else "new matrices"

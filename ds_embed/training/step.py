@@ -70,6 +70,7 @@ class ContrastiveStep:
         self.arguments = arguments
         self.seed = seed
         self.vectors = vectors
+        self.is_packed = engine.module.is_packed
         # Of each file that has its own, and of all others.
         num_files = len(store.file_sizes)
         modes = arguments.negatives_per_file or [arguments.negatives] * num_files
@@ -82,10 +83,10 @@ class ContrastiveStep:
     def prepare(self, batch: GlobalBatch) -> StepInputs:
         """Move 1, the plan, and the texts on this rank's device. It may run in a thread."""
         tokens = self.arguments.micro_batch_tokens
-        return prepare_inputs(batch, self._collate, self.world, tokens, self.seed, self.vectors)
+        return prepare_inputs(batch, self._collate, self.world, tokens, self.seed, self.vectors, self.is_packed)
 
     def _collate(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        return *collate(self.store, texts), collate_prompts(self.store, texts)
+        return *collate(self.store, texts, self.is_packed), collate_prompts(self.store, texts)
 
     def run(self, inputs: StepInputs, tell: Sequence[float] = ()) -> StepResult:
         """Encode the batch, compute its loss and, when that is finite, its gradient.
@@ -138,7 +139,7 @@ class ContrastiveStep:
     def _encode(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Embeddings (b, D) of one micro-batch, and the parameter of a learned temperature."""
         torch.manual_seed(micro_batch.noise_seed)
-        outputs = self.engine(micro_batch.ids, micro_batch.lengths, micro_batch.has_padding, micro_batch.prompt_lengths)
+        outputs = self.engine(*micro_batch.arguments)
         vectors, change = outputs if self.arguments.learnable_temperature else (outputs, None)
         return vectors[: max(1, micro_batch.num_texts)], change
 

@@ -201,7 +201,14 @@ class Validation:
                 for one in self.test_sets:
                     for kind, subfolder, store in one.stores:
                         corpus = Corpus(target / one.name / subfolder, kind)
-                        encode_store(store, encode, self.world, corpus, micro_batch_tokens=tokens)
+                        encode_store(
+                            store,
+                            encode,
+                            self.world,
+                            corpus,
+                            micro_batch_tokens=tokens,
+                            is_packed=engine.module.is_packed,
+                        )
         finally:
             engine.train()
         # Once more from rank 0, so that no rank decides by a number that differs in its last bit.

@@ -198,7 +198,8 @@ class CorpusWriter:
 
     def _computed_name(self, block: int, num_rows: int) -> str:
         """Of rows of a block behind the first `num_rows`; others follow in other micro-batches."""
-        return f"{block}+{num_rows}@{self._plan.micro_batch_tokens}, each text once"
+        packed = ", packed" if self._plan.is_packed else ""
+        return f"{block}+{num_rows}@{self._plan.micro_batch_tokens}, each text once{packed}"
 
     def _end_block(self) -> None:
         stored = stored_numbers(self._rows, self._corpus.dtype)

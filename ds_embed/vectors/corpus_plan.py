@@ -35,6 +35,7 @@ class CorpusPlan:
     rows: range
     micro_batch_tokens: int
     block_texts: int = BLOCK_TEXTS
+    is_packed: bool = False
 
     @property
     def blocks(self) -> range:
@@ -51,7 +52,7 @@ class CorpusPlan:
         prompts = self.store.prompt_lengths_of(texts)
         if prompts is not None:  # the same tokens, pooled in another way, are another text
             keys = (prompt.tobytes() + key for prompt, key in zip(prompts, keys))
-        batches = cut_block(keys, self.store.lengths_of(texts), self.micro_batch_tokens)
+        batches = cut_block(keys, self.store.lengths_of(texts), self.micro_batch_tokens, self.is_packed)
         return [MicroBatch(texts[batch.texts], texts[batch.rows], batch.uses) for batch in batches]
 
     def batches(self, num_done: int) -> Iterator[MicroBatch]:
@@ -65,7 +66,7 @@ class CorpusPlan:
                 skipped -= min(skipped, len(batch.rows))
 
 
-def cut_block(keys: Iterable[bytes], lengths: np.ndarray, micro_batch_tokens: int) -> list[MicroBatch]:
+def cut_block(keys: Iterable[bytes], lengths: np.ndarray, micro_batch_tokens: int, is_packed: bool) -> list[MicroBatch]:
     """Micro-batches of a block of at most BLOCK_TEXTS rows, longest texts first; rows with one key are one text.
 
     lengths: tokens (n,) of the rows.
@@ -77,7 +78,7 @@ def cut_block(keys: Iterable[bytes], lengths: np.ndarray, micro_batch_tokens: in
     # A small block is cut finer than it must be, so that several ranks share it; by how much must not
     # depend on their number, or the rows' last bits would.
     budget = max(int(lengths.max()), min(micro_batch_tokens, int(lengths.sum()) // MIN_MICRO_BATCHES))
-    batches = cut_by_length(lengths, budget)
+    batches = cut_by_length(lengths, budget, is_packed)
     place = np.empty(len(first), np.int64)  # of each text in the order in which they are encoded
     place[np.concatenate(batches)] = np.arange(len(first))
     rows = np.argsort(place[text_of], kind="stable")

@@ -131,7 +131,8 @@ class Embedder:
         """What `from_pretrained` does for a model that find_model has found."""
         found = ModelToEncode.of(source, text, model)
         found.check()
-        device, cosine = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
+        device, cosine = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), None
+        found, _ = found.with_kernel(replace(options.get("world") or World.alone(), device=device), bf16)
         if merge_adapter:
             check_merging(source, model)
             encoder, cosine = found.load_merged(bf16=bf16, device=device)
@@ -171,7 +172,8 @@ class Embedder:
         with tqdm(total=len(tokens), unit="text", desc=f"encoding {name}", disable=not progress) as bar:
             for start in range(0, len(tokens), BLOCK_TEXTS):
                 keys = (row.tobytes() for row in tokens[start : start + BLOCK_TEXTS])
-                batches = list(cut_block(keys, lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens))
+                of_block, tokens_each = lengths[start : start + BLOCK_TEXTS], self.micro_batch_tokens
+                batches = cut_block(keys, of_block, tokens_each, self.encoder.is_packed)
 
                 def vectors_of(number: int | None) -> torch.Tensor:
                     if number is None:

@@ -36,6 +36,7 @@ def encode_store(
     corpus: Corpus,
     *,
     micro_batch_tokens: int,
+    is_packed: bool = False,
     rows: range | None = None,
     goes_on: bool = False,
     save_seconds: float = 30.0,
@@ -43,13 +44,20 @@ def encode_store(
 ) -> None:
     """Make the corpus: float32 (n, D), and a line per row in file order.
 
-    encode: as TextEncoder.forward. Every rank must call this. `rows` (default: all) start at a whole block. With
+    encode: as TextEncoder.forward, and whether it takes texts packed. Every rank must call this. `rows` (default: all) start at a whole block. With
     `goes_on` it goes on from an earlier call that was killed: corpus.is_finished has compared what both are made from.
     Without it a corpus that stands there is replaced. UserError when rows can't be written or are not finite; what was
     saved is kept.
     """
-    plan = CorpusPlan(store, range(store.num_texts) if rows is None else rows, micro_batch_tokens, block_texts)
-    num_dims = _encode_texts(store, _NO_TEXTS, encode, world).shape[1]
+    rows = range(store.num_texts) if rows is None else rows
+    plan = CorpusPlan(store, rows, micro_batch_tokens, block_texts, is_packed)
+
+    def encode_texts(texts: np.ndarray) -> torch.Tensor:
+        """Vectors (u, D) of texts (u,). Without any, a dummy text is encoded: the other ranks may need the pass."""
+        ids, lengths = collate(store, texts, is_packed)
+        return _forward(encode, ids, lengths, collate_prompts(store, texts), world.device)[: len(texts)]
+
+    num_dims = encode_texts(_NO_TEXTS).shape[1]
     writer = CorpusWriter(corpus, plan, num_dims, goes_on, save_seconds)
     num_done = world.on_main(f"start {corpus.path}", writer.open)
     problem: UserError | None = None
@@ -59,7 +67,7 @@ def encode_store(
     while group := _next_group(batches, world.size):
         vectors = world.rows_in_turn(
             [len(batch.texts) for batch in group],
-            lambda number: _encode_texts(store, _NO_TEXTS if number is None else group[number].texts, encode, world),
+            lambda number: encode_texts(_NO_TEXTS if number is None else group[number].texts),
         )
         # Of the group before, so that no rank waits for the disk.
         if world.max([float(problem is not None)])[0]:
@@ -94,26 +102,24 @@ def _num_rows(group: list[MicroBatch]) -> int:
     return sum(len(batch.rows) for batch in group)
 
 
-def _encode_texts(store: TextStore, texts: np.ndarray, encode: Encode, world: World) -> torch.Tensor:
-    """Vectors (u, D) of texts (u,). Without any, a dummy text is encoded: the other ranks may need the pass."""
-    ids, lengths = collate(store, texts)
-    return _forward(encode, ids, lengths, collate_prompts(store, texts), world.device)[: len(texts)]
-
-
 def encode_tokens(encoder: TextEncoder, tokens: list[np.ndarray], prompt_length: int) -> torch.Tensor:
     """Vectors (u, D) float32 of u texts, at least one, by their token ids; prompt_length: see TextEncoder.forward."""
     lengths = np.array([len(ids) for ids in tokens])
     prompts = np.full(len(tokens), prompt_length) if prompt_length else None
-    return _forward(encoder, pad(np.concatenate(tokens), lengths), lengths, prompts, next(encoder.parameters()).device)
+    row = np.concatenate(tokens)
+    ids = row.astype(np.int64) if encoder.is_packed else pad(row, lengths)
+    return _forward(encoder, ids, lengths, prompts, next(encoder.parameters()).device)
 
 
 def _forward(
     encode: Encode, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None, device: torch.device
 ) -> torch.Tensor:
-    """Vectors (u, D) float32 of token ids (u, S); lengths and prompts (u,)."""
+    """Vectors (u, D) float32 of token ids (u, S), or packed (S,); lengths and prompts (u,)."""
     with torch.inference_mode():
         inputs: list[Any] = [torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)]
-        inputs.append(bool(lengths.min() < ids.shape[1]))
-        if prompts is not None:
-            inputs.append(torch.from_numpy(prompts).to(device))
+        inputs.append(ids.ndim > 1 and bool(lengths.min() < ids.shape[1]))
+        if prompts is not None or ids.ndim == 1:
+            inputs.append(None if prompts is None else torch.from_numpy(prompts).to(device))
+        if ids.ndim == 1:
+            inputs.append(int(lengths.max()))
         return encode(*inputs).float()

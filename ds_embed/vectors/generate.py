@@ -16,6 +16,7 @@ from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.cpu import describe_kernels, pack_linear_layers
 from ds_embed.models.engine import partitioned_loading, start_inference_engine
 from ds_embed.models.loading import check_stage, find_source, load_config
+from ds_embed.models.varlen import describe_choice
 from ds_embed.settings import EncodeArguments, ModelArguments, TextArguments, resolve_deepspeed_config
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.corpus import Corpus, check_one_dtype, merge_shards, shard_path
@@ -68,7 +69,12 @@ def generate(
     commit = getattr(load_config(source, model.trust_remote_code), "_commit_hash", None)
     made_from = dict(world.on_main("identify the model", lambda: source.identify(commit)))
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    found, against = found.with_kernel(world, arguments.bf16)
     made_from["kernels"] = describe_kernels(world.device.type, dtype, stage == 3)
+    if against is None:
+        made_from["kernels"] += ", varlen"
+    if world.is_main and (against is None or world.device.type == "cuda"):
+        logger.info("attention      %s", describe_choice(model.attn_implementation, against))
     stores = build_stores(world, arguments, tokenizer, card)
     if len(stores) == 2:
         world.on_main("check judgments", lambda: _check_judgments(arguments, stores[1][2]))
@@ -98,7 +104,7 @@ def generate(
             world.mark(f"encode {corpus.name}")
             budget, save_seconds = arguments.micro_batch_tokens, arguments.save_seconds
             options = {"micro_batch_tokens": budget, "rows": rows, "goes_on": True, "save_seconds": save_seconds}
-            encode_store(store, encoder, world, corpus, **options)
+            encode_store(store, encoder, world, corpus, is_packed=against is None, **options)
     if arguments.doc_files and index is None:
         world.on_main("link test_doc", lambda: link_test_doc(embeddings))
     if world.is_main:

@@ -1,15 +1,17 @@
 """The encoder of a job that encodes: frozen, as its card says, with the adapter beside the base or merged into it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ds_embed.data.tokenize import TextTokenizer
+from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.fit import check_parts
 from ds_embed.models.loading import ModelSource, choose_card, load_config, load_encoder, load_tokenizer
+from ds_embed.models.varlen import VARLEN_KERNEL, why_not_varlen
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.encode import encode_tokens
@@ -49,6 +51,14 @@ class ModelToEncode:
     def check(self) -> None:
         """UserError when its parts don't fit."""
         check_parts(self.source, self.card, self.tokenizer, self.arguments.trust_remote_code)
+
+    def with_kernel(self, world: World, bf16: bool) -> tuple["ModelToEncode", str | None]:
+        """The same, to be loaded with the varlen kernel if nothing speaks against that, and what does. On every rank."""
+        config, asked = load_config(self.source, self.arguments.trust_remote_code), self.arguments.attn_implementation
+        reason = why_not_varlen(config, asked, world, bf16=bf16, is_trained=False)
+        if reason is not None:
+            return self, reason
+        return replace(self, arguments=replace(self.arguments, attn_implementation=VARLEN_KERNEL)), None
 
     def load(self, *, bf16: bool) -> TextEncoder:
         """The encoder, with an adapter beside its base."""

@@ -33,7 +33,7 @@ def run_case(world, case: dict) -> dict[str, np.ndarray]:
             pooling=case["pooling"],
             bidirectional=case["bidirectional"],
             bf16=case["bf16"],
-            attn_implementation=None,
+            attn_implementation=case["kernel"],
             trust_remote_code=False,
             head=case["head"],
         )

@@ -14,6 +14,7 @@ from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.models.loading import check_stage, choose_card, find_source, load_config, load_tokenizer
 from ds_embed.models.lora_runs import resolve_lora
+from ds_embed.models.varlen import VARLEN_KERNEL, why_not_gpu, why_not_model
 from ds_embed.settings import (
     DataArguments,
     DryRunArguments,
@@ -26,6 +27,7 @@ from ds_embed.settings import (
     StepArguments,
     resolve_deepspeed_config,
 )
+from ds_embed.settings.errors import UserError
 from ds_embed.tools.plan import ranks
 from ds_embed.tools.plan.measure import ModelCost, measure_model
 from ds_embed.tools.plan.ranks import GIB, Zero
@@ -56,6 +58,7 @@ class Job:
     num_ranks: int
     ranks_per_node: int
     on_gpu: bool
+    is_packed: bool  # with the varlen kernel
     hardware: HardwareArguments
 
     @cached_property
@@ -69,7 +72,7 @@ class Job:
 
     @cached_property
     def plan(self) -> Plan:
-        return plan_micro_batches(self.lengths, self.step.micro_batch_tokens, self.num_ranks)
+        return plan_micro_batches(self.lengths, self.step.micro_batch_tokens, self.num_ranks, self.is_packed)
 
     @cached_property
     def shape(self) -> ranks.StepShape:
@@ -83,10 +86,8 @@ class Job:
         for number, together in enumerate(rounds, start=1):
             is_twice = self.step.grad_cache and number < len(rounds)  # all but the last are encoded twice
             parts = ("flops", "forward_flops") if is_twice else ("flops",)
-            shapes = [(len(texts), float(self.lengths[texts].max())) for texts in together if len(texts)]
-            total += max(
-                (n * sum(self.cost.flops(part, length) for part in parts) for n, length in shapes), default=0.0
-            )
+            taken = [self.plan.tokens_taken(self.lengths, texts) for texts in together]
+            total += max(float(sum(self.cost.flops(part, lengths).sum() for part in parts)) for lengths in taken)
         return total
 
     @property
@@ -162,6 +163,7 @@ def print_dry_run(run: TrainingRun, arguments: DryRunArguments) -> None:
         num_ranks=run.world.size,
         ranks_per_node=run.world.local_size,
         on_gpu=run.world.device.type == "cuda",
+        is_packed=run.against_varlen is None,
         hardware=arguments,
     )
     logger.info("%s\n\ndry run: nothing was loaded, nothing written to %s", table(job), run.run.output_dir)
@@ -216,8 +218,19 @@ def job_to_size(
         num_ranks=sizing.num_gpus,
         ranks_per_node=min(sizing.num_gpus, sizing.gpus_per_node),
         on_gpu=True,
+        is_packed=_takes_varlen(config, model, run.bf16),
         hardware=sizing,
     )
+
+
+def _takes_varlen(config: Any, model: ModelArguments, bf16: bool) -> bool:
+    """Whether GPUs that need not be here would train with the varlen kernel, if they can."""
+    if model.attn_implementation not in (None, VARLEN_KERNEL):
+        return False
+    against = why_not_model(config, is_trained=True) or why_not_gpu(config, bf16)
+    if against and model.attn_implementation:
+        raise UserError(f"--attn_implementation {VARLEN_KERNEL}: {against}; leave it out")
+    return against is None
 
 
 def _named(batch: GlobalBatch) -> str:
@@ -244,7 +257,7 @@ def table(job: Job) -> str:
         f"step           {job.step.global_batch_size:,} queries, {len(job.lengths):,} texts, {plan.num_tokens:,} tokens "
         f"({job.lengths_from})",
         f"micro-batches  {plan.num_micro_batches} per rank, at most {job.step.micro_batch_tokens:,} tokens each, "
-        f"{plan.padding_share:.1%} padding",
+        f"{plan.padding_share:.1%} padding" + (" (varlen attention)" if plan.is_packed else ""),
         "",
         f"Memory of a {'GPU' if job.on_gpu else 'rank'} in GiB, by phase of a step ({memory.peak_phase} is the peak)",
         "",

@@ -22,6 +22,7 @@ from ds_embed.models.cpu import training_kernel, use_cpu_dropout
 from ds_embed.models.encoder import TextEncoder
 from ds_embed.models.loading import build_encoder
 from ds_embed.models.lora import add_lora
+from ds_embed.models.varlen import VARLEN_KERNEL
 from ds_embed.settings import LoraArguments, ModelArguments, StepArguments
 
 # Attention on CPU tensors, which torch's registry of FLOPs lacks.
@@ -72,8 +73,8 @@ class ModelCost:
         one, two = getattr(self.one, part), getattr(self.two, part)
         return max(0.0, one + (two - one) * (num_tokens / self.num_tokens - 1))
 
-    def flops(self, part: str, length: float) -> float:
-        """FLOPs of one text of `length` tokens: a linear term and a quadratic one, for attention."""
+    def flops(self, part: str, length: Any) -> Any:
+        """FLOPs of one text of `length` tokens, or of each of (n,): a linear term and a quadratic one, for attention."""
         half, long = self.num_tokens / 2, float(self.num_tokens)
         at_half, at_long = getattr(self.short, part), getattr(self.one, part)
         quadratic = max(0.0, (at_long - 2 * at_half) / (long**2 - 2 * half**2))
@@ -98,12 +99,14 @@ def measure_model(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     num_tokens = max(2, num_tokens - num_tokens % 2)
+    # Texts in one row cost what the same tokens do in torch's own fused attention.
+    asked = None if model.attn_implementation == VARLEN_KERNEL else model.attn_implementation
     with torch.device("meta"):
         encoder = build_encoder(
             config,
             **card.encoding,
             bf16=bf16,
-            attn_implementation=training_kernel(config, model.attn_implementation, "cuda" if on_gpu else "cpu"),
+            attn_implementation=training_kernel(config, asked, "cuda" if on_gpu else "cpu"),
             trust_remote_code=model.trust_remote_code,
         )
         encoder.make_unit_vectors()

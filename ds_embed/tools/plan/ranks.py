@@ -87,7 +87,7 @@ class StepShape:
     @classmethod
     def of(cls, plan: Plan, lengths: np.ndarray, num_queries: int, grad_cache: bool, width: int) -> "StepShape":
         """lengths: (T,) tokens of the batch's texts."""
-        padded = [[len(texts) * int(lengths[texts].max(initial=0)) for texts in rank] for rank in plan.micro_batches]
+        padded = [[int(plan.tokens_taken(lengths, texts).sum()) for texts in rank] for rank in plan.micro_batches]
         tokens, largest = max(map(sum, padded)), max(map(max, padded))
         ranks, number = len(padded), plan.num_micro_batches
         return cls(ranks, num_queries, len(lengths), tokens, number, largest, grad_cache, width)
