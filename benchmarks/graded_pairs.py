@@ -14,6 +14,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,11 @@ class GradedArguments(Settings):
     max_length: int = setting("longest text in tokens", default=64)
 
 
-def train_ours(settings: GradedArguments, seed: int, folder: Path, file: Path, *flags: object) -> Path:
+def train_ours(settings: GradedArguments, seed: int, folder: Path, files: Sequence[str | Path], *flags: object) -> Path:
     """Train on one rank with one thread; return the run."""
     names = ("model_name_or_path", "max_steps", "global_batch_size", "learning_rate", "warmup_steps", "max_length")
     words = [word for name in names for word in (f"--{name}", getattr(settings, name))]
-    words += ["--deepspeed", "zero1", "--train_files", file, "--output_dir", folder, "--seed", seed, *flags]
+    words += ["--deepspeed", "zero1", "--train_files", *files, "--output_dir", folder, "--seed", seed, *flags]
     words += ["--query_prefix", "", "--doc_prefix", "", "--lr_scheduler", "linear", "--adam_beta2", 0.999]
     words += ["--cache_dir", folder.parent / "cache", "--report_to", "none"]
     run(*launcher(1), REPOSITORY / "recipes" / "train_bert.py", *words, threads=1)
@@ -130,13 +131,13 @@ def main() -> None:
     results = {"SICK, before": [spearman(settings, base)], "Banking77, before": [nearest_accuracy(settings, base)]}
     for seed in settings.seeds:
         ours = train_ours(
-            settings, seed, output / f"sick-{seed}", pairs, "--pair_loss", "cosent", "--columns", *columns
+            settings, seed, output / f"sick-{seed}", [pairs], "--pair_loss", "cosent", "--columns", *columns
         )
         results.setdefault("SICK, ds_embed", []).append(spearman(settings, ours))
         theirs = train_theirs(settings, seed, output / f"sick-theirs-{seed}")
         results.setdefault("SICK, sentence-transformers", []).append(spearman(settings, theirs))
         labels = Path(settings.banking) / "train.csv"
-        ours = train_ours(settings, seed, output / f"banking-{seed}", labels, "--columns", "label=category")
+        ours = train_ours(settings, seed, output / f"banking-{seed}", [labels], "--columns", "label=category")
         results.setdefault("Banking77, ds_embed", []).append(nearest_accuracy(settings, ours))
         (output / "results.json").write_text(
             json.dumps({"settings": settings.__dict__, "results": results}, indent=2) + "\n"
