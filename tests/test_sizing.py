@@ -119,10 +119,11 @@ def sizing_of(place, name) -> Job:
         batch.lengths,
         "",
         None,
-        RANKS,
-        RANKS,
-        False,
-        SizingArguments(),
+        num_ranks=RANKS,
+        ranks_per_node=RANKS,
+        on_gpu=False,
+        is_packed=False,
+        hardware=SizingArguments(),
     )
 
 
