@@ -1,5 +1,7 @@
 """Fewer dimensions, bytes and bits: each against a few lines of numpy, in blocks of every size, ties included."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -109,3 +111,17 @@ def test_rescoring_asks_for_no_more_than_there_is():
     results = found(queries, documents, 4, np.arange(5), quantize=["binary"], rescore_multiplier=4)
     assert results["binary, rescored x4", 8].indices.shape == (3, 4)
     assert ("binary, rescored x4", 8) not in found(queries, documents, 4, np.arange(5), quantize=["binary"])
+
+
+def test_levels_of_int8_are_those_of_all_ranks():
+    rows = np.random.default_rng(4).normal(size=(11, 3)).astype(np.float32) * np.linspace(0.1, 3, 11)[:, None]
+    rows, told = rows.astype(np.float32), []
+
+    def rank_of_two(rank, answer):
+        return SimpleNamespace(rank=rank, size=2, max=lambda values: told.append(values) or answer or values)
+
+    for rank in range(2):
+        quantized_int8(rows, rank_of_two(rank, None))
+    together = [max(pair) for pair in zip(*told)]
+    for rank in range(2):
+        assert np.array_equal(quantized_int8(rows, rank_of_two(rank, together))[:], quantized_int8(rows)[:])
