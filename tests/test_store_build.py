@@ -1,5 +1,6 @@
 """Building token stores: killed, at once, without room, flat in memory."""
 
+import contextlib
 import errno
 import os
 import resource
