@@ -81,7 +81,7 @@ def num_ranks() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="folder for everything")
-    parser.add_argument("--max_steps", type=int, default=100, help="optimizer steps")
+    parser.add_argument("--max_steps", type=int, default=45, help="optimizer steps")
     arguments = parser.parse_args()
     started, out = time.perf_counter(), arguments.output_dir
     base, data, trained, vectors, results = (out / n for n in ("base", "data", "run", "embeddings", "results.json"))
