@@ -36,7 +36,7 @@ def test_the_small_form_runs_as_it_stands(tmp_path):
     make_model(tmp_path / "base", "llama")
     data = tmp_path / "data"
     data.mkdir()
-    make_training_file(data / "train.jsonl", 600)
+    make_training_file(data / "train.jsonl", 1500)
     texts = [json.loads(line) for line in open(data / "train.jsonl", encoding="utf-8")][:40]
     for name, keys in (("test_queries", ("query", "query_id", "doc_id")), ("test_docs", ("pos_doc", "doc_id"))):
         records = [

@@ -76,11 +76,14 @@ class Ids(Sequence[str]):
         text = pyarrow.py_buffer(self._lines[self._lines != ord("\n")])
         starts = pyarrow.py_buffer(self._starts - np.arange(len(self) + 1))
         ids = pyarrow.Array.from_buffers(pyarrow.large_binary(), len(self), [None, starts, text])
-        order = pyarrow.compute.array_sort_indices(ids).to_numpy().astype(np.int64)
+        order = pyarrow.compute.array_sort_indices(ids)
         ordered = ids.take(order)
-        same = np.zeros(len(self), dtype=bool)
-        same[1:] = pyarrow.compute.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)
-        return order, same
+        same = np.zeros(len(self), dtype=np.uint8)
+        if len(self) > 1:
+            equal = pyarrow.compute.equal(ordered[1:], ordered[:-1]).cast(pyarrow.uint8())
+            same[1:] = np.frombuffer(equal.buffers()[1], np.uint8, len(equal))
+        # Not to_numpy: it imports pandas where that is installed, which takes longer than most sorts.
+        return np.frombuffer(order.buffers()[1], np.uint64, len(order)).astype(np.int64), same.astype(bool)
 
     @cached_property
     def ranks(self) -> np.ndarray:
