@@ -288,7 +288,7 @@ HERE = {
     f"{TRAIN} {{}}/equal.jsonl --pair_loss cosent": "every pair has the score 1",
     f"{TRAIN} {{}}/nan.jsonl --pair_loss cosent": "nan.jsonl:2: not JSON .NaN is no number there",
     f"{TRAIN} {{}}/infinite.jsonl --pair_loss cosent": "infinite.jsonl:1: not JSON .*Infinity is no number there",
-    f"{TRAIN} {{}}/high.jsonl --pair_loss cosent": "high.jsonl:1: score is 'high', want a finite number",
+    f"{TRAIN} {{}}/high.jsonl --pair_loss cosent": "high.jsonl:1: score is 'high', expected a finite number",
     f"{TRAIN} {{}}/good.jsonl --pair_loss cosent": "--pair_loss cosent: no file .* has scored pairs",
     f"{TRAIN} {{}}/scored.jsonl --pair_loss cosent --guide_embeddings {{}}": (
         "--guide_embeddings .*: applies to no scored"
@@ -302,7 +302,7 @@ HERE = {
     f"{RERANK_RUN} {{}}/empty.trec": "empty.trec: holds no line of a run",
     f"{RERANK_RUN} {{}}/unknown.trec": "--doc_files: 1 of the 1 ids to rerank have no text there, such as 'd9'",
     f"{RERANK_RUN} {{}}/twice.trec": "twice.trec:2: document 'd1' stands twice",
-    f"{RERANK_RUN} {{}}/nan.trec": "nan.trec:1: score 'nan', want a finite number",
+    f"{RERANK_RUN} {{}}/nan.trec": "nan.trec:1: score 'nan', expected a finite number",
     f"{RERANK_RUN} {{}}/short.trec": "short.trec:1: 3 columns",
     f"{RERANK_RUN} {{}}/run.trec --max_length 3": "--max_length 3: leaves no room beside the 3 tokens",
     f"{RERANK_RUN} {{}}/run.trec --model_name_or_path {{}}/bert": "has no trained classifier .* choose a reranker",

@@ -181,7 +181,7 @@ def test_killed_and_resumed_on_other_ranks(model, tmp_path):
     "given, message",
     [
         ([], "nothing to measure: give --tasks"),
-        (["--tasks", "SciFacts"], "--tasks SciFacts: is no folder, .* Did you mean: 'SciFact'"),
+        (["--tasks", "SciFacts"], "--tasks SciFacts: is not a folder, .* Did you mean: 'SciFact'"),
         (["--tasks", "no/such"], "--tasks no/such: no such folder"),
         (["--tasks", "{small}", "{small}"], "two tasks are called small"),
         (["--tasks", "{small}", "--split", "dev"], "--split dev: there is no .*the splits here are test"),

@@ -252,9 +252,9 @@ def append(name, row):
 @pytest.mark.parametrize(
     ("spoil", "flags", "message"),
     [
-        (qrels("q1\td1\n"), [], "test.tsv:1: 2 columns; want 'query-id 0 doc-id relevance' (TREC)"),
+        (qrels("q1\td1\n"), [], "test.tsv:1: 2 columns; expected 'query-id 0 doc-id relevance' (TREC)"),
         (qrels(HEADER + "q1\td1\n"), [], "test.tsv:2: 2 columns"),
-        (qrels(HEADER + "q1\td1\t0.5\n"), [], "test.tsv:2: relevance '0.5', want a whole number"),
+        (qrels(HEADER + "q1\td1\t0.5\n"), [], "test.tsv:2: relevance '0.5', expected a whole number"),
         (
             qrels(HEADER + "q1\td1\t1\nq1\td1\t2\n"),
             [],
@@ -267,7 +267,7 @@ def append(name, row):
             [],
             "corpus.jsonl:4: document id 'd1' stands with another text at ",
         ),
-        (append("corpus.jsonl", {"_id": "d4"}), [], "corpus.jsonl:4: pos_doc is missing, want a string"),
+        (append("corpus.jsonl", {"_id": "d4"}), [], "corpus.jsonl:4: pos_doc is missing, expected a string"),
         (
             append("queries.jsonl", {"_id": "q1", "text": "other"}),
             [],
@@ -277,7 +277,7 @@ def append(name, row):
         (
             lambda folder: jsonl(folder / "corpus.jsonl", [{"name": "d1", "text": ""}]),
             [],
-            "corpus.jsonl:1: doc_id is missing, want a string; the keys here are 'name', 'text'",
+            "corpus.jsonl:1: doc_id is missing, expected a string; the keys here are 'name', 'text'",
         ),
         (lambda folder: None, ["--split", "dev"], "--split dev: there is no "),
         (
@@ -305,8 +305,8 @@ def test_mistakes_in_beir_folders(tmp_path, spoil, flags, message):
         ("a.csv", b"anchor,positive\nx,y,z\n", [], "a.csv:2: 3 columns"),
         ("a.csv", b'anchor,positive\nx,"y\nz\n', [], "a.csv:2: not CSV (unexpected end of data)"),
         ("a.csv", b"anchor,positive\nx,y\n\xff,y\n", [], "a.csv:3: not UTF-8 text"),
-        ("a.csv", b"anchor,positive\nx,\n", [], "a.csv:2: positive is null, want a string"),
-        ("a.csv", b"x,y\n1,2\n", [], "a.csv:2: query is missing, want a string; the keys here are 'x', 'y'"),
+        ("a.csv", b"anchor,positive\nx,\n", [], "a.csv:2: positive is null, expected a string"),
+        ("a.csv", b"x,y\n1,2\n", [], "a.csv:2: query is missing, expected a string; the keys here are 'x', 'y'"),
         ("a.csv", b"anchor,anchor\n", [], "a.csv: has two columns named 'anchor'"),
         ("a.csv", b"", [], "a.csv: is empty; remove it"),
         ("a.tsv", b"anchor\tpositive\nx\ty\tz\n", [], "a.tsv:2: 3 columns"),
@@ -320,9 +320,9 @@ def test_mistakes_in_beir_folders(tmp_path, spoil, flags, message):
             "a.csv",
             b"q,p\nx,y\n",
             ["--columns", "question=q"],
-            "--columns question=q: want KEY=COLUMN, where KEY is one of query,",
+            "--columns question=q: expected KEY=COLUMN, where KEY is one of query,",
         ),
-        ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', [], "a.jsonl:1: positive is a number, want a string"),
+        ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', [], "a.jsonl:1: positive is a number, expected a string"),
         ("a.jsonl", b'{"anchor": "x", "positive": "y"}\n{"anchor": \n', [], "a.jsonl:2: not JSON"),
         ("a.parquet", b"PAR1xxxx", [], "a.parquet: not a whole Parquet file"),
         ("a.txt", b"x", [], "a.txt:1: not JSON"),
@@ -378,9 +378,7 @@ def test_as_a_user_runs_it(tmp_path):
     assert done.stdout == f"4 rows written\nwritten to {tmp_path}/pairs.csv\n"
     failed = run("--output_format", "pairs", "--output", tmp_path / "pairs.csv")
     assert failed.returncode == 2
-    assert (
-        failed.stderr == f"error: --output {tmp_path}/pairs.csv: is there already; delete it or choose another name\n"
-    )
+    assert failed.stderr == f"error: --output {tmp_path}/pairs.csv: already exists; delete it or choose another name\n"
     with pytest.raises(
         ValueError, match="--output_format queries: training can become training, pairs, triplets, texts, beir, test"
     ):

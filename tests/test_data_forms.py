@@ -243,46 +243,46 @@ BAD = [
     (OURS, FE, ":2: a record of FlagEmbedding, and those before it are our own"),
     (FE, OURS, ":2: a record of our own, and those before it are FlagEmbedding"),
     (TV, ST, ":2: a record of sentence-transformers, and those before it are Tevatron"),
-    (FE, {"query": "q", "pos": []}, ":2: pos is empty, want at least one document"),
+    (FE, {"query": "q", "pos": []}, ":2: pos is empty, expected at least one document"),
     (FE, {"query": "q", "pos": ["p", ""]}, ":2: pos[1] is blank"),
-    (FE, {"query": "q", "pos": ["p", 7]}, ":2: pos[1] is a number, want a string"),
-    (FE, {"query": "q", "pos": {"p": 1}}, ":2: pos.text is null, want a string"),
+    (FE, {"query": "q", "pos": ["p", 7]}, ":2: pos[1] is a number, expected a string"),
+    (FE, {"query": "q", "pos": {"p": 1}}, ":2: pos.text is null, expected a string"),
     (FE, {"query": "q", "pos": ["p"], "neg": ["p"]}, ":2: neg[0] is the text of pos"),
     (FE, {"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, ":2: pos_scores has 2 values and pos 1 texts"),
-    (FE, {"query": "q", "pos": ["p"], "pos_scores": ["1"]}, ":2: pos_scores is a string, want a finite number"),
+    (FE, {"query": "q", "pos": ["p"], "pos_scores": ["1"]}, ":2: pos_scores is a string, expected a finite number"),
     (FE, {"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": []}, ":2: neg_scores has 0 numbers and neg 1 texts"),
-    (FE, {"query": "q", "pos": ["p"], "prompt": 3}, ":2: prompt is a number, want a string"),
+    (FE, {"query": "q", "pos": ["p"], "prompt": 3}, ":2: prompt is a number, expected a string"),
     (FE, FE | {"prompt": " \n"}, ":2: prompt is blank"),
-    (OURS, OURS | {"prompt": ["a"]}, ":2: prompt is a list, want a string"),
-    (OURS, OURS | {"instruction": 1}, ":2: instruction is a number, want a string"),
+    (OURS, OURS | {"prompt": ["a"]}, ":2: prompt is a list, expected a string"),
+    (OURS, OURS | {"instruction": 1}, ":2: instruction is a number, expected a string"),
     (
         OURS,
         OURS | {"prompt": "a ", "instruction": "b "},
         ":2: prompt and instruction could both be in front of the query",
     ),
-    (FE, {"query": ["a", "b", "c"], "pos": ["p"]}, ":2: query is a list, want a string, or [instruction, text]"),
-    (FE, {"query": None, "pos": ["p"]}, ":2: query is null, want a string"),
-    (FE, {"question": "q"}, ":2: query is missing, want a string; the keys here are 'question'"),
-    (TV, {"query": "q", "positive_passages": "p"}, ":2: positive_passages is a string, want a list of objects"),
+    (FE, {"query": ["a", "b", "c"], "pos": ["p"]}, ":2: query is a list, expected a string, or [instruction, text]"),
+    (FE, {"query": None, "pos": ["p"]}, ":2: query is null, expected a string"),
+    (FE, {"question": "q"}, ":2: query is missing, expected a string; the keys here are 'question'"),
+    (TV, {"query": "q", "positive_passages": "p"}, ":2: positive_passages is a string, expected a list of objects"),
     (TV, {"query": "q", "positive_passages": None}, ":2: positive_passages is empty"),
     (TV, {"query": "q", "positive_passages": [{"docid": "1"}]}, ":2: positive_passages[0].text is null"),
     (TV, {"query": "q", "positive_passages": [{"title": 1, "text": "p"}]}, ":2: title is a number"),
     (
         TV,
         {"query": "q", "positive_passages": [{"docid": 1.5, "text": "p"}]},
-        ":2: docid is a number, want a whole number",
+        ":2: docid is a number, expected a whole number",
     ),
     (TV, TV | {"query_id": True}, ":2: query_id is a boolean"),
-    (OURS, {"query": "q", "pos_doc": [{"text": "p"}, 3]}, ":2: pos_doc[1] is a number, want a string"),
-    (ST, {"anchor": "q", "positive": None}, ":2: positive is null, want a string"),
+    (OURS, {"query": "q", "pos_doc": [{"text": "p"}, 3]}, ":2: pos_doc[1] is a number, expected a string"),
+    (ST, {"anchor": "q", "positive": None}, ":2: positive is null, expected a string"),
     (ST, {"anchor": "q", "positive": "p", "answer": "a"}, ":2: positive and answer could both be the right document"),
     (ST, ST | {"score": 0.4}, ":2: score is not 1: a graded pair is no pair of a query and its right document"),
     (ST, ST | {"label": 0}, ":2: label is not 1"),
-    (ST, ST | {"negative": 5}, ":2: negative[0] is a number, want a string"),
-    (SWIFT, SWIFT | {"messages": []}, ":2: messages holds 0 messages; want one"),
-    (SWIFT, SWIFT | {"messages": SWIFT["messages"] * 2}, ":2: messages holds 2 messages; want one"),
+    (ST, ST | {"negative": 5}, ":2: negative[0] is a number, expected a string"),
+    (SWIFT, SWIFT | {"messages": []}, ":2: messages holds 0 messages; expected one"),
+    (SWIFT, SWIFT | {"messages": SWIFT["messages"] * 2}, ":2: messages holds 2 messages; expected one"),
     (SWIFT, SWIFT | {"positive_messages": [{"role": "user"}]}, ":2: positive_messages is no list of lists"),
-    (SWIFT, SWIFT | {"positive_messages": [[{"role": "user"}]]}, ":2: content is missing, want a string"),
+    (SWIFT, SWIFT | {"positive_messages": [[{"role": "user"}]]}, ":2: content is missing, expected a string"),
     (SWIFT, SWIFT | {"label": 0.5}, ":2: label is not 1"),
 ]
 
@@ -317,15 +317,15 @@ def test_scores_of_a_table_are_numbers(tmp_path, tokenizer, suffix):
     path = table("q,p,n,m,s,a,b", "w1,w2,w3,w4,7,1.5,-2", "w1,w4,w3,,7,1.5,")
     assert scores(path, reading=Reading(columns)) == [(7.0, (1.5, -2.0)), (7.0, (1.5,))]
     for cells, message in (
-        ("x,1", "pos_score is 'x', want a finite number"),
-        ("nan,1", "pos_score is a number, want a finite number"),
-        ("1,0;5", "neg_scores is '0;5', want a finite number"),
-        ("1,inf", r"neg_scores\[0\] is a number, want a finite number"),
+        ("x,1", "pos_score is 'x', expected a finite number"),
+        ("nan,1", "pos_score is a number, expected a finite number"),
+        ("1,0;5", "neg_scores is '0;5', expected a finite number"),
+        ("1,inf", r"neg_scores\[0\] is a number, expected a finite number"),
     ):
         with pytest.raises(UserError, match=f"a.{suffix}:3: {message}"):
             scores(table(header, "w1,w2,w3,1,2", f"w1,w2,w3,{cells}"))
     jsonl(tmp_path / "a.jsonl", [{"query": "w1", "pos_doc": "w2", "pos_score": "1"}])  # says that it is a text
-    with pytest.raises(UserError, match="a.jsonl:1: pos_score is a string, want a finite number"):
+    with pytest.raises(UserError, match="a.jsonl:1: pos_score is a string, expected a finite number"):
         scores(str(tmp_path / "a.jsonl"))
 
 
@@ -347,8 +347,8 @@ FILES = [
     ("a.csv", b'anchor,positive\nx,"y\n', {}, "a.csv:2: not CSV"),
     ("a.tsv", b"anchor\tpositive\n\xff\ty\n", {}, "a.tsv:2: not UTF-8 text"),
     ("a.csv", b"a,a\n1,2\n", {}, "a.csv: has two columns named 'a'"),
-    ("a.csv", "anchor,positive\nx,y\n".encode("utf-16-le"), {}, "a.csv: is no UTF-8 text"),
-    ("a.zip", b"PK\x03\x04\x14\0\0\0", {}, "a.zip: is no UTF-8 text"),
+    ("a.csv", "anchor,positive\nx,y\n".encode("utf-16-le"), {}, "a.csv: is not UTF-8 text"),
+    ("a.zip", b"PK\x03\x04\x14\0\0\0", {}, "a.zip: is not UTF-8 text"),
     (
         "a.csv",
         b"anchor,positive\rx,y\r",
@@ -361,7 +361,12 @@ FILES = [
         {},
         "a.csv:2: neg looks like a list and is no JSON; write a column",
     ),
-    ("a.csv", b"a\nx\n", {"columns": ["in_order"]}, "a.csv:2: --columns in_order: want two columns or more, found 'a'"),
+    (
+        "a.csv",
+        b"a\nx\n",
+        {"columns": ["in_order"]},
+        "a.csv:2: --columns in_order: expected two columns or more, found 'a'",
+    ),
     (
         "a.jsonl",
         b'{"query": "q", "pos_doc": "p", "doc_id": 9007199254740993.0}',
@@ -374,7 +379,7 @@ FILES = [
         {},
         "a.jsonl:1: not JSON (NaN is no number there; leave such a value out, character 37",
     ),
-    ("a.csv", b"a,b\n1,2\n", {}, "a.csv:2: query is missing, want a string; the keys here are 'a', 'b'"),
+    ("a.csv", b"a,b\n1,2\n", {}, "a.csv:2: query is missing, expected a string; the keys here are 'a', 'b'"),
     ("a.csv", b"a,b\n", {"columns": ["in_order"]}, "a.csv: holds no record"),
     ("a.jsonl", b'{"a": "b"}\n', {"columns": ["in_order"]}, "a.jsonl: --columns in_order: JSON keys have no order"),
     ("a.jsonl", b'{"a": "b"}\n', {"columns": ["query=a", "pos_doc=c"]}, "a.jsonl:1: --columns pos_doc=c: there is no"),
@@ -382,12 +387,22 @@ FILES = [
         "a.csv",
         b"Frage,Antwort\n1,2\n",
         {"columns": ["query=Frage"]},
-        "a.csv:2: pos_doc is missing, want a string; the keys here are 'Frage', 'Antwort'; if another key holds it: "
+        "a.csv:2: pos_doc is missing, expected a string; the keys here are 'Frage', 'Antwort'; if another key holds it: "
         "--columns pos_doc=KEY",
     ),
     ("a.jsonl", b'{"a": "b", "c": "d"}\n', {"columns": ["query=a", "pos_doc=c", "neg_doc=e"]}, "no record has 'e'"),
-    ("a.jsonl", b"{}", {"columns": ["Frage=query"]}, "--columns Frage=query (did you mean query=Frage?): want KEY=COL"),
-    ("a.jsonl", b"{}", {"columns": ["ask=a"]}, "--columns ask=a: want KEY=COLUMN, where KEY is one of query, pos_doc"),
+    (
+        "a.jsonl",
+        b"{}",
+        {"columns": ["Frage=query"]},
+        "--columns Frage=query (did you mean query=Frage?): expected KEY=COL",
+    ),
+    (
+        "a.jsonl",
+        b"{}",
+        {"columns": ["ask=a"]},
+        "--columns ask=a: expected KEY=COLUMN, where KEY is one of query, pos_doc",
+    ),
     ("a.jsonl", b"{}", {"columns": ["query=a", "query=b"]}, "--columns query=b: query is given twice"),
     (
         "a.jsonl",
@@ -395,9 +410,9 @@ FILES = [
         {},
         "a.jsonl:1: names its documents by id; give their texts with --corpus_files",
     ),
-    ("a.json", b'{"corpus": [{"path": "none"}], "data": [{}]}', {}, "none is no folder"),
+    ("a.json", b'{"corpus": [{"path": "none"}], "data": [{}]}', {}, "none is not a folder"),
     ("a.json", b'{"corpus": [{"path": "."}], "data": [{}]}', {}, "has no merlin_metadata.json with a corpus_id"),
-    ("a.json", b'{"corpus": ["none"], "data": [{}]}', {}, 'corpus holds something else than {"path": "..."}'),
+    ("a.json", b'{"corpus": ["none"], "data": [{}]}', {}, 'corpus holds something other than {"path": "..."}'),
     ("a.json", b'{"data": [{"query": "q", "pos_doc": "p"}, 5]}', {}, "a.json:record 2: found a number"),
     ("a.json", b'{"data": [{"query": "q", "pos_doc": "p"}', {}, "a.json:record 2: the file ends before"),
     ("a.json", b'{"data": []}', {}, "a.json: holds no record"),
@@ -425,15 +440,15 @@ def test_bad_entries(tmp_path, tokenizer, monkeypatch):
     pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
     (tmp_path / "empty").mkdir()
     for entry, message in (
-        (tmp_path / "no_split", "want one of its splits: it has none"),
+        (tmp_path / "no_split", "name one of its splits: it has none"),
         (tmp_path / "no_row", "can't be loaded as a data set ("),
         (tmp_path / "twice.parquet", "has two columns named 'pos_doc'"),
         ("hf://datasets/nobody/nothing/a.jsonl", "cannot be "),
-        (tmp_path / "empty", "no data file there; want files that end in .jsonl"),
+        (tmp_path / "empty", "no data file there; expected files that end in .jsonl"),
         (tmp_path / "none-*.jsonl", "no data file there"),
         (tmp_path / "none.jsonl", "no such file"),
-        (tmp_path / "saved_splits", "want one of its splits: "),
-        (f"{tmp_path}/saved_splits:dev", "want one of its splits: "),
+        (tmp_path / "saved_splits", "name one of its splits: "),
+        (f"{tmp_path}/saved_splits:dev", "name one of its splits: "),
         (f"{tmp_path}/saved:train", "holds one data set, without splits"),
         ("memory://none.jsonl", "no such file"),
         ("nowhere://none.jsonl", "cannot be opened (Protocol not known"),

@@ -208,7 +208,7 @@ def test_embedder_gives_the_bits_of_generate(place, kind):
     assert finer.dimensions == 8 and finer.encode_documents([]).shape == (0, 8)
     with pytest.raises(ValueError, match="one string was given; give a list of queries"):
         embedder.encode_queries("w1")
-    with pytest.raises(ValueError, match="text 1 of the documents is nan, want a string"):
+    with pytest.raises(ValueError, match="text 1 of the documents is nan, expected a string"):
         embedder.encode_documents(["w1", float("nan")])
     with pytest.raises(ValueError, match="truncate_dim 33: the model has vectors of 32 dimensions"):
         Embedder(embedder.encoder, embedder.tokenizer, embedder.card, truncate_dim=33)

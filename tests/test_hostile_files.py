@@ -217,7 +217,7 @@ def test_store(tmp_path, sentinel, model, form):
         TrainingStore.open(path)
     # The same where the sizes of the files were made to fit.
     edit(path / "manifest.json", store_files={f.name: f.stat().st_size for f in path.iterdir() if f.suffix == ".npy"})
-    with pytest.raises(ValueError, match=f"{path}: scores.npy is no array of plain numbers"):
+    with pytest.raises(ValueError, match=f"{path}: scores.npy is not an array of plain numbers"):
         TrainingStore.open(path)
     assert not sentinel.exists()
 

@@ -59,7 +59,7 @@ def test_positives_share_the_label_and_negatives_never(tmp_path, tokenizer):
 ROWS = [{"text": f"w{n} w{n + 1}", "label": n % 2} for n in range(6)]
 BAD = {
     "no label": (ROWS[:1] + [{"text": "a"}], ":2: label is missing"),
-    "a null": (ROWS[:1] + [{"text": "a", "label": None}], ":2: label is missing, want the name or the number"),
+    "a null": (ROWS[:1] + [{"text": "a", "label": None}], ":2: label is missing, expected the name or the number"),
     "a list": (ROWS[:1] + [{"text": "a", "label": ["x"]}], ":2: label is a list"),
     "blank": (ROWS[:1] + [{"text": "", "label": 1}], ":2: text is blank"),
     "stands once": ([*ROWS, {"text": "a", "label": "rare"}], ":7: no other text of its file has its label"),

@@ -32,10 +32,14 @@ def good_but(**changes):
 
 # name: (content, place and words of the error, reason when skipped)
 BAD = {
-    "wrong type": (good_but(query=7), ":3: query is a number, want a string", "query is a number"),
-    "no object": (lines(*GOOD[:2], ["a", "b"], GOOD[3]), ":3: found a list, want a JSON object", "found a list"),
-    "mixed types": (good_but(neg_doc=["a", 5]), ":3: neg_doc[1] is a number, want a string", "neg_doc is a number"),
-    "half a number as id": (good_but(doc_id=2.5), ":3: doc_id is a number, want a whole number", "doc_id is a number"),
+    "wrong type": (good_but(query=7), ":3: query is a number, expected a string", "query is a number"),
+    "no object": (lines(*GOOD[:2], ["a", "b"], GOOD[3]), ":3: found a list, expected a JSON object", "found a list"),
+    "mixed types": (good_but(neg_doc=["a", 5]), ":3: neg_doc[1] is a number, expected a string", "neg_doc is a number"),
+    "half a number as id": (
+        good_but(doc_id=2.5),
+        ":3: doc_id is a number, expected a whole number",
+        "doc_id is a number",
+    ),
     "not JSON": (lines(*GOOD[:2]) + b'{"query": "a", \n' + lines(GOOD[3]), ":3: not JSON (", "not JSON"),
     "invalid UTF-8": (
         lines(*GOOD[:2]) + b'{"query": "a\xff", "pos_doc": "b"}\n' + lines(GOOD[3]),

@@ -220,8 +220,8 @@ def test_load_run(tmp_path):
     path.write_text("q1 Q0 a 1 0.5 bm25\nq1 Q0 b 2 -1e-3 bm25\n\nq2\tQ0\ta\t1\t3\tx\n")
     assert load_run(path) == {"q1": {"a": 0.5, "b": -0.001}, "q2": {"a": 3.0}}
     for line, message in (
-        ("q1 Q0 a 1 0.5", "run.trec:2: 5 columns; want 'query-id Q0 doc-id rank score tag'"),
-        ("q1 Q0 b 1 nan x", "run.trec:2: score 'nan', want a finite number"),
+        ("q1 Q0 a 1 0.5", "run.trec:2: 5 columns; expected 'query-id Q0 doc-id rank score tag'"),
+        ("q1 Q0 b 1 nan x", "run.trec:2: score 'nan', expected a finite number"),
         ("q1 Q0 a 1 0.5 x", "run.trec:2: document 'a' stands twice for query 'q1'"),
     ):
         path.write_text(f"q1 Q0 a 1 0.5 x\n{line}\n")

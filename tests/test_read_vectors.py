@@ -196,11 +196,11 @@ def spoil_ids(content):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (spoil_dtype, "doc.npy: holds float64, want float32, float16 or int8; save"),
+        (spoil_dtype, "doc.npy: holds float64, expected float32, float16 or int8; save"),
         (spoil_scales(None), "doc.npy: holds int8, and its scales are not beside it: doc.scales.npy, float32"),
-        (spoil_scales(np.ones(4, np.float32)), "doc.scales.npy: holds 4 float32, want 5 float32"),
-        (spoil_scales(np.ones(5)), "doc.scales.npy: holds 5 float64, want 5 float32"),
-        (spoil_scales(np.ones((5, 1), np.float32)), r"doc.scales.npy: holds shape \(5, 1\), want one \(n,\) array"),
+        (spoil_scales(np.ones(4, np.float32)), "doc.scales.npy: holds 4 float32, expected 5 float32"),
+        (spoil_scales(np.ones(5)), "doc.scales.npy: holds 5 float64, expected 5 float32"),
+        (spoil_scales(np.ones((5, 1), np.float32)), r"doc.scales.npy: holds shape \(5, 1\), expected one \(n,\) array"),
         (spoil_scales(np.array([1, 1, 1, np.nan, 1], np.float32)), r"doc.npy: row 3 \(id 'd3'\) holds NaN"),
         (spoil_shape, r"doc.npy: holds shape \(20,\)"),
         (spoil_length, "doc.ids has 5 ids and .*doc.npy has 6 rows"),

@@ -55,9 +55,9 @@ def test_no_wait_for_the_device(loss):
 GOOD = [{"sentence1": f"a w{n}", "sentence2": f"b w{n}", "score": n / 4} for n in range(4)]
 BAD = {
     "no score": (GOOD[:1] + [{"sentence1": "a", "sentence2": "b"}], ":2: score is missing"),
-    "a null": (GOOD[:1] + [GOOD[1] | {"score": None}], ":2: score is null, want a finite number"),
-    "a word": (GOOD[:1] + [GOOD[1] | {"score": "high"}], ":2: score is 'high', want a finite number"),
-    "not finite": (GOOD[:1] + [GOOD[1] | {"score": "nan"}], ":2: score is a number, want a finite number"),
+    "a null": (GOOD[:1] + [GOOD[1] | {"score": None}], ":2: score is null, expected a finite number"),
+    "a word": (GOOD[:1] + [GOOD[1] | {"score": "high"}], ":2: score is 'high', expected a finite number"),
+    "not finite": (GOOD[:1] + [GOOD[1] | {"score": "nan"}], ":2: score is a number, expected a finite number"),
     "blank": ([GOOD[0] | {"sentence2": " "}], ":1: sentence2 is blank"),
     "another form": (
         GOOD + [{"query": "a", "pos_doc": "b"}],

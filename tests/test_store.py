@@ -161,7 +161,7 @@ def test_text_stores_hold_rows_and_ids_in_file_order(tmp_path, tokenizer, small_
     queries = write_jsonl(tmp_path / "q.jsonl", [{"query": "how deep", "query_id": "q", "doc_id": "d"}])
     store = TextStore.open(build_text_store([queries], "query", "query_id", tokenizer, QUERY, tmp_path))
     assert store.tokens_of(0).tolist() == encode_texts(tokenizer, ["how deep"], QUERY)[0].tolist()
-    with pytest.raises(ValueError, match="holds documents, want training"):
+    with pytest.raises(ValueError, match="holds documents, expected training"):
         TrainingStore.open(path)
 
 
@@ -212,7 +212,7 @@ def test_a_digest_of_zeros_is_not_the_key_for_none(monkeypatch):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([RECORDS[0], {"query": "q", "pos_doc": 3}], "{path}:2: pos_doc is a number, want a string"),
+        ([RECORDS[0], {"query": "q", "pos_doc": 3}], "{path}:2: pos_doc is a number, expected a string"),
         ([*RECORDS, {"query": "q"}], "{path}:6: pos_doc is missing"),
     ],
 )
@@ -228,7 +228,7 @@ def test_bad_arguments_name_themselves(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     with pytest.raises(ValueError, match="no data files were given"):
         build([], tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="num_negatives=-1; want 0 or more, or None for all"):
+    with pytest.raises(ValueError, match="num_negatives=-1; expected 0 or more, or None for all"):
         build(path, tokenizer, tmp_path, num_negatives=-1)
     with pytest.raises(ValueError, match="none.jsonl: no such file"):
         build([path, tmp_path / "none.jsonl"], tokenizer, tmp_path)
@@ -236,7 +236,7 @@ def test_bad_arguments_name_themselves(tmp_path, tokenizer):
         build(path, tokenizer, tmp_path, query=TextFormat("", 1, True))
     with pytest.raises(ValueError, match="doc_max_length=1 leaves no room"):
         build_text_store(path, "pos_doc", "doc_id", tokenizer, TextFormat("", 1, True), tmp_path)
-    with pytest.raises(ValueError, match="text_key='query' with id_key='doc_id'; want one of"):
+    with pytest.raises(ValueError, match="text_key='query' with id_key='doc_id'; expected one of"):
         build_text_store(path, "query", "doc_id", tokenizer, QUERY, tmp_path)
     with pytest.raises(ValueError, match=r"--cache_dir .*a.jsonl: is a file; give a folder"):
         build(path, tokenizer, path)

@@ -170,7 +170,7 @@ def test_too_small_a_length_names_the_setting(tokenizer, append_eos, shortest):
 
 def test_a_tokenizer_that_cannot_do_it_is_an_error():
     tokenizer = byte_level_tokenizer(eos_token=None)
-    with pytest.raises(ValueError, match="puts no token behind a text and has no eos_token .*; name one in its tok"):
+    with pytest.raises(ValueError, match="adds no token after a text and has no eos_token .*; name one in its tok"):
         TextTokenizer(tokenizer, TextFormat("", 10, True))
     with pytest.raises(ValueError, match="object has no fast version"):
         encode_texts(object(), ["a"], TextFormat("", 10, False))

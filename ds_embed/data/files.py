@@ -99,7 +99,9 @@ def list_parts(entry: str | os.PathLike) -> list[str]:
     else:
         return [entry]
     if not found:
-        raise UserError(f"{entry}: no data file there; want files that end in {', '.join(SUFFIXES)}, packed or not")
+        raise UserError(
+            f"{entry}: no data file there; expected files that end in {', '.join(SUFFIXES)}, compressed or not"
+        )
     return sorted(found)
 
 
@@ -174,7 +176,7 @@ class Records:
             corpora = next(ijson.items(file, "corpus"), [])
         corpora = corpora if type(corpora) is list else [corpora]
         if any(type(corpus) is not dict or type(corpus.get("path")) is not str for corpus in corpora):
-            raise UserError(f'{self.path}: corpus holds something else than {{"path": "..."}}')
+            raise UserError(f'{self.path}: corpus holds something other than {{"path": "..."}}')
         return corpora
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
@@ -184,7 +186,9 @@ class Records:
                 yield number, value
                 continue
             if type(value) is not BadRecord:
-                problem = f'found {type_name(value)}, want a JSON object such as {{"query": "...", "pos_doc": "..."}}'
+                problem = (
+                    f'found {type_name(value)}, expected a JSON object such as {{"query": "...", "pos_doc": "..."}}'
+                )
                 value = BadRecord(self.location(number), problem)
             if self._on_bad is None:
                 raise value
@@ -289,7 +293,7 @@ class Records:
 
     def _check_columns(self, columns: list[str]) -> None:
         if not columns:
-            raise UserError(f"{self.path}: has no columns; want a header of their names, then rows")
+            raise UserError(f"{self.path}: has no columns; expected a header with their names, then rows")
         repeated = [name for name in columns if columns.count(name) > 1]
         if repeated:
             raise UserError(f"{self.path}: has two columns named '{repeated[0]}'; give each its own name")
@@ -377,7 +381,7 @@ def _kind_of(path: str) -> str:
     if _dataset_name(path) is not None:
         return "dataset"
     if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder, want a file; name the files in it, such as {path}/*.jsonl")
+        raise UserError(f"{path}: is a folder, not a file; name the files in it, such as {path}/*.jsonl")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a regular file; write the records to a file first")
     suffix = _plain_suffix(path)
@@ -385,10 +389,10 @@ def _kind_of(path: str) -> str:
         block = file.read(_LOOK_BYTES)
         if block.startswith(_PARQUET):
             if file.raw.packing:
-                raise UserError(f"{path}: is a packed Parquet file, which can't be read in parts; unpack it")
+                raise UserError(f"{path}: is a compressed Parquet file, which can't be read in parts; decompress it")
             return "parquet"
         if b"\0" in block:
-            raise UserError(f"{path}: is no UTF-8 text (UTF-16, or no text at all); save it as UTF-8")
+            raise UserError(f"{path}: is not UTF-8 text (it may be UTF-16, or not text at all); save it as UTF-8")
         while block:
             rest = block.lstrip(_JSON_BLANKS)
             if rest:
@@ -430,7 +434,7 @@ def _load_dataset(path: str) -> Any:
         return loaded
     if split not in loaded and (split or len(loaded) != 1):
         raise UserError(
-            f"{path}: want one of its splits: {', '.join(f'{name}:{split}' for split in loaded) or 'it has none'}"
+            f"{path}: name one of its splits: {', '.join(f'{name}:{split}' for split in loaded) or 'it has none'}"
         )
     return loaded[split or next(iter(loaded))]
 

@@ -108,7 +108,7 @@ class Columns:
         """The row with our keys; those that no column was named for come from the column of their own name."""
         if self._by_order:
             if len(row) < 2:
-                raise BadRecord(where, f"--columns {IN_ORDER}: want two columns or more, found '{next(iter(row))}'")
+                raise BadRecord(where, f"--columns {IN_ORDER}: expected two columns or more, found '{next(iter(row))}'")
             self._shown = self._shown or list(row)
             query, positive, *negatives = row
             return {"query": row.get(query), "pos_doc": row.get(positive), "neg_doc": _cells(row, negatives)}
@@ -215,7 +215,9 @@ class _Form:
         texts, ids = self.side(where, positive, row, False, lookup)
         neg_docs, _ = self.side(where, self.negatives, row, True, lookup)
         if not texts:
-            raise BadRecord(where, f"{positive} is empty, want at least one document; remove the record or give it one")
+            raise BadRecord(
+                where, f"{positive} is empty, expected at least one document; remove the record or give it one"
+            )
         for index, text in enumerate(neg_docs):
             if text in texts:
                 problem = f"{self.negatives}[{index}] is the text of {positive}; remove it, it is no negative"
@@ -303,7 +305,7 @@ def _with_instruction(where: str, key: str, value: Any) -> Any:
     if type(value) is not list:
         return value
     if len(value) != 2 or not all(type(part) is str for part in value):
-        raise BadRecord(where, f"{key} is a list, want a string, or [instruction, text] as GritLM writes it")
+        raise BadRecord(where, f"{key} is a list, expected a string, or [instruction, text] as GritLM writes it")
     return "\n".join(part for part in value if part)
 
 
@@ -337,7 +339,7 @@ def _content(where: str, key: str, row: dict) -> str:
     messages = row[key]
     if type(messages) is not list or len(messages) != 1 or type(messages[0]) is not dict:
         number = len(messages) if type(messages) is list else "no list of"
-        raise BadRecord(where, f"{key} holds {number} messages; want one, whose content is the text to embed")
+        raise BadRecord(where, f"{key} holds {number} messages; expected one, whose content is the text to embed")
     return text_of(where, "content", messages[0])
 
 
@@ -360,7 +362,7 @@ def _scored_pair(where: str, row: dict) -> TrainingRecord:
         try:
             score = float(score)
         except ValueError:
-            raise BadRecord(where, f"score is '{score}', want a finite number") from None
+            raise BadRecord(where, f"score is '{score}', expected a finite number") from None
     if not is_finite_number(score):
         refuse(where, "score", score, "a finite number: how alike the two texts are")
     return TrainingRecord(text_of(where, first, row), text_of(where, second, row), (), None, None, score, None)
@@ -369,7 +371,7 @@ def _scored_pair(where: str, row: dict) -> TrainingRecord:
 def _labelled_text(where: str, row: dict) -> TrainingRecord:
     text, label = text_of(where, "text", row), id_of(where, "label", row.get("label"))
     if label is None:
-        raise BadRecord(where, "label is missing, want the name or the number of the text's class")
+        raise BadRecord(where, "label is missing, expected the name or the number of the text's class")
     return TrainingRecord(text, text, (), None, None, None, None, label)
 
 
@@ -422,7 +424,9 @@ def _typed(where: str, row: dict) -> dict:
             try:
                 numbers.append(float(cell))
             except (TypeError, ValueError):
-                raise BadRecord(where, f"{key} is '{cell}', want a finite number (or leave the cell empty)") from None
+                raise BadRecord(
+                    where, f"{key} is '{cell}', expected a finite number (or leave the cell empty)"
+                ) from None
         row = row | {key: numbers[0] if key == "pos_score" else numbers}
     return row
 
@@ -677,7 +681,7 @@ def _open_corpus(path: str, corpus: dict) -> tuple[str, dict]:
     """The files of a corpus and its metadata; it lies relative to the file that names it, as Automodel has it."""
     folder = Path(os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), corpus["path"])))
     if not folder.is_dir():
-        raise UserError(f"{path}: its corpus {folder} is no folder")
+        raise UserError(f"{path}: its corpus {folder} is not a folder")
     try:
         metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         metadata["corpus_id"]

@@ -53,7 +53,7 @@ class PairFormat:
             or template.count(DOCUMENT) != 1
             or template.index(QUERY) > template.index(DOCUMENT)
         ):
-            raise UserError(f"--template '{template}': want {QUERY} and {DOCUMENT} in it, once each, in this order")
+            raise UserError(f"--template '{template}': expected {QUERY} and {DOCUMENT} in it, once each, in this order")
         before, rest = template.split(QUERY)
         between, after = rest.split(DOCUMENT)
         head, middle, tail = (

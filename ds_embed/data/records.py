@@ -191,7 +191,7 @@ def id_of(where: str, key: str, value: Any) -> str | None:
     # Ids are written one a line, and readers disagree on which characters end a line: allow none of them.
     if value.splitlines() != [value]:
         problem = "is empty" if not value else "holds a line break"
-        raise BadRecord(where, f"{key} {problem}, want a name on one line")
+        raise BadRecord(where, f"{key} {problem}, expected a name on one line")
     return value
 
 
@@ -209,10 +209,10 @@ def is_finite_number(value: Any) -> bool:
 
 
 def refuse(where: str, key: str, value: Any, wanted: str) -> NoReturn:
-    raise BadRecord(where, f"{key} is {type_name(value)}, want {wanted}")
+    raise BadRecord(where, f"{key} is {type_name(value)}, expected {wanted}")
 
 
 def refuse_missing(where: str, key: str, record: dict, cure: str = "") -> NoReturn:
     shown = ", ".join(repr(name) for name in list(record)[:8])
     shown = f"{shown}, ..." if len(record) > 8 else shown or "none"
-    raise BadRecord(where, f"{key} is missing, want a string; the keys here are {shown}{cure and f'; {cure}'}")
+    raise BadRecord(where, f"{key} is missing, expected a string; the keys here are {shown}{cure and f'; {cure}'}")

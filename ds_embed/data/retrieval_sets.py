@@ -47,7 +47,7 @@ class BeirFolder:
 
     def __init__(self, folder: Path, split: str, tally: Tally, *, join_titles: bool):
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; want one with corpus.jsonl, queries.jsonl and qrels/")
+            raise UserError(f"{folder}: no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/")
         self._qrels_path = folder / "qrels" / f"{split}.tsv"
         if not self._qrels_path.is_file():
             splits = ", ".join(sorted(path.stem for path in folder.glob("qrels/*.tsv"))) or "none"

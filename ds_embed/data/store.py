@@ -51,7 +51,7 @@ class _Store:
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path)
         if self.manifest["kind"] not in self.kinds:
-            raise UserError(f"{self.path}: holds {self.manifest['kind']}, want {' or '.join(self.kinds)}")
+            raise UserError(f"{self.path}: holds {self.manifest['kind']}, expected {' or '.join(self.kinds)}")
         self.num_records: int = self.manifest["num_records"]
         self.num_texts: int = self.manifest["num_texts"]
         self.num_tokens: int = self.manifest["num_tokens"]
@@ -117,7 +117,7 @@ class _Store:
         try:
             array = np.lib.format.open_memmap(self.path / f"{name}.npy", mode="r")  # never unpickles
         except ValueError as error:
-            raise UserError(f"{self.path}: {name}.npy is no array of plain numbers ({error}); {again}") from None
+            raise UserError(f"{self.path}: {name}.npy is not an array of plain numbers ({error}); {again}") from None
         if num_items is not None and array.shape != (num_items,):
             raise UserError(
                 f"{self.path}: {name}.npy holds {array.shape} items, and the manifest says {num_items}; {again}"

@@ -49,7 +49,7 @@ def build_training_store(
     `skip_bad_records`, bad records are skipped and counted in the manifest, unless a whole file is bad.
     """
     if num_negatives is not None and num_negatives < 0:
-        raise UserError(f"num_negatives={num_negatives}; want 0 or more, or None for all")
+        raise UserError(f"num_negatives={num_negatives}; expected 0 or more, or None for all")
     cache_dir = Path(cache_dir).expanduser()
     sources = [_Source(TrainingFile(path, reading, cache_dir)) for path in _listed(files)]
     query_tokenizers = _tokenizers(tokenizer, _listed_formats(query_format, len(sources)), "query_max_length")
@@ -136,7 +136,7 @@ def build_text_store(
         ("pos_doc", "doc_id"): ("documents", parse_document_record, keys_of_document, "doc_max_length"),
     }
     if (text_key, id_key) not in kinds:
-        raise UserError(f"text_key={text_key!r} with id_key={id_key!r}; want one of {list(kinds)}")
+        raise UserError(f"text_key={text_key!r} with id_key={id_key!r}; expected one of {list(kinds)}")
     kind, parse, keys_read, setting = kinds[text_key, id_key]
     files = _listed(files)
     sources = [

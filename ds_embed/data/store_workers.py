@@ -84,8 +84,8 @@ class Workers:
                     f"a process that tokenizes ended with status {code}; its error stands above"
                 ) from None
             raise UserError(
-                f"a process that tokenizes was killed by {signal.Signals(-code).name}, as happens where memory runs "
-                f"out; run again, where that is so with fewer of them ({_THREADS}=1: all in one process)"
+                f"a process that tokenizes was killed by {signal.Signals(-code).name}, as happens when memory runs "
+                f"out; run again, with fewer of them if that was the reason ({_THREADS}=1: all in one process)"
             ) from None
         finally:
             self._idle.put(process)

@@ -60,8 +60,8 @@ class SpecialTokens:
         if append_eos and not tail:
             if tokenizer.eos_token_id is None:
                 raise UserError(
-                    f"the tokenizer {_name_of(tokenizer)} puts no token behind a text and has no eos_token that could "
-                    "stand there, which a decoder's vector is read from; name one in its tokenizer_config.json"
+                    f"the tokenizer {_name_of(tokenizer)} adds no token after a text and has no eos_token that could "
+                    "be added, from which a decoder's vector is read; name one in its tokenizer_config.json"
                 )
             tail = (tokenizer.eos_token_id,)
         return cls(head, tail)
@@ -100,7 +100,7 @@ class TextTokenizer:
             kinds = "special tokens" if text_format.prefix == "" else "tokens of prefix and special tokens"
             raise UserError(
                 f"{setting}={text_format.max_length} leaves no room for text beside the {num_around + num_prefix} "
-                f"{kinds} that stand around it; set {setting} to {num_around + num_prefix + 1} or more"
+                f"{kinds} around it; set {setting} to {num_around + num_prefix + 1} or more"
             )
         self._max_body_tokens = text_format.max_length - num_around
         self.prompt_length = 0 if text_format.include_prompt else self._count_prompt(prefix, tokenizer)

@@ -64,11 +64,11 @@ def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
         columns = line.split("\t") if form == "beir" and "\t" in line else line.split()
         wanted = (3,) if form == "beir" else (3, 4)
         if len(columns) not in wanted:
-            raise BadRecord(where, f"{len(columns)} columns; want {_FORMS}")
+            raise BadRecord(where, f"{len(columns)} columns; expected {_FORMS}")
         if form == "columns":
             form = f"{len(columns)} columns"
         elif form != "beir" and len(columns) != int(form[0]):
-            raise BadRecord(where, f"{len(columns)} columns, and the lines before have {form[0]}; want {_FORMS}")
+            raise BadRecord(where, f"{len(columns)} columns, and the lines before have {form[0]}; expected {_FORMS}")
         yield where, judgment(where, {"query_id": columns[0], "doc_id": columns[-2], "relevance": columns[-1]})
 
 
@@ -79,7 +79,7 @@ def _json_row(where: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise BadRecord(where, f"not JSON ({error})") from None
     if not isinstance(found, dict):
-        raise BadRecord(where, f"want {_FORMS}")
+        raise BadRecord(where, f"expected {_FORMS}")
     return {ours: next((found[name] for name in names if name in found), None) for ours, names in _JSON_KEYS.items()}
 
 
@@ -104,7 +104,7 @@ def read_run(path: str | os.PathLike) -> Iterator[tuple[str, RunLine]]:
         if not columns:
             continue
         if len(columns) != 6:
-            raise BadRecord(where, f"{len(columns)} columns; want 'query-id Q0 doc-id rank score tag' (TREC run)")
+            raise BadRecord(where, f"{len(columns)} columns; expected 'query-id Q0 doc-id rank score tag' (TREC run)")
         yield where, run_line(where, {"query_id": columns[0], "doc_id": columns[2], "score": columns[4]})
 
 
@@ -118,7 +118,7 @@ def judgment(where: str, row: Mapping[str, Any]) -> Judgment:
             raise ValueError
         return Judgment(query_id, doc_id, int(grade))
     except (TypeError, ValueError, OverflowError):
-        raise BadRecord(where, f"relevance '{relevance}', want a whole number") from None
+        raise BadRecord(where, f"relevance '{relevance}', expected a whole number") from None
 
 
 def run_line(where: str, row: Mapping[str, Any]) -> RunLine:
@@ -129,7 +129,7 @@ def run_line(where: str, row: Mapping[str, Any]) -> RunLine:
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise BadRecord(where, f"score '{value}', want a finite number")
+        raise BadRecord(where, f"score '{value}', expected a finite number")
     return RunLine(*_ids(where, row), score)
 
 
@@ -137,7 +137,7 @@ def _ids(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     ids = {name: id_of(where, name, row.get(name)) for name in ("query_id", "doc_id")}
     for name, value in ids.items():
         if value is None:
-            raise BadRecord(where, f"{name} is missing, want a name")
+            raise BadRecord(where, f"{name} is missing, expected a name")
     return ids["query_id"], ids["doc_id"]
 
 

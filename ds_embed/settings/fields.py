@@ -65,7 +65,7 @@ def check_column(word: str, keys: Sequence[str]) -> None:
     key, equals, column = word.partition("=")
     if key not in keys or not equals or not column:
         hint = f" (did you mean {column}={key}?)" if column in keys and key else ""
-        raise UserError(f"--columns {word}{hint}: want KEY=COLUMN, where KEY is one of {', '.join(keys)}")
+        raise UserError(f"--columns {word}{hint}: expected KEY=COLUMN, where KEY is one of {', '.join(keys)}")
 
 
 def constants_of(owner: Any) -> Callable[[type], type]:

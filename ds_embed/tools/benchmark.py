@@ -93,7 +93,7 @@ def _named(name: str) -> list[Any]:
             return find()
         except KeyError as error:
             problems.append(str(error.args[0]).removeprefix("KeyError: "))
-    raise UserError(f"--tasks {name}: is no folder, and of mteb's tasks and benchmarks: {'; '.join(problems)}")
+    raise UserError(f"--tasks {name}: is not a folder, and of mteb's tasks and benchmarks: {'; '.join(problems)}")
 
 
 def _check_prompts(arguments: BenchmarkArguments, tasks: list[Any]) -> None:

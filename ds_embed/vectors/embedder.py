@@ -160,7 +160,7 @@ class Embedder:
             raise UserError(f"one string was given; give a list of {name}")
         for index, text in enumerate(texts):
             if not isinstance(text, str):  # such as None and pandas' NaN
-                raise UserError(f"text {index} of the {name} is {text!r}, want a string")
+                raise UserError(f"text {index} of the {name} is {text!r}, expected a string")
         if prefix is not None:
             text_format = replace(text_format, prefix=prefix)
         tokenizer = TextTokenizer(self.tokenizer, text_format)

@@ -241,7 +241,7 @@ def open_rows(path: Path) -> Any:
         return StoredRows(rows, None)
     if rows.dtype != np.int8:
         raise UserError(
-            f"{path}: holds {rows.dtype}, want float32, float16 or int8; save rows.astype('float32') or {_AGAIN}"
+            f"{path}: holds {rows.dtype}, expected float32, float16 or int8; save rows.astype('float32') or {_AGAIN}"
         )
     beside = scales_file(path)
     if not beside.is_file():
@@ -252,7 +252,7 @@ def open_rows(path: Path) -> Any:
     scales = _open_array(beside, 1)
     if scales.dtype != np.float32 or len(scales) != len(rows):
         raise UserError(
-            f"{beside}: holds {len(scales)} {scales.dtype}, want {len(rows)} float32, one for each row of {path.name}"
+            f"{beside}: holds {len(scales)} {scales.dtype}, expected {len(rows)} float32, one for each row of {path.name}"
         )
     return StoredRows(rows, scales)
 
@@ -264,7 +264,7 @@ def _open_array(path: Path, num_axes: int) -> np.ndarray:
         raise UserError(f"{path}: not a whole .npy file of plain numbers ({error}); {_AGAIN}") from None
     if not isinstance(array, np.ndarray) or array.ndim != num_axes:
         found = f"shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
-        raise UserError(f"{path}: holds {found}, want one {('(n,)', '(n, D)')[num_axes - 1]} array; {_AGAIN}")
+        raise UserError(f"{path}: holds {found}, expected one {('(n,)', '(n, D)')[num_axes - 1]} array; {_AGAIN}")
     return array
 
 

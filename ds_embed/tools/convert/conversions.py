@@ -184,7 +184,7 @@ def training_triples(
 
 
 def _split_lines(paths: Sequence[str], names: Sequence[str], tally: Tally) -> Iterator[tuple[str, list[str]]]:
-    wanted = f"want {len(names)}, separated by tabs: {', '.join(names)}"
+    wanted = f"expected {len(names)}, separated by tabs: {', '.join(names)}"
     for path in paths:
         for where, line in read_lines(path):
             cells = line.split("\t")

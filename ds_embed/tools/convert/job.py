@@ -72,7 +72,7 @@ class ConvertArguments(Settings):
                 raise UserError("--query_files and --doc_files: give the files of the test set")
         elif self.input_format == "beir":
             if len(self.input) != 1:
-                raise UserError(f"--input {listed(self.input)}: want one BEIR folder")
+                raise UserError(f"--input {listed(self.input)}: give one BEIR folder")
         elif not self.input:
             raise UserError("--input: give at least one file")
         if bool(self.query_files) != bool(self.doc_files):
@@ -86,7 +86,7 @@ class ConvertArguments(Settings):
         if self.columns and self.input_format not in ("training", "table"):
             raise UserError(f"--columns {listed(self.columns)}: only for --input_format training or table")
         if Path(self.output).exists():
-            raise UserError(f"--output {self.output}: is there already; delete it or choose another name")
+            raise UserError(f"--output {self.output}: already exists; delete it or choose another name")
 
 
 def convert(arguments: ConvertArguments) -> Tally:
