@@ -55,9 +55,8 @@ class LossOptions:
 
     negatives: str = "all"
     label_smoothing: float = 0.0
-    symmetric: bool = (
-        False  # also each positive against all queries, in a softmax of its own (Radford et al. 2021, fig. 3)
-    )
+    # Also each positive against all queries, in a softmax of its own (Radford et al. 2021, fig. 3).
+    symmetric: bool = False
     # What is in the one softmax of a pair. document_document leaves out the query's own hard negatives, whose likeness to its
     # positive is the reason why they were chosen.
     directions: tuple[str, ...] = ("query_document",)  # or also document_query, query_query, document_document

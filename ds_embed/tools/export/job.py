@@ -31,7 +31,6 @@ _LOAD = {
     "merged": 'AutoModel.from_pretrained("{}")',
     "sentence-transformers": 'SentenceTransformer("{}").encode_query([...]) and .encode_document([...])',
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export(arguments: ExportArguments) -> None:
@@ -101,7 +100,7 @@ class _Export:
         if self.card.bidirectional and kind_of(self.config, self.trust_remote_code, source.base).is_causal:
             self.direction = self._find_direction()
         self.base_dtype = self.config.dtype or torch.float32
-        self.dtype = self.base_dtype if arguments.dtype == "auto" else DTYPES[arguments.dtype]
+        self.dtype = self.base_dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         self.needs_merging = source.is_adapted and len(sources) == 1
         # Weights that are computed here are float32; others are what they were in the base's type too.
         is_computed = source.is_adapted or len(sources) > 1
