@@ -5,11 +5,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
-from tiny import REPOSITORY, check, launch, launch_command, launch_environment, load_recipe, make_model, sentence
+from tiny import check, launch, load_recipe, make_model, sentence, start
 
 from ds_embed.settings.errors import UserError
 
@@ -144,9 +143,8 @@ def test_killed_and_resumed_on_other_ranks(model, tmp_path):
     small, large = make_beir(tmp_path / "small", 80), make_beir(tmp_path / "large", 6000, seed=1)
     own = ["--query_files", small / "queries.jsonl", "--doc_files", small / "corpus.jsonl"]
     own += ["--qrels", small / "qrels" / "test.tsv", "--task_name", "mine", "--micro_batch_tokens", 128]
-    command = launch_command(2, "recipes/benchmark.py", *flags(model, tmp_path, "--tasks", small, large, *own))
-    quiet = dict(cwd=REPOSITORY, env=launch_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    job = subprocess.Popen(command, start_new_session=True, **quiet)
+    words = flags(model, tmp_path, "--tasks", small, large, *own)
+    job = start(2, "recipes/benchmark.py", *words, log=tmp_path / "log")
     deadline = time.monotonic() + 300
     while not (found := list(tmp_path.glob("out/results/*/*/small.json"))):
         assert job.poll() is None and time.monotonic() < deadline
@@ -156,8 +154,8 @@ def test_killed_and_resumed_on_other_ranks(model, tmp_path):
     (done,) = found
     assert not done.with_name("large.json").exists()
     before = done.stat().st_mtime_ns
-    again = check(launch(2, "recipes/benchmark.py", *flags(model, tmp_path, "--tasks", small, large, *own)))
-    assert "small: is there already" in again.stderr and "large: measuring" in again.stderr
+    again = check(launch(2, "recipes/benchmark.py", *words))
+    assert "small: measured before" in again.stderr and "large: measuring" in again.stderr
     assert done.stat().st_mtime_ns == before
     alone = flags(model, tmp_path / "alone", "--tasks", small, large, *own)
     check(launch(0, "recipes/benchmark.py", *alone))
@@ -173,7 +171,7 @@ def test_killed_and_resumed_on_other_ranks(model, tmp_path):
     shutil.rmtree(small)
     make_beir(small, 80, seed=5)
     changed = check(launch(0, "recipes/benchmark.py", *alone))
-    assert "small: its data set has changed" in changed.stderr and "large: is there already" in changed.stderr
+    assert "small: its data set has changed" in changed.stderr and "large: measured before" in changed.stderr
     assert json.loads((folders[1] / "small.json").read_text())["scores"] != scores[0]
 
 

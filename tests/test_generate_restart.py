@@ -10,11 +10,10 @@ import operator
 import os
 import random
 import signal
-import subprocess
 import time
 
 import pytest
-from tiny import REPOSITORY, check, launch, launch_command, launch_environment, make_model, sentence
+from tiny import check, launch, make_model, sentence, start
 
 from ds_embed.job.ranks import World
 from ds_embed.models.cpu import WAY
@@ -105,21 +104,13 @@ def kill_while_encoding(root, name, num_ranks, rng, while_it_runs, changes, envi
     """Start the job, let it save some rows, and kill -9 all of its processes; returns how far it saved."""
     path = root / name / "consumed_samples0" / ".unfinished-test_docs" / "parts.jsonl"
     before = path.read_bytes() if path.exists() else b""
-    log = open(root / f"{name}.log", "a+")
-    process = subprocess.Popen(
-        launch_command(num_ranks, "recipes/generate.py", *flags(root, name, **changes)),
-        cwd=REPOSITORY,
-        env=launch_environment() | environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    log = root / f"{name}.log"
+    process = start(num_ranks, "recipes/generate.py", *flags(root, name, **changes), log=log, environment=environment)
     deadline = time.monotonic() + 240
     try:
         while not path.exists() or path.read_bytes() == before:
             if process.poll() is not None or time.monotonic() > deadline:
-                log.seek(0)
-                pytest.fail(f"nothing was saved; exit code {process.returncode}\n{log.read()[-4000:]}")
+                pytest.fail(f"nothing was saved; exit code {process.returncode}\n{log.read_text()[-4000:]}")
             time.sleep(0.01)
         if while_it_runs is not None:
             while_it_runs()

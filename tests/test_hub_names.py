@@ -66,7 +66,7 @@ def test_adapters_and_mteb_at_a_revision(tmp_path):
     (target / "ds_embed.json").write_text(json.dumps(card))
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(texts=TEXTS))
-    result = check(launch(0, script, tmp_path, environment={"HF_HUB_CACHE": str(hub)}))
+    result = check(launch(0, script, tmp_path, environment={"HF_HUB_CACHE": str(hub)}, fork=False))
     assert "me/base old ccc find: " in result.stdout
     local = Embedder.from_pretrained(run, dtype="float32", device="cpu")
     queries, documents = local.encode_queries(TEXTS), local.encode_documents(TEXTS)

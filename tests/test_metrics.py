@@ -196,7 +196,7 @@ def test_match_qrels():
     assert match_qrels(qrels, ["q0", "q1", "q2"], ["a", "b", "c"], "FILE") == ["q0"]
     with pytest.raises(ValueError, match="FILE: 1 of 2 relevant document ids .*such as 'b'"):
         match_qrels(qrels, ["q1", "q2"], ["a", "c"], "FILE")
-    with pytest.raises(ValueError, match="FILE: 1 of 2 judged queries have no vector, such as 'q2'"):
+    with pytest.raises(ValueError, match="FILE: 1 of 2 judged queries were not searched for, such as 'q2'"):
         match_qrels(qrels, ["q1"], ["a", "b"], "FILE")
     with pytest.raises(ValueError, match="FILE: none of its 2 queries"):
         match_qrels(qrels, ["q3"], ["a", "b"], "FILE")
@@ -211,7 +211,7 @@ def test_unknown_ids_may_be_skipped():
     # A relevant document that is not in the corpus stays in the ideal ranking and in recall, as in trec_eval.
     assert evaluate({"q1": {"a": 1.0}, "q3": {"c": 1.0}}, known, ["R@10"]).means == {"R@10": 0.75}
     known, _ = skip_unknown(qrels, ["q9"], ["a"])
-    with pytest.raises(ValueError, match="FILE: none of its 3 queries, such as 'q1', has a vector"):
+    with pytest.raises(ValueError, match="FILE: none of its 3 queries, such as 'q1', was searched for"):
         match_qrels(known, ["q9"], None, "FILE")
 
 

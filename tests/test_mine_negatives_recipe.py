@@ -2,22 +2,12 @@
 
 import os
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
 from mining_material import run
-from tiny import (
-    REPOSITORY,
-    check,
-    launch,
-    launch_command,
-    launch_environment,
-    make_model,
-    make_tokenizer,
-    make_training_file,
-)
+from tiny import check, launch, make_model, make_tokenizer, make_training_file, start
 
 from ds_embed.settings import TextArguments
 
@@ -68,23 +58,14 @@ def test_two_ranks_killed_and_started_again_write_what_one_process_writes(place)
     settings = dict(SETTINGS, cross_encoder=str(place / "judge"))
     run(place, "one.jsonl", model=place / "llama", text=TextArguments(max_length=40), **settings)
 
-    log = open(place / "log", "w+")
-    job = subprocess.Popen(
-        launch_command(2, "recipes/mine_negatives.py", *flags(place, "two.jsonl")),
-        cwd=REPOSITORY,
-        env=launch_environment(),
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    job = start(2, "recipes/mine_negatives.py", *flags(place, "two.jsonl"), log=place / "log")
     work, deadline = place / "two.jsonl.work", time.monotonic() + 240
     while not list(work.glob("chunk*.npz")) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     if job.poll() is None:
         os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    log.seek(0)
-    assert work.exists(), log.read()[-3000:]  # it was killed while it mined
+    assert work.exists(), (place / "log").read_text()[-3000:]  # it was killed while it mined
     assert list(work.glob("chunk*.npz")) and not (place / "two.jsonl").exists()
     again = check(launch(2, "recipes/mine_negatives.py", *flags(place, "two.jsonl")))
     assert f"going on with what {work.resolve()} holds" in again.stderr

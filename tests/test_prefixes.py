@@ -1,8 +1,10 @@
 """Prefixes and templates: where the text stands, what truncation leaves, one for each training file."""
 
+import dataclasses
 import json
 
 import pytest
+import yaml
 from test_tokenize import TEXTS, bert_tokenizer, byte_level_tokenizer
 from test_tokenizer_kinds import llama
 from tokenizers import Tokenizer, models
@@ -72,6 +74,10 @@ def data(tmp_path, **settings):
         (dict(query_prefixes=["x", "{query}"], query_prefix=""), "--query_prefixes '{query}': only {text} can stand"),
         (dict(query_prefix="{text} {text}"), "--query_prefix '{text} {text}': .* once; found {text} {text}"),
         (dict(doc_prefix="{}: "), "--doc_prefix '{}: ': only {text}"),
+        (dict(query_prefix='["a", "b"]'), r'--query_prefix \["a", "b"\]: takes one prefix; --query_prefixes draws'),
+        (dict(query_prefixes=["x", '["a", 1]'], query_prefix=""), r'--query_prefixes \["a", 1\]: .* must hold strings'),
+        (dict(query_prefixes=["x", '["a", "{b}"]'], query_prefix=""), "--query_prefixes '{b}': only {text}"),
+        (dict(doc_prefixes=["x", '["a", "b"]'], doc_prefix=""), r'--doc_prefixes \["a", "b"\]: only --query_prefixes'),
     ],
 )
 def test_mistakes_name_the_setting(tmp_path, settings, message):
@@ -114,6 +120,40 @@ def test_each_file_has_its_own(tmp_path):
         'queries        "{text}\\n" stored with the model, for later queries',
     ]
     assert describe_prefixes(data(tmp_path, query_prefix="x"), card) == []
+
+
+def test_a_query_draws_one_prefix_of_its_files_list(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    records = [{"query": f"question {n % 40}", "pos_doc": f"lake {n}"} for n in range(50)]
+    records[7]["prompt"] = "its own "
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    drawn = ["find: ", "search </s>{text}?", "say\n"]
+    config = {"query_prefix": "x ", "train_files": [{"path": "b"}, {"path": "a", "query_prefix": drawn}]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config).replace("path: ", f"path: {tmp_path}/"))
+    (settings,) = parse_arguments(DataArguments, argv=["--config", str(tmp_path / "c.yaml"), "--doc_prefix", "d "])
+    card = choose(settings)
+    store = TrainingStore.open(
+        build_training_store(settings.train_files, tokenizer, *file_formats(settings, card), 0, tmp_path / "c")
+    )
+    found = {prefix: set() for prefix in drawn}
+    for number, record in enumerate(records * 2):
+        told = tokenizer.decode(store.tokens_of(2 * number)[:-1])
+        if number in (7, 57):
+            assert told == "its own question 7"
+        elif number < 50:
+            assert told == f"x {record['query']}"
+        else:
+            ways = {one.partition("{text}")[0] + record["query"] + one.partition("{text}")[2]: one for one in drawn}
+            found[ways[told]].add(record["query"])
+    assert all(len(queries) > 5 for queries in found.values()) and sum(map(len, found.values())) == 40
+    assert store.manifest["files"][1]["queries"]["num_texts"] == 50
+    assert 'queries        "find: " or "search </s>{text}?" or "say\\n" for' in "\n".join(
+        describe_prefixes(settings, card)
+    )
+    pooled = dataclasses.replace(card, include_prompt=False)
+    with pytest.raises(ValueError, match="--query_prefixes: a list for .*/a: this model's pooling leaves out"):
+        build_training_store(settings.train_files, tokenizer, *file_formats(settings, pooled), 0, tmp_path / "c")
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level_tokenizer(), llama(add_bos_token=True), bert_tokenizer()])

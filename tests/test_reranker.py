@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,13 +16,12 @@ from tiny import (
     REPOSITORY,
     check,
     launch,
-    launch_command,
-    launch_environment,
     leave_out_when_fast,
     load_recipe,
     make_model,
     make_training_file,
     sentence,
+    start,
     write_teacher_scores,
 )
 
@@ -358,9 +356,7 @@ def test_rerank_goes_on_after_a_kill(found, tmp_path):
 
     output = tmp_path / "killed.trec"
     slow = ["--micro_batch_tokens", 32]
-    command = launch_command(2, "recipes/rerank.py", *rerank_flags(found, output, *slow))
-    quiet = dict(cwd=REPOSITORY, env=launch_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    job = subprocess.Popen(command, start_new_session=True, **quiet)
+    job = start(2, "recipes/rerank.py", *rerank_flags(found, output, *slow), log=tmp_path / "log")
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("killed.trec.work/chunk_*")):
         assert job.poll() is None and time.monotonic() < deadline
@@ -382,7 +378,7 @@ TEXTS = (("queries.jsonl", ("query_id", "query")), ("docs.jsonl", ("doc_id", "po
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--output_file", "{root}/run.trec"], "--output_file .*: is there already"),
+        (["--output_file", "{root}/run.trec"], "--output_file .*: exists; remove"),
         (["--doc_files", "{root}/queries.jsonl"], "pos_doc is missing"),
         (["--query_files", "{root}/one.jsonl"], "--query_files: 199 of the 200 ids to rerank have no text"),
         (["--embeddings", "{root}"], "give either --run_file or --embeddings"),

@@ -8,14 +8,14 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections import Counter
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import REPOSITORY, check, launch, launch_command, launch_environment, make_model, make_training_file
+from tiny import check, launch, make_model, make_training_file, start
 
 from ds_embed.job.ranks import EXIT_REQUEUE
 from ds_embed.models.checkpoint import list_checkpoints
@@ -80,17 +80,9 @@ class Job:
     """A 2-rank run in a process group of its own, to be killed or signalled while it runs."""
 
     def __init__(self, root, name, *extra):
-        (root / f"{name}.log").unlink(missing_ok=True)
-        self.log = open(root / f"{name}.log", "a+")
-        self.run = root / name
-        self.process = subprocess.Popen(
-            launch_command(2, "recipes/train_gpt.py", *flags(root, name, *extra)),
-            cwd=REPOSITORY,
-            env=launch_environment(),
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-        )
+        self.log, self.run = root / f"{name}.log", root / name
+        self.log.write_text("")
+        self.process = start(2, "recipes/train_gpt.py", *flags(root, name, *extra), log=self.log)
 
     def wait_until(self, condition, what):
         deadline = time.monotonic() + 240
@@ -107,18 +99,12 @@ class Job:
         self.wait_until(lambda: words in self.output(), words)
 
     def ranks(self):
-        """Process ids of the ranks, by rank."""
-        found = {}
-        for entry in os.listdir("/proc"):
-            try:
-                if os.getpgid(int(entry)) == self.process.pid:
-                    words = open(f"/proc/{entry}/cmdline").read().split("\0")
-                    script = next((w for w in words[:3] if w.endswith("train_gpt.py")), None)
-                    if script:
-                        found[int(next(w for w in words if w.startswith("--local_rank=")).split("=")[1])] = int(entry)
-            except (ValueError, ProcessLookupError, FileNotFoundError):
-                continue
-        return found
+        """Process ids of the ranks, in their order: the launcher's own process starts one for the node, and that the ranks."""
+        try:
+            (of_node,) = psutil.Process(self.process.pid).children()
+            return sorted(rank.pid for rank in of_node.children())
+        except (ValueError, psutil.NoSuchProcess):
+            return []
 
     def end(self):
         try:
@@ -134,8 +120,7 @@ class Job:
         self.process.wait()
 
     def output(self):
-        self.log.seek(0)
-        return self.log.read()
+        return self.log.read_text()
 
 
 def last_step(run):
@@ -197,7 +182,7 @@ def test_killed_signalled_and_resumed_run_is_bit_equal(place, straight):
 
 def end_suddenly(job, run, rank, sign):
     """Kill the job, or kill or stop one rank and see the job end by itself with its name; returns when that was."""
-    process = job.ranks().get(rank)
+    process = dict(enumerate(job.ranks())).get(rank)
     if process is not None:
         os.kill(process, sign)
     saving = list((run / "checkpoints").glob(".unfinished-*"))

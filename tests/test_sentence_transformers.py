@@ -305,7 +305,7 @@ def test_hub_names_are_read_as_folders_are(bge, tmp_path):
         f"np.save({str(tmp_path / 'v.npy')!r}, np.concatenate([one.encode_queries(texts), one.encode_documents(texts)]))\n"
         "print(one.card.pooling, old.card.pooling, one.card.query_prefix)\n"
     )
-    result = check(launch(0, script, environment={"HF_HUB_CACHE": str(tmp_path / "hub")}))
+    result = check(launch(0, script, environment={"HF_HUB_CACHE": str(tmp_path / "hub")}, fork=False))
     assert result.stdout.strip().endswith("cls mean w1 query:")
     assert_same(np.load(tmp_path / "v.npy"), expected)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -174,17 +175,29 @@ def load_recipe(name: str):
 
 
 def launch(
-    num_ranks: int, script: Path | str, *flags, timeout: float = 900, environment: dict[str, str] | None = None
+    num_ranks: int,
+    script: Path | str,
+    *flags,
+    timeout: float = 900,
+    environment: dict[str, str] | None = None,
+    fork: bool = True,
 ) -> subprocess.CompletedProcess:
-    """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0."""
-    return subprocess.run(
-        launch_command(num_ranks, script, *flags),
-        cwd=REPOSITORY,
-        env=launch_environment() | (environment or {}),
-        text=True,
-        timeout=timeout,
-        capture_output=True,
-    )
+    """Run a script on `num_ranks` ranks with the real launcher, or as one plain process if 0.
+
+    Its interpreters are forks with everything imported (forked.py), unless `fork` is false.
+    """
+    command, variables = launch_command(num_ranks, script, *flags), launch_environment() | (environment or {})
+    if fork:
+        return forked.run(command, variables, REPOSITORY, timeout)
+    return subprocess.run(command, cwd=REPOSITORY, env=variables, text=True, timeout=timeout, capture_output=True)
+
+
+def start(
+    num_ranks: int, script: Path | str, *flags, log: Path, environment: dict[str, str] | None = None
+) -> forked.Program:
+    """As `launch`, but goes on while the job runs, in a process group of its own, its output appended to `log`."""
+    command, variables = launch_command(num_ranks, script, *flags), launch_environment() | (environment or {})
+    return forked.Program(command, variables, REPOSITORY, log, log)
 
 
 def leave_out_when_fast() -> None:

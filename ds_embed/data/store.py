@@ -34,12 +34,12 @@ import numpy as np
 
 from ds_embed.data.identity import POSITIVES_ARRAYS
 from ds_embed.data.labels import LabelledTexts
-from ds_embed.data.store_build import build_text_store, build_training_store, part_location
+from ds_embed.data.store_build import Formats, build_text_store, build_training_store, part_location
 from ds_embed.data.store_files import read_manifest
 from ds_embed.data.store_writer import IDS_NAME
 from ds_embed.settings.errors import UserError
 
-__all__ = ["TextStore", "TrainingStore", "build_text_store", "build_training_store", "check_texts_fit"]
+__all__ = ["Formats", "TextStore", "TrainingStore", "build_text_store", "build_training_store", "check_texts_fit"]
 
 
 class _Store:

@@ -7,6 +7,7 @@ import bisect
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,12 +30,15 @@ from ds_embed.data.tally import SkippedRecords
 from ds_embed.data.tokenize import TextFormat, TextTokenizer, tokenizer_fingerprint
 from ds_embed.settings.errors import UserError
 
+# One for all files, or a list with an entry for each; a file's queries may draw from several.
+Formats = TextFormat | Sequence[TextFormat | Sequence[TextFormat]]
+
 
 def build_training_store(
     files: Sequence[str | os.PathLike] | str | os.PathLike,
     tokenizer: Any,
-    query_format: TextFormat | Sequence[TextFormat],
-    document_format: TextFormat | Sequence[TextFormat],
+    query_format: Formats,
+    document_format: Formats,
     num_negatives: int | None,
     cache_dir: str | os.PathLike,
     progress: Progress | None = None,
@@ -43,7 +47,8 @@ def build_training_store(
 ) -> Path:
     """Tokenize training records into a store under `cache_dir`, or reuse an existing one.
 
-    A format applies to all files, or is a sequence with one for each file. At most the first `num_negatives` negatives
+    Of a file's several query formats, a query takes the one that its text chooses, so that the same query always has the
+    same one. At most the first `num_negatives` negatives
     of each record are kept (None: all). `progress` is called with the number of records added since its last call.
     Returns the store's folder; open it with TrainingStore.open. UserError for bad data, with file and line; with
     `skip_bad_records`, bad records are skipped and counted in the manifest, unless a whole file is bad.
@@ -52,15 +57,26 @@ def build_training_store(
         raise UserError(f"num_negatives={num_negatives}; expected 0 or more, or None for all")
     cache_dir = Path(cache_dir).expanduser()
     sources = [_Source(TrainingFile(path, reading, cache_dir)) for path in _listed(files)]
-    query_tokenizers = _tokenizers(tokenizer, _listed_formats(query_format, len(sources)), "query_max_length")
-    by_file = _listed_formats(document_format, len(sources))
+    of_queries = _listed_formats(query_format, len(sources))
+    by_file = [one for (one,) in _listed_formats(document_format, len(sources))]
+    for source, formats in zip(sources, of_queries):
+        source.num_ways = len(formats)
+        if len(formats) > 1 and not formats[0].include_prompt:
+            raise UserError(f"--query_prefixes: a list for {source.file.path}: {_ONE_PREFIX}; give one")
     # A document behind another prefix is still the same one, as long as it is cut at the same length.
     like_first = [replace(by_file[0], max_length=one.max_length) for one in by_file]
     document_tokenizers = _tokenizers(tokenizer, by_file + like_first, "doc_max_length")
-    bare = [replace(one, prefix="") for one in _listed_formats(query_format, len(sources))]
+    bare = [replace(one[0], prefix="") for one in of_queries]
     prompted = _tokenizers(tokenizer, bare, "query_max_length")
-    ways = zip(query_tokenizers, document_tokenizers, prompted)
-    sides = [{"queries": query, "documents": document, PROMPTED: own} for query, document, own in ways]
+    most = max(map(len, of_queries))  # every file has as many sides; it draws from its own formats only
+    query_tokenizers = [
+        _tokenizers(tokenizer, [*one, *one[:1] * (most - len(one))], "query_max_length") for one in of_queries
+    ]
+    sides = [
+        {"queries": query[0], "documents": document, PROMPTED: own}
+        | {f"queries {number}": one for number, one in enumerate(query[1:], start=2)}
+        for query, document, own in zip(query_tokenizers, document_tokenizers, prompted)
+    ]
     key_sides = [one | {"documents": key} for one, key in zip(sides, document_tokenizers[len(sources) :])]
     settings = {
         "query_format": _described(query_format),
@@ -103,7 +119,9 @@ def _add_training_record(
     writer: StoreWriter, record: TrainingRecord, number: int, source: "_Source", num_negatives: int | None
 ) -> None:
     queries, documents, prompted = range(3)
-    writer.add_text(queries if record.prompt is None else prompted, "query", record.query)
+    way = zlib.crc32(record.query.encode()) % source.num_ways
+    side = prompted if record.prompt is not None else prompted + way if way else queries
+    writer.add_text(side, "query", record.query)
     writer.add_text(documents, "pos_doc", record.pos_doc, record.pos_score)
     scores = record.neg_scores or [None] * len(record.neg_docs)
     for negative, score in list(zip(record.neg_docs, scores))[:num_negatives]:
@@ -168,12 +186,14 @@ def build_text_store(
     return obtain_store(Path(cache_dir), f"{kind}-{_store_key(kind, settings, sources)}", write)
 
 
+_ONE_PREFIX = "this model's pooling leaves out the tokens of one prefix for all queries of a file"
+
+
 def _count_prompt(writer: StoreWriter, query: str, where: str, text_format: TextFormat) -> None:
     if not text_format.include_prompt:
         raise BadRecord(
             where,
-            "brings a prompt of its own, and this model's pooling leaves out the tokens of one prefix for all queries of a "
-            "file; remove the prompt, and give each prompt a file and a query prefix",
+            f"brings a prompt of its own, and {_ONE_PREFIX}; remove the prompt, and give each prompt a file and a query prefix",
         )
     writer.count_prompt(query)
 
@@ -198,6 +218,7 @@ class _Source:
         # Read before the first record, so that a later change is detected.
         self.stamps = file.stamps()
         self.where = ""  # the location of the record read last
+        self.num_ways = 1  # formats of its queries
         self._parts: list[dict] = []
 
     def records(
@@ -279,11 +300,11 @@ def _listed(files: Any) -> list:
     return listed
 
 
-def _listed_formats(formats: TextFormat | Sequence[TextFormat], num_files: int) -> list[TextFormat]:
-    """One for each file."""
+def _listed_formats(formats: Formats, num_files: int) -> list[list[TextFormat]]:
+    """Those of each file."""
     listed = [formats] * num_files if isinstance(formats, TextFormat) else list(formats)
     assert len(listed) == num_files
-    return listed
+    return [[one] if isinstance(one, TextFormat) else list(one) for one in listed]
 
 
 def _tokenizers(tokenizer: Any, formats: Sequence[TextFormat], setting: str) -> list[TextTokenizer]:
@@ -292,8 +313,8 @@ def _tokenizers(tokenizer: Any, formats: Sequence[TextFormat], setting: str) -> 
     return [made[text_format] for text_format in formats]
 
 
-def _described(formats: TextFormat | Sequence[TextFormat]) -> Any:
-    return asdict(formats) if isinstance(formats, TextFormat) else [asdict(one) for one in formats]
+def _described(formats: Formats) -> Any:
+    return asdict(formats) if isinstance(formats, TextFormat) else [_described(one) for one in formats]
 
 
 def _store_key(kind: str, settings: dict, sources: list[_Source]) -> str:
@@ -312,6 +333,6 @@ def _manifest_start(
         "files": [source.describe() for source in sources],
         # By file and side: the number of leading tokens of a text that the pooling leaves out.
         "prompt_lengths": [
-            [one.prompt_length for side, one in sides.items() if side != PROMPTED] for sides in tokenizers
+            [sides[side].prompt_length for side in ("queries", "documents") if side in sides] for sides in tokenizers
         ],
     }

@@ -34,7 +34,8 @@ _CHUNK_CHARACTERS = 16_000_000
 # texts.
 _SHARE_OF_WORKERS = 4
 _WORKERS_FROM_TEXTS = 16_384
-PROMPTED = "prompted"  # the side of queries that bring their own prefix; they are counted as queries
+# The side of queries that bring their own prefix. Like those behind it, of further prefixes, it is counted as queries.
+PROMPTED = "prompted"
 _COMMON_ARRAYS = {"tokens": "i4", "offsets": "i8", "lengths": "i4", "lines": "i8"}
 _KEYS = ("first_text", "text_keys", "content_keys", "query_ids", "doc_ids", "labels")
 _TRAINING_ARRAYS = {**dict.fromkeys(_KEYS, "i8"), "scores": "f4"}
@@ -87,7 +88,7 @@ class StoreWriter:
         key_sides: the tokenizers whose tokens decide which documents are equal.
         """
         assert self._chunk is None or not self._chunk.numbers, "a chunk holds records of one file"
-        facts = {side: {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides if side != PROMPTED}
+        facts = {_counted(side): {"num_texts": 0, "num_cut": 0, "longest": 0} for side in self._sides}
         self._files.append(File((sides, key_sides if self._ids is None else None), location, facts))
         self._start_chunk()
 
@@ -174,7 +175,7 @@ class StoreWriter:
 
         sides = np.array(chunk.texts.sides)
         for index, side in enumerate(self._sides):
-            facts, of_side = chunk.file.facts["queries" if side == PROMPTED else side], sides == index
+            facts, of_side = chunk.file.facts[_counted(side)], sides == index
             facts["num_texts"] += int(of_side.sum())
             facts["num_cut"] += int((full_lengths > lengths)[of_side].sum())
             facts["longest"] = max(facts["longest"], int(full_lengths[of_side].max(initial=0)))
@@ -213,3 +214,8 @@ class StoreWriter:
         files = [entry | file.facts for entry, file in zip(manifest["files"], self._files, strict=True)]
         write_manifest(self._folder, {**manifest, "files": files, **counts})
         return {}
+
+
+def _counted(side: str) -> str:
+    """What the manifest counts the texts of a side as."""
+    return side if side in ("queries", "documents") else "queries"

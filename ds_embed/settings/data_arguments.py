@@ -1,5 +1,6 @@
 """Texts: how they become tokens, and the training files."""
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -36,8 +37,9 @@ class TextArguments(Settings):
     def __post_init__(self):
         super().__post_init__()
         for name in ("query_prefix", "doc_prefix"):
-            if getattr(self, name) is not None:
-                check_prefix(name, getattr(self, name))
+            prefix = getattr(self, name)
+            if prefix is not None and prefixes_of(name, prefix) != [unescape(prefix)]:
+                raise UserError(f"--{name} {prefix}: takes one prefix; --query_prefixes draws from a list")
 
 
 def check_prefix(name: str, prefix: str) -> None:
@@ -58,6 +60,24 @@ def check_one_for_each(name: str, values: list, train_files: list[str]) -> None:
 def unescape(prefix: str) -> str:
     r"""Replace the escapes \n, \t and \\ in a prefix that was given as a flag or in YAML."""
     return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], prefix)
+
+
+def prefixes_of(name: str, entry: str) -> list[str]:
+    """What an entry of a setting stands for: one prefix, or those of a JSON list, of which each query draws one.
+
+    UserError if the list is not one of strings, or if a prefix has a wrong placeholder.
+    """
+    prefixes = [entry]
+    if entry.startswith("["):
+        try:
+            prefixes = json.loads(entry)
+        except ValueError:
+            pass  # a prefix such as "[QUERY] "
+    if not prefixes or not all(isinstance(one, str) for one in prefixes):
+        raise UserError(f"--{name} {entry}: a list of prefixes must hold strings, at least one")
+    for prefix in prefixes:
+        check_prefix(name, prefix)
+    return [unescape(prefix) for prefix in prefixes]
 
 
 @dataclass(kw_only=True)
@@ -88,7 +108,7 @@ class DataArguments(TextArguments):
     )
     query_prefixes: list[str] = several(
         "one query_prefix per train_files entry, if they need different instructions; query_prefix is then the one "
-        "stored with the trained model for later queries"
+        "stored with the trained model for later queries. An entry can be a JSON list, of which each query draws one"
     )
     doc_prefixes: list[str] = several("one doc_prefix per train_files entry, like query_prefixes")
     query_max_length_per_file: list[int] = several(
@@ -129,8 +149,9 @@ class DataArguments(TextArguments):
         for name in ("sampling_probabilities", "hard_negatives_per_file", "query_prefixes", "doc_prefixes", *lengths):
             check_one_for_each(name, getattr(self, name), self.train_files)
         for name, single in (("query_prefixes", "query_prefix"), ("doc_prefixes", "doc_prefix")):
-            for prefix in getattr(self, name):
-                check_prefix(name, prefix)
+            drawn = [prefix for prefix in getattr(self, name) if len(prefixes_of(name, prefix)) > 1]
+            if drawn and name == "doc_prefixes":
+                raise UserError(f"--{name} {drawn[0]}: only --query_prefixes draws from a list; give one prefix")
             if getattr(self, name) and getattr(self, single) is None:
                 what = "the prefix that the trained model uses for later texts by default"
                 raise UserError(f"--{name}: also set --{single}, {what}")

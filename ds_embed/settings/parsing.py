@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import re
 import sys
 from argparse import Namespace
@@ -151,8 +152,14 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
             continue  # 'name:' without a value keeps the default
         values = value if isinstance(value, list) else [value]
         # 1e-4 without a dot is a string in YAML 1.1, so everything goes through the flag's own type.
-        flags += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        flags += [f"--{key}", *map(_as_flag, values)]
     return flags
+
+
+def _as_flag(value: Any) -> str:
+    if isinstance(value, list):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # What a file of train_files can have of its own in YAML, and the list behind train_files that it stands in.

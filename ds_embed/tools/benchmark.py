@@ -180,7 +180,7 @@ def measure(model: MTEBModel, tasks: list[Any], output_dir: str) -> Path:
         if is_other:
             logger.warning("warning: %s: its data set has changed since it was measured; it is measured anew", name)
         if old is not None and not is_other and not old.get_missing_evaluations(task):
-            logger.info("%s: is there already", name)
+            logger.info("%s: measured before", name)
         else:
             _load(task)
             strategy = "always" if is_other else "only-missing"

@@ -81,7 +81,7 @@ def rerank(world: World, arguments: RerankArguments) -> None:
 
 def _made_from(output: Path, arguments: RerankArguments) -> dict[str, str]:
     if output.exists():
-        raise UserError(f"--output_file {output}: is there already; remove it, or choose another name")
+        raise UserError(f"--output_file {output}: exists; remove it, or choose another name")
     settings = asdict(arguments)
     made_from = {name: str(settings[name]) for name in ("top_k", "max_length", "bf16", "micro_batch_tokens")}
     made_from["model"] = identify_weights(find_reranker(arguments.model_name_or_path).base)

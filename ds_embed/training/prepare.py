@@ -12,13 +12,13 @@ import numpy as np
 from ds_embed.data.batch import GlobalBatch, assemble_batch
 from ds_embed.data.forms import Reading
 from ds_embed.data.order import SampleOrder
-from ds_embed.data.store import TrainingStore, build_training_store, check_texts_fit
+from ds_embed.data.store import Formats, TrainingStore, build_training_store, check_texts_fit
 from ds_embed.data.tally import describe_skipped
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.job.ranks import World
 from ds_embed.models.card import EmbeddingCard
 from ds_embed.settings import DataArguments, StepArguments
-from ds_embed.settings.data_arguments import check_one_for_each, unescape
+from ds_embed.settings.data_arguments import check_one_for_each, prefixes_of
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import listed
 
@@ -31,7 +31,7 @@ def prepare_store(
     data: DataArguments,
     step: StepArguments,
     tokenizer: Any,
-    formats: tuple[TextFormat | list[TextFormat], TextFormat | list[TextFormat]],
+    formats: tuple[Formats, Formats],
     name: str = "token store",
 ) -> TrainingStore:
     """Build or find the store of `files`, of training or held-out records, and check that every setting fits it.
@@ -61,18 +61,23 @@ def prepare_store(
     return TrainingStore.open(world.on_main(name, build))
 
 
-def file_formats(
-    data: DataArguments, card: EmbeddingCard
-) -> tuple[TextFormat | list[TextFormat], TextFormat | list[TextFormat]]:
+def file_formats(data: DataArguments, card: EmbeddingCard) -> tuple[Formats, Formats]:
     """How queries and documents become tokens: the card's way, or with a prefix or a length for each file."""
     queries, documents = card.text_formats()
+    query_prefixes, doc_prefixes = _prefixes_of_files(data)
     return (
-        _formats("query_max_length", queries, data.query_prefixes, data.query_max_length_per_file),
-        _formats("doc_max_length", documents, data.doc_prefixes, data.doc_max_length_per_file),
+        _formats("query_max_length", queries, query_prefixes, data.query_max_length_per_file),
+        _formats("doc_max_length", documents, doc_prefixes, data.doc_max_length_per_file),
     )
 
 
-def _formats(name: str, one: TextFormat, prefixes: list[str], lengths: list[int]) -> TextFormat | list[TextFormat]:
+def _prefixes_of_files(data: DataArguments) -> list[list[list[str]]]:
+    """The prefixes of each file, of queries and of documents; no list where the files have none of their own."""
+    names = "query_prefixes", "doc_prefixes"
+    return [[prefixes_of(name, entry) for entry in getattr(data, name)] for name in names]
+
+
+def _formats(name: str, one: TextFormat, prefixes: list[list[str]], lengths: list[int]) -> Formats:
     if not prefixes and not lengths:
         return one
     if max([0, *lengths]) > one.max_length:
@@ -80,28 +85,26 @@ def _formats(name: str, one: TextFormat, prefixes: list[str], lengths: list[int]
             f"--{name}_per_file {listed(lengths)}: the model's own length, which later texts are cut at, is {one.max_length}; "
             f"lower the file's, or raise --{name} or --max_length"
         )
-    ways = zip_longest(map(unescape, prefixes), lengths)
+    ways = zip_longest(prefixes, lengths)
     return [
-        replace(
-            one,
-            prefix=one.prefix if prefix is None else prefix,
-            max_length=one.max_length if length is None else length,
-        )
-        for prefix, length in ways
+        [
+            replace(one, prefix=prefix, max_length=one.max_length if length is None else length)
+            for prefix in (drawn or [one.prefix])
+        ]
+        for drawn, length in ways
     ]
 
 
 def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
     """Lines that say which prefix each file is trained with and which one the model stores, if they differ."""
     lines = []
-    for what, prefixes, kept in (
-        ("queries", data.query_prefixes, card.query_prefix),
-        ("documents", data.doc_prefixes, card.doc_prefix),
-    ):
-        if prefixes:
-            pairs = zip(data.train_files, prefixes)
-            lines += [f"{what:<14} {json.dumps(unescape(p), ensure_ascii=False)} for {path}" for path, p in pairs]
-            lines.append(f"{what:<14} {json.dumps(kept, ensure_ascii=False)} stored with the model, for later {what}")
+    kept = card.query_prefix, card.doc_prefix
+    for what, files, stored in zip(("queries", "documents"), _prefixes_of_files(data), kept):
+        for path, prefixes in zip(data.train_files, files):
+            shown = " or ".join(json.dumps(prefix, ensure_ascii=False) for prefix in prefixes)
+            lines.append(f"{what:<14} {shown} for {path}")
+        if files:
+            lines.append(f"{what:<14} {json.dumps(stored, ensure_ascii=False)} stored with the model, for later {what}")
     return lines
 
 

@@ -159,13 +159,13 @@ def match_qrels(qrels: Qrels, query_ids: Iterable[str], document_ids: Iterable[s
     missing, unknown, num_relevant = _without_vectors(qrels, query_ids, document_ids)
     if len(missing) == len(qrels):
         raise UserError(
-            f"{source}: none of its {len(qrels)} queries, such as '{missing[0]}', has a vector; "
-            "give the judgments of the queries that were encoded"
+            f"{source}: none of its {len(qrels)} queries, such as '{missing[0]}', was searched for; "
+            "give the judgments of those that were"
         )
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} of {len(qrels)} judged queries have no vector, such as '{missing[0]}'; "
-            "encode these queries too, take them out of the judgments, or set --skip_unknown true"
+            f"{source}: {len(missing)} of {len(qrels)} judged queries were not searched for, such as '{missing[0]}'; "
+            "search for them too, take them out of the judgments, or set --skip_unknown true"
         )
     if unknown:
         raise UserError(

@@ -123,7 +123,7 @@ def _begin(work: WorkFolder, output_file: Path) -> bool:
         if before is None:
             raise UserError(f"--output_file {output_file}: exists and was not mined; choose another name")
         check_unchanged(output_file, before, work.made_from, (), "--output_file")
-        logger.info("%s is there already, mined from the same inputs", output_file)
+        logger.info("%s exists, mined from the same inputs", output_file)
         if not work.path.exists() or work.open():  # the earlier job was killed before it cleaned up
             work.remove()
         return False
