@@ -19,11 +19,11 @@ quickstart: install
 
 # Files of tests share two processes: many tests wait for ranks that are starting.
 test: install
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Without what starts ranks: for every save of a file.
 test-fast: install
-	$(BIN)/python -m pytest tests --fast --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --fast --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Formatter, linter and types, with the settings of pyproject.toml.
 check: install

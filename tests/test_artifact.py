@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import REPOSITORY
+from tiny import REPOSITORY, leave_out_when_fast
 
 from ds_embed.artifact.artifact import Artifact, inspect, is_begun
 from ds_embed.artifact.durable import folder_when_whole, hold_lock, remove, replaced_when_whole
@@ -97,6 +97,7 @@ def killed_before(call, work):
 
 
 def test_killed_at_each_write(tmp_path, whole):
+    leave_out_when_fast()
     call, made_again = 0, []
     killed = True
     while killed:
@@ -113,6 +114,8 @@ def test_killed_at_each_write(tmp_path, whole):
 
 
 def test_killed_while_one_is_replaced_or_removed(tmp_path):
+    leave_out_when_fast()
+
     def fill(path, text):
         with folder_when_whole(path) as folder:
             (folder / "a").write_text(text)

@@ -10,7 +10,7 @@ from tiny import REPOSITORY, launch_environment, leave_out_when_fast
 
 @pytest.mark.parametrize(
     "change, test, number",
-    [("loss", "tests/test_loss.py -k triplet", 40), ("form", "tests/test_data_forms.py -k every_form", 1)],
+    [("loss", "tests/test_loss.py -k triplet", 28), ("form", "tests/test_data_forms.py -k every_form", 1)],
 )
 def test_a_change_by_the_steps_of_the_page(tmp_path, change, test, number):
     leave_out_when_fast()

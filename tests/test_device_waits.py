@@ -76,7 +76,7 @@ def make_step(kind, store, pooling, bidirectional=False, kernel=None, **settings
 
 
 @pytest.mark.parametrize("kernel", [None, "varlen"])  # the latter's operator, which torch has shapes of too
-@pytest.mark.parametrize("settings", [{}, dict(grad_cache=True, learnable_temperature=True, **OPTIONS), NEAR])
+@pytest.mark.parametrize("settings", [dict(grad_cache=True, learnable_temperature=True, **OPTIONS), NEAR])
 @pytest.mark.parametrize(
     "kind, pooling, bidirectional",
     [

@@ -1,9 +1,6 @@
 """recipes/evaluate.py run as a user runs it, on small real files; every mistake is one line and code 2."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +15,7 @@ RECIPE = ROOT / "recipes" / "evaluate.py"
 
 
 def run_recipe(*flags):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(RECIPE), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return launch(0, RECIPE, *flags)
 
 
 recipe = load_recipe("evaluate")
@@ -174,7 +169,7 @@ def nothing(folder, queries):
         (dimensions, [], "query.npy has 5 dimensions and "),
         (ids_without_rows, [], "doc.ids has 121 ids and "),
         (unknown_documents, [], "1 of 2 relevant document ids are not in the corpus, such as 'elsewhere'"),
-        (unknown_queries, [], "1 of 2 judged queries have no vector, such as 'q9'"),
+        (unknown_queries, [], "1 of 2 judged queries were not searched for, such as 'q9'"),
         (nan, [], "doc.npy: row 77 (id 'd77') holds NaN"),
         (empty_corpus, [], "doc.npy has no rows"),
         (no_folder, [], "consumed_samples640: no such folder"),
@@ -222,7 +217,9 @@ def test_one_call_with_everything(files, tmp_path):
     run_file = tmp_path / "bm25.trec"
     run_file.write_text("w Q0 d5 1 9 bm25\nx Q0 d40 1 7 bm25\ny Q0 d1 1 3 bm25\nz Q0 d1 1 3 bm25\nv Q0 d1 1 3 bm25\n")
     flags = ["--qrels", str(qrels), "--measures", "nDCG@10", "R@100"]
-    with pytest.raises(ValueError, match="test.tsv: 1 of 5 judged queries have no vector, such as 'u'.*--skip_unknown"):
+    with pytest.raises(
+        ValueError, match="test.tsv: 1 of 5 judged queries were not searched for, such as 'u'.*--skip_unknown"
+    ):
         recipe.main(["--embeddings", str(folder), *flags])
     flags += ["--skip_unknown", "true"]
     recipe.main(["--run_file", str(run_file), "--output_dir", str(other), *flags])
@@ -286,7 +283,7 @@ def test_a_run_file_needs_no_vectors_and_has_none(files, tmp_path):
         recipe.main(flags)
     with pytest.raises(ValueError, match="--quantize int8: needs vectors; give --embeddings"):
         recipe.main([*flags, "--quantize", "int8"])
-    with pytest.raises(ValueError, match="3 of 4 judged queries have no vector"):
+    with pytest.raises(ValueError, match="3 of 4 judged queries were not searched for"):
         recipe.main([*flags, "--output_dir", str(tmp_path / "out")])
 
 

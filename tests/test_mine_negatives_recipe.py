@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from mining_material import run
-from tiny import check, launch, make_model, make_tokenizer, make_training_file, start
+from tiny import check, launch, leave_out_when_fast, make_model, make_tokenizer, make_training_file, start
 
 from ds_embed.settings import TextArguments
 
@@ -55,6 +55,7 @@ def flags(root, output):
 
 
 def test_two_ranks_killed_and_started_again_write_what_one_process_writes(place):
+    leave_out_when_fast()
     settings = dict(SETTINGS, cross_encoder=str(place / "judge"))
     run(place, "one.jsonl", model=place / "llama", text=TextArguments(max_length=40), **settings)
 

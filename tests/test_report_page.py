@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from report_material import write_retrieval, write_run
-from tiny import check
+from tiny import check, leave_out_when_fast
 
 from ds_embed.settings import ReportArguments
 from ds_embed.tools.report.build import build_report
@@ -114,6 +114,7 @@ def browse(path, folder, *flags):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not seen in a browser")
 def test_browser_shows_everything_at_two_widths(full_report, tmp_path):
+    leave_out_when_fast()
     import matplotlib.image
 
     # Through a plain name: the folder's has characters that a URL would need escaped.

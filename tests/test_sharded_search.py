@@ -4,13 +4,14 @@ import subprocess
 import sys
 
 import numpy as np
-from tiny import REPOSITORY, launch_environment
+from tiny import REPOSITORY, launch_environment, leave_out_when_fast
 
 from ds_embed.vectors import search as search_module
 from ds_embed.vectors.search import search
 
 
 def test_three_ranks_find_what_one_process_finds(tmp_path):
+    leave_out_when_fast()
     rng = np.random.default_rng(11)
     # (documents, queries, k): fewer documents than ranks, k beyond a slice, k of all, many queries.
     for number, (documents, queries, k) in enumerate(

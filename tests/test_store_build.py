@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 
+import psutil
 import pytest
 from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, small_chunks, tokenizer, write_jsonl  # noqa: F401
 
@@ -224,12 +225,8 @@ def workers(monkeypatch):
 
 
 def children():
-    return [int(pid) for task in os.listdir("/proc/self/task") for pid in children_of(f"/proc/self/task/{task}")]
-
-
-def children_of(task):
-    with open(f"{task}/children") as file:
-        return file.read().split()
+    """Processes that encode: children of this one that run the workers' program."""
+    return [one.pid for one in psutil.Process().children() if "store_workers" in " ".join(one.cmdline())]
 
 
 def test_a_store_is_the_same_whatever_number_of_processes_builds_it(tmp_path, tokenizer, workers, monkeypatch):

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from tiny import REPOSITORY, free_port
+from tiny import REPOSITORY, free_port, leave_out_when_fast
 
 from ds_embed.job.ranks import EXIT_REQUEUE
 from ds_embed.job.watcher import EXIT_RANK_LOST
@@ -58,6 +58,11 @@ def message(job, rank, what):
     who = rf"rank {rank} \(\S+, process {job.ranks[rank].pid}\)"
     place = r"(step 7, phase work|phase start)"  # the last report may be half a second old
     return rf"error: {who} {what}; last seen in {place}; the job is ended"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def not_when_fast():
+    leave_out_when_fast()
 
 
 @pytest.fixture(scope="module")

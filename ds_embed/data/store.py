@@ -86,7 +86,10 @@ class _Store:
                 if side in file:
                     form = formats.get(form) or formats["text_format"]
                     form = form if isinstance(form, dict) else form[number]
-                    file[side] |= {"max_length": form["max_length"], "prefix": form["prefix"]}
+                    forms = [form] if isinstance(form, dict) else form
+                    prefixes = [one["prefix"] for one in forms]
+                    prefix = prefixes if len(prefixes) > 1 else prefixes[0]
+                    file[side] |= {"max_length": forms[0]["max_length"], "prefix": prefix}
         return facts
 
     def describe(self) -> list[str]:

@@ -86,13 +86,14 @@ def _formats(name: str, one: TextFormat, prefixes: list[list[str]], lengths: lis
             f"lower the file's, or raise --{name} or --max_length"
         )
     ways = zip_longest(prefixes, lengths)
-    return [
+    lists = [
         [
             replace(one, prefix=prefix, max_length=one.max_length if length is None else length)
             for prefix in (drawn or [one.prefix])
         ]
         for drawn, length in ways
     ]
+    return [formats if len(formats) > 1 else formats[0] for formats in lists]
 
 
 def describe_prefixes(data: DataArguments, card: EmbeddingCard) -> list[str]:
