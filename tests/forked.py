@@ -94,6 +94,7 @@ def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
     words = [word for word in command[1:] if word != "-u"]
     os.environ.clear()
     os.environ.update(environment)
+    os.execv = lambda _, command: _become(command, dict(os.environ))
     code = 0
     try:
         if words[0] == "-m":

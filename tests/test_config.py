@@ -49,6 +49,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         (["--output_dir", "x", "--bf16", "perhaps"], ["bf16", "perhaps"]),
         (["--output_dir", "x", "--config"], ["--config: expected one argument"]),
         (["--config", "absent.yaml"], ["absent.yaml", "no such file"]),
+        (["--output_dir", "x", "--dims", "1", "2", "--dims=3"], ["--dims: given twice"]),
     ],
 )
 def test_mistakes_are_value_errors(argv, words):
@@ -64,6 +65,7 @@ def test_mistakes_are_value_errors(argv, words):
         ("max_steps: {a: 1}\noutput_dir: x\n", ["max_steps", "not a mapping"]),
         ("max_step: 1\n", ["unknown key 'max_step'", "did you mean max_steps"]),
         ("a: [1\n", ["c.yaml:", "not valid YAML"]),
+        ("output_dir: x\nmax_steps: 1\nmax_steps: 2\n", ["c.yaml:3: not valid YAML: 'max_steps' stands twice"]),
     ],
 )
 def test_yaml_mistakes_name_the_file(tmp_path, text, words):

@@ -366,6 +366,19 @@ def test_what_is_skipped_is_counted(tmp_path, capsys):
     assert triplets.read_text().startswith("anchor,positive,negative\nwhat is a lake,water,a hill\n")
 
 
+def test_what_is_refused_for_its_ids_is_not_judged(tmp_path):
+    """Two files that both number their queries and documents from 0."""
+    for name in ("rivers", "cooking"):
+        rows = [{"query": f"{name} {n}", "pos_doc": f"{name} text {n}", "query_id": n, "doc_id": n} for n in (0, 1)]
+        jsonl(tmp_path / f"{name}.jsonl", rows)
+    rows[0]["doc_id"] = 1
+    jsonl(tmp_path / "cooking.jsonl", rows)
+    files = [tmp_path / "rivers.jsonl", tmp_path / "cooking.jsonl"]
+    made = convert("training", "test", tmp_path / "made", "--input", *files, "--skip_bad_records", "true")
+    queries = read_jsonl(made / "queries.jsonl")
+    assert [(row["query"], row["doc_id"]) for row in queries] == [("rivers 0", "0"), ("rivers 1", "1")]
+
+
 def test_as_a_user_runs_it(tmp_path):
     source = jsonl(tmp_path / "train.jsonl", TRAINING)
 

@@ -365,7 +365,17 @@ FILES = [
         "a.csv",
         b"a\nx\n",
         {"columns": ["in_order"]},
-        "a.csv:2: --columns in_order: expected two columns or more, found 'a'",
+        "a.csv:2: --columns in_order: expected two columns of texts or more, found 'a'",
+    ),
+    ("a.csv", b"a,b,label\nx,y,1\nx,z,0\n", {"columns": ["in_order"]}, "a.csv:3: label is not 1: a graded pair is no"),
+    ("a.csv", b"query,pos_doc,label\nx,y,0\n", {}, "a.csv:2: label is not 1: a graded pair is no pair"),
+    ("a.csv", b"query,pos_doc\nq,\"['n', 'm']\"\n", {}, "a.csv:2: pos_doc looks like a list and is no JSON"),
+    ("a.tsv", b'query\tpos_doc\nq\t"say ""so"""\n', {}, "a.tsv:2: a cell is quoted as CSV is ("),
+    (
+        "a.jsonl",
+        b'{"query": ["find", "q"], "pos": ["read", "p"], "neg": [["read", "n"]]}',
+        {},
+        "a.jsonl:1: pos is a list of two strings beside a query [instruction, text]; write it as [[instruction, text]]",
     ),
     (
         "a.jsonl",
@@ -456,6 +466,26 @@ def test_bad_entries(tmp_path, tokenizer, monkeypatch):
         with pytest.raises(UserError) as caught:
             build(str(entry), tokenizer, tmp_path / "cache")
         assert str(caught.value).startswith(f"{entry}: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, columns, texts",
+    [
+        ("a.csv", ",query,pos_doc\n0,q,p\n", ["in_order"], ("q", "p")),  # pandas' index
+        ("a.csv", "Unnamed: 0,a,b,label\n0,q,p,1\n", ["in_order"], ("q", "p")),
+        ("a.csv", 'anchor,positive\nq,"[""p""]"\n', [], ("q", "p")),
+        ("a.jsonl", '{"query": "q", "positive": ["p"], "negative": ["n"]}\n', [], ("q", "p", "n")),
+        ("a.tsv", 'query\tpos_doc\nq\t"a" lake\n', [], ("q", '"a" lake')),
+        # Not labelled texts, and not scored pairs either.
+        ("a.csv", "ask,say,text,label\nq,p,t,1\n", ["query=ask", "pos_doc=say"], ("q", "p")),
+        ("a.jsonl", '{"query": "q", "pos_doc": "p", "neg_doc": ["n"], "score": 0.5}\n', [], ("q", "p", "n")),
+    ],
+)
+def test_which_columns_are_texts(tmp_path, name, content, columns, texts):
+    (tmp_path / name).write_text(content)
+    reading = Reading(tuple(columns), kinds=("scored", "labels"))
+    ((_, record),) = read_training_records([tmp_path / name], reading)
+    assert (record.query, record.pos_doc, *record.neg_docs) == texts and record.label is record.pos_score is None
 
 
 def test_what_looks_odd_and_is_read(tmp_path, tokenizer):

@@ -52,6 +52,12 @@ def test_forms_of_judgments(tmp_path, form):
     assert read_qrels(tmp_path / "qrels") == {"q1": {"d1": 1, "d2": 0}, "q2": {"d9": 2, "d1": -1}}
 
 
+@pytest.mark.parametrize("line", ["a query\td 1\t1\n", "a query\t0\td 1\t1\n"])
+def test_between_tabs_an_id_may_hold_blanks(tmp_path, line):
+    (tmp_path / "qrels").write_text(line)
+    assert read_qrels(tmp_path / "qrels") == {"a query": {"d 1": 1}}
+
+
 def test_numbers_are_names_in_judgments(tmp_path):
     (tmp_path / "qrels").write_text('{"query_id": 1, "doc_id": 7, "score": 1}\n')
     assert read_qrels(tmp_path / "qrels") == {"1": {"7": 1}}

@@ -88,6 +88,14 @@ def test_read_from_a_table(tmp_path):
     ]
 
 
+def test_a_query_with_a_judged_text_is_no_labelled_text(tmp_path):
+    (tmp_path / "pairs.csv").write_text("query,text,label\nq,t,1\nq,u,0\n")
+    with pytest.raises(
+        ValueError, match="pairs.csv:2: pos_doc is missing, .* the keys here are 'query', 'text', 'label'"
+    ):
+        next(read_training_records([tmp_path / "pairs.csv"], Reading(kinds=("labels",))))
+
+
 def test_others_refuse_labelled_texts(tmp_path):
     path = write_jsonl(tmp_path / "labels.jsonl", ROWS)
     with pytest.raises(ValueError, match=":1: the keys here are those of labelled texts: "):

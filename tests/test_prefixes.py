@@ -76,6 +76,10 @@ def data(tmp_path, **settings):
         (dict(doc_prefix="{}: "), "--doc_prefix '{}: ': only {text}"),
         (dict(query_prefix='["a", "b"]'), r'--query_prefix \["a", "b"\]: takes one prefix; --query_prefixes draws'),
         (dict(query_prefixes=["x", '["a", 1]'], query_prefix=""), r'--query_prefixes \["a", 1\]: .* must hold strings'),
+        (
+            dict(query_prefixes=["x", "['a', 'b']"], query_prefix=""),
+            "--query_prefixes .*: looks like a list and is no JSON",
+        ),
         (dict(query_prefixes=["x", '["a", "{b}"]'], query_prefix=""), "--query_prefixes '{b}': only {text}"),
         (dict(doc_prefixes=["x", '["a", "b"]'], doc_prefix=""), r'--doc_prefixes \["a", "b"\]: only --query_prefixes'),
     ],

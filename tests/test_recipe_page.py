@@ -2,9 +2,12 @@
 
 import json
 import re
+import shlex
+import string
 import subprocess
 import sys
 
+import forked
 import yaml
 from tiny import REPOSITORY, check, free_port, launch_environment, leave_out_when_fast, make_model, make_training_file
 
@@ -44,14 +47,18 @@ def test_the_small_form_runs_as_it_stands(tmp_path):
             for number, text in enumerate(texts)
         ]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "ds-embed"
-    command.write_text(f"#!{sys.executable}\nfrom ds_embed.cli import main\nmain()\n")
-    command.chmod(0o755)
-    environment = launch_environment() | {"PYTHONPATH": str(REPOSITORY)}
-    environment["PATH"] = f"{command.parent}:{environment['PATH']}"
-    words = ["bash", "-e", "-c", lines]
-    done = check(subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200))
-    assert done.stdout.count("compared with") == 2
+    (tmp_path / "ds_embed_.py").write_text("from ds_embed.cli import main\nmain()\n")
+    environment, printed = launch_environment(), ""
+    for line in filter(None, lines.replace("\\\n", "").splitlines()):
+        if line.startswith("export "):
+            name, value = line.removeprefix("export ").split("=", 1)
+            environment[name] = value.strip('"')
+        elif line.startswith("ds-embed "):
+            words = shlex.split(string.Template(line.removeprefix("ds-embed ")).substitute(environment))
+            command = [sys.executable, str(tmp_path / "ds_embed_.py"), *words]
+            printed += check(forked.run(command, environment, tmp_path, timeout=600)).stdout
+        else:
+            subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
+    assert printed.count("compared with") == 2
     for name in ("out1/consumed_samples960", "reranked1", "out2/consumed_samples480"):
         assert 0 < json.loads((tmp_path / name / "metrics.json").read_text())["nDCG@10"] <= 1

@@ -226,8 +226,9 @@ def test_finished_run_says_so_and_a_changed_one_is_refused(place, straight):
     again = check(train(place, "straight", num_ranks=0))
     assert f"already finished at step {STEPS}" in again.stderr
     assert losses(straight)[-1][0] == STEPS
-    make_training_file(place / "other.jsonl", 100, num_negatives=1, seed=5)
-    other = train(place, "straight", "--train_files", place / "other.jsonl", num_ranks=0)
+    other = make_training_file(place / "other.jsonl", 100, num_negatives=1, seed=5)
+    changed = [other if word == place / "train.jsonl" else word for word in flags(place, "straight")]
+    other = launch(0, "recipes/train_gpt.py", *changed)
     assert other.returncode == 2
     assert "train_files was" in other.stderr and "--accept_changes train_files" in other.stderr
 

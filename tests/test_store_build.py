@@ -226,7 +226,11 @@ def workers(monkeypatch):
 
 def children():
     """Processes that encode: children of this one that run the workers' program."""
-    return [one.pid for one in psutil.Process().children() if "store_workers" in " ".join(one.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            found += [child.pid] * ("store_workers" in " ".join(child.cmdline()))
+    return found
 
 
 def test_a_store_is_the_same_whatever_number_of_processes_builds_it(tmp_path, tokenizer, workers, monkeypatch):

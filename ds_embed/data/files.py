@@ -35,6 +35,7 @@ _JSON_BLANKS = b" \t\r\n"
 # Large reads: the observer below is Python code and runs once per read.
 _READ_BYTES = 1 << 20
 _NO_NUMBER = re.compile(r"-?(?:NaN|Infinity)|(?<=-)Infinity")  # which Python writes, and JSON lacks
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # with a quote inside, which is doubled
 _LOOK_BYTES = 1 << 12
 _ROWS_AT_ONCE = 1000
 # The endings of data files, which decide what of a folder is read, and whether text is a table.
@@ -113,7 +114,8 @@ def identify_entries(entries: Iterable[str | os.PathLike]) -> str:
 
 def _is_data(path: str) -> bool:
     name = os.path.basename(path)
-    return _plain_suffix(path) in SUFFIXES and not name.startswith((".", "_")) and name not in _NO_DATA
+    is_hidden = name.startswith((".", "_")) or name in _NO_DATA or name.endswith(".summary.json")
+    return _plain_suffix(path) in SUFFIXES and not is_hidden
 
 
 def _plain_suffix(path: str) -> str:
@@ -280,6 +282,7 @@ class Records:
         lines = _decoded(self.path, file)
         if self._kind == "tsv":
             rows = ((number, line.split("\t")) for number, line in lines if line)
+            rows = ((number, self._unquoted(number, cells)) for number, cells in rows)
         else:
             rows = self._csv_cells(lines)
         _, columns = next(rows, (0, []))
@@ -290,6 +293,13 @@ class Records:
                 problem = f"{len(cells)} columns, and the header has {len(columns)} ({', '.join(columns)})"
                 value = BadRecord(self.location(number), problem)
             yield number, value
+
+    def _unquoted(self, number: int, cells: list[str]) -> list[str]:
+        for cell in cells:
+            if cell[:1] == '"' and _QUOTED.fullmatch(cell):
+                problem = f"a cell is quoted as CSV is ({cell[:40]}), and TSV is read without quotes"
+                raise BadRecord(self.location(number), f"{problem}; name the file .csv, where tabs may part columns")
+        return cells
 
     def _check_columns(self, columns: list[str]) -> None:
         if not columns:
@@ -424,8 +434,9 @@ def _load_dataset(path: str) -> Any:
         if type(name) is not str:
             return datasets.load_dataset(name["name"], name["config"] or None, split=name["split"])
         loaded = datasets.load_from_disk(name)
-    except (OSError, ValueError, IndexError) as error:  # IndexError: of a data set without rows
-        reason = str(error).split("\n")[0]
+    # IndexError: of a data set without rows; RuntimeError: of one that a script of its own would load.
+    except (OSError, ValueError, IndexError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).split("\n")[0]
         raise UserError(f"{path}: no such file, and it can't be loaded as a data set ({reason})") from None
     split = path[len(name) + 1 :]
     if not isinstance(loaded, datasets.DatasetDict):

@@ -20,7 +20,9 @@ import orjson
 
 from ds_embed.data.files import BadRecord, Records, list_parts, stamp_of
 from ds_embed.data.records import (
+    DOCUMENT_KEYS,
     PROMPT_KEYS,
+    QUERY_KEYS,
     TrainingRecord,
     id_of,
     is_finite_number,
@@ -65,6 +67,10 @@ _LIST_KEYS = {"pos", "neg", "neg_doc", "pos_scores", "neg_scores", "negative", "
 _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'{\[].*)?\]\s*""", re.DOTALL)
 _QUERIES = ("anchor", "query", "question")
 _GRADES = ("label", "labels", "score", "scores")  # which must be 1
+# Columns of tables that are no texts: pandas' index, as CSV, Parquet and a CSV that was read and written again have it.
+_INDEX_COLUMN = re.compile(r"|__index_level_\d+__|Unnamed: \d+")
+# Records with one of these are no labelled texts, even with a text and a label.
+_PAIRED = {*_QUERIES, "pos_doc", "pos", *_POSITIVE_COLUMNS, "sentence1", "text1"}
 _MORE = ("query_id", "corpus_id")
 _NOUNS = {"": "records", "scored": "scored pairs", "labels": "labelled texts"}
 _METADATA = "merlin_metadata.json"
@@ -97,6 +103,8 @@ class Columns:
             if key in self._columns:
                 raise UserError(f"--columns {word}: {key} is given twice")
             self._columns[key] = column.split(",") if key in _LISTS else [column]
+        self._others = {"queries": QUERY_KEYS, "documents": DOCUMENT_KEYS}.get(kind, ())  # other names of the same
+        self._is_pair = kind == "training" and not {"query", "pos_doc"}.isdisjoint(self._columns)
         self._unseen = {column for columns in self._columns.values() for column in columns}
         self._shown: list[str] = []
 
@@ -107,14 +115,18 @@ class Columns:
     def mapped(self, where: str, row: dict) -> dict:
         """The row with our keys; those that no column was named for come from the column of their own name."""
         if self._by_order:
-            if len(row) < 2:
-                raise BadRecord(where, f"--columns {IN_ORDER}: expected two columns or more, found '{next(iter(row))}'")
-            self._shown = self._shown or list(row)
-            query, positive, *negatives = row
+            _check_grades(where, row)
+            texts = [name for name in row if name not in _GRADES and not _INDEX_COLUMN.fullmatch(name)]
+            if len(texts) < 2:
+                found = ", ".join(map(repr, row))
+                raise BadRecord(where, f"--columns {IN_ORDER}: expected two columns of texts or more, found {found}")
+            self._shown = self._shown or texts
+            query, positive, *negatives = texts
             return {"query": row.get(query), "pos_doc": row.get(positive), "neg_doc": _cells(row, negatives)}
         self._unseen.difference_update(row)
         self._shown = self._shown or list(row)
-        record = {key: row[key] for key in self._keys if key in row and key not in self._columns}
+        known = [key for key in (*self._keys, *self._others) if key in row and key not in self._columns]
+        record = {key: row[key] for key in known if not self._is_pair or key not in ("text", "label")}
         for key, names in self._columns.items():
             if key == "neg_doc" or len(names) > 1:
                 record[key] = _cells(row, names)
@@ -125,8 +137,8 @@ class Columns:
                 raise BadRecord(
                     where, f"--columns {key}={names[0]}: there is no '{names[0]}' here; the keys are {shown}"
                 )
-        if record.get("title"):
-            record["text"] = record.pop("pos_doc", None)  # the key whose title is joined
+        if record.get("title") and "pos_doc" in record:
+            record["text"] = record.pop("pos_doc")  # the key whose title is joined
         return record
 
     def describe(self) -> str:
@@ -177,6 +189,8 @@ class _Form:
     kind: str = ""  # a kind of Reading.kinds, where its records are no queries with their right documents
 
     def fits(self, row: dict) -> bool:
+        if (self.kind == "labels" and not _PAIRED.isdisjoint(row)) or (self.kind == "scored" and row.get("neg_doc")):
+            return False
         for alternatives in self.keys:  # plain loops: this runs for every record
             for key in alternatives:
                 if key in row:
@@ -195,18 +209,14 @@ class _Form:
         """The samples of a row that fits: one for each positive."""
         if self is _OWN and (plain := _plain(row)) is not None:
             return [plain]
+        if self is _OWN and row.get("label") in (0, "0", "0.0"):
+            _check_grades(where, row)
         if self is _SCORED:
             return [_scored_pair(where, row)]
         if self is _LABELS:
             return [_labelled_text(where, row)]
-        for key in _GRADES if self.more is _GRADES else ():
-            if row.get(key) not in (None, 1, "1", "1.0"):
-                raise BadRecord(
-                    where,
-                    f"{key} is not 1: a graded pair is no pair of a query and its right document; train it with --pair_loss "
-                    f"(and --columns score={key}), keep the pairs of label 1, or name the columns with --columns, which "
-                    f"leaves {key} aside",
-                )
+        if self.more is _GRADES:
+            _check_grades(where, row)
         prompt = prompt_of(where, row)
         query = (prompt or "") + self.query(where, _key_in(row, self.keys[0]), row)
         positive = _key_in(row, self.keys[1])
@@ -253,6 +263,18 @@ class _Form:
         return tuple(scores)
 
 
+def _check_grades(where: str, row: dict) -> None:
+    """BadRecord for a pair that is said not to be one of a query and its right document."""
+    for key in _GRADES:
+        if row.get(key) not in (None, 1, "1", "1.0"):
+            raise BadRecord(
+                where,
+                f"{key} is not 1: a graded pair is no pair of a query and its right document; train it with --pair_loss "
+                f"(and --columns score={key}), keep the pairs of label 1, or name the columns with --columns, which "
+                f"leaves {key} aside",
+            )
+
+
 def _key_in(row: dict, keys: tuple[str, ...]) -> str:
     """The first of the keys that has a value in the row, else the first that it has at all."""
     for key in keys:
@@ -277,7 +299,7 @@ def _plain(row: dict) -> TrainingRecord | None:
     What most rows are: three times as fast as the closer look.
     """
     query, text, negatives, query_id, doc_id = map(row.get, ("query", "pos_doc", "neg_doc", "query_id", "doc_id"))
-    if any(row.get(key) is not None for key in ("pos_score", "neg_scores", *PROMPT_KEYS)):
+    if any(row.get(key) is not None for key in ("pos_score", "neg_scores", "label", *PROMPT_KEYS)):
         return None
     negatives = () if negatives is None else negatives if type(negatives) is list else (negatives,)
     for value in (query, text, *negatives):
@@ -295,6 +317,9 @@ def _own(where: str, key: str, row: dict, optional: bool, _: Any) -> tuple[list[
 
 def _instructed(where: str, key: str, row: dict, optional: bool, _: Any) -> tuple[list[str], None]:
     value = row.get(key)
+    if type(row.get("query")) is list and type(value) is list and [type(item) for item in value] == [str, str]:
+        problem = f"{key} is a list of two strings beside a query [instruction, text]"
+        raise BadRecord(where, f"{problem}; write it as [[instruction, text]], a list for each text")
     if type(value) is list:
         value = [_with_instruction(where, f"{key}[{index}]", item) for index, item in enumerate(value)]
     return _texts(where, key, value, optional), None
@@ -349,7 +374,8 @@ def _columns(where: str, key: str, row: dict, optional: bool, _: Any) -> tuple[l
         if len(found) > 1:
             problem = f"{found[0]} and {found[1]} could both be the right document; set --columns pos_doc={found[0]}"
             raise BadRecord(where, problem)
-        return [text_of(where, found[0] if found else key, row)], None
+        name = found[0] if found else key
+        return (_texts(where, name, row[name]) if type(row.get(name)) is list else [text_of(where, name, row)]), None
     matches = [match for name in row if (match := _NEGATIVE_COLUMN.fullmatch(name))]
     names = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
     return _texts(where, key, _cells(row, names), optional=True), None
@@ -404,7 +430,8 @@ _FORMS = (
 
 def _typed(where: str, row: dict) -> dict:
     """The row of a table of texts, with the lists and the numbers that its cells stand for; BadRecord for what is neither."""
-    for key in row.keys() & _LIST_KEYS:
+    lists = [key for key in ("pos_doc", *_POSITIVE_COLUMNS) if _LIST_OF_TEXTS.fullmatch(row.get(key) or "")]
+    for key in (row.keys() & _LIST_KEYS).union(lists):
         cells: list[Any] = []
         for cell in row[key] if type(row[key]) is list else [row[key]]:
             if type(cell) is str and (_LIST_OF_TEXTS.fullmatch(cell) or (key.endswith("scores") and cell[:1] == "[")):

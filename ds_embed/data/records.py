@@ -67,6 +67,7 @@ _QUERY_ID_KEYS = ("query_id", "_id", "qid", "question_id", "id")
 _DOC_KEYS = ("pos_doc", "text")
 PROMPT_KEYS = ("prompt", "instruction")
 _DOC_ID_KEYS = ("doc_id", "_id", "docid", "id")
+QUERY_KEYS, DOCUMENT_KEYS = (*_QUERY_KEYS, *_QUERY_ID_KEYS), (*_DOC_KEYS, *_DOC_ID_KEYS)
 
 
 def parse_query_record(where: str, record: dict) -> QueryRecord:
@@ -159,8 +160,11 @@ def _wanted(records: Iterable[tuple[str, str, str, str]], wanted: set[str]) -> d
 
 
 def present(record: dict, keys: Sequence[str]) -> str:
-    """The first of the keys that the record has a value for; the first of all when it has none."""
-    return next((key for key in keys if record.get(key) is not None), keys[0])
+    """The first of the keys that the record has a value for, else the first that it has, else the first of all."""
+    for key in keys:
+        if record.get(key) is not None:
+            return key
+    return next((key for key in keys if key in record), keys[0])
 
 
 def text_of(where: str, key: str, record: dict, may_be_blank: bool = False) -> str:

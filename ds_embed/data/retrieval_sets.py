@@ -108,6 +108,7 @@ class TrainingSet:
 
     def __init__(self, read: TrainingRecords, ids_by_text: TextTable, tally: Tally):
         self._read, self._ids_by_text, self._tally = read, ids_by_text, tally
+        self._texts: dict[tuple[str, str], str] = {}  # by kind and id, the text_id of the first text of that id
 
     def _read_again(self) -> Iterator[tuple[str, TrainingRecord]]:
         return self._read(self._tally.silent())
@@ -128,16 +129,24 @@ class TrainingSet:
 
     def judgments(self) -> Iterator[tuple[str, Judgment]]:
         positives: dict[str, set[str]] = {}
-        for where, record in self._read_again():
+        for where, record in self._judged():
             doc_id = record.doc_id or text_id(record.pos_doc)
             positives.setdefault(_query_id(record), set()).add(doc_id)
             yield where, Judgment(_query_id(record), doc_id, 1)
-        for where, record in self._read_again():
+        for where, record in self._judged():
             for negative in record.neg_docs:
                 doc_id = self._ids_by_text.get(text_id(negative))
                 assert doc_id is not None, "documents() was not gone through"
                 if doc_id not in positives[_query_id(record)]:
                     yield where, Judgment(_query_id(record), doc_id, 0)
+
+    def _judged(self) -> Iterator[tuple[str, TrainingRecord]]:
+        """The records whose ids stand for their own texts, not for another one further up, which was refused."""
+        for where, record in self._read_again():
+            named = (("query", record.query_id, record.query), ("document", record.doc_id, record.pos_doc))
+            keys = [((kind, name), text_id(text)) for kind, name, text in named if name is not None]
+            if [key for name, key in keys if self._texts.setdefault(name, key) != key] == []:
+                yield where, record
 
     def _note(self, text: str, doc_id: str, where: str) -> bool:
         """Store the text's id and return whether the text is new; the first id of a text is kept."""

@@ -69,13 +69,12 @@ def build_training_store(
     bare = [replace(one[0], prefix="") for one in of_queries]
     prompted = _tokenizers(tokenizer, bare, "query_max_length")
     most = max(map(len, of_queries))  # every file has as many sides; it draws from its own formats only
-    query_tokenizers = [
-        _tokenizers(tokenizer, [*one, *one[:1] * (most - len(one))], "query_max_length") for one in of_queries
-    ]
+    padded = [one[min(number, len(one) - 1)] for one in of_queries for number in range(most)]
+    query_tokenizers = _tokenizers(tokenizer, padded, "query_max_length")
     sides = [
-        {"queries": query[0], "documents": document, PROMPTED: own}
-        | {f"queries {number}": one for number, one in enumerate(query[1:], start=2)}
-        for query, document, own in zip(query_tokenizers, document_tokenizers, prompted)
+        {"queries": query_tokenizers[most * index], "documents": document, PROMPTED: own}
+        | {f"queries {number + 1}": query_tokenizers[most * index + number] for number in range(1, most)}
+        for index, (document, own) in enumerate(zip(document_tokenizers, prompted))
     ]
     key_sides = [one | {"documents": key} for one, key in zip(sides, document_tokenizers[len(sources) :])]
     settings = {
@@ -119,7 +118,8 @@ def _add_training_record(
     writer: StoreWriter, record: TrainingRecord, number: int, source: "_Source", num_negatives: int | None
 ) -> None:
     queries, documents, prompted = range(3)
-    way = zlib.crc32(record.query.encode()) % source.num_ways
+    # Queries that a tokenizer may take for one draw the same.
+    way = zlib.crc32(" ".join(record.query.split()).casefold().encode()) % source.num_ways
     side = prompted if record.prompt is not None else prompted + way if way else queries
     writer.add_text(side, "query", record.query)
     writer.add_text(documents, "pos_doc", record.pos_doc, record.pos_score)

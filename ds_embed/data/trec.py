@@ -61,7 +61,8 @@ def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
         if form == "json":
             yield where, judgment(where, _json_row(where, line))
             continue
-        columns = line.split("\t") if form == "beir" and "\t" in line else line.split()
+        by_tabs = line.count("\t") in (2, 3) or (form == "beir" and "\t" in line)  # ids may hold blanks
+        columns = [cell.strip() for cell in line.split("\t")] if by_tabs else line.split()
         wanted = (3,) if form == "beir" else (3, 4)
         if len(columns) not in wanted:
             raise BadRecord(where, f"{len(columns)} columns; expected {_FORMS}")

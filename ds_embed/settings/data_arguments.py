@@ -11,6 +11,7 @@ DEFAULT_MAX_LENGTH = 512
 DEFAULT_QUERY_PREFIX = "query: "
 DEFAULT_DOC_PREFIX = "passage: "
 TEXT_PLACE = "{text}"
+_LIST = re.compile(r"""\s*\[\s*(?:["'].*)?\]\s*""", re.DOTALL)  # not a prefix such as "[QUERY] "
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
@@ -68,11 +69,11 @@ def prefixes_of(name: str, entry: str) -> list[str]:
     UserError if the list is not one of strings, or if a prefix has a wrong placeholder.
     """
     prefixes = [entry]
-    if entry.startswith("["):
+    if _LIST.fullmatch(entry):
         try:
             prefixes = json.loads(entry)
-        except ValueError:
-            pass  # a prefix such as "[QUERY] "
+        except ValueError as error:
+            raise UserError(f"--{name} {entry}: looks like a list and is no JSON ({error})") from None
     if not prefixes or not all(isinstance(one, str) for one in prefixes):
         raise UserError(f"--{name} {entry}: a list of prefixes must hold strings, at least one")
     for prefix in prefixes:

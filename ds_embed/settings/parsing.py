@@ -39,6 +39,8 @@ _OURS = {
     "--lora_rank": "lora_r lora",
     "--doc_prefix": "passage_prefix passage_instruction_for_retrieval",
     "--query_prefix": "query_instruction_for_retrieval query_instruction_for_embedding",
+    "--query_prefix, with {text} for the query": "query_instruction_format",
+    "--doc_prefix, with {text} for the document": "passage_instruction_format",
     "--pooling": "sentence_pooling_method pooling_method",
     "--normalize": "normalize_embeddings l2_normalize",
     "--temperature, which is 1 / scale": "scale",
@@ -85,8 +87,10 @@ def parse_arguments(
     first = type(parser)([], allow_abbrev=False, add_help=False)
     first.add_argument("--config", type=Path)
     config, argv = first.parse_known_args(argv)
+    num_from_file = 0
     if config.config is not None:
-        argv = [*_yaml_as_flags(config.config, known), *argv]
+        from_file = _yaml_as_flags(config.config, known)
+        argv, num_from_file = [*from_file, *argv], len(from_file)
     for arg in argv:  # unknown flags are reported before missing ones
         name = arg.split("=")[0]
         if name.startswith("--") and " " not in name and name not in parser._option_string_actions:
@@ -94,6 +98,9 @@ def parse_arguments(
             if name in ELSEWHERE:
                 raise UserError(f"--{name}: unknown flag; {ELSEWHERE[name]}")
             raise UserError(f"unknown flag --{name}{_nearest(name, known, '--')}; --help lists all")
+    for action in parser._actions:
+        if action.nargs == "+" and sum(arg.split("=")[0] in action.option_strings for arg in argv[num_from_file:]) > 1:
+            raise UserError(f"--{action.dest}: given twice; give all its values behind one")
     namespace, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(known, _NOT_GIVEN)))
     for arg in unknown:
         raise UserError(f"unexpected argument '{arg}': flags start with --")
@@ -129,8 +136,21 @@ def _yaml_as_flags(path: Path, known: dict) -> list[str]:
 
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
+
+    class Loader(yaml.SafeLoader):
+        """As yaml.safe_load, but a key that stands twice is an error, not the last of the two."""
+
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    problem = f"'{key.value}' stands twice"
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -163,7 +163,8 @@ def _rows(
 ) -> Iterator[tuple[str, Any]]:
     """Yield (location, parsed row) of files of "queries", "documents", "judgments" or "run", with --columns applied."""
     for path in arguments.input:
-        file = RecordFile(path, parse, Columns(arguments.columns, kind))
+        mapped = arguments.columns or kind in ("judgments", "run")
+        file = RecordFile(path, parse, Columns(arguments.columns, kind) if mapped else None)
         yield from ((where, one) for where, _, (one,) in file.read(tally.refuse))
 
 

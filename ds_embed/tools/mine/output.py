@@ -108,19 +108,20 @@ def write_records(output_file: Path, mined: Mined, catalog: Catalog, arguments: 
                     if number >= len(mined.rows):
                         break
                     record = row if source.is_own and len(samples) == 1 else sample.as_json()
-                    if _set_negatives(record, number, mined, catalog) or not arguments.drop_without_negatives:
+                    if (
+                        _set_negatives(record, sample.neg_docs, number, mined, catalog)
+                        or not arguments.drop_without_negatives
+                    ):
                         file.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         if number != len(mined.rows) - 1:
             raise UserError("--train_files: changed while negatives were mined; start again once they are whole")
 
 
-def _set_negatives(record: dict, number: int, mined: Mined, catalog: Catalog) -> bool:
+def _set_negatives(record: dict, existing: tuple[str, ...], number: int, mined: Mined, catalog: Catalog) -> bool:
     """Set the record's negatives and scores, and return whether it has any negatives."""
     kept = slice(*catalog.existing.first[number : number + 2])
-    negatives = record.get("neg_doc", []) if kept.start < kept.stop else []
     rows = mined.rows[number][mined.rows[number] >= 0]
-    negatives = [negatives] if isinstance(negatives, str) else negatives
-    negatives = negatives + [catalog.documents[row] for row in rows]
+    negatives = [*(existing if kept.start < kept.stop else ()), *(catalog.documents[row] for row in rows)]
     scores = np.concatenate([mined.existing_scores[kept], mined.scores[number, : len(rows)]])
     record |= {"neg_doc": negatives, "pos_score": mined.positive_scores[number], "neg_scores": scores}
     if not negatives:
