@@ -21,7 +21,7 @@ _OURS = {
     "csv_monitor": "--report_to",
 }
 _REFUSED = {
-    "fp16": "float16 gradients of a contrastive loss overflow; use --bf16 true, or --bf16 false for float32",
+    "fp16": "float16 needs loss scaling, which the step does not do; use --bf16 true, or --bf16 false for float32",
     "activation_checkpointing": "use --gradient_checkpointing true",
     "pipeline": "models are not split into pipeline stages",
 }
