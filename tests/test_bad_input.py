@@ -307,7 +307,7 @@ HERE = {
     f"{RERANK_RUN} {{}}/run.trec --max_length 3": "--max_length 3: leaves no room beside the 3 tokens",
     f"{RERANK_RUN} {{}}/run.trec --model_name_or_path {{}}/bert": "has no trained classifier .* choose a reranker",
     f"{RERANK} {{}}/two_docs.jsonl --run_file {{}}/run.trec": "two_docs.jsonl:2: doc_id 'd1' has another text",
-    f"{RERANK_RUN} {{}}/run.trec --query_files {{}}/two_queries.jsonl": (
+    RERANK_RUN.replace("/queries", "/two_queries") + " {}/run.trec": (
         "two_queries.jsonl:2: query_id 'q1' has another text"
     ),
     "generate --model_name_or_path {}/ranker --doc_files {}/docs.jsonl": "is a reranker's, which makes no vectors",
