@@ -223,6 +223,10 @@ def score(run, texts):
         (["--template", "{document} {query}"], "--template .*once each, in this order"),
         (["--yes_no", "w1"], "--yes_no w1: give exactly two words"),
         (["--yes_no", "w1", "w2"], "is not a decoder"),
+        (
+            ["--yes_no", "w1", "w2", "--model_name_or_path", "{headless}"],
+            "has no weights lm_head.weight, so words have no",
+        ),
         (["--max_length", 1000], "--max_length 1000: .*has positions for 128 tokens"),
         (["--max_length", 4], "--max_length 4: leaves no room"),
         (["--loss", "cosine"], "--loss cosine: choose one of listwise, bce, kl"),
@@ -237,12 +241,16 @@ def score(run, texts):
 def test_what_is_refused(place, given, message):
     make_training_file(place / "plain.jsonl", 12, num_negatives=3)
     make_training_file(place / "bare.jsonl", 12, num_negatives=0)
-    words = [
-        str(word).format(plain=place / "plain.jsonl", bare=place / "bare.jsonl", query="{query}", document="{document}")
-        for word in given
-    ]
+    if "{headless}" in given:
+        make_model(place / "headless", "llama")
+    places = dict(plain=place / "plain.jsonl", bare=place / "bare.jsonl", headless=place / "headless")
+    words = [str(word).format(**places, query="{query}", document="{document}") for word in given]
+    flags = list(map(str, flags_of(place, "listwise", *words)))
+    if "--train_files" in words:  # in place of the others
+        first = flags.index("--train_files")
+        del flags[first : first + 2]
     with pytest.raises(UserError, match=message):
-        load_recipe("train_reranker").main(flags_of(place, "listwise", *words))
+        load_recipe("train_reranker").main(flags)
 
 
 def test_a_reranker_is_no_embedder(place):

@@ -9,7 +9,8 @@ from tiny import make_model
 
 from ds_embed import Embedder
 from ds_embed.data.tokenize import TextFormat, encode_texts
-from ds_embed.models.loading import find_model, load_tokenizer
+from ds_embed.models.loading import find_model, load_config, load_tokenizer
+from ds_embed.settings.errors import UserError
 
 TEXTS = ["the lake is cold", "a", "so it ends </s> and goes on <eos> <|end|> to the end", "the hill and the lake " * 4]
 
@@ -78,6 +79,23 @@ def test_eos_once_at_the_end_and_what_spells_it_is_text(kind, tmp_path):
             assert len(ids) == min(len(long), max_length)
             assert ids[:-1].tolist() == long[: len(ids) - 1].tolist()
             assert tokenizer.decode(long[num_head:-1]).strip() == ("to " + text).strip()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "T5", "llama", "qwen3", "modernbert"])
+def test_a_tokenizer_that_is_made_up_is_refused(kind, tmp_path):
+    """transformers gives one of special tokens alone for a folder without any."""
+    folder = make_model(tmp_path / kind, kind)
+    load_tokenizer(find_model(str(folder)), False)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(UserError, match=f"--model_name_or_path .*{kind}: .*tokenizer.*tokenizer.json"):
+        load_tokenizer(find_model(str(folder)), False)
+
+
+def test_a_model_type_that_nobody_knows_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "brandnew"}')
+    with pytest.raises(UserError, match="config.json can't be used: .* model type `brandnew`"):
+        load_config(find_model(str(tmp_path)), False)
 
 
 def test_vectors_depend_on_neither_the_side_nor_the_token_of_padding(tmp_path):

@@ -112,6 +112,10 @@ def _on_bare_model(backbone: Any, config: Any, weights: dict[str, Tensor], folde
     config.auto_mapping = None
     config.base_model_name_or_path = backbone.name_or_path
     head_prefix = getattr(backbone, "base_model_prefix", "") + "."
+    if getattr(backbone, "pooler", None) is None:  # no vector depends on BERT's, which sentence-transformers trains too
+        inside = {name: name.removeprefix(_PREFIX).removeprefix(head_prefix) for name in weights}
+        weights = {name: weight for name, weight in weights.items() if not inside[name].startswith("pooler.")}
+        config.modules_to_save = [name for name in config.modules_to_save or () if name != "pooler"] or None
     has_head = head_prefix != "." and not hasattr(backbone, head_prefix[:-1])
     has_head = has_head and any(name.startswith(_PREFIX + head_prefix) for name in weights)
     if not has_head and not isinstance(config.target_modules, str):

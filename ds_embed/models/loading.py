@@ -37,6 +37,7 @@ from ds_embed.models.sentence_transformers import (
     load_head,
     read_own_files,
 )
+from ds_embed.models.tokenizer import check_vocabulary
 from ds_embed.models.varlen import VARLEN_KERNEL, use_varlen
 from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
@@ -260,6 +261,11 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     with without_foreign_code(source.base):
         try:
             config = AutoConfig.from_pretrained(source.base, **where)
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--model_name_or_path {source.base}: its config.json can't be used: {reason}") from None
         except OSError as error:
             why = f"neither a folder here nor a model that could be fetched: {str(error).strip().splitlines()[0]}"
             raise UserError(f"--model_name_or_path {source.base}: {why}") from None
@@ -295,8 +301,15 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     where = {"revision": None if Path(source.tokenizer).is_dir() else source.revision}
-    with without_foreign_code(source.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **where)
+    try:
+        with without_foreign_code(source.tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **where)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        what = f"its tokenizer can't be loaded ({str(error).strip().splitlines()[0]})"
+        raise UserError(f"--model_name_or_path {source.tokenizer}: {what}; is its tokenizer.json there?") from None
+    check_vocabulary(tokenizer, "model_name_or_path", source.tokenizer)
     if not tokenizer.is_fast:
         raise UserError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
     if source.says.get("lower_case"):

@@ -25,6 +25,7 @@ from ds_embed.models.kinds import count_positions
 from ds_embed.models.loading import ADAPTER_CONFIG, ModelSource, locate, without_foreign_code, without_reports
 from ds_embed.models.lora import add_lora
 from ds_embed.models.pooling import token_mask
+from ds_embed.models.sentence_transformers import ModelFiles
 from ds_embed.models.tokenizer import fast_tokenizer, plain_backend, save_tokenizer
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
@@ -103,7 +104,7 @@ def choose_pairs(
 
 def default_max_length(source: ModelSource, tokenizer: Any, longest: int | None) -> int:
     """Tokens of the longest pair: as the run was trained, else as tokenizer and positions allow, but at most 512."""
-    if (Path(source.base) / CARD_NAME).exists():
+    if ModelFiles(source.base, source.revision).find(CARD_NAME) is not None:
         return tokenizer.model_max_length
     return min(filter(None, (tokenizer.model_max_length, _DEFAULT_MAX_LENGTH, longest)))
 
@@ -218,9 +219,13 @@ def head_of_words(
         tokens.append(one[0] if not (card.template or "").endswith(("\n", " ")) else one[-1])
     with without_foreign_code(source.base), without_reports():
         where = {"revision": source.revision, "trust_remote_code": trust_remote_code}
-        model = AutoModelForCausalLM.from_pretrained(source.base, **where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **where)
+    model, report = loaded
     if model.get_output_embeddings() is None:
         raise UserError(f"--yes_no {listed(words)}: {source.base} is no decoder, so words have no logits")
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"--yes_no {listed(words)}: {source.base} has no weights {missing}, so words have no logits")
     yes, no = model.get_output_embeddings().weight.detach().float()[tokens]
     return (yes - no).numpy()
 

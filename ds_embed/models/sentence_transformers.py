@@ -35,6 +35,8 @@ _HARMLESS = {
     "tokenizer": {"padding_side", "use_fast", "model_max_length"},
     "config": {"use_cache"},
 }
+# sentence-transformers knows these by name, since their files do not say so.
+_WITHOUT_PROMPT = ("hkunlp/instructor-base", "hkunlp/instructor-large", "hkunlp/instructor-xl")
 # Known keys: those that do not affect vectors, and those that are read or checked where they are read.
 _KNOWN = {
     "Pooling": {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"}
@@ -123,6 +125,8 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
         )
     pooling = _Content(files, paths[1], "Pooling")
     settings |= {"pooling": _pooling(pooling), "include_prompt": pooling.get("include_prompt", True)}
+    if files.name in _WITHOUT_PROMPT:
+        settings["include_prompt"] = False
     behind = zip(kinds[2:], paths[2:])
     settings["head"] = [_dense(_Content(files, at, kind)) if kind == "Dense" else NORMALIZE for kind, at in behind]
     # Like sentence-transformers: white space is kept, and only the tokenizer adds tokens after a text.

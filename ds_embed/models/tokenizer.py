@@ -6,6 +6,16 @@ from typing import Any
 
 from ds_embed.data.tokenize import SpecialTokens
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.settings.errors import UserError
+
+
+def check_vocabulary(tokenizer: Any, flag: str, name: str) -> None:
+    """UserError for a tokenizer of special tokens alone, which transformers makes up where a folder has none."""
+    special = set(tokenizer.all_special_tokens).union(tokenizer.get_added_vocab())
+    if len(tokenizer.get_vocab().keys() - special) < 2:  # T5's has a blank too
+        raise UserError(
+            f"--{flag} {name}: has no tokenizer of its own (tokenizer.json); copy that of the model it was made from there"
+        )
 
 
 def tokenizer_for_others(tokenizer: Any, card: EmbeddingCard) -> Any:

@@ -3,6 +3,7 @@
 Shapes: p pairs, S tokens of the longest pair of a micro-batch.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,15 @@ import torch
 
 from ds_embed.data.plan import cut_by_length
 from ds_embed.job.ranks import World
+from ds_embed.models.card import CARD_NAME
 from ds_embed.models.cpu import pack_linear_layers, use_kernels
 from ds_embed.models.kinds import count_positions
 from ds_embed.models.reranker import default_max_length, find_reranker
+from ds_embed.models.sentence_transformers import ModelFiles
+from ds_embed.models.tokenizer import check_vocabulary
 from ds_embed.settings.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Tokenized together and cut into micro-batches: what a rank scores does not depend on how many there are.
 _BLOCK_PAIRS = 512
@@ -44,6 +50,13 @@ class CrossEncoder:
         self._probability = probability
         source = find_reranker(name, flag=flag)
         self._tokenizer, self._model = _load(source.base, bf16, flag)
+        if hasattr(self._model, "score") and ModelFiles(source.base).find(CARD_NAME) is None:
+            logger.warning(
+                "warning: --%s %s: a decoder; query and document are put together without a template, so the scores are "
+                "wrong if it was trained with one",
+                flag,
+                name,
+            )
         self._model.to(world.device).eval().requires_grad_(False)
         use_kernels()
         pack_linear_layers(self._model)
@@ -116,6 +129,7 @@ def _load(name: str, bf16: bool, flag: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"--{flag} {name}: cannot be loaded as a sequence classifier: {first}") from None
+    check_vocabulary(tokenizer, flag, name)
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"--{flag} {name}: has no trained classifier (no weights {missing}); choose a reranker")
