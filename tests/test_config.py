@@ -19,6 +19,7 @@ class Sample:
     max_steps: int = setting("steps", default=10)
     bf16: bool = setting("precision", default=True)
     dims: list[int] = setting("dimensions", default_factory=lambda: [1])
+    data: list[str] = setting("data", default_factory=list, files=True)
     prefix: str | None = setting("text", default=None)
     learning_rate: float = setting("rate", default=1e-4)
 
@@ -49,7 +50,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         (["--output_dir", "x", "--bf16", "perhaps"], ["bf16", "perhaps"]),
         (["--output_dir", "x", "--config"], ["--config: expected one argument"]),
         (["--config", "absent.yaml"], ["absent.yaml", "no such file"]),
-        (["--output_dir", "x", "--dims", "1", "2", "--dims=3"], ["--dims: given twice"]),
+        (["--output_dir", "x", "--data", "a:b", "--data=a:c"], ["--data: given twice"]),
     ],
 )
 def test_mistakes_are_value_errors(argv, words):

@@ -245,12 +245,15 @@ def test_what_is_refused(place, given, message):
         make_model(place / "headless", "llama")
     places = dict(plain=place / "plain.jsonl", bare=place / "bare.jsonl", headless=place / "headless")
     words = [str(word).format(**places, query="{query}", document="{document}") for word in given]
-    flags = list(map(str, flags_of(place, "listwise", *words)))
-    if "--train_files" in words:  # in place of the others
-        first = flags.index("--train_files")
-        del flags[first : first + 2]
     with pytest.raises(UserError, match=message):
-        load_recipe("train_reranker").main(flags)
+        load_recipe("train_reranker").main(in_place(flags_of(place, "listwise"), words))
+
+
+def in_place(flags, words):
+    """The flags, and behind them these words instead of those of the same flag."""
+    flags = list(map(str, flags))
+    at = flags.index(words[0]) if words[0] in flags else len(flags)
+    return flags[:at] + flags[at + 2 :] + words
 
 
 def test_a_reranker_is_no_embedder(place):
@@ -399,7 +402,7 @@ def test_what_rerank_refuses(found, tmp_path, given, message):
     (found / "one.jsonl").write_text(open(found / "queries.jsonl").readline())
     words = [str(word).format(root=found) for word in given]
     with pytest.raises(UserError, match=message):
-        load_recipe("rerank").main(rerank_flags(found, tmp_path / "out.trec", *words))
+        load_recipe("rerank").main(in_place(rerank_flags(found, tmp_path / "out.trec"), words))
 
 
 def test_mining_takes_the_run(found, tmp_path):

@@ -98,8 +98,14 @@ def parse_arguments(
             if name in ELSEWHERE:
                 raise UserError(f"--{name}: unknown flag; {ELSEWHERE[name]}")
             raise UserError(f"unknown flag --{name}{_nearest(name, known, '--')}; --help lists all")
-    for action in parser._actions:
-        if action.nargs == "+" and sum(arg.split("=")[0] in action.option_strings for arg in argv[num_from_file:]) > 1:
+    fields = [field for t in types for field in dataclasses.fields(t)]
+    lists_of_files = {field.name for field in fields if field.metadata.get("declared", (0, 0, False))[2]}
+    for action in parser._actions:  # the last of the two would win, and the files of the first be lost
+        if (
+            action.nargs == "+"
+            and action.dest in lists_of_files
+            and sum(arg.split("=")[0] in action.option_strings for arg in argv[num_from_file:]) > 1
+        ):
             raise UserError(f"--{action.dest}: given twice; give all its values behind one")
     namespace, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(known, _NOT_GIVEN)))
     for arg in unknown:
