@@ -234,7 +234,7 @@ def score(run, texts):
         (["--lora_variant", "dora", "--lora_rank", 4], "--lora_variant dora: rerankers support lora and rslora"),
         (["--model_name_or_path", "no/such/model"], "no such folder"),
         (["--temperature", 1], "unknown flag --temperature"),
-        (["--loss", "kl", "--train_files", "{plain}"], "which --loss kl needs in every record"),
+        (["--train_files", "{plain}", "--loss", "kl"], "which --loss kl needs in every record"),
         (["--train_files", "{bare}"], "no record has a neg_doc"),
     ],
 )
