@@ -19,9 +19,9 @@ class Sample:
     max_steps: int = setting("steps", default=10)
     bf16: bool = setting("precision", default=True)
     dims: list[int] = setting("dimensions", default_factory=lambda: [1])
-    data: list[str] = setting("data", default_factory=lambda: ["a:b"], files=True)
     prefix: str | None = setting("text", default=None)
     learning_rate: float = setting("rate", default=1e-4)
+    data: list[str] = setting("data", default_factory=lambda: ["a:b"], files=True)
 
 
 def parse(*argv):
