@@ -50,7 +50,7 @@ def run(command: list[str], environment: dict[str, str], folder: Path, timeout: 
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        texts = [path.read_text(encoding="utf-8") for path in outputs]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in outputs]
     return subprocess.CompletedProcess(command, process.returncode, *texts)
 
 

@@ -110,7 +110,9 @@ def kill_while_encoding(root, name, num_ranks, rng, while_it_runs, changes, envi
     try:
         while not path.exists() or path.read_bytes() == before:
             if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"nothing was saved; exit code {process.returncode}\n{log.read_text()[-4000:]}")
+                pytest.fail(
+                    f"nothing was saved; exit code {process.returncode}\n{log.read_text(errors='replace')[-4000:]}"
+                )
             time.sleep(0.01)
         if while_it_runs is not None:
             while_it_runs()

@@ -120,7 +120,7 @@ class Job:
         self.process.wait()
 
     def output(self):
-        return self.log.read_text()
+        return self.log.read_text(errors="replace")  # it may end within a character
 
 
 def last_step(run):

@@ -98,7 +98,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not is_ready():
             if time.monotonic() > deadline:
-                logs = [f"{p.name}: {p.read_text()[-1500:]}" for p in self.folder.glob("*.log")]
+                logs = [f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in self.folder.glob("*.log")]
                 raise TimeoutError("the cluster did not start\n" + "\n".join(logs))
             time.sleep(0.1)
 

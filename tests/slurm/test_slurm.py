@@ -54,7 +54,7 @@ class Job:
         return self.state()
 
     def output(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for_restart(self, number: int) -> None:
         """Wait for start `number`, without most of the pause that Slurm puts between two starts of a job."""
