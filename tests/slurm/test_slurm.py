@@ -150,7 +150,8 @@ def test_interrupted_job_gives_the_losses_of_an_uninterrupted_one(cluster, place
     torn = Job(cluster, place, "torn", "--nodes=2", "--gpus-per-node=1", "slurm/train.sh", *train_flags(place, "torn"))
 
     # A signal while the ranks still load: there is nothing to save, and nothing lost.
-    torn.wait(lambda: ", start 1\n" in torn.output())
+    # (One that comes before srun has started them is not passed on.)
+    torn.wait(lambda: ", start 1\n" in torn.output() and ranks_on("node1") and ranks_on("node2"))
     cluster.ask("scancel", "--batch", "--signal=USR1", torn.id)
     torn.wait_for_restart(2)
     assert last_step(run) == 0
