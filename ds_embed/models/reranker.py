@@ -102,9 +102,14 @@ def choose_pairs(
     return RerankerCard(source.base, form, template)
 
 
+def is_ours(source: ModelSource) -> bool:
+    """Whether a run of ours wrote the reranker: its card says how it was trained."""
+    return ModelFiles(source.base, source.revision).find(CARD_NAME) is not None
+
+
 def default_max_length(source: ModelSource, tokenizer: Any, longest: int | None) -> int:
     """Tokens of the longest pair: as the run was trained, else as tokenizer and positions allow, but at most 512."""
-    if ModelFiles(source.base, source.revision).find(CARD_NAME) is not None:
+    if is_ours(source):
         return tokenizer.model_max_length
     return min(filter(None, (tokenizer.model_max_length, _DEFAULT_MAX_LENGTH, longest)))
 

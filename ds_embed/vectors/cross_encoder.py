@@ -12,11 +12,9 @@ import torch
 
 from ds_embed.data.plan import cut_by_length
 from ds_embed.job.ranks import World
-from ds_embed.models.card import CARD_NAME
 from ds_embed.models.cpu import pack_linear_layers, use_kernels
 from ds_embed.models.kinds import count_positions
-from ds_embed.models.reranker import default_max_length, find_reranker
-from ds_embed.models.sentence_transformers import ModelFiles
+from ds_embed.models.reranker import default_max_length, find_reranker, is_ours
 from ds_embed.models.tokenizer import check_vocabulary
 from ds_embed.settings.errors import UserError
 
@@ -50,7 +48,7 @@ class CrossEncoder:
         self._probability = probability
         source = find_reranker(name, flag=flag)
         self._tokenizer, self._model = _load(source.base, bf16, flag)
-        if hasattr(self._model, "score") and ModelFiles(source.base).find(CARD_NAME) is None:
+        if hasattr(self._model, "score") and not is_ours(source):
             logger.warning(
                 "warning: --%s %s: a decoder; query and document are put together without a template, so the scores are "
                 "wrong if it was trained with one",
