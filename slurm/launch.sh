@@ -59,13 +59,13 @@ LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'; exec "$0" "$@"' "$DS_EMBED_PYTHON" -u "$@"
     local ranks=$!
     local send=USR1
     [[ -z "${RESTARTS_ANYWHERE:-}" ]] || send=TERM
-    trap 'asked=yes; kill -$send $ranks 2>/dev/null || true' USR1 TERM
-    # `wait` returns on every signal; the ranks have finished when the process no longer exists.
-    CODE=0
+    trap 'asked=yes' USR1 TERM
     while true; do
         CODE=0
-        wait "$ranks" || CODE=$?
+        wait "$ranks" || CODE=$? # returns on every signal; the ranks have finished when the process no longer exists
         kill -0 "$ranks" 2>/dev/null || break
+        # srun drops a signal that comes before it has started the ranks, so it is sent until they end.
+        while kill "-$send" "$ranks" 2>/dev/null; do sleep 2; done
     done
     trap - USR1 TERM
     # The signal killed the ranks before they had installed a handler: there was nothing to save yet.
