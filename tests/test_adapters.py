@@ -210,7 +210,9 @@ def test_the_base_is_found_where_it_is_named_beside_the_adapter_or_not(base, tmp
     assert Path(found("../../models/llama")) == base.resolve()
     monkeypatch.chdir(tmp_path)
     assert Path(found("models/llama")) == base.resolve()
-    with pytest.raises(UserError, match="gone/llama .the base model that .*adapter names.: no such folder"):
+    with pytest.raises(
+        UserError, match="gone/llama .the base model that .*adapter names; --adapter_path .*: no such folder"
+    ):
         found("/gone/llama")
     with pytest.raises(UserError, match="names no base model"):
         found(None)

@@ -147,6 +147,15 @@ REFUSED = {
         lambda f: edit(f / "config.json", num_hidden_layers="two"),
         "--model_name_or_path .*bert: cannot be loaded as a sequence classifier",
     ),
+    "code of its own": (
+        lambda f: edit(f / "config.json", auto_map={"AutoModelForSequenceClassification": "theirs.Flash"}),
+        "comes with Python code of its own .Flash., which is not run",
+    ),
+    "a length in words": (
+        lambda f: edit(f / "tokenizer_config.json", model_max_length="20"),
+        "model_max_length '20' must",
+    ),
+    "modalities in a list": (lambda f: publish_as(f, modality_config=["text"]), "modality_config .* must be a dict"),
     "a config that is no JSON": (
         lambda f: (f / "config.json").write_text("no"),
         "bert: cannot be loaded as a sequence classifier|bert: .*not a valid JSON",
@@ -213,6 +222,12 @@ def test_an_adapter_is_merged_as_the_message_says(bert, tmp_path):
     shutil.copytree(bert, tmp_path / "merged")
     merged.save_pretrained(tmp_path / "merged")
     assert np.abs(ours(tmp_path / "merged").score(PAIRS) - ours(bert).score(PAIRS)).max() > 1e-3
+
+
+def test_what_says_nothing_of_scores_is_left_alone(bert):
+    expected = ours(bert).score(PAIRS)
+    edit(bert / "config.json", return_dict=False, sentence_transformers=["x"])
+    assert (ours(bert).score(PAIRS) == expected).all()
 
 
 def test_two_labels_are_named(tmp_path, caplog):

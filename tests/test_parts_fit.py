@@ -96,6 +96,7 @@ MISFITS = {
         for name, value in (
             ("num_hidden_layers", "two"),
             ("hidden_size", None),
+            ("vocab_size", 1),
             ("hidden_size", 30),
             ("num_attention_heads", 0),
             ("hidden_act", "nope"),

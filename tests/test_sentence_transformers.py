@@ -247,7 +247,11 @@ NEIGHBOURS = {
     "a size in words": ("2_Dense/config.json", dict(in_features="32"), 'in_features "32" must be a int'),
     "a pooling that is a number": ("1_Pooling/config.json", dict(pooling_mode=3), "pooling_mode 3: known are cls"),
     "no pooling at all": ("1_Pooling/config.json", dict(pooling_mode=[]), "pooling_mode []: known are cls"),
-    "a tokenizer that is none": ("tokenizer.json", "{}", "its tokenizer.json is missing, or can't be used"),
+    "a tokenizer that is none": (
+        "tokenizer.json",
+        "{}",
+        "its tokenizer can't be loaded; is its tokenizer.json there?: ",
+    ),
     "a card that is no JSON": ("ds_embed.json", "no", "ds_embed.json: is not JSON"),
     "a choice in words": ("1_Pooling/config.json", dict(include_prompt="no"), 'include_prompt "no" must be a bool'),
 }

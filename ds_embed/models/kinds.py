@@ -129,14 +129,13 @@ def blaming_files(
         if isinstance(error, UserError | MemoryError) or "trust_remote_code" in str(error):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--{flag} {name}: {what} ({type(error).__name__}: {reason}); bring back the file") from None
+        raise UserError(f"--{flag} {name}: {what}: {reason} ({type(error).__name__}); bring back the file") from None
 
 
 def _try(config: Any, model_class: type, name: str) -> Kind:
     # On the CPU even while a model is being built on the meta device: a trial needs values.
-    with torch.no_grad(), torch.device("cpu"):
-        with blaming_files(name):
-            model = _small_copy(config, model_class)
+    with blaming_files(name), torch.no_grad(), torch.device("cpu"):
+        model = _small_copy(config, model_class)
         try:
             texts = probe_texts(config)
             states = model(input_ids=texts, attention_mask=torch.ones_like(texts)).last_hidden_state

@@ -191,7 +191,12 @@ def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
     for place in (Path(name).expanduser(), folder / name, folder / (card.base_model if card else name)):
         if any((place / file).exists() for file in ("config.json", MODULES_NAME)):
             return ModelFiles(str(place.resolve()))
-    base = locate(flag, name, config.revision, hint=f" (the base model that {adapter.name} names)")
+    base = locate(
+        flag,
+        name,
+        config.revision,
+        hint=f" (the base model that {adapter.name} names; --adapter_path puts it on another)",
+    )
     if base.find(ADAPTER_CONFIG) is not None:
         raise UserError(
             f"--{flag} {adapter.name}: its base model {name} is an adapter itself; merge that first, by "
@@ -310,7 +315,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     where = {"revision": None if Path(source.tokenizer).is_dir() else source.revision}
     with (
         without_foreign_code(source.tokenizer),
-        blaming_files(source.tokenizer, what="its tokenizer.json is missing, or can't be used"),
+        blaming_files(source.tokenizer, what="its tokenizer can't be loaded; is its tokenizer.json there?"),
     ):
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **where)
     check_vocabulary(tokenizer, "model_name_or_path", source.tokenizer)

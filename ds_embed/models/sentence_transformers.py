@@ -50,7 +50,9 @@ _KNOWN = {
 _TYPES: dict[str, tuple[type, ...]] = {  # of what these files say
     **dict.fromkeys(("max_seq_length", "query_length", "document_length", "in_features", "out_features"), (int,)),
     **dict.fromkeys(("do_lower_case", "include_prompt", "bias", "use_residual"), (bool,)),
+    **{f"{what}_{end}": (dict,) for what in (*_HARMLESS, "processor") for end in ("args", "kwargs")},
     "model_max_length": (int, float),
+    "modality_config": (dict,),
 }
 _IN_ORDER = ("Identity", "Sigmoid", "Tanh", "Softsign", "LogSigmoid", "Softplus")  # activations that keep the order
 _UNLIMITED = 10**9  # tokens; a tokenizer without a limit has 10^30
@@ -86,6 +88,8 @@ class ModelFiles:
             ) from None
         except (errors.HfHubHTTPError, errors.HFValidationError):
             return None  # no such file; or no such repository, or no access to it: loading its config reports that
+        except OSError as error:
+            raise UserError(f"{self.name}: {path} can't be fetched into the cache: {error}") from None
 
     def read(self, path: str, kind: type = dict) -> Any:
         """The content of a JSON file, or None if it does not exist. UserError if it is not JSON, or of another type."""
@@ -178,7 +182,8 @@ def read_pair_files(files: ModelFiles, config: Any, chat_template: Any) -> PairF
         raise UserError(f"{where}: is a {general['model_type']}, and only a CrossEncoder scores pairs")
     activation, number = general.get("activation_fn"), getattr(config, "num_labels", 1)
     if activation is None:
-        own = getattr(config, "sentence_transformers", None) or {}
+        own = getattr(config, "sentence_transformers", None)
+        own = own if isinstance(own, dict) else {}
         older = getattr(config, "sbert_ce_default_activation_function", None)
         activation = own.get("activation_fn") or older or f"torch.nn.{'Sigmoid' if number == 1 else 'Identity'}"
     package, *_, name = str(activation).split(".")

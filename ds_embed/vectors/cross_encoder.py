@@ -184,7 +184,7 @@ class CrossEncoder:
                 f"and document; give the text that it was trained with as --{self._prefix}template, such as {_EXAMPLE}"
             )
         one, other = self._tokens_of_chats(["0", "1 2 3 4"], ["0", "1 2 3 4"])
-        same = next(i for i, (a, b) in enumerate(zip(reversed(one), reversed(other))) if a != b)
+        same = next((i for i, (a, b) in enumerate(zip(reversed(one), reversed(other))) if a != b), 0)
         self._tail = one[len(one) - same :]
 
 
@@ -204,8 +204,17 @@ def _load(source: ModelSource, bf16: bool, flag: str) -> tuple[Any, Any]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    own = (getattr(model.config, "auto_map", None) or {}).get(
+        "AutoModelForSequenceClassification", type(model).__name__
+    )
+    if own.split(".")[-1] != type(model).__name__:
+        raise UserError(
+            f"--{flag} {name}: comes with Python code of its own ({own.split('.')[-1]}), which is not run, and transformers "
+            f"takes it for a {type(model).__name__}; choose another"
+        )
     check_vocabulary(tokenizer, flag, name)
     check_weights(name, model, report)
+    model.config.return_dict = True  # which names its outputs; some files hold false
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"--{flag} {name}: has no trained classifier (no weights {missing}); choose a reranker")
