@@ -196,6 +196,18 @@ def test_what_would_change_vectors_and_is_not_done_is_refused(base, tmp_path, na
         find_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name, value", [("r", "four"), ("r", 0), ("lora_alpha", "much"), ("target_modules", 3), ("rank_pattern", [1])]
+)
+def test_a_config_that_peft_cant_use_is_one_line(base, tmp_path, name, value):
+    make_adapter(base, tmp_path, AutoModel)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=str(tmp_path)) as error:
+        states(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_the_base_is_found_where_it_is_named_beside_the_adapter_or_not(base, tmp_path, monkeypatch):
     make_adapter(base, tmp_path / "run" / "adapter")
     path = tmp_path / "run" / "adapter" / "adapter_config.json"

@@ -114,6 +114,14 @@ MISFITS = {
         )
         for content in ("no JSON", "[1]", "{}")
     },
+    "a type of weights that are no fractions": (
+        lambda folder: edit_config(folder, dtype="int8"),
+        "--model_name_or_path .*model: can't be loaded: .*torch.int8",
+    ),
+    "an index of weights that is none": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
+        "--model_name_or_path .*model: can't be loaded: ",
+    ),
     "a tokenizer with more words": (
         add_words,
         "model: its tokenizer knows 'new7' as token 101, and the embedding table of .*model has 100 rows",

@@ -21,6 +21,7 @@ from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_FAULTS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # of PEFT, about what it is given
 _PREFIX = "base_model.model."  # PEFT's prefix of module names
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,10 @@ def read_adapter(folder: Path) -> Any:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about unknown keys without a value
-        return LoraConfig.from_pretrained(str(folder))
+        try:
+            return LoraConfig.from_pretrained(str(folder))
+        except _FAULTS as error:
+            raise UserError(f"{path}: can't be used: {' '.join(str(error).split())}") from None
 
 
 def changes_base(config: Any) -> bool:
@@ -81,8 +85,9 @@ def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArgumen
         warnings.simplefilter("ignore")
         try:
             model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
-        except ValueError as error:
-            raise UserError(f"{folder}: this adapter does not fit {backbone.name_or_path}: {error}") from None
+        except _FAULTS as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: this adapter does not fit {backbone.name_or_path}: {reason}") from None
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in wanted.items()}
     odd = sorted(n for n in weights.keys() | shapes.keys() if n not in weights or shapes.get(n) != weights[n].shape)

@@ -7,7 +7,7 @@ from typing import Any
 from ds_embed.data.tokenize import encode_texts
 from ds_embed.models.adapters import changes_base, put_adapter_on, read_adapter
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.kinds import auto_class, loading_options
+from ds_embed.models.kinds import auto_class, blaming_files, loading_options
 from ds_embed.models.loading import (
     ModelSource,
     check_checkpoint,
@@ -50,7 +50,7 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
     Otherwise transformers would continue with random weights.
     """
     config = load_config(source, trust_remote_code)
-    with without_foreign_code(source.base), without_reports():
+    with blaming_files(source.base, what="can't be loaded"), without_foreign_code(source.base), without_reports():
         model, report = auto_class(config).from_pretrained(
             source.base,
             revision=source.revision,
