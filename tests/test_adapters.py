@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ds_embed import Embedder
 from ds_embed.models.loading import find_model, load_config, load_encoder
 from ds_embed.models.lora import add_lora, save_adapter
 from ds_embed.models.lora_runs import resolve_lora
@@ -36,6 +37,12 @@ KINDS = {
     "head and embeddings": (AutoModelForCausalLM, dict(modules_to_save=["lm_head", "embed_tokens"])),
     "low-rank head": (AutoModelForCausalLM, dict(target_modules=["q_proj", "v_proj", "lm_head"])),
     "bias": (AutoModelForCausalLM, dict(bias="lora_only")),
+    "low-rank embeddings": (AutoModelForCausalLM, dict(target_modules=["q_proj", "embed_tokens"])),
+    "some tokens": (AutoModelForCausalLM, dict(trainable_token_indices=[5, 6])),
+    "some tokens by name": (
+        AutoModelForCausalLM,
+        dict(trainable_token_indices={"model.embed_tokens": [5, 6], "lm_head": [5, 6]}),
+    ),
 }
 
 
@@ -134,6 +141,32 @@ def test_a_weight_that_is_missing_left_over_or_misshapen_is_named(base, tmp_path
         assert "\n" not in str(error.value) and str(base) in str(error.value)
 
 
+class Enlarged(AutoModelForCausalLM):
+    @classmethod
+    def from_pretrained(cls, name):
+        model = AutoModelForCausalLM.from_pretrained(name)
+        model.resize_token_embeddings(110)
+        return model
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(modules_to_save=["embed_tokens"]), dict(target_modules=["q_proj", "embed_tokens"])]
+)
+def test_an_embedding_table_other_than_the_bases_is_named(base, tmp_path, settings):
+    make_adapter(base, tmp_path / "grown", Enlarged, **settings)
+    with pytest.raises(
+        UserError, match="brings an embedding table of 110 tokens, .* the base has 100.* merge it with PEFT"
+    ):
+        states(tmp_path / "grown")
+    with pytest.raises(UserError, match="embedding table of 110 tokens"):
+        Embedder.from_pretrained(tmp_path / "grown", device="cpu")
+    if "target_modules" in settings:
+        make_adapter(base, tmp_path / "other", **settings)
+        changed(tmp_path / "other", lambda w: w[next(n for n in w if "base_layer" in n)].mul_(2))
+        with pytest.raises(UserError, match="brings an embedding table with other numbers than the base's"):
+            states(tmp_path / "other")
+
+
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     make_adapter(base, tmp_path / "adapter")
     other = make_model(tmp_path / "other", "llama", hidden_size=48)
@@ -163,6 +196,18 @@ def test_what_would_change_vectors_and_is_not_done_is_refused(base, tmp_path, na
         find_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name, value", [("r", "four"), ("r", 0), ("lora_alpha", "much"), ("target_modules", 3), ("rank_pattern", [1])]
+)
+def test_a_config_that_peft_cant_use_is_one_line(base, tmp_path, name, value):
+    make_adapter(base, tmp_path, AutoModel)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=str(tmp_path)) as error:
+        states(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_the_base_is_found_where_it_is_named_beside_the_adapter_or_not(base, tmp_path, monkeypatch):
     make_adapter(base, tmp_path / "run" / "adapter")
     path = tmp_path / "run" / "adapter" / "adapter_config.json"
@@ -177,7 +222,9 @@ def test_the_base_is_found_where_it_is_named_beside_the_adapter_or_not(base, tmp
     assert Path(found("../../models/llama")) == base.resolve()
     monkeypatch.chdir(tmp_path)
     assert Path(found("models/llama")) == base.resolve()
-    with pytest.raises(UserError, match="gone/llama .the base model that .*adapter names.: no such folder"):
+    with pytest.raises(
+        UserError, match="gone/llama .the base model that .*adapter names; --adapter_path .*: no such folder"
+    ):
         found("/gone/llama")
     with pytest.raises(UserError, match="names no base model"):
         found(None)

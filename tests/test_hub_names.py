@@ -83,3 +83,27 @@ def test_adapters_and_mteb_at_a_revision(tmp_path):
     }
     for name, vectors in expected.items():
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), vectors, atol=1e-5, err_msg=name)
+
+
+def test_a_hub_that_cant_be_reached_is_not_taken_for_an_answer(tmp_path):
+    """Files that are cached are taken, and those known not to exist count as such; nothing else is."""
+    folder = publish(make_model(tmp_path / "bert", "bert"), tmp_path / "hub" / "models--me--bert", "main", "a")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\nfrom ds_embed import Embedder\ntime.sleep = lambda seconds: None  # between attempts\n"
+        "try:\n    print(Embedder.from_pretrained('me/bert', device='cpu').card.pooling)\n"
+        "except ValueError as error:\n    print(type(error).__name__, error)\n"
+    )
+    there = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    (line,) = check(launch(0, script, environment=there, fork=False)).stdout.splitlines()
+    assert line.startswith(
+        "UserError me/bert: no folder here, and the hub can't be reached to see whether the model has"
+    )
+    assert "HF_HUB_OFFLINE=1" in line
+    offline = there | {"HF_HUB_OFFLINE": "1"}
+    assert check(launch(0, script, environment=offline, fork=False)).stdout.split() == ["mean"]
+    gone = folder.parents[1] / ".no_exist" / folder.name
+    gone.mkdir(parents=True)
+    for name in ("adapter_config.json", "ds_embed.json", "modules.json", "config_sentence_transformers.json"):
+        (gone / name).touch()
+    assert check(launch(0, script, environment=there, fork=False)).stdout.split() == ["mean"]

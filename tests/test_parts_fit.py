@@ -79,6 +79,49 @@ MISFITS = {
         )
         for method in ("bitsandbytes", "gptq", "awq", "fp8")
     },
+    **{
+        f"a weight {name} without a place": (
+            lambda folder, name=name: edit_weights(
+                folder, lambda w: w.update({f"model.layers.0.{name}": torch.ones(2)})
+            ),
+            f"model: its weight files hold model.layers.0.{name}, which its config.json has no place for",
+        )
+        for name in ("self_attn.q_proj.bias", "self_attn.q_norm.weight", "mlp.up_proj.lora_A.weight")
+    },
+    **{
+        f"a config whose {name} is {value}": (
+            lambda folder, name=name, value=value: edit_config(folder, **{name: value}),
+            "--model_name_or_path .*model: its config.json can't be used",
+        )
+        for name, value in (
+            ("num_hidden_layers", "two"),
+            ("hidden_size", None),
+            ("vocab_size", 1),
+            ("hidden_size", 30),
+            ("num_attention_heads", 0),
+            ("hidden_act", "nope"),
+            ("model_type", None),
+            ("model_type", "unheard_of"),
+            ("rope_parameters", {"rope_type": "nope"}),
+            ("rope_parameters", [1]),
+            ("dtype", "float99"),
+        )
+    },
+    **{
+        f"a config that is {content}": (
+            lambda folder, content=content: (folder / "config.json").write_text(content),
+            "--model_name_or_path .*model: its config.json can't be used",
+        )
+        for content in ("no JSON", "[1]", "{}")
+    },
+    "a type of weights that are no fractions": (
+        lambda folder: edit_config(folder, dtype="int8"),
+        "--model_name_or_path .*model: can't be loaded: .*torch.int8",
+    ),
+    "an index of weights that is none": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
+        "--model_name_or_path .*model: can't be loaded: ",
+    ),
     "a tokenizer with more words": (
         add_words,
         "model: its tokenizer knows 'new7' as token 101, and the embedding table of .*model has 100 rows",
@@ -156,6 +199,14 @@ def test_what_is_no_misfit(models, tmp_path):
     assert (vectors(bert) == expected).all()
     llama = shutil.copytree(models / "llama", tmp_path / "llama")
     expected = vectors(llama)
+    for name in (
+        "lm_head.weight",
+        "score.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "layers.0.self_attn.bias",
+    ):
+        edit_weights(llama, lambda w, name=name: w.update({name: torch.ones(2)}))
+    assert (vectors(llama) == expected).all()
     add_tokens(llama, "[PAD1]", "[PAD2]", "[PAD3]", "[PAD4]", "[PAD5]", "[PAD6]", "[PAD7]", special=True)
     assert (vectors(llama) == expected).all()
     t5 = make_model(tmp_path / "t5", "T5")  # an encoder and a decoder

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_cross_encoders import make_classifier
 from tiny import (
     REPOSITORY,
     check,
@@ -227,6 +228,10 @@ def score(run, texts):
             ["--yes_no", "w1", "w2", "--model_name_or_path", "{headless}"],
             "has no weights lm_head.weight, so words have no",
         ),
+        (
+            ["--model_name_or_path", "{chat}"],
+            "--template: .*chat reads pairs with its tokenizer's chat template, which can't",
+        ),
         (["--max_length", 1000], "--max_length 1000: .*has positions for 128 tokens"),
         (["--max_length", 4], "--max_length 4: leaves no room"),
         (["--loss", "cosine"], "--loss cosine: choose one of listwise, bce, kl"),
@@ -243,7 +248,12 @@ def test_what_is_refused(place, given, message):
     make_training_file(place / "bare.jsonl", 12, num_negatives=0)
     if "{headless}" in given:
         make_model(place / "headless", "llama")
-    places = dict(plain=place / "plain.jsonl", bare=place / "bare.jsonl", headless=place / "headless")
+    if "{chat}" in given:
+        make_classifier(place / "chat", "llama")
+        (place / "chat" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    places = dict(
+        plain=place / "plain.jsonl", bare=place / "bare.jsonl", headless=place / "headless", chat=place / "chat"
+    )
     words = [str(word).format(**places, query="{query}", document="{document}") for word in given]
     with pytest.raises(UserError, match=message):
         load_recipe("train_reranker").main(in_place(flags_of(place, "listwise"), words))
@@ -285,6 +295,13 @@ def test_an_export_is_compared_with_cross_encoder_before_it_has_its_name(place, 
     export(["--run", str(run), "--output_dir", str(tmp_path / "half"), "--dtype", "float16"])
     assert "checked weights rounded to float16: correlation 0.99" in capsys.readouterr().out
     assert score(tmp_path / "half", texts) == pytest.approx(expected, abs=0.1)
+    last = max((run / "checkpoints").glob("step_*"))
+    with pytest.raises(UserError, match="is a checkpoint; make a model of it first, by ds-embed export --run .*step_"):
+        score(last, texts)
+    for number, given in enumerate((["--run", str(last)], ["--run", str(run), "--step", last.name.split("_")[1]])):
+        export([*given, "--output_dir", str(tmp_path / f"last{number}")])
+        np.testing.assert_allclose(score(tmp_path / f"last{number}", texts), expected, atol=1e-4)
+        shutil.rmtree(tmp_path / f"last{number}")
     # A folder that CrossEncoder would read in another way: it puts a sigmoid behind the scores.
     broken = shutil.copytree(run / "model", tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
@@ -296,7 +313,7 @@ def test_an_export_is_compared_with_cross_encoder_before_it_has_its_name(place, 
             "CrossEncoder gives other scores than the run .largest difference .*nothing was written",
         ),
         (["--run", str(run), "--format", "adapter"], "is a reranker, which is a whole model"),
-        (["--run", str(run), "--step", "2"], "--step 2: .* is a reranker, of which only the last model"),
+        (["--run", str(run), "--step", "2000"], "--step 2000: .* has no checkpoint of that step"),
     ):
         with pytest.raises(UserError, match=message):
             export([*given, "--output_dir", str(tmp_path / "none")])

@@ -243,6 +243,17 @@ NEIGHBOURS = {
     "another form of modules": ("modules.json", dict(modules={"a": 1}), "not in the form of sentence-transformers"),
     "modules that are names": ("modules.json", dict(modules=["a"]), "not in the form of sentence-transformers"),
     "no weights": ("model.safetensors", None, "no file named model.safetensors"),
+    "a length in words": (SENTENCE, dict(max_seq_length="12"), 'max_seq_length "12" must be a int'),
+    "a size in words": ("2_Dense/config.json", dict(in_features="32"), 'in_features "32" must be a int'),
+    "a pooling that is a number": ("1_Pooling/config.json", dict(pooling_mode=3), "pooling_mode 3: known are cls"),
+    "no pooling at all": ("1_Pooling/config.json", dict(pooling_mode=[]), "pooling_mode []: known are cls"),
+    "a tokenizer that is none": (
+        "tokenizer.json",
+        "{}",
+        "its tokenizer can't be loaded; is its tokenizer.json there?: ",
+    ),
+    "a card that is no JSON": ("ds_embed.json", "no", "ds_embed.json: is not JSON"),
+    "a choice in words": ("1_Pooling/config.json", dict(include_prompt="no"), 'include_prompt "no" must be a bool'),
 }
 
 
@@ -252,6 +263,8 @@ def test_what_can_not_be_followed_is_one_line_and_not_a_guess(dense, tmp_path, n
     file, changes, message = NEIGHBOURS[name]
     if changes is None:
         (folder / file).unlink()
+    elif isinstance(changes, str):
+        (folder / file).write_text(changes)
     else:
         edit(folder / file, **changes)
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -265,6 +278,57 @@ def test_a_length_among_the_arguments_of_the_tokenizer_is_a_length(dense, tmp_pa
     edit(folder / SENTENCE, **{key: {"model_max_length": 5}}, max_seq_length=9)
     assert ours(folder).card.doc_max_length == 5
     assert_same(vectors_of(ours(folder), texts_to_encode()), vectors_of(theirs(folder), texts_to_encode()))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("doc_max_length", "12"), ("pooling", "middle"), ("strip", None), ("head", {})]
+)
+def test_a_card_that_was_edited_wrongly_is_one_line(bge, tmp_path, name, value):
+    folder = shutil.copytree(bge[0], tmp_path / "st")
+    ours(folder).card.save(folder)
+    edit(folder / "ds_embed.json", **{name: value})
+    with pytest.raises(UserError, match=f"ds_embed.json: {name} ") as error:
+        ours(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_outputs_without_names_are_outputs(bge, tmp_path):
+    folder = shutil.copytree(bge[0], tmp_path / "st")
+    edit(folder / "config.json", return_dict=False)
+    assert_same(vectors_of(ours(folder), texts_to_encode()), bge[1])
+
+
+def test_a_model_without_a_limit_says_minus_one(bge, tmp_path):
+    """XLNet's max_position_embeddings."""
+    from transformers import XLNetConfig, XLNetModel
+
+    folder = shutil.copytree(bge[0], tmp_path / "st")
+    XLNetModel(XLNetConfig(vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=48)).save_pretrained(folder)
+    edit(folder / SENTENCE, max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length=None)
+    assert ours(folder).card.doc_max_length == 512
+    edit(folder / "tokenizer_config.json", model_max_length=40)
+    assert ours(folder).card.doc_max_length == 40
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_prompts_of_an_adapter_are_put_over_what_its_base_says(bge, tmp_path, card):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    base = shutil.copytree(bge[0], tmp_path / "base")
+    if card:
+        ours(base).card.save(base)
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION", init_lora_weights=False)
+    get_peft_model(AutoModel.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    found = ours(tmp_path / "adapter").card
+    assert (found.pooling, found.doc_max_length, found.query_prefix) == ("cls", 12, PROMPTS["query"])
+    (tmp_path / "adapter" / GENERAL).write_text(json.dumps({"prompts": {"query": "w9 ", "sts": "w8 "}}))
+    found = ours(tmp_path / "adapter").card
+    assert (found.pooling, found.doc_max_length, found.strip, found.head) == ("cls", 12, False, [{"type": "Normalize"}])
+    assert (found.query_prefix, found.doc_prefix, found.prompts) == ("w9 ", "", {"sts": "w8 "})
+    (tmp_path / "adapter" / GENERAL).write_text(json.dumps({"prompts": {}}))
+    assert ours(tmp_path / "adapter").card.query_prefix == PROMPTS["query"]
 
 
 def test_the_layout_of_the_first_versions(bge, tmp_path):

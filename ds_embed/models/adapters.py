@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_FAULTS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # of PEFT, about what it is given
 _PREFIX = "base_model.model."  # PEFT's prefix of module names
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,10 @@ def read_adapter(folder: Path) -> Any:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about unknown keys without a value
-        return LoraConfig.from_pretrained(str(folder))
+        try:
+            return LoraConfig.from_pretrained(str(folder))
+        except _FAULTS as error:
+            raise UserError(f"{path}: can't be used: {' '.join(str(error).split())}") from None
 
 
 def changes_base(config: Any) -> bool:
@@ -66,6 +71,7 @@ def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArgumen
 
     config = read_adapter(folder)
     weights = _on_bare_model(backbone, config, _read_weights(folder), folder)
+    weights = _without_table(backbone, config, weights, folder)
     if config.use_dora and any(hasattr(parameter, "ds_id") for parameter in backbone.parameters()):
         raise UserError(
             f"{folder}: a DoRA reads weights outside of their layer, where ZeRO-3 has let go of them; take a --deepspeed "
@@ -79,8 +85,9 @@ def put_adapter_on(backbone: torch.nn.Module, folder: Path, trained: LoraArgumen
         warnings.simplefilter("ignore")
         try:
             model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
-        except ValueError as error:
-            raise UserError(f"{folder}: this adapter does not fit {backbone.name_or_path}: {error}") from None
+        except _FAULTS as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: this adapter does not fit {backbone.name_or_path}: {reason}") from None
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in wanted.items()}
     odd = sorted(n for n in weights.keys() | shapes.keys() if n not in weights or shapes.get(n) != weights[n].shape)
@@ -135,10 +142,48 @@ def _on_bare_model(backbone: Any, config: Any, weights: dict[str, Tensor], folde
     if left_out:
         logger.info("%s: left out %s, which no vector depends on", folder, ", ".join(sorted(left_out)))
     _name_places(config, places)
-    if config.modules_to_save:
-        names = [name.removeprefix(head_prefix) for name in config.modules_to_save]
-        modules = [f".{module}" for module, _ in backbone.named_modules()]
-        config.modules_to_save = [n for n in names if any(m.endswith(f".{n}") for m in modules)] or None
+    modules = [f".{module}" for module, _ in backbone.named_modules()]
+
+    def here(given: Iterable[str]) -> dict[str, str]:
+        """Those of the modules that the bare model has, by their names in training."""
+        bare = {name: name.removeprefix(head_prefix) for name in given}
+        return {old: new for old, new in bare.items() if any(module.endswith(f".{new}") for module in modules)}
+
+    config.modules_to_save = [*here(config.modules_to_save or ()).values()] or None
+    tokens = config.trainable_token_indices
+    if isinstance(tokens, dict):
+        config.trainable_token_indices = {new: tokens[old] for old, new in here(tokens).items()} or None
+    return kept
+
+
+def _without_table(backbone: Any, config: Any, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The weights without the base's own embedding table, which PEFT saves too where LoRA is put on it.
+
+    UserError if it is another: PEFT saves the table of an enlarged vocabulary in the same place.
+    """
+    own = backbone.get_input_embeddings()
+    place = _PREFIX + next(name for name, module in backbone.named_modules() if module is own)
+    is_trained = any(place.endswith(f".{name}") for name in config.modules_to_save or ())
+    kept, shape = dict(weights), tuple(getattr(own.weight, "ds_shape", own.weight.shape))
+    for name in (f"{place}.weight", f"{place}.base_layer.weight"):
+        table, reason = weights.get(name), None
+        if table is None:
+            continue
+        if len(table) != shape[0]:
+            reason = (
+                f"an embedding table of {len(table)} tokens, as its vocabulary was changed, and the base has {shape[0]}"
+            )
+        elif not is_trained:
+            del kept[name]
+            known = own.weight.data
+            low = min(known.dtype, table.dtype, key=lambda dtype: dtype.itemsize)  # one of both was rounded
+            if known.device.type != "meta" and not torch.equal(known.cpu().to(low), table.to(low)):
+                reason = "an embedding table with other numbers than the base's"
+        if reason is not None:
+            raise UserError(
+                f"{folder}: this adapter for {backbone.name_or_path} brings {reason}, which can't be applied here; merge it "
+                "with PEFT (resize_token_embeddings of the base, PeftModel.from_pretrained, merge_and_unload, save_pretrained)"
+            )
     return kept
 
 

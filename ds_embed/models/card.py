@@ -1,9 +1,9 @@
 """The card of a model folder, `ds_embed.json`, which says how to use the weights."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from ds_embed.data.tokenize import SpecialTokens, TextFormat
 from ds_embed.models.kinds import Kind
@@ -11,6 +11,7 @@ from ds_embed.models.pooling import NORMALIZE
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.data_arguments import DEFAULT_DOC_PREFIX, DEFAULT_MAX_LENGTH, DEFAULT_QUERY_PREFIX, unescape
 from ds_embed.settings.errors import UserError
+from ds_embed.settings.model_arguments import POOLINGS
 
 CARD_NAME = "ds_embed.json"
 OWN_FILES = "its sentence-transformers files"
@@ -164,7 +165,11 @@ class EmbeddingCard:
     @classmethod
     def read(cls, path: Path) -> "EmbeddingCard":
         """Read a card from a file. UserError if it is invalid."""
-        return cls.of(json.loads(path.read_text("utf-8")), path)
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: is not JSON ({error}); bring back the file") from None
+        return cls.of(content, path)
 
     @classmethod
     def of(cls, content: dict[str, Any], path: Path) -> "EmbeddingCard":
@@ -172,6 +177,16 @@ class EmbeddingCard:
         if "pair_format" in content:
             raise UserError(f"{path}: is a reranker's, which makes no vectors; ds-embed rerank takes it")
         try:
-            return cls(**content)
+            card = cls(**content)
         except TypeError as error:
             raise UserError(f"{path}: written by another version of ds_embed? {error}") from None
+        for setting in fields(cls):
+            value, kind = getattr(card, setting.name), setting.type
+            kinds: Any = float | int | None if setting.name == "temperature" else get_origin(kind) or kind
+            if not isinstance(value, kinds):
+                raise UserError(f"{path}: {setting.name} {json.dumps(value)} must be a {kind}; bring back the file")
+        if not set(card.pooling.split("+")) <= set(POOLINGS):
+            raise UserError(
+                f"{path}: pooling {card.pooling}: choose one of {', '.join(POOLINGS)}, or several joined by +"
+            )
+        return card

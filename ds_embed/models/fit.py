@@ -1,15 +1,21 @@
 """Checks that a model's config, weights, tokenizer and adapter belong together. Of a base only headers are read."""
 
 import importlib.util
-import re
 import warnings
 from typing import Any
 
 from ds_embed.data.tokenize import encode_texts
 from ds_embed.models.adapters import changes_base, put_adapter_on, read_adapter
 from ds_embed.models.card import EmbeddingCard
-from ds_embed.models.kinds import auto_class, loading_options
-from ds_embed.models.loading import ModelSource, check_checkpoint, load_config, without_foreign_code, without_reports
+from ds_embed.models.kinds import auto_class, blaming_files, loading_options
+from ds_embed.models.loading import (
+    ModelSource,
+    check_checkpoint,
+    check_weights,
+    load_config,
+    without_foreign_code,
+    without_reports,
+)
 from ds_embed.settings.errors import UserError
 
 
@@ -20,11 +26,11 @@ def check_parts(source: ModelSource, card: EmbeddingCard, tokenizer: Any, trust_
     if source.checkpoint is not None:
         check_checkpoint(source, getattr(load_config(source, trust_remote_code), "_commit_hash", None))
     model = _check_weights(source, trust_remote_code)
-    _check_tokens(source, card, tokenizer, model)
     if source.adapter is not None:
         with without_foreign_code(str(source.adapter)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that copying into tensors without data does nothing
             put_adapter_on(model, source.adapter)
+    _check_tokens(source, card, tokenizer, model)
 
 
 def _check_4bit(source: ModelSource) -> None:
@@ -44,7 +50,7 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
     Otherwise transformers would continue with random weights.
     """
     config = load_config(source, trust_remote_code)
-    with without_foreign_code(source.base), without_reports():
+    with blaming_files(source.base, what="can't be loaded"), without_foreign_code(source.base), without_reports():
         model, report = auto_class(config).from_pretrained(
             source.base,
             revision=source.revision,
@@ -55,28 +61,7 @@ def _check_weights(source: ModelSource, trust_remote_code: bool) -> Any:
             ignore_mismatched_sizes=True,
             **loading_options(config),
         )
-    names = [name for name, _ in model.named_parameters()]
-    # Poolers do not affect a token's state.
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise UserError(
-            f"{source.base}: its weight files lack {missing[0]} ({len(missing)} of the {len(names)} tensors that its "
-            "config.json asks for); nothing is made up in their place: bring the files that belong together"
-        )
-    for name, *shapes in sorted(report["mismatched_keys"]):
-        stored, wanted = (" x ".join(map(str, shape)) for shape in shapes)
-        raise UserError(
-            f"{source.base}: {name} is {stored} in its weight files and {wanted} by its config.json; bring the files that "
-            "belong together"
-        )
-    known = {re.sub(r"\d+", "*", name) for name in names}
-    for name in sorted(report["unexpected_keys"]):
-        # An extra layer, not a head.
-        if re.sub(r"\d+", "*", name.removeprefix(f"{model.base_model_prefix}.")) in known:
-            raise UserError(
-                f"{source.base}: its weight files hold {name}, which its config.json has no place for; bring the files "
-                "that belong together"
-            )
+    check_weights(source.base, model, report)
     return model
 
 

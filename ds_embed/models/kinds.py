@@ -9,6 +9,7 @@ Shapes: S tokens, D dimensions.
 import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +118,23 @@ def sees_behind(states: Tensor) -> bool | None:
     return bool(((one - other).norm(dim=1) > SAME_STATE * one.norm(dim=1)).any())
 
 
+@contextlib.contextmanager
+def blaming_files(
+    name: str, flag: str = "model_name_or_path", what: str = "its config.json can't be used"
+) -> Iterator[None]:
+    """UserError naming the model when transformers, which alone is called in it, can make nothing of a model's files."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises just this
+        if isinstance(error, UserError | MemoryError) or "trust_remote_code" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--{flag} {name}: {what}: {reason} ({type(error).__name__}); bring back the file") from None
+
+
 def _try(config: Any, model_class: type, name: str) -> Kind:
     # On the CPU even while a model is being built on the meta device: a trial needs values.
-    with torch.no_grad(), torch.device("cpu"):
+    with blaming_files(name), torch.no_grad(), torch.device("cpu"):
         model = _small_copy(config, model_class)
         try:
             texts = probe_texts(config)
@@ -163,9 +178,10 @@ def _small_copy(config: Any, model_class: type) -> nn.Module:
 def _made_up(shape: torch.Size, noise: torch.Generator) -> Tensor:
     if len(shape) < 2:  # norms and biases
         return 1 + torch.randn(shape, generator=noise) / 10
-    if len(shape) > 2:  # experts, which may be identical
-        return (torch.randn(shape[1:], generator=noise) * shape[-1] ** -0.5).expand(shape)
-    return (torch.randn(sum(shape) - 1, generator=noise) * shape[-1] ** -0.5).as_strided(shape, (1, 1))
+    # Of more than two dimensions are experts, and XLNet's matrices, whose norms would undo what is equal along the first.
+    strides = (1, 1) if len(shape) == 2 else (1, *torch.empty(shape[1:], device="meta").stride())
+    size = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides))
+    return (torch.randn(size, generator=noise) * shape[-1] ** -0.5).as_strided(shape, strides)
 
 
 def count_positions(model: nn.Module) -> int | None:
@@ -222,5 +238,6 @@ def without_pooler(config: Any) -> dict[str, Any]:
     from transformers import MODEL_MAPPING
 
     model_class: Any = MODEL_MAPPING.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class  # Funnel's
     takes = () if model_class is None else inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}

@@ -22,6 +22,7 @@ from ds_embed.models.kinds import (
     DPR,
     auto_class,
     backbone_class,
+    blaming_files,
     kind_of,
     loading_options,
     plain_config,
@@ -43,6 +44,7 @@ from ds_embed.settings import LoraArguments, ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+_BUFFERS = {"position_ids", "token_type_ids", "inv_freq", "masked_bias", "causal_mask"}  # in files of older versions
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -143,8 +145,8 @@ def check_stage(model: ModelArguments, stage: int) -> None:
         )
 
 
-def _find_checkpoint(path: Path, flag: str) -> ModelSource:
-    """What a run trains, from what it wrote about that beside the weights of a step."""
+def checkpoint_source(path: Path, flag: str) -> tuple[ModelSource, dict[str, Any]]:
+    """What a run trains, and the content of its card, from what it wrote about that beside the weights of a step."""
     verify(path, STATE)
     model = read_state(path).get("model")
     if model is None:
@@ -153,21 +155,27 @@ def _find_checkpoint(path: Path, flag: str) -> ModelSource:
             "its training command again, which goes on from it"
         )
     places = {name: model[name] and found_again(model[name], path) for name in ("base", "adapter", "tokenizer")}
-    card, reader = EmbeddingCard.of(model["card"], path / STATE), CheckpointReader(path)
-    if LOG_SCALE_CHANGE in reader.tensors:
-        assert card.temperature is not None
-        temperature = learned_temperature(card.temperature, reader.read(LOG_SCALE_CHANGE).squeeze())
-        card = replace(card, temperature=temperature.item())
-    return ModelSource(
+    source = ModelSource(
         places["base"],
         Path(places["adapter"]) if places["adapter"] else None,
         places["tokenizer"],
-        card,
+        None,
         model["revision"],
         checkpoint=path,
         lora=LoraArguments(**model["lora"]),
         base_content=model["base_content"],
     )
+    return source, model["card"]
+
+
+def _find_checkpoint(path: Path, flag: str) -> ModelSource:
+    source, content = checkpoint_source(path, flag)
+    card, reader = EmbeddingCard.of(content, path / STATE), CheckpointReader(path)
+    if LOG_SCALE_CHANGE in reader.tensors:
+        assert card.temperature is not None
+        temperature = learned_temperature(card.temperature, reader.read(LOG_SCALE_CHANGE).squeeze())
+        card = replace(card, temperature=temperature.item())
+    return replace(source, card=card)
 
 
 def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
@@ -183,7 +191,12 @@ def _find_base(adapter: ModelFiles, flag: str) -> ModelFiles:
     for place in (Path(name).expanduser(), folder / name, folder / (card.base_model if card else name)):
         if any((place / file).exists() for file in ("config.json", MODULES_NAME)):
             return ModelFiles(str(place.resolve()))
-    base = locate(flag, name, config.revision, hint=f" (the base model that {adapter.name} names)")
+    base = locate(
+        flag,
+        name,
+        config.revision,
+        hint=f" (the base model that {adapter.name} names; --adapter_path puts it on another)",
+    )
     if base.find(ADAPTER_CONFIG) is not None:
         raise UserError(
             f"--{flag} {adapter.name}: its base model {name} is an adapter itself; merge that first, by "
@@ -210,15 +223,16 @@ def _find_adapted(adapter: ModelFiles, base: ModelFiles) -> ModelSource:
     tokenizer_files = [adapter.find(name) for name in _TOKENIZER_FILES]
     whole = _find_whole(base)
     card, own = _said_by(adapter)
-    speaks = card is not None or own is not None
-    return ModelSource(
-        whole.base,
-        folder,
-        str(folder) if any(tokenizer_files) else whole.tokenizer,
-        card if speaks else whole.card,
-        whole.revision,
-        own if speaks else whole.own,
-        adapter if speaks else whole.files,
+    tokenizer = str(folder) if any(tokenizer_files) else whole.tokenizer
+    if card is not None or (own is not None and own.names_modules):
+        return replace(whole, adapter=folder, tokenizer=tokenizer, card=card, own=own, files=adapter)
+    found = replace(whole, adapter=folder, tokenizer=tokenizer)
+    if own is None or not any(own.settings.get(name) for name in ("query_prefix", "doc_prefix", "prompts")):
+        return found
+    if whole.card is not None:  # the adapter has prompts alone, and the base says the rest
+        return replace(found, card=replace(whole.card, **own.settings))
+    return replace(
+        found, own=own if whole.own is None else replace(whole.own, settings=whole.own.settings | own.settings)
     )
 
 
@@ -258,18 +272,16 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     where = {"revision": source.revision, "trust_remote_code": trust_remote_code}
-    with without_foreign_code(source.base):
+    with without_foreign_code(source.base), blaming_files(source.base):
         try:
             config = AutoConfig.from_pretrained(source.base, **where)
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--model_name_or_path {source.base}: its config.json can't be used: {reason}") from None
         except OSError as error:
+            if Path(source.base).is_dir():
+                raise ValueError(error) from None
             why = f"neither a folder here nor a model that could be fetched: {str(error).strip().splitlines()[0]}"
             raise UserError(f"--model_name_or_path {source.base}: {why}") from None
     config = plain_config(config, source.base)
+    config.return_dict = True  # which names a model's outputs; some files hold false
     backbone_class(config, trust_remote_code, source.base)  # or says why there is none
     return config
 
@@ -288,7 +300,7 @@ def choose_card(source: ModelSource, text: TextArguments, model: ModelArguments)
     own: dict[str, Any] = {"pooling": "cls"} if config.architectures == DPR else {}
     if source.own is not None and source.own.names_modules:  # sentence-transformers takes these for limits
         limits = source.own.tokenizer_length, getattr(config, "max_position_embeddings", None)
-        length = min(filter(None, limits), default=None)
+        length = min((limit for limit in limits if limit is not None and limit > 0), default=None)  # XLNet's is -1
         own |= {"query_max_length": length, "doc_max_length": length}
     own |= source.own.settings if source.own else {}
     card = EmbeddingCard.choose(text, model, kind, source.base, source.card, own)
@@ -301,14 +313,11 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     where = {"revision": None if Path(source.tokenizer).is_dir() else source.revision}
-    try:
-        with without_foreign_code(source.tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **where)
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        what = f"its tokenizer can't be loaded ({str(error).strip().splitlines()[0]})"
-        raise UserError(f"--model_name_or_path {source.tokenizer}: {what}; is its tokenizer.json there?") from None
+    with (
+        without_foreign_code(source.tokenizer),
+        blaming_files(source.tokenizer, what="its tokenizer can't be loaded; is its tokenizer.json there?"),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code, **where)
     check_vocabulary(tokenizer, "model_name_or_path", source.tokenizer)
     if not tokenizer.is_fast:
         raise UserError(f"--model_name_or_path {source.tokenizer}: has no fast tokenizer (tokenizer.json); convert it")
@@ -364,17 +373,48 @@ def load_encoder(
     layers = source.load_head([NORMALIZE] if head is None else head).to(options["dtype"])
     encoder = TextEncoder(backbone, pooling, attention, head=layers)
     if source.checkpoint is not None:
-        _put_checkpoint_in(encoder, source, options["dtype"])
+        assert source.lora is not None
+        if source.lora.lora_rank and source.adapter is None:
+            add_lora(encoder, source.lora, seed=0, dtype=options["dtype"])
+        put_checkpoint_in(encoder, source)
     return encoder
 
 
-def _put_checkpoint_in(encoder: TextEncoder, source: ModelSource, dtype: torch.dtype) -> None:
+def check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
+    """UserError where transformers would make up, or leave out, weights of the model or of the one inside a classifier.
+
+    report: what from_pretrained has to say of them, sizes that don't match included.
+    """
+    inner, parts = f"{model.base_model_prefix}.", [part for part, _ in model.named_parameters()]
+    is_needed = [n for n in report["missing_keys"] if n.startswith(inner) or not hasattr(model, inner[:-1])]
+    missing = sorted(part for part in is_needed if "pooler" not in part)  # no token's state depends on those
+    belongs = "bring the files that belong together"
+    if missing:
+        raise UserError(
+            f"{name}: its weight files lack {missing[0]} ({len(missing)} of the {len(parts)} tensors that its config.json "
+            f"asks for); nothing is made up in their place: {belongs}"
+        )
+    for part, *shapes in sorted(report["mismatched_keys"]):
+        stored, wanted = (" x ".join(map(str, shape)) for shape in shapes)
+        raise UserError(f"{name}: {part} is {stored} in its weight files and {wanted} by its config.json; {belongs}")
+    modules = {module.removeprefix(inner): owner for module, owner in model.named_modules()}
+    for part in sorted(report["unexpected_keys"]):
+        *path, last = part.removeprefix(inner).split(".")
+        if (
+            "pooler" in part
+            or last in _BUFFERS
+            or (last == "bias" and not hasattr(modules.get(".".join(path)), "weight"))
+        ):
+            continue  # GPT-2 and its kin stored their causal mask as attn.bias
+        if any(".".join(path[:end]) in modules for end in range(1, len(path) + 1)):  # not a head, which stands beside
+            raise UserError(f"{name}: its weight files hold {part}, which its config.json has no place for; {belongs}")
+
+
+def put_checkpoint_in(module: torch.nn.Module, source: ModelSource) -> None:
     """The weights that the run trains as they were, all of them, each with the shape that the model has."""
-    assert source.lora is not None and source.checkpoint is not None
-    if source.lora.lora_rank and source.adapter is None:
-        add_lora(encoder, source.lora, seed=0, dtype=dtype)
+    assert source.checkpoint is not None
     reader = CheckpointReader(source.checkpoint)
-    weights = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in {LOG_SCALE_CHANGE, PROJECTION} & reader.tensors.keys():  # no vector depends on them
         shapes[name] = tuple(reader.tensors[name].get_slice(name).get_shape())

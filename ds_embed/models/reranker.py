@@ -20,17 +20,29 @@ from torch import Tensor, nn
 from ds_embed.data.pairs import PairFormat
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.card import CARD_NAME
+from ds_embed.models.checkpoint import STATE, checkpoint_in
 from ds_embed.models.cpu import use_kernels
 from ds_embed.models.kinds import count_positions
-from ds_embed.models.loading import ADAPTER_CONFIG, ModelSource, locate, without_foreign_code, without_reports
+from ds_embed.models.loading import (
+    ADAPTER_CONFIG,
+    ModelSource,
+    check_checkpoint,
+    check_weights,
+    checkpoint_source,
+    load_config,
+    load_tokenizer,
+    locate,
+    put_checkpoint_in,
+    without_foreign_code,
+    without_reports,
+)
 from ds_embed.models.lora import add_lora
 from ds_embed.models.pooling import token_mask
-from ds_embed.models.sentence_transformers import ModelFiles
+from ds_embed.models.sentence_transformers import ModelFiles, read_pair_files
 from ds_embed.models.tokenizer import fast_tokenizer, plain_backend, save_tokenizer
 from ds_embed.settings import LoraArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import listed
-from ds_embed.settings.reranker_arguments import RerankerModelArguments
 
 DEFAULT_TEMPLATE = "query: {query}\ndocument: {document}\nrelevant:"
 _DEFAULT_MAX_LENGTH = 512
@@ -61,32 +73,47 @@ class RerankerCard:
         return asdict(self)
 
 
-def is_reranker(path: str) -> bool:
-    """Whether save_reranker wrote the folder, or model/ in it."""
-    cards = (Path(path).expanduser() / place / CARD_NAME for place in (".", "model"))
+def is_reranker(path: str | Path) -> bool:
+    """Whether the folder, or model/ in it, is a reranker's, or a checkpoint of its training."""
+    cards = (Path(path).expanduser() / place for place in (CARD_NAME, f"model/{CARD_NAME}", STATE))
     return any(card.is_file() and '"pair_format"' in card.read_text("utf-8") for card in cards)
 
 
 def find_reranker(name: str, revision: str | None = None, flag: str = "model_name_or_path") -> ModelSource:
     """Find the model of a folder, a reranker's run, or a hub name. UserError naming the flag."""
+    if checkpoint_in(flag, name, None) is not None:
+        raise UserError(f"--{flag} {name}: is a checkpoint; make a model of it first, by ds-embed export --run {name}")
     files = locate(flag, name, revision)
     if files.find(ADAPTER_CONFIG) is not None:
-        raise UserError(f"--{flag} {name}: is an adapter; merge it into its base first, by ds-embed export")
+        raise UserError(
+            f"--{flag} {name}: is an adapter; merge it into its base first: a run of ds_embed by ds-embed export --format "
+            "merged, another by PEFT's merge_and_unload"
+        )
     return ModelSource(files.name, None, files.name, None, files.revision)
 
 
 def choose_pairs(
-    source: ModelSource, arguments: RerankerModelArguments, tokenizer: Any, max_length: int | None, model: nn.Module
+    source: ModelSource, template: str | None, tokenizer: Any, max_length: int | None, model: Any, prefix: str = ""
 ) -> RerankerCard:
     """How to tokenize pairs: by the template, else as the tokenizer joins two texts, else by the default template.
 
-    `model`, which needs no weights, gives the number of positions. UserError for an unusable length or template.
+    `model`, which needs no weights, gives the number of positions. UserError for an unusable length or template, whose
+    flags begin with `prefix`.
     """
     longest = count_positions(model)
     length = max_length or default_max_length(source, tokenizer, longest)
     if longest is not None and length > longest:
-        raise UserError(f"--max_length {length}: {source.base} has positions for {longest} tokens; lower it")
-    form, template = PairFormat.of(tokenizer, length), arguments.template
+        raise UserError(f"--{prefix}max_length {length}: {source.base} has positions for {longest} tokens; lower it")
+    is_classifier = any(kind.endswith("ForSequenceClassification") for kind in model.config.architectures or [])
+    if template is None and is_classifier and not is_ours(source):
+        own = read_pair_files(ModelFiles(source.base, source.revision), model.config, tokenizer.chat_template)
+        if own.prompt or own.chat:
+            what = f"the prompt {own.prompt!r}" if own.prompt else "its tokenizer's chat template"
+            raise UserError(
+                f"--{prefix}template: {source.base} reads pairs with {what}, which can't be trained further; give the text "
+                "around query and document that it is to be trained with"
+            )
+    form = PairFormat.of(tokenizer, length)
     if template is None and not form.middle:
         template = DEFAULT_TEMPLATE
     if template is not None:
@@ -94,11 +121,13 @@ def choose_pairs(
     pad = padding_token(tokenizer)
     if form.tail and form.tail[-1] == pad and not form.has_types and hasattr(model, "score"):
         raise UserError(
-            f"--template: a pair would end with token {pad}, the padding token, before which transformers' decoders read "
+            f"--{prefix}template: a pair would end with token {pad}, the padding token, before which transformers' decoders read "
             "the score; let the template end with a text"
         )
     if form.num_around + 2 > length:
-        raise UserError(f"--max_length {length}: leaves no room beside the {form.num_around} tokens around a pair")
+        raise UserError(
+            f"--{prefix}max_length {length}: leaves no room beside the {form.num_around} tokens around a pair"
+        )
     return RerankerCard(source.base, form, template)
 
 
@@ -197,11 +226,9 @@ def load_scorer(
             attn_implementation=kernel,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    inner = f"{model.base_model_prefix}."
-    missing = sorted(name for name in report["missing_keys"] if name.startswith(inner) and "pooler" not in name)
-    if missing:
-        raise UserError(f"{source.base}: its weight files lack {missing[0]}; nothing is made up in its place")
+    check_weights(source.base, model, report)
     model._weight_conversions = []  # name conversions needed only for reading
     return PairScorer(model, card.pair_format.has_types), sorted(report["missing_keys"])
 
@@ -274,6 +301,22 @@ def save_reranker(
     setattr(model, prefix, inner)
     save_tokenizer(pair_tokenizer(tokenizer, card), folder)
     (folder / CARD_NAME).write_text(json.dumps(card.content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Write the model of a checkpoint of a reranker's run, in float32, as the run writes its last one."""
+    source, content = checkpoint_source(path, "run")
+    parts: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content["pair_format"].items()}
+    card = RerankerCard(**content | {"pair_format": PairFormat(**parts)})
+    tokenizer, config = load_tokenizer(source, trust_remote_code), load_config(source, trust_remote_code)
+    check_checkpoint(source, getattr(config, "_commit_hash", None))
+    config = configure(config, tokenizer, source.base)
+    scorer, _ = load_scorer(source, config, card, bf16=False, kernel=None, trust_remote_code=trust_remote_code, seed=0)
+    assert source.lora is not None
+    if source.lora.lora_rank:
+        add_lora_behind_head(scorer, source.lora, seed=0, dtype=torch.float32)
+    put_checkpoint_in(scorer, source)
+    save_reranker(scorer, scorer.state_dict(), tokenizer, card, folder)
 
 
 def _merged(weights: dict[str, Tensor], peft: Any, inner: str) -> dict[str, Tensor]:

@@ -47,6 +47,14 @@ _KNOWN = {
     | {"module_output_name", "processing_kwargs", "query_expansion", "modality_config", "unpad_inputs"}
     | {f"{what}_{end}" for what in (*_HARMLESS, "processor") for end in ("args", "kwargs")},
 }
+_TYPES: dict[str, tuple[type, ...]] = {  # of what these files say
+    **dict.fromkeys(("max_seq_length", "query_length", "document_length", "in_features", "out_features"), (int,)),
+    **dict.fromkeys(("do_lower_case", "include_prompt", "bias", "use_residual"), (bool,)),
+    **{f"{what}_{end}": (dict,) for what in (*_HARMLESS, "processor") for end in ("args", "kwargs")},
+    "model_max_length": (int, float),
+    "modality_config": (dict,),
+}
+_IN_ORDER = ("Identity", "Sigmoid", "Tanh", "Softsign", "LogSigmoid", "Softplus")  # activations that keep the order
 _UNLIMITED = 10**9  # tokens; a tokenizer without a limit has 10^30
 
 
@@ -58,16 +66,30 @@ class ModelFiles:
     revision: str | None = None
 
     def find(self, path: str) -> Path | None:
-        """The local path of a file, downloaded if necessary; None if it does not exist or the hub can't be reached."""
-        from transformers.utils import cached_file
+        """The local path of a file, downloaded if necessary; None if it does not exist.
 
-        quiet = ("gated_repo", "missing_entries", "connection_errors")
-        options = {f"_raise_exceptions_for_{what}": False for what in quiet}
+        UserError if the hub can't be reached to find out. Offline, a file that is not cached counts as missing.
+        """
+        from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
+
+        if Path(self.name).is_dir():
+            found = Path(self.name) / path
+            return found if found.is_file() else None
         try:
-            found = cached_file(self.name, path, revision=self.revision, **options)
-        except OSError:  # no such repository or revision: loading its config reports that
-            return None
-        return None if found is None else Path(found)
+            return Path(hf_hub_download(self.name, path, revision=self.revision))
+        except errors.LocalEntryNotFoundError as error:
+            known = try_to_load_from_cache(self.name, path, revision=self.revision)  # that it does not exist
+            if constants.HF_HUB_OFFLINE or known is not None:
+                return None
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"{self.name}: no folder here, and the hub can't be reached to see whether the model has {path} ({reason}); "
+                "mend the connection, or set HF_HUB_OFFLINE=1 to do with the files that are cached"
+            ) from None
+        except (errors.HfHubHTTPError, errors.HFValidationError):
+            return None  # no such file; or no such repository, or no access to it: loading its config reports that
+        except OSError as error:
+            raise UserError(f"{self.name}: {path} can't be fetched into the cache: {error}") from None
 
     def read(self, path: str, kind: type = dict) -> Any:
         """The content of a JSON file, or None if it does not exist. UserError if it is not JSON, or of another type."""
@@ -114,7 +136,9 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
         raise UserError(f"{where}: is a {general['model_type']}, and only SentenceTransformer models are taken")
     if general.get("truncate_dim") is not None:
         raise UserError(f"{where}: truncate_dim {general['truncate_dim']} can't be applied; take it out of the file")
-    settings = _prompts(general, where) | {"similarity": general.get("similarity_fn_name")}
+    settings = _prompts(general, where)
+    if general.get("similarity_fn_name") is not None:
+        settings["similarity"] = general["similarity_fn_name"]
     if modules is None:
         return OwnFiles(settings)
     kinds, paths = [_kind(files, module) for module in modules], [module.get("path") or "" for module in modules]
@@ -132,7 +156,67 @@ def read_own_files(files: ModelFiles) -> OwnFiles | None:
     # Like sentence-transformers: white space is kept, and only the tokenizer adds tokens after a text.
     settings |= {"append_eos": False, "strip": False}
     length = _transformer(files, paths[0], settings)
+    del settings["modalities"]
     return OwnFiles({n: value for n, value in settings.items() if value is not None}, True, paths[0], length)
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """What the files of a cross-encoder say beside its model and tokenizer."""
+
+    prompt: str = ""  # in front of a query, or the system's message of a chat
+    max_length: int | None = None  # tokens of a pair
+    lower_case: bool = False
+    activation: str = "Sigmoid"  # behind the logits; none of those that are taken changes the order
+    chat: str | None = None  # flat or structured messages for the tokenizer's chat template; None without
+
+
+def read_pair_files(files: ModelFiles, config: Any, chat_template: Any) -> PairFiles:
+    """The content of a cross-encoder's sentence-transformers files, with their meaning in version 6.
+
+    UserError naming the file and the module, setting or value that can't be applied here.
+    """
+    modules, general = files.read(MODULES_NAME, list), files.read(_PROMPTS_NAME) or {}
+    where = f"{files.name}: {_PROMPTS_NAME}"
+    if general.get("model_type", "CrossEncoder") != "CrossEncoder":
+        raise UserError(f"{where}: is a {general['model_type']}, and only a CrossEncoder scores pairs")
+    activation, number = general.get("activation_fn"), getattr(config, "num_labels", 1)
+    if activation is None:
+        own = getattr(config, "sentence_transformers", None)
+        own = own if isinstance(own, dict) else {}
+        older = getattr(config, "sbert_ce_default_activation_function", None)
+        activation = own.get("activation_fn") or older or f"torch.nn.{'Sigmoid' if number == 1 else 'Identity'}"
+    package, *_, name = str(activation).split(".")
+    if package != "torch" or name not in _IN_ORDER:
+        raise UserError(
+            f"{files.name}: its activation function {activation} can't be applied; known are {', '.join(_IN_ORDER)}"
+        )
+    _prompts(general, where)  # or says what is wrong with them
+    prompt = (general.get("prompts") or {}).get(general.get("default_prompt_name")) or ""
+    chat = None if chat_template is None else "structured" if _is_structured(chat_template) else "flat"
+    if modules is None:  # of these files sentence-transformers then reads none but those of transformers
+        if prompt:
+            raise UserError(
+                f"{where}: has a default prompt, which needs {MODULES_NAME} beside it; bring back that file"
+            )
+        return PairFiles(activation=name, chat=chat)
+    kinds, paths = [_kind(files, module) for module in modules], [module.get("path") or "" for module in modules]
+    if kinds != ["Transformer"] or paths != [""]:
+        raise UserError(
+            f"{files.name}: {MODULES_NAME} has the modules {', '.join(kinds)}; a cross-encoder can have one Transformer, in the "
+            "folder itself"
+        )
+    settings: dict[str, Any] = {}
+    _transformer(files, "", settings, of_pairs=True)
+    message = (settings["modalities"] or {}).get("message")
+    chat = None if message is None else message.get("format") or chat
+    return PairFiles(prompt, settings["query_max_length"], settings["lower_case"], name, chat)
+
+
+def _is_structured(chat_template: Any) -> bool:
+    """Whether messages are lists of parts, as sentence-transformers guesses it from the text of the template."""
+    signs = ("content[0]", ".type", "'type'", '"type"', "message.content[")
+    return not isinstance(chat_template, str) or any(sign in chat_template for sign in signs)
 
 
 def _kind(files: ModelFiles, module: dict[str, Any]) -> str:
@@ -159,6 +243,9 @@ class _Content(dict):
             raise UserError(f"{self.where} is missing; bring back the file")
         for key in self.keys() - _KNOWN.get(kind or "", self.keys()):
             self.require(key, False, {}, [], "")
+        for key in self.keys() & _TYPES.keys():
+            if self[key] is not None and type(self[key]) not in _TYPES[key]:
+                raise UserError(f"{self.where}: {key} {json.dumps(self[key])} must be a {_TYPES[key][0].__name__}")
 
     def __missing__(self, name: str) -> Any:
         raise UserError(f"{self.where}: {name} is missing; bring back the file")
@@ -193,9 +280,9 @@ def _pooling(content: _Content) -> str:
     if modes is None:
         return "+".join(name for name, (_, flag) in _POOLINGS.items() if content.get(flag)) or "mean"
     names = {mode: name for name, (mode, _) in _POOLINGS.items()}
-    modes = [modes] if isinstance(modes, str) else modes
+    modes = modes if isinstance(modes, list) and modes else [modes]
     for mode in modes:
-        if mode not in names:
+        if not isinstance(mode, str) or mode not in names:
             raise UserError(f"{content.where}: pooling_mode {json.dumps(mode)}: known are {', '.join(names)}")
     return "+".join(names[mode] for mode in modes)
 
@@ -217,18 +304,18 @@ def _dense(content: _Content) -> dict[str, Any]:
     }
 
 
-def _transformer(files: ModelFiles, path: str, settings: dict[str, Any]) -> int | None:
+def _transformer(files: ModelFiles, path: str, settings: dict[str, Any], of_pairs: bool = False) -> int | None:
     """Add the Transformer module's content to settings; return its tokenizer's length, for use if no other is given."""
     names = [f"sentence_{kind}_config.json" for kind in _KINDS]
     found = (_Content(files, path, "Transformer", name) for name in names)
     content = next(filter(None, found), _Content(files, path, "Transformer", names[0]))
-    content.require("transformer_task", "feature-extraction")
-    content.require("module_output_name", "token_embeddings")
+    content.require("transformer_task", "sequence-classification" if of_pairs else "feature-extraction")
+    content.require("module_output_name", "scores" if of_pairs else "token_embeddings")
     for name in ("processing_kwargs", "query_expansion"):
         content.require(name, {})
-    modalities = content.get("modality_config") or {"text": {}}
+    modalities = settings["modalities"] = content.get("modality_config") or {"text": {}}
     text = modalities.get("text", {"method": None})
-    if "message" in modalities or text.get("method", "forward") != "forward":
+    if ("message" in modalities and not of_pairs) or text.get("method", "forward") != "forward":
         raise UserError(f"{content.where}: modality_config {', '.join(modalities)}: only text can be embedded here")
     for what, harmless in _HARMLESS.items():
         for name in (f"{what}_args", f"{what}_kwargs", "processor_kwargs" if what == "tokenizer" else f"{what}_args"):

@@ -10,7 +10,13 @@ from ds_embed.settings.errors import UserError
 
 
 def check_vocabulary(tokenizer: Any, flag: str, name: str) -> None:
-    """UserError for a tokenizer of special tokens alone, which transformers makes up where a folder has none."""
+    """UserError for a tokenizer of special tokens alone, which transformers makes up where a folder has none.
+
+    And for a length that is no number.
+    """
+    length = tokenizer.model_max_length
+    if not isinstance(length, int | float):
+        raise UserError(f"--{flag} {name}: tokenizer_config.json: model_max_length {length!r} must be a number")
     special = set(tokenizer.all_special_tokens).union(tokenizer.get_added_vocab())
     if len(tokenizer.get_vocab().keys() - special) < 2:  # T5's has a blank too
         raise UserError(

@@ -112,6 +112,10 @@ class MiningArguments(Settings):
         "512)",
         above=0,
     )
+    cross_encoder_template: str | None = optional(
+        r"text around query and document, such as 'query: {query}\ndocument: {document}\nrelevant:' (default: as the "
+        "cross-encoder's own files say; needed for a decoder without a chat template for pairs)"
+    )
     cross_encoder_bf16: bool = setting("run the cross-encoder in bfloat16, which gives scores of about 3 digits", False)
     cross_encoder_scores: str = setting(
         "logit (with 2 labels: the second minus the first) or probability (its sigmoid)",
@@ -170,6 +174,7 @@ class RerankArguments(JobArguments):
     max_length: int | None = optional(
         "maximum pair length in tokens (default: as in training, else what the model supports, at most 512)", above=0
     )
+    template: str | None = same_as(MiningArguments, "cross_encoder_template")
     bf16: bool = setting("compute in bfloat16, which gives scores of about 3 digits; false computes in float32", False)
     micro_batch_tokens: int = same_as(EncodeArguments, "micro_batch_tokens")
 

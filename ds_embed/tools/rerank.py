@@ -52,6 +52,7 @@ def rerank(world: World, arguments: RerankArguments) -> None:
         flag="model_name_or_path",
         prefix="",
         max_length=arguments.max_length,
+        template=arguments.template,
         bf16=arguments.bf16,
         micro_batch_tokens=arguments.micro_batch_tokens,
     )
@@ -83,7 +84,9 @@ def _made_from(output: Path, arguments: RerankArguments) -> dict[str, str]:
     if output.exists():
         raise UserError(f"--output_file {output}: exists; remove it, or choose another name")
     settings = asdict(arguments)
-    made_from = {name: str(settings[name]) for name in ("top_k", "max_length", "bf16", "micro_batch_tokens")}
+    made_from = {
+        name: str(settings[name]) for name in ("top_k", "max_length", "template", "bf16", "micro_batch_tokens")
+    }
     made_from["model"] = identify_weights(find_reranker(arguments.model_name_or_path).base)
     made_from |= {name: identify_entries(settings[name]) for name in ("query_files", "doc_files")}
     if arguments.run_file is not None:

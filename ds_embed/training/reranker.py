@@ -164,7 +164,7 @@ class RerankerRun(TrainingRun):
         self.lora = resolve_lora(lora, self.source, self.config, model.trust_remote_code)
         self.config = configure(self.config, self.tokenizer, model.model_name_or_path)
         empty = empty_classifier(self.config, model.trust_remote_code)
-        self.card: RerankerCard = choose_pairs(self.source, model, self.tokenizer, data.max_length, empty)
+        self.card: RerankerCard = choose_pairs(self.source, model.template, self.tokenizer, data.max_length, empty)
         if model.yes_no and not hasattr(empty, "score"):
             raise UserError(
                 f"--yes_no {' '.join(model.yes_no)}: {self.source.base} is not a decoder with a head on one token"

@@ -10,6 +10,7 @@ import torch
 
 from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.models.card import EmbeddingCard
+from ds_embed.models.checkpoint import checkpoint_in
 from ds_embed.models.kinds import direction_in_config, kind_of, without_pooler
 from ds_embed.models.loading import ModelSource, find_model, load_config
 from ds_embed.models.lora import save_adapter
@@ -42,8 +43,9 @@ def export(arguments: ExportArguments) -> None:
     target = Path(arguments.output_dir).expanduser().resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--output_dir {arguments.output_dir}: exists and is not empty; choose another")
-    if arguments.run is not None and is_reranker(arguments.run):
-        return export_reranker(arguments, target)
+    checkpoint = None if arguments.run is None else checkpoint_in("run", arguments.run, arguments.step)
+    if arguments.run is not None and is_reranker(checkpoint or arguments.run):
+        return export_reranker(arguments, target, checkpoint)
     runs = arguments.average or [arguments.run]
     shares = shares_of(arguments.weights, len(runs))
     sources = [_find_run(run, arguments) for run in runs]

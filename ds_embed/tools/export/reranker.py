@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from ds_embed.artifact.durable import folder_when_whole
 from ds_embed.job.ranks import World
 from ds_embed.models.card import CARD_NAME
-from ds_embed.models.reranker import find_reranker
+from ds_embed.models.reranker import find_reranker, write_checkpoint
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.tool_arguments import ExportArguments
 from ds_embed.tools.export.check import check_texts, spelled_texts
@@ -61,21 +62,30 @@ With ds_embed: `ds-embed rerank --model_name_or_path {name}`, or `mine-negatives
 """
 
 
-def export_reranker(arguments: ExportArguments, target: Path) -> None:
-    """Write the folder and print a line per check. UserError where CrossEncoder gives other scores; nothing is left then."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def export_reranker(arguments: ExportArguments, target: Path, checkpoint: Path | None) -> None:
+    """Write the folder and print a line per check. UserError where CrossEncoder gives other scores; nothing is left then.
 
+    checkpoint: what is to be exported, where it is not the run's last model.
+    """
     run = arguments.run or ""
     if arguments.format == "adapter":
         raise UserError(f"--format adapter: {run} is a reranker, which is a whole model; choose sentence-transformers")
-    if arguments.step is not None:
-        raise UserError(f"--step {arguments.step}: {run} is a reranker, of which only the last model can be exported")
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             f"--format {arguments.format}: the package sentence-transformers is not installed, which checks a reranker; "
             "pip install sentence-transformers, or ds_embed as pip install -e '.[export]'"
         )
-    source = Path(find_reranker(run, flag="run").base)
+    if checkpoint is None:
+        return _export(arguments, target, Path(find_reranker(run, flag="run").base))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        write_checkpoint(checkpoint, Path(folder), arguments.trust_remote_code)
+        _export(arguments, target, Path(folder))
+
+
+def _export(arguments: ExportArguments, target: Path, source: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     card = json.loads((source / CARD_NAME).read_text("utf-8"))
     model = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto")
     stored = model.dtype
