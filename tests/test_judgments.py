@@ -70,6 +70,7 @@ def test_numbers_are_names_in_judgments(tmp_path):
         ("q1 d1\n", [":1: 2 columns; expected"]),
         ("q1 0 d1 high\n", [":1: relevance 'high', expected a whole number"]),
         ("q1 0 d1 0.5\n", [":1: relevance '0.5', expected a whole number"]),
+        ("q1 0 d1 1699999999\n", [":1: relevance '1699999999', expected a whole number of at most 1,000,000"]),
         ("q1 0 d1 nan\n", [":1: relevance 'nan', expected a whole number"]),
         ('{"query_id": "q", "doc_id": "d", "score": true}\n', [":1: relevance 'True', expected a whole number"]),
         ('{"query_id": "q", "score": 1}\n', [":1: doc_id is missing"]),

@@ -13,6 +13,7 @@ from ds_embed.data.files import BadRecord, read_lines
 from ds_embed.data.records import id_of
 from ds_embed.settings.errors import UserError
 
+_MOST_RELEVANT = 1_000_000  # trec_eval counts the documents of each relevance
 BEIR_HEADER = ("query-id", "corpus-id", "score")
 _FORMS = (
     "'query-id 0 doc-id relevance' (TREC), 'query-id doc-id relevance', with BEIR's header "
@@ -115,11 +116,12 @@ def judgment(where: str, row: Mapping[str, Any]) -> Judgment:
     relevance = row.get("relevance")
     try:
         grade = float(relevance)
-        if type(relevance) is bool or not grade.is_integer():
+        if type(relevance) is bool or not grade.is_integer() or abs(grade) > _MOST_RELEVANT:
             raise ValueError
         return Judgment(query_id, doc_id, int(grade))
     except (TypeError, ValueError, OverflowError):
-        raise BadRecord(where, f"relevance '{relevance}', expected a whole number") from None
+        problem = f"relevance '{relevance}', expected a whole number of at most {_MOST_RELEVANT:,}"
+        raise BadRecord(where, problem) from None
 
 
 def run_line(where: str, row: Mapping[str, Any]) -> RunLine:
