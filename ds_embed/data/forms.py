@@ -721,6 +721,11 @@ class TrainingFile(RecordFile):
             self.most = max(self.most, len(samples))
         return samples
 
+    def end(self) -> None:
+        super().end()
+        if self._reading.corpus_files and self.form is not _TEVATRON_IDS:
+            self._notes.append("--corpus_files is not read for it: its records hold the texts of their documents")
+
     def facts(self) -> dict[str, Any]:
         """What was met in the rows so far: "FlagEmbedding records, 12,345 with 1 to 7 positives", their number, and more."""
         form = "" if self.kind else (self.form or _OWN).name

@@ -46,19 +46,38 @@ class ConvertArguments(Settings):
         "be encoded for a guide or a teacher), trec_qrels, beir_qrels; from table also queries, documents, trec_run; from run only table"
     )
     output: str = setting("file to write, or folder for beir, test and texts; must not exist yet")
-    input: list[str] = several("files to read, or one folder for beir", files=True)
-    split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", "test")
+    input: list[str] = several(
+        "files to read, or one folder for beir", files=True, needs="input_format beir training table msmarco qrels run"
+    )
+    split: str = setting(
+        "name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv",
+        "test",
+        needs="input_format beir|output_format beir",
+    )
     columns: list[str] = several(
         "mapping of our keys to other keys or columns, such as query=question neg_doc=worse,worst (default: detected "
         "from the keys)"
     )
-    corpus_files: list[str] = several("documents that training records refer to by id, as in training", files=True)
+    corpus_files: list[str] = several(
+        "documents that training records refer to by id, as in training",
+        files=True,
+        needs="input_format training table",
+    )
     query_files: list[str] = several("queries of test; for id triples of MS MARCO, lines of id, text", files=True)
     doc_files: list[str] = several("documents of test; for id triples of MS MARCO, lines of id, text", files=True)
     qrels: str | None = optional("judgments of test (default: the doc_id of each query)", files=True)
-    join_titles: bool = setting("put the title of a document in front of its text, as BEIR does", True)
+    join_titles: bool = setting(
+        "put the title of a document in front of its text, as BEIR does",
+        True,
+        needs="input_format beir|output_format documents",
+    )
     judged_negatives: bool = setting("documents judged not relevant become neg_doc of the query's records", False)
-    num_negatives: int = setting("negatives in each row of triplets; a record needs at least this many", 1, above=0)
+    num_negatives: int = setting(
+        "negatives in each row of triplets; a record needs at least this many",
+        1,
+        above=0,
+        needs="output_format triplets",
+    )
     skip_bad_records: bool = setting("skip and count invalid records", False)
     skip_unknown: bool = setting("skip and count judgments and triples whose ids have no text", False)
 
