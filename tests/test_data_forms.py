@@ -591,6 +591,9 @@ def test_what_is_not_taken_as_it_might_be_is_said(tmp_path, tokenizer):
             encode_texts(tokenizer, ["w9 w1", "w2", f"{prefix}w3"], TextFormat("", 32, True))
         ):
             np.testing.assert_array_equal(store.tokens_of(text), expected)
+    assert "--corpus_files is not read for it: its records hold the texts of their documents" in (
+        build(path, tokenizer, tmp_path / "cache", corpus_files=[path]).describe()
+    )
     forms = write_forms(tmp_path)
     metadata = {"corpus_id": "c", "query_instruction": "Find:\n", "passage_instruction": ""}
     (tmp_path / "corpus" / "merlin_metadata.json").write_text(json.dumps(metadata))
@@ -661,7 +664,8 @@ def test_documents_of_other_names(tmp_path, tokenizer, rows, columns):
         assert (store / name).read_bytes() == (expected / name).read_bytes()
 
 
-def test_mining_reads_what_training_reads(tmp_path):
+def test_mining_reads_what_training_reads(tmp_path, caplog):
+    caplog.set_level("INFO")
     rows = [{"query": f"w{i} x", "pos": [f"x w{i} p", f"x w{i} r"], "neg": [], "source": i} for i in range(4)]
     (tmp_path / "data").mkdir()
     jsonl(tmp_path / "data" / "0.jsonl", rows[:2])
@@ -670,6 +674,8 @@ def test_mining_reads_what_training_reads(tmp_path):
     assert [(record["query"], record["pos_doc"]) for record in mined] == [
         (r["query"], p) for r in rows for p in r["pos"]
     ]
+    said = [entry.getMessage() for entry in caplog.records if "not read" in entry.getMessage()]
+    assert said == [f"{tmp_path}/data: FlagEmbedding records, 4 with 2 positives\n{tmp_path}/data: not read: source"]
     for record in mined:
         assert len(record["neg_doc"]) == 2 and not any(
             text.startswith(record["query"][:2]) for text in record["neg_doc"]

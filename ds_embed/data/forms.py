@@ -619,6 +619,13 @@ class RecordFile(ExitStack):
                     yield where, row, parsed
             self.end()
 
+    def describe(self) -> list[str]:
+        """What was read and what was not, in lines for the user."""
+        facts = self.facts()
+        lines = [f"{self.path}: {facts['read']}"] if "read" in facts else []
+        unread = [f"{self.path}: not read: {', '.join(facts['unread'])}"] if "unread" in facts else []
+        return lines + unread + facts.get("notes", [])
+
     def facts(self) -> dict[str, Any]:
         """What was met in the rows so far."""
         return {"unread": list(self._unread)} if self._unread else {}
@@ -781,9 +788,12 @@ def read_training_records(
     reading: Reading = AS_IT_IS,
     work_dir: Path | None = None,
     on_bad: Callable[[BadRecord], object] | None = None,
+    tell: Callable[[list[str]], object] = lambda _: None,
 ) -> Iterator[tuple[str, TrainingRecord]]:
-    """(place, sample) of training files; see TrainingFile."""
+    """(place, sample) of training files; see TrainingFile. `tell` is given the lines that describe each file."""
     for entry in entries:
-        for where, _, samples in TrainingFile(entry, reading, work_dir).read(on_bad):
+        file = TrainingFile(entry, reading, work_dir)
+        for where, _, samples in file.read(on_bad):
             for sample in samples:
                 yield where, sample
+        tell(file.describe())

@@ -234,5 +234,10 @@ def _judged(
         if number:
             print(f"warning: {source}: {number} {name.removeprefix('num_').replace('_', ' ')}")
     unjudged = metrics.match_qrels(qrels, query_ids, None if arguments.skip_unknown else document_ids, source)
+    without = [query for query, judged in qrels.items() if max(judged.values(), default=0) <= 0]
+    if without:
+        print(
+            f"warning: {source}: {len(without)} queries, such as '{without[0]}', have no relevant document and count as 0"
+        )
     summary = {"num_queries": len(qrels), "num_queries_without_qrels": len(unjudged)}
     return qrels, unjudged, summary | {"ignore_identical_ids": arguments.ignore_identical_ids} | unknown

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from ds_embed.artifact.durable import check_writable_folder, remove
 from ds_embed.data import trec
 from ds_embed.data.forms import Columns, Reading, RecordFile, read_training_records
-from ds_embed.data.records import parse_document_record, parse_query_record
+from ds_embed.data.records import keys_of_document, keys_of_query, parse_document_record, parse_query_record
 from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.data.tally import Tally, describe_skipped
 from ds_embed.data.text_table import TextTable
@@ -169,12 +169,22 @@ def _records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversio
     if arguments.input_format in ("training", "table"):
         kinds = ("scored", "labels") if arguments.output_format == "texts" else ()
         reading = Reading(tuple(arguments.columns), tuple(arguments.corpus_files), kinds)
-        return read_training_records(arguments.input, reading, work, tally.refuse)
+        return _told(arguments, read_training_records(arguments.input, reading, work, tally.refuse, tally.tell), tally)
     if arguments.input_format == "beir":
         source, negatives = _retrieval_set(arguments, tally), arguments.judged_negatives
         return conversions.training_records(source, tally, work, judged_negatives=negatives)
     files = arguments.input, arguments.query_files, arguments.doc_files
     return conversions.training_triples(*files, tally, work)
+
+
+def _told(
+    arguments: ConvertArguments, records: conversions.NumberedRecords, tally: Tally
+) -> conversions.NumberedRecords:
+    """The records, counting those that lose the scores of a teacher."""
+    for where, record in records:
+        if arguments.output_format not in ("training", "texts") and (record.pos_score is not None or record.neg_scores):
+            tally.count("records whose scores were left out")
+        yield where, record
 
 
 def _rows(
@@ -183,8 +193,10 @@ def _rows(
     """Yield (location, parsed row) of files of "queries", "documents", "judgments" or "run", with --columns applied."""
     for path in arguments.input:
         mapped = arguments.columns or kind in ("judgments", "run")
-        file = RecordFile(path, parse, Columns(arguments.columns, kind) if mapped else None)
+        keys_read = {"queries": keys_of_query, "documents": keys_of_document}.get(kind)
+        file = RecordFile(path, parse, Columns(arguments.columns, kind) if mapped else None, keys_read)
         yield from ((where, one) for where, _, (one,) in file.read(tally.refuse))
+        tally.tell(file.describe())
 
 
 def _retrieval_set(arguments: ConvertArguments, tally: Tally) -> RetrievalSet:
