@@ -175,6 +175,8 @@ def test_random_positives_are_one_of_each_row_in_every_pass(tmp_path, tokenizer)
     for row in (0, 3):  # each of the three positives about equally often
         counts = np.bincount(drawn[0][(drawn[0] >= rows[row]) & (drawn[0] < rows[row + 1])] - rows[row])
         assert counts.sum() == 300 and abs(counts - 100).max() < 30
+    with pytest.raises(UserError, match="--hard_negatives_sampling random: has no effect without --hard_negatives 1"):
+        sample_order(store, DataArguments(train_files=files, hard_negatives_sampling="random"), step, seed=7)
     other = sample_order(store, DataArguments(train_files=files, positives="random"), step, seed=8)
     assert (other.records(0, 1200) != drawn[0]).any()
     every = sample_order(store, DataArguments(train_files=files), step, seed=7)
