@@ -66,7 +66,12 @@ def main() -> None:
         flags = ["--deepspeed", "ds_configs/zero2.json", "--model_name_or_path", model, "--train_files", records]
         flags += ["--output_dir", run_folder, "--max_steps", settings.max_steps, "--max_length", settings.max_length]
         flags += ["--global_batch_size", settings.global_batch_size, "--hard_negatives", hard_negatives]
-        flags += ["--seed", settings.seed + number, "--hard_negatives_sampling", "random"]
+        flags += [
+            "--seed",
+            settings.seed + number,
+            "--hard_negatives_sampling",
+            "random" if hard_negatives else "first",
+        ]
         launched(settings, "train_gpt.py", *flags)
         model = run_folder
         measure(f"round {number}", model)

@@ -47,7 +47,7 @@ def train(
         "--hard_negatives",
         hard_negatives,
         "--hard_negatives_sampling",
-        "random",
+        "random" if hard_negatives else "first",
         "--query_prefix",
         "",
         "--doc_prefix",

@@ -272,6 +272,10 @@ def test_flags_that_say_nothing_are_refused(base, tmp_path):
         resolve(LoraArguments(new_lora=True), base)
     with pytest.raises(UserError, match="--lora_variant dora: needs a --lora_rank"):
         resolve(LoraArguments(lora_variant="dora", lora_rank=0), base)
+    with pytest.raises(UserError, match="--lora_alpha 8.0: needs a --lora_rank"):
+        resolve(LoraArguments(lora_alpha=8.0, lora_rank=0), base)
+    # As a run without matrices writes its config.yaml.
+    assert resolve(resolve(LoraArguments(lora_rank=0), base), base).lora_rank == 0
 
 
 def test_pissa_is_saved_beside_the_weights_that_it_began_with(base, tmp_path):

@@ -388,7 +388,7 @@ def test_as_a_user_runs_it(tmp_path):
 
     done = run("--output_format", "pairs", "--output", tmp_path / "pairs.csv")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"4 rows written\nwritten to {tmp_path}/pairs.csv\n"
+    assert done.stdout == f"{source}: our own records, 4\n4 rows written\nwritten to {tmp_path}/pairs.csv\n"
     failed = run("--output_format", "pairs", "--output", tmp_path / "pairs.csv")
     assert failed.returncode == 2
     assert failed.stderr == f"error: --output {tmp_path}/pairs.csv: already exists; delete it or choose another name\n"
@@ -433,8 +433,37 @@ def test_a_run_becomes_a_typed_table(tmp_path):
     (tmp_path / "run.trec").write_text("q1 Q0 7 1 0.5 x\n")
     table = convert("run", "table", tmp_path / "run.parquet", "--input", tmp_path / "run.trec")
     assert pyarrow.parquet.read_table(table).to_pylist() == [{"query_id": "q1", "doc_id": "7", "score": 0.5}]
+    (tmp_path / "run.csv").write_text("query_id,doc_id,score\nq1,d1,0.5\nq2,d1,0.75\nq1,d2,0.75\n")
+    with pytest.raises(UserError, match="document 'd2' of query 'q1' has score 0.75, behind 0.5; sort the lines"):
+        convert("table", "trec_run", tmp_path / "other.trec", "--input", tmp_path / "run.csv")
+    assert not (tmp_path / "other.trec").exists()
     with pytest.raises(UserError, match="run.trec: is a file; give a folder"):
         convert("run", "table", tmp_path / "run.trec" / "a.csv", "--input", tmp_path / "run.trec")
+
+
+def test_what_was_read_and_what_was_left_out_is_told(tmp_path, capsys):
+    rows = [
+        {"query": "a", "pos_doc": "b", "neg_doc": ["c"], "pos_score": 2, "neg_scores": [1], "source": "x"},
+        {"query": "d", "pos_doc": "e", "neg_doc": ["c"]},
+    ]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    read = [f"{source}: our own records, 2", f"{source}: not read: source"]
+    made = convert("training", "training", tmp_path / "again.jsonl", "--input", source)
+    assert capsys.readouterr().out.splitlines() == [*read, "2 training records written", f"written to {made}"]
+    assert read_jsonl(made) == [{key: value for key, value in row.items() if key != "source"} for row in rows]
+    for target in ("triplets", "beir", "test"):
+        convert("training", target, tmp_path / f"{target}.csv", "--input", source)
+        assert capsys.readouterr().out.splitlines()[:3] == [*read, "1 records whose scores were left out"]
+    (tmp_path / "d.csv").write_text("id,title,text,url\n1,T,one,u\n")
+    convert("table", "documents", tmp_path / "d.jsonl", "--input", tmp_path / "d.csv")
+    assert f"{tmp_path}/d.csv: not read: url" in capsys.readouterr().out
+    (tmp_path / "o.csv").write_text("the question,the answer\na,b\n")
+    flags = ("--columns", "in_order", "--input", tmp_path / "o.csv")
+    convert("table", "training", tmp_path / "o.jsonl", *flags)
+    taken = (
+        "mapped (query='the question' pos_doc='the answer', by the order of the columns, named in line 1) records, 1"
+    )
+    assert f"{tmp_path}/o.csv: {taken}" in capsys.readouterr().out
 
 
 def test_prompts_stay_beside_their_queries_where_there_is_a_place_for_them(tmp_path, capsys):

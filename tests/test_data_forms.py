@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 
 import numpy as np
 import pyarrow
@@ -67,7 +68,7 @@ def test_every_form_gives_the_store_of_our_own(tmp_path, tokenizer, own):
                 "ms_swift": "ms-swift",
                 "f2llm": "F2LLM",
                 "columns": "mapped (query=ask pos_doc=good neg_doc=bad,worse)",
-                "in_order": "mapped (query=a pos_doc=b neg_doc=c,d, by the order of the columns)",
+                "in_order": "mapped (query=a pos_doc=b neg_doc=c,d, by the order of the columns, named in line 1)",
                 "": "sentence-transformers",
             }.items()
             if name.startswith(start)
@@ -174,6 +175,8 @@ def test_random_positives_are_one_of_each_row_in_every_pass(tmp_path, tokenizer)
     for row in (0, 3):  # each of the three positives about equally often
         counts = np.bincount(drawn[0][(drawn[0] >= rows[row]) & (drawn[0] < rows[row + 1])] - rows[row])
         assert counts.sum() == 300 and abs(counts - 100).max() < 30
+    with pytest.raises(UserError, match="--hard_negatives_sampling random: has no effect without --hard_negatives 1"):
+        sample_order(store, DataArguments(train_files=files, hard_negatives_sampling="random"), step, seed=7)
     other = sample_order(store, DataArguments(train_files=files, positives="random"), step, seed=8)
     assert (other.records(0, 1200) != drawn[0]).any()
     every = sample_order(store, DataArguments(train_files=files), step, seed=7)
@@ -278,6 +281,17 @@ BAD = [
     (ST, {"anchor": "q", "positive": "p", "answer": "a"}, ":2: positive and answer could both be the right document"),
     (ST, ST | {"score": 0.4}, ":2: score is not 1: a graded pair is no pair of a query and its right document"),
     (ST, ST | {"label": 0}, ":2: label is not 1"),
+    (ST, ST | {"negative": "n", "label": 3.5}, ":2: label is not 1: .*write the scores of a teacher as a list"),
+    (ST, ST | {"label": [1.0]}, ":2: label has 1 numbers beside 1 positives and 0 negatives; expected a teacher's"),
+    (ST, ST | {"negative": "n", "score": [3, 2, 1]}, ":2: score has 3 numbers beside 1 positives and 1 negatives"),
+    (ST, ST | {"negative": "n", "score": [3, "2"]}, r":2: score\[1\] is a string, expected a finite number"),
+    # Whose margin is it?
+    (
+        ST,
+        ST | {"negative_1": "n", "negative_2": None, "label": [2, 3]},
+        ":2: label has 2 numbers .* none of them empty",
+    ),
+    (ST, ST | {"negative_2": "n", "negative_1": "m", "label": [2, 3]}, ":2: label has 2 numbers .* the order of their"),
     (ST, ST | {"negative": 5}, ":2: negative[0] is a number, expected a string"),
     (SWIFT, SWIFT | {"messages": []}, ":2: messages holds 0 messages; expected one"),
     (SWIFT, SWIFT | {"messages": SWIFT["messages"] * 2}, ":2: messages holds 2 messages; expected one"),
@@ -293,7 +307,8 @@ def test_bad_records_of_other_forms(tmp_path, tokenizer, good, bad, message):
     with pytest.raises(UserError) as caught:
         build(str(path), tokenizer, tmp_path / "cache")
     text = str(caught.value)
-    assert text.startswith(f"{path}{message}") and "\n" not in text
+    exact = message if ".*" in message or "\\" in message else re.escape(message)
+    assert re.match(re.escape(str(path)) + exact, text) and "\n" not in text
     assert not list((tmp_path / "cache").glob("training-*")) and not list((tmp_path / "cache").glob(".building*"))
     store = build(str(path), tokenizer, tmp_path / "cache", skip_bad_records=True)
     assert store.num_records == 2
@@ -367,6 +382,19 @@ FILES = [
         {"columns": ["in_order"]},
         "a.csv:2: --columns in_order: expected two columns of texts or more, found 'a'",
     ),
+    (
+        "a.csv",
+        b"what is a lake,A lake is water.\nx,y\n",
+        {"columns": ["in_order"]},
+        "a.csv:2: --columns in_order: the first line must hold the names of the columns, and 'A lake is water.' seems to be",
+    ),
+    (
+        "a.csv",
+        b"query,pos_doc\na,b\nquery,pos_doc\nc,d\n",
+        {},
+        "a.csv:3: is the header again, of a file that was joined",
+    ),
+    ("a.tsv", b"a\tb\nc\td\n\xef\xbb\xbfa\tb\n", {"columns": ["in_order"]}, "a.tsv:3: is the header again"),
     ("a.csv", b"a,b,label\nx,y,1\nx,z,0\n", {"columns": ["in_order"]}, "a.csv:3: label is not 1: a graded pair is no"),
     ("a.csv", b"query,pos_doc,label\nx,y,0\n", {}, "a.csv:2: label is not 1: a graded pair is no pair"),
     ("a.csv", b"query,pos_doc\nq,\"['n', 'm']\"\n", {}, "a.csv:2: pos_doc looks like a list and is no JSON"),
@@ -438,6 +466,48 @@ def test_bad_files(tmp_path, tokenizer, name, content, settings, message):
     assert not list((tmp_path / "cache").glob("*raining-*/"))
 
 
+def test_a_data_set_may_be_sliced_as_its_library_does(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(OWN)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for entry in ("me/pairs:train[:1000]", "pairs:v1.0:train[10%:20%]", "me/pairs:train[-5:]+test"):
+        assert len(list(read_training_records([entry]))) == 4
+    assert asked[0] == ("me/pairs", None, "train[:1000]") and asked[-1] == ("me/pairs", None, "train[-5:]+test")
+    assert ("pairs", "v1.0", "train[10%:20%]") in asked
+
+
+def test_columns_by_order_are_the_same_in_every_part(tmp_path):
+    (tmp_path / "1.csv").write_text("a,b\nw1,w2\n")
+    (tmp_path / "2.csv").write_text("w3,w4\nw5,w6\n")  # has no header
+    with pytest.raises(UserError, match="2.csv:2: --columns in_order: the columns are 'w3', 'w4', and before 'a', 'b'"):
+        list(read_training_records([tmp_path], Reading(("in_order",))))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "in_order.csv"])
+def test_a_list_of_labels_is_a_teachers(tmp_path, name):
+    """As sentence-transformers has it: the scores of MarginMSE and of the KL divergence, or the margins of MarginMSE."""
+    columns = ("in_order",) if name == "in_order.csv" else ()
+    for labels, scores, said in (
+        ([9.5, 2, 0.5], (9.5, (2, 0.5)), "label is read as a teacher's scores"),
+        ([7.5, 9], (0, (-7.5, -9)), "label is read as a teacher's margins, the positive's score minus each negative's"),
+    ):
+        row = {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m", "label": labels}
+        if name == "a.jsonl":
+            jsonl(tmp_path / name, [row])
+        else:
+            (tmp_path / name).write_text(f'{",".join(row)}\nq,p,n,m,"{labels}"\n')
+        file = TrainingFile(tmp_path / name, Reading(columns))
+        ((_, _, (record,)),) = file.read()
+        assert (record.pos_score, record.neg_scores) == scores and record.neg_docs == ("n", "m")
+        assert file.facts()["notes"][0].startswith(said)
+
+
 def test_bad_entries(tmp_path, tokenizer, monkeypatch):
     import datasets
 
@@ -449,6 +519,8 @@ def test_bad_entries(tmp_path, tokenizer, monkeypatch):
     twice = pyarrow.Table.from_arrays(columns, names=["query", "pos_doc", "pos_doc"])
     pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
     for entry, message in (
         (tmp_path / "no_split", "name one of its splits: it has none"),
         (tmp_path / "no_row", "can't be loaded as a data set ("),
@@ -460,12 +532,14 @@ def test_bad_entries(tmp_path, tokenizer, monkeypatch):
         (tmp_path / "saved_splits", "name one of its splits: "),
         (f"{tmp_path}/saved_splits:dev", "name one of its splits: "),
         (f"{tmp_path}/saved:train", "holds one data set, without splits"),
+        (f"{tmp_path}/saved_splits:train[:2]", "name one of its splits: "),
+        (tmp_path / "link", "no such file"),
         ("memory://none.jsonl", "no such file"),
         ("nowhere://none.jsonl", "cannot be opened (Protocol not known"),
     ):
         with pytest.raises(UserError) as caught:
             build(str(entry), tokenizer, tmp_path / "cache")
-        assert str(caught.value).startswith(f"{entry}: ") and message in str(caught.value)
+        assert str(caught.value).startswith(f"{entry}") and message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -519,6 +593,9 @@ def test_what_is_not_taken_as_it_might_be_is_said(tmp_path, tokenizer):
             encode_texts(tokenizer, ["w9 w1", "w2", f"{prefix}w3"], TextFormat("", 32, True))
         ):
             np.testing.assert_array_equal(store.tokens_of(text), expected)
+    assert "--corpus_files is not read for it: its records hold the texts of their documents" in (
+        build(path, tokenizer, tmp_path / "cache", corpus_files=[path]).describe()
+    )
     forms = write_forms(tmp_path)
     metadata = {"corpus_id": "c", "query_instruction": "Find:\n", "passage_instruction": ""}
     (tmp_path / "corpus" / "merlin_metadata.json").write_text(json.dumps(metadata))
@@ -589,7 +666,8 @@ def test_documents_of_other_names(tmp_path, tokenizer, rows, columns):
         assert (store / name).read_bytes() == (expected / name).read_bytes()
 
 
-def test_mining_reads_what_training_reads(tmp_path):
+def test_mining_reads_what_training_reads(tmp_path, caplog):
+    caplog.set_level("INFO")
     rows = [{"query": f"w{i} x", "pos": [f"x w{i} p", f"x w{i} r"], "neg": [], "source": i} for i in range(4)]
     (tmp_path / "data").mkdir()
     jsonl(tmp_path / "data" / "0.jsonl", rows[:2])
@@ -598,6 +676,8 @@ def test_mining_reads_what_training_reads(tmp_path):
     assert [(record["query"], record["pos_doc"]) for record in mined] == [
         (r["query"], p) for r in rows for p in r["pos"]
     ]
+    said = [entry.getMessage() for entry in caplog.records if "not read" in entry.getMessage()]
+    assert said == [f"{tmp_path}/data: FlagEmbedding records, 4 with 2 positives\n{tmp_path}/data: not read: source"]
     for record in mined:
         assert len(record["neg_doc"]) == 2 and not any(
             text.startswith(record["query"][:2]) for text in record["neg_doc"]

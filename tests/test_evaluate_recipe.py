@@ -275,16 +275,23 @@ def test_mistakes_in_what_else_to_measure(files, tmp_path, monkeypatch, flags, m
     assert sorted(path.name for path in folder.iterdir()) == ["test_docs", "test_queries"]
 
 
-def test_a_run_file_needs_no_vectors_and_has_none(files, tmp_path):
+def test_a_run_file_needs_no_vectors_and_has_none(files, tmp_path, capsys):
     run = tmp_path / "run.trec"
     run.write_text("q0 Q0 d1 1 0.5 x\n")
     flags = ["--run_file", str(run), "--query_files", str(files[1])]
     with pytest.raises(ValueError, match="--output_dir is missing"):
         recipe.main(flags)
-    with pytest.raises(ValueError, match="--quantize int8: needs vectors; give --embeddings"):
+    with pytest.raises(ValueError, match="--quantize int8: has no effect without --embeddings"):
         recipe.main([*flags, "--quantize", "int8"])
     with pytest.raises(ValueError, match="3 of 4 judged queries were not searched for"):
         recipe.main([*flags, "--output_dir", str(tmp_path / "out")])
+    (tmp_path / "qrels").write_text("q0 0 d1 1\nq1 0 d1 0\nq2 0 d1 -1\n")
+    run.write_text("q0 Q0 d1 1 0.5 x\nq1 Q0 d1 1 0.5 x\nq2 Q0 d1 1 0.5 x\n")
+    recipe.main(
+        [*flags[:2], "--qrels", str(tmp_path / "qrels"), "--output_dir", str(tmp_path / "out"), "--measures", "R@1"]
+    )
+    said = capsys.readouterr().out
+    assert "2 queries, such as 'q1', have no relevant document and count as 0" in said and "R@1  0.3333" in said
 
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):

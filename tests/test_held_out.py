@@ -129,7 +129,7 @@ def test_log_is_cut_back_to_the_last_validation_that_counts():
         (dict(val_query_files="queries"), ["--val_query_files", "--val_doc_files"]),
         (dict(val_files="absent"), ["--val_files", "no such file"]),
         (dict(val_files="held_out", val_metrics=["nDCG@10"]), ["--val_metrics", "--val_query_files"]),
-        (dict(val_files="held_out", val_save_embeddings=True), ["--val_save_embeddings true", "--val_doc_files"]),
+        (dict(val_files="held_out", val_save_embeddings=True), ["--val_save_embeddings true", "--val_query_files"]),
         (dict(val_files="held_out", early_stopping_patience=2), ["_patience 2", "--val_check_interval"]),
         (dict(val_files="held_out", early_stopping_min_delta=0.1), ["min_delta 0.1", "--early_stopping_patience"]),
         (dict(val_files="held_out", load_best_at_end=True, save_top_k=0), ["--load_best_at_end true", "--save_top_k"]),

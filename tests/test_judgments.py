@@ -5,6 +5,8 @@ import random
 
 import ir_measures
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tiny import load_recipe, make_tokenizer
 from transformers import AutoTokenizer
@@ -43,6 +45,8 @@ FORMS = {
     "BEIR, decimals": "query-id\tcorpus-id\tscore\nq1\td1\t1.0\nq1\td2\t0.0\nq2\td9\t2.0\nq2\td1\t-1\n",
     "JSON": '{"query_id": "q1", "doc_id": "d1", "score": 1}\n{"query_id": "q1", "doc_id": "d2", "score": 0}\n'
     '{"query-id": "q2", "corpus-id": "d9", "score": 2.0}\n{"query_id": "q2", "doc_id": "d1", "relevance": -1}\n',
+    "array": '[{"query-id": "q1", "corpus-id": "d1", "score": 1}, {"query-id": "q1", "corpus-id": "d2", "score": 0},\n'
+    '{"query-id": "q2", "corpus-id": "d9", "score": 2}, {"query-id": "q2", "corpus-id": "d1", "score": -1}]',
 }
 
 
@@ -58,6 +62,15 @@ def test_between_tabs_an_id_may_hold_blanks(tmp_path, line):
     assert read_qrels(tmp_path / "qrels") == {"a query": {"d 1": 1}}
 
 
+def test_judgments_in_parquet_as_mteb_publishes_them(tmp_path):
+    table = pyarrow.table({"query-id": ["q1", "q1"], "corpus-id": ["d1", "d2"], "score": [1.0, 0.5]})
+    pyarrow.parquet.write_table(table.slice(0, 1), tmp_path / "qrels.parquet")
+    assert read_qrels(tmp_path / "qrels.parquet") == {"q1": {"d1": 1}}
+    pyarrow.parquet.write_table(table, tmp_path / "qrels.parquet")
+    with pytest.raises(ValueError, match="qrels.parquet:row 2: relevance '0.5', expected a whole number"):
+        read_qrels(tmp_path / "qrels.parquet")
+
+
 def test_numbers_are_names_in_judgments(tmp_path):
     (tmp_path / "qrels").write_text('{"query_id": 1, "doc_id": 7, "score": 1}\n')
     assert read_qrels(tmp_path / "qrels") == {"1": {"7": 1}}
@@ -70,6 +83,7 @@ def test_numbers_are_names_in_judgments(tmp_path):
         ("q1 d1\n", [":1: 2 columns; expected"]),
         ("q1 0 d1 high\n", [":1: relevance 'high', expected a whole number"]),
         ("q1 0 d1 0.5\n", [":1: relevance '0.5', expected a whole number"]),
+        ("q1 0 d1 1699999999\n", [":1: relevance '1699999999', expected a whole number of at most 1,000,000"]),
         ("q1 0 d1 nan\n", [":1: relevance 'nan', expected a whole number"]),
         ('{"query_id": "q", "doc_id": "d", "score": true}\n', [":1: relevance 'True', expected a whole number"]),
         ('{"query_id": "q", "score": 1}\n', [":1: doc_id is missing"]),

@@ -96,6 +96,19 @@ def test_every_family_equals_trec_eval_on_graded_negative_and_missing_judgments(
             assert result.means[name] == pytest.approx(np.mean([values[name] for values in expected.values()]))
 
 
+def test_judgments_below_0_never_reach_trec_eval(monkeypatch):
+    """Its arrays begin at 0: a query that has none but these made it hang."""
+    given, make = [], ir_measures.pytrec_eval.evaluator
+    monkeypatch.setattr(
+        ir_measures.pytrec_eval, "evaluator", lambda measures, qrels: given.append(qrels) or make(measures, qrels)
+    )
+    run = {"q": {"a": 2.0, "b": 1.0}, "r": {"a": 1.0}}
+    names = ["nDCG@10", "RR@10", "RR(judged_only=True)", "R@1"]
+    means = evaluate(run, {"q": {"a": -1, "b": 1}, "r": {"a": -2}}, names).means
+    assert list(means.values()) == pytest.approx([0.5 / np.log2(3), 0.25, 0.5, 0.0])
+    assert given and all(qrels == {"q": {"b": 1}, "r": {}} for qrels in given)
+
+
 def test_ties_rank_by_descending_id_for_every_measure():
     # ir-measures' own RR@10 comes from another provider and would say 1.0 for the first.
     run = {"q": {"a": 1.0, "b": 1.0}}

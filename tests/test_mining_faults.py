@@ -100,9 +100,9 @@ def test_other_inputs_are_noticed(tmp_path, monkeypatch):
     done, _ = run(root, "out.jsonl", **settings)
     assert run(root, "out.jsonl", **settings)[0] == done  # finished already
     with pytest.raises(
-        ValueError, match="out.jsonl was made from something else: seed was 42 and is 7. .*another --output_file"
+        ValueError, match="out.jsonl was made from something else: min_score was None and is -9.0. .*another --output"
     ):
-        run(root, "out.jsonl", seed=7, **settings)
+        run(root, "out.jsonl", min_score=-9.0, **settings)
     (root / "mine.jsonl").write_text("precious\n")
     with pytest.raises(ValueError, match="mine.jsonl: exists and was not mined"):
         run(root, "mine.jsonl", **settings)

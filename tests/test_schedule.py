@@ -15,7 +15,9 @@ from ds_embed.training.schedule import count_steps, learning_rate
 
 
 def rates(max_steps, **settings):
-    arguments = OptimizerArguments(**(dict(learning_rate=1.0, min_learning_rate=0.1) | settings))
+    is_constant = settings.get("lr_scheduler") == "constant" and not settings.get("constant_steps")
+    floor = {} if is_constant else {"min_learning_rate": 0.1}  # which a constant rate never reaches
+    arguments = OptimizerArguments(learning_rate=1.0, **floor, **settings)
     return [learning_rate(step, max_steps, arguments) for step in range(1, max_steps + 1)]
 
 

@@ -2,7 +2,23 @@
 
 import pytest
 
-from ds_embed.settings import BERT_DEFAULTS, StepArguments, parse_arguments
+from ds_embed.settings import (
+    BERT_DEFAULTS,
+    DryRunArguments,
+    ModelArguments,
+    OptimizerArguments,
+    RunArguments,
+    SizingArguments,
+    StepArguments,
+    TextArguments,
+    ValidationArguments,
+    parse_arguments,
+)
+from ds_embed.settings.errors import UserError
+from ds_embed.settings.reranker_arguments import RerankerStepArguments, RerankerValidationArguments
+from ds_embed.settings.tool_arguments import MiningArguments, SearchIndexArguments
+from ds_embed.tools.convert.job import ConvertArguments
+from ds_embed.tools.evaluate import EvaluateArguments
 from ds_embed.training.prepare import check_prefixes
 from ds_embed.training.step import loss_options
 
@@ -45,6 +61,97 @@ CASES = {
 def test_refused(message):
     with pytest.raises(ValueError, match=message):
         StepArguments(**CASES[message])
+
+
+FILE = __file__  # any that exists
+MINE, CONVERT = dict(train_files=[FILE], output_file="none"), dict(input=[FILE], output="none")
+RUN = dict(output_dir="none", deepspeed="zero2")
+UNUSED = [
+    (
+        StepArguments,
+        dict(pair_temperature=0.1),
+        "--pair_temperature 0.1: has no effect without --pair_loss cosent or angle",
+    ),
+    (
+        StepArguments,
+        dict(pair_temperature=0.1, pair_loss="cosine"),
+        "--pair_temperature 0.1: has no effect without --pair_",
+    ),
+    (StepArguments, dict(distillation_temperature=2.0), "--distillation_temperature 2.0: has no effect without --dist"),
+    (RerankerStepArguments, dict(distillation_temperature=2.0), "--distillation_temperature 2.0: .* without --loss kl"),
+    (
+        OptimizerArguments,
+        dict(min_learning_rate=1e-6, lr_scheduler="constant"),
+        "--min_learning_rate 1e-06: has no effect without --lr_scheduler cosine or linear or --constant_steps; add that or",
+    ),
+    (RunArguments, RUN | dict(run_name="a"), "--run_name a: has no effect without --report_to wandb or comet"),
+    (
+        ValidationArguments,
+        dict(save_top_k=3),
+        "--save_top_k 3: has no effect without --val_files or --val_query_files or",
+    ),
+    (
+        RerankerValidationArguments,
+        dict(best_metric="val_loss"),
+        "--best_metric val_loss: has no effect without --val_files",
+    ),
+    (DryRunArguments, dict(gpu_tflops=100.0), "--gpu_tflops 100.0: has no effect without --dry_run"),
+    (
+        SearchIndexArguments,
+        dict(hnsw_ef_search=9),
+        "--hnsw_ef_search 9: has no effect without --index hnsw or --index_file",
+    ),
+    (SearchIndexArguments, dict(index="hnsw", ivf_lists=9), "--ivf_lists 9: has no effect without --index ivf"),
+    (MiningArguments, MINE | dict(bm25_k1=2.0), "--bm25_k1 2.0: has no effect without --method bm25"),
+    (MiningArguments, MINE | dict(seed=1), "--seed 1: has no effect without --sampling random"),
+    (MiningArguments, MINE | dict(cross_encoder_bf16=True), "--cross_encoder_bf16 true: .* without --cross_encoder"),
+    (EvaluateArguments, dict(embeddings="a", qrels="b", rescore_multiplier=2), ".* without --quantize binary"),
+    (EvaluateArguments, dict(run_file="a", qrels="b", top_k=9), "--top_k 9: has no effect without --embeddings"),
+]
+UNUSED += [
+    (ConvertArguments, CONVERT | dict(input_format="training", output_format="pairs") | flags, message)
+    for flags, message in (
+        (dict(num_negatives=2), "--num_negatives 2: has no effect without --output_format triplets"),
+        (dict(split="dev"), "--split dev: has no effect without --input_format beir or --output_format beir"),
+        (
+            dict(join_titles=False),
+            "--join_titles false: has no effect without --input_format beir or --output_format doc",
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize(("arguments", "given", "message"), UNUSED, ids=range(len(UNUSED)))
+def test_settings_that_nothing_reads_are_refused(arguments, given, message):
+    with pytest.raises(UserError, match=message):
+        arguments(**given)
+
+
+def test_settings_that_something_reads_are_taken():
+    StepArguments(pair_temperature=0.1, pair_loss="angle")
+    RerankerStepArguments(distillation_temperature=2.0, loss="kl")
+    OptimizerArguments(min_learning_rate=1e-6, lr_scheduler="constant", constant_steps=5)
+    ValidationArguments(val_files=[FILE], save_top_k=3, val_each_epoch=True, early_stopping_patience=2)
+    DryRunArguments(gpu_tflops=100.0, dry_run=True)
+    SizingArguments(gpu_tflops=100.0)  # has no dry run
+    MiningArguments(**MINE, method="bm25", bm25_k1=2.0)
+    ConvertArguments(**CONVERT, input_format="training", output_format="triplets", num_negatives=2)
+
+
+def test_mining_without_a_model_reads_nothing_of_one():
+    text = TextArguments()
+    for model, given, deepspeed, message in (
+        (ModelArguments("", pooling="cls"), text, None, "--pooling cls: has no effect without --model_name_or_path"),
+        (
+            ModelArguments(""),
+            TextArguments(max_length=9),
+            None,
+            "--max_length 9: has no effect without --model_name_or_p",
+        ),
+        (ModelArguments(""), text, "zero3", "--deepspeed zero3: has no effect without --model_name_or_path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            MiningArguments(**MINE, method="bm25", deepspeed=deepspeed).check_model(model, given)
 
 
 def test_prefixes_must_include_the_whole_embedding():

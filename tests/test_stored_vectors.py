@@ -198,7 +198,7 @@ def test_settings_that_change_nothing_are_refused(place):
     for flags, message in (
         (dict(guide_margin=0.1), "--guide_margin 0.1: has no effect without --guide_embeddings"),
         (dict(teacher_loss="mse"), "--teacher_loss mse: has no effect without --teacher_embeddings"),
-        (dict(teacher_embeddings=str(place), teacher_temperature=0.1), "applies only to --teacher_loss scores"),
+        (dict(teacher_embeddings=str(place), teacher_temperature=0.1), "has no effect without --teacher_loss scores"),
         (dict(teacher_embeddings="nowhere"), "--teacher_embeddings nowhere: no such file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -58,8 +58,11 @@ _PARQUET = b"PAR1"
 _WRAPPED = re.compile(rb'\{\s*"(?:corpus"\s*:\s*[\[{]|data"\s*:\s*\[)')
 _SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# NAME:SPLIT, NAME:CONFIG:SPLIT; a NAME has at most one slash.
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]*))?:(?P<split>[\w.-]+)")
+# NAME:SPLIT, NAME:CONFIG:SPLIT; a NAME has at most one slash. Splits as `datasets` has them: train, train[:10%], train+test.
+_SPLIT = r"[\w.-]+(?:\[[-\d%]*:[-\d%]*\])?"
+_SPLITS = rf"{_SPLIT}(?:\+{_SPLIT})*"
+_HUB_NAME = re.compile(rf"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]*))?:(?P<split>{_SPLITS})")
+_SAVED_SPLIT = re.compile(rf"(?P<folder>.+):{_SPLITS}")
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 _TYPE_NAMES |= dict.fromkeys((int, float), "a number")
 
@@ -94,7 +97,8 @@ def list_parts(entry: str | os.PathLike) -> list[str]:
             found = [system.unstrip_protocol(name) for name in found]
     elif os.path.isdir(entry):
         paths = (os.path.join(entry, name) for name in os.listdir(entry))
-        found = [path for path in paths if os.path.isfile(path) and _is_data(path)]
+        # A link to nothing stays: what it should lead to is missing from the data.
+        found = [path for path in paths if _is_data(path) and not os.path.isdir(path)]
     elif glob.has_magic(entry) and not os.path.exists(entry):
         found = [path for path in glob.glob(entry, recursive=True) if os.path.isfile(path)]
     else:
@@ -289,7 +293,11 @@ class Records:
         self._check_columns(columns)
         for number, cells in rows:
             value = {name: cell if cell or name in _EMPTY_TEXTS else None for name, cell in zip(columns, cells)}
-            if len(cells) != len(columns):
+            if cells[-1] == columns[-1] and [cells[0].removeprefix("\ufeff"), *cells[1:]] == columns:
+                value = BadRecord(
+                    self.location(number), "is the header again, of a file that was joined on; remove the line"
+                )
+            elif len(cells) != len(columns):
                 problem = f"{len(cells)} columns, and the header has {len(columns)} ({', '.join(columns)})"
                 value = BadRecord(self.location(number), problem)
             yield number, value
@@ -419,7 +427,7 @@ def _dataset_name(path: str) -> re.Match | str | None:
     """What makes a path a data set of the `datasets` library: its folder, or its name on the hub."""
     folder = path
     if not os.path.exists(path):
-        folder = path.rpartition(":")[0] if re.fullmatch(r".+:[\w.-]+", path) else ""
+        folder = found["folder"] if (found := _SAVED_SPLIT.fullmatch(path)) else ""
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json") if folder):
         return folder
     return None if os.path.exists(path) or "://" in path else _HUB_NAME.fullmatch(path)

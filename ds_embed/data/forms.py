@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -63,12 +64,14 @@ _REQUIRED = ("query", "pos_doc", "relevance", "score")
 _POSITIVE_COLUMNS = ("positive", "answer", "context", "passage", "document", "response")
 _NEGATIVE_COLUMN = re.compile(r"negative(?:_(\d+))?|rejected_response")
 # Keys whose values may be lists, and how Python and JSON write a list of texts into a cell of text.
-_LIST_KEYS = {"pos", "neg", "neg_doc", "pos_scores", "neg_scores", "negative", "rejected_response"}
+_LIST_KEYS = {"pos", "neg", "neg_doc", "pos_scores", "neg_scores"}
 _LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(?:["'{\[].*)?\]\s*""", re.DOTALL)
 _QUERIES = ("anchor", "query", "question")
-_GRADES = ("label", "labels", "score", "scores")  # which must be 1
+_GRADES = ("label", "labels", "score", "scores")  # which must be 1, or a teacher's list
+_NUMBERS = {"pos_scores", "neg_scores", *_GRADES}
 # Columns of tables that are no texts: pandas' index, as CSV, Parquet and a CSV that was read and written again have it.
 _INDEX_COLUMN = re.compile(r"|__index_level_\d+__|Unnamed: \d+")
+_SENTENCE = re.compile(r".{41,}|.*\s.*[.?!]|.*[。？！]", re.DOTALL)  # what no column is named
 # Records with one of these are no labelled texts, even with a text and a label.
 _PAIRED = {*_QUERIES, "pos_doc", "pos", *_POSITIVE_COLUMNS, "sentence1", "text1"}
 _MORE = ("query_id", "corpus_id")
@@ -104,29 +107,29 @@ class Columns:
                 raise UserError(f"--columns {word}: {key} is given twice")
             self._columns[key] = column.split(",") if key in _LISTS else [column]
         self._others = {"queries": QUERY_KEYS, "documents": DOCUMENT_KEYS}.get(kind, ())  # other names of the same
-        self._is_pair = kind == "training" and not {"query", "pos_doc"}.isdisjoint(self._columns)
+        if kind == "training" and not {"query", "pos_doc"}.isdisjoint(self._columns):
+            self._keys = tuple(key for key in self._keys if key != "label")  # left aside, see _scores_in_grades
+        self._has_header = False
         self._unseen = {column for columns in self._columns.values() for column in columns}
         self._shown: list[str] = []
 
     def open_part(self, records: Records) -> None:
         if self._by_order and not records.has_column_order:
             raise UserError(f"{records.path}: --columns {IN_ORDER}: JSON keys have no order; name them, query=COLUMN")
+        self._has_header = records.has_text_cells
 
     def mapped(self, where: str, row: dict) -> dict:
         """The row with our keys; those that no column was named for come from the column of their own name."""
         if self._by_order:
-            _check_grades(where, row)
             texts = [name for name in row if name not in _GRADES and not _INDEX_COLUMN.fullmatch(name)]
-            if len(texts) < 2:
-                found = ", ".join(map(repr, row))
-                raise BadRecord(where, f"--columns {IN_ORDER}: expected two columns of texts or more, found {found}")
-            self._shown = self._shown or texts
-            query, positive, *negatives = texts
-            return {"query": row.get(query), "pos_doc": row.get(positive), "neg_doc": _cells(row, negatives)}
+            if texts != self._shown:
+                self._check_order(where, texts, row)
+            names = ("query", "positive", *(f"negative_{number}" for number in range(1, len(texts) - 1)))
+            return {name: row[key] for name, key in zip((*names, *_GRADES), (*texts, *_GRADES)) if key in row}
         self._unseen.difference_update(row)
         self._shown = self._shown or list(row)
         known = [key for key in (*self._keys, *self._others) if key in row and key not in self._columns]
-        record = {key: row[key] for key in known if not self._is_pair or key not in ("text", "label")}
+        record = {key: row[key] for key in known}
         for key, names in self._columns.items():
             if key == "neg_doc" or len(names) > 1:
                 record[key] = _cells(row, names)
@@ -141,12 +144,25 @@ class Columns:
             record["text"] = record.pop("pos_doc")  # the key whose title is joined
         return record
 
+    def _check_order(self, where: str, texts: list[str], row: dict) -> None:
+        """UserError for columns by order that differ from those before, or whose names seem to be the first record."""
+        problem, cure = "", "put a line with the names of the columns above the first record"
+        if len(texts) < 2:
+            problem, cure = f"expected two columns of texts or more, found {', '.join(map(repr, row))}", ""
+        elif self._shown:
+            problem = f"the columns are {', '.join(map(repr, texts))}, and before {', '.join(map(repr, self._shown))}"
+        elif self._has_header and (sentence := next(filter(_SENTENCE.fullmatch, texts), None)):
+            problem = f"the first line must hold the names of the columns, and {sentence[:60]!r} seems to be a text"
+        if problem:
+            raise UserError(f"{where}: --columns {IN_ORDER}: {problem}{cure and f'; {cure}'}")
+        self._shown = texts
+
     def describe(self) -> str:
         """What was taken for what."""
         if self._by_order:
-            query, positive, *negatives = self._shown
+            query, positive, *negatives = map(shlex.quote, self._shown)
             taken = f"query={query} pos_doc={positive}" + (f" neg_doc={','.join(negatives)}" if negatives else "")
-            return f"{taken}, by the order of the columns"
+            return f"{taken}, by the order of the columns{', named in line 1' if self._has_header else ''}"
         return " ".join(f"{key}={','.join(names)}" for key, names in self._columns.items())
 
     def check_seen(self, path: str) -> None:
@@ -210,13 +226,11 @@ class _Form:
         if self is _OWN and (plain := _plain(row)) is not None:
             return [plain]
         if self is _OWN and row.get("label") in (0, "0", "0.0"):
-            _check_grades(where, row)
+            _scores_in_grades(where, row, 1, 0)
         if self is _SCORED:
             return [_scored_pair(where, row)]
         if self is _LABELS:
             return [_labelled_text(where, row)]
-        if self.more is _GRADES:
-            _check_grades(where, row)
         prompt = prompt_of(where, row)
         query = (prompt or "") + self.query(where, _key_in(row, self.keys[0]), row)
         positive = _key_in(row, self.keys[1])
@@ -232,8 +246,11 @@ class _Form:
             if text in texts:
                 problem = f"{self.negatives}[{index}] is the text of {positive}; remove it, it is no negative"
                 raise BadRecord(where, problem)
-        scores = self._neg_scores(where, row.get(self.neg_scores), len(neg_docs))
-        own_scores = _for_each(where, self.pos_scores, row.get(self.pos_scores), positive, len(texts))
+        pos_scores, neg_scores = row.get(self.pos_scores), row.get(self.neg_scores)
+        if self.more is _GRADES:
+            pos_scores, neg_scores = _scores_in_grades(where, row, len(texts), len(neg_docs))
+        scores = self._neg_scores(where, neg_scores, len(neg_docs))
+        own_scores = _for_each(where, self.pos_scores, pos_scores, positive, len(texts))
         for score in own_scores:
             if score is not None and not is_finite_number(score):
                 refuse(where, self.pos_scores, score, "a finite number (or leave the key out)")
@@ -263,16 +280,48 @@ class _Form:
         return tuple(scores)
 
 
-def _check_grades(where: str, row: dict) -> None:
-    """BadRecord for a pair that is said not to be one of a query and its right document."""
+def _scores_in_grades(where: str, row: dict, num_texts: int, number: int) -> tuple[float | None, list[float] | None]:
+    """A teacher's scores of the positive and of each of `number` negatives, where the grades are a list of them.
+
+    sentence-transformers also has lists of margins, the positive's score minus each negative's: the positive then
+    counts as 0, because every loss compares scores with each other only. BadRecord for other lists, and for a pair that
+    is said not to be one of a query and its right document.
+    """
     for key in _GRADES:
-        if row.get(key) not in (None, 1, "1", "1.0"):
+        grades = row.get(key)
+        if type(grades) is not list:
+            if grades in (None, 1, "1", "1.0"):
+                continue
+            train = f"train it with --pair_loss (and --columns score={key})"
             raise BadRecord(
                 where,
-                f"{key} is not 1: a graded pair is no pair of a query and its right document; train it with --pair_loss "
-                f"(and --columns score={key}), keep the pairs of label 1, or name the columns with --columns, which "
-                f"leaves {key} aside",
+                f"{key} is not 1: a graded pair is no pair of a query and its right document; "
+                f"{train if not number else 'write the scores of a teacher as a list'}, keep the pairs of label 1, or name "
+                f"the columns with --columns, which leaves {key} aside",
             )
+        for index, score in enumerate(grades):
+            if not is_finite_number(score):
+                refuse(where, f"{key}[{index}]", score, "a finite number")
+        names = _negative_columns(row)
+        is_clear = names == [name for name in row if name in names] and None not in map(row.get, names)
+        if num_texts == 1 and number and is_clear:
+            if len(grades) == number + 1:
+                return grades[0], grades[1:]
+            if len(grades) == number:
+                return 0.0, [-margin for margin in grades]
+        raise BadRecord(
+            where,
+            f"{key} has {len(grades)} numbers beside {num_texts} positives and {number} negatives; expected a teacher's "
+            "score of the positive and of each negative, or the margin of each, none of them empty and the columns in the "
+            "order of their numbers; else name them: --columns query=... pos_doc=... neg_doc=... pos_score=... neg_scores=...",
+        )
+    return None, None
+
+
+def _negative_columns(row: dict) -> list[str]:
+    """The columns of negatives by their numbers."""
+    matches = [match for name in row if (match := _NEGATIVE_COLUMN.fullmatch(name))]
+    return [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
 
 
 def _key_in(row: dict, keys: tuple[str, ...]) -> str:
@@ -376,9 +425,7 @@ def _columns(where: str, key: str, row: dict, optional: bool, _: Any) -> tuple[l
             raise BadRecord(where, problem)
         name = found[0] if found else key
         return (_texts(where, name, row[name]) if type(row.get(name)) is list else [text_of(where, name, row)]), None
-    matches = [match for name in row if (match := _NEGATIVE_COLUMN.fullmatch(name))]
-    names = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
-    return _texts(where, key, _cells(row, names), optional=True), None
+    return _texts(where, key, _cells(row, _negative_columns(row)), optional=True), None
 
 
 def _scored_pair(where: str, row: dict) -> TrainingRecord:
@@ -430,11 +477,13 @@ _FORMS = (
 
 def _typed(where: str, row: dict) -> dict:
     """The row of a table of texts, with the lists and the numbers that its cells stand for; BadRecord for what is neither."""
-    lists = [key for key in ("pos_doc", *_POSITIVE_COLUMNS) if _LIST_OF_TEXTS.fullmatch(row.get(key) or "")]
+    columns = [key for key in row if key in ("pos_doc", *_POSITIVE_COLUMNS) or _NEGATIVE_COLUMN.fullmatch(key)]
+    lists = [key for key in columns if _LIST_OF_TEXTS.fullmatch(row[key] or "")]
+    lists += [key for key in _GRADES if (row.get(key) or "")[:1] == "["]
     for key in (row.keys() & _LIST_KEYS).union(lists):
         cells: list[Any] = []
         for cell in row[key] if type(row[key]) is list else [row[key]]:
-            if type(cell) is str and (_LIST_OF_TEXTS.fullmatch(cell) or (key.endswith("scores") and cell[:1] == "[")):
+            if type(cell) is str and (_LIST_OF_TEXTS.fullmatch(cell) or (key in _NUMBERS and cell[:1] == "[")):
                 try:
                     cells += orjson.loads(cell)
                 except ValueError:
@@ -570,6 +619,13 @@ class RecordFile(ExitStack):
                     yield where, row, parsed
             self.end()
 
+    def describe(self) -> list[str]:
+        """What was read and what was not, in lines for the user."""
+        facts = self.facts()
+        lines = [f"{self.path}: {facts['read']}"] if "read" in facts else []
+        unread = [f"{self.path}: not read: {', '.join(facts['unread'])}"] if "unread" in facts else []
+        return lines + unread + facts.get("notes", [])
+
     def facts(self) -> dict[str, Any]:
         """What was met in the rows so far."""
         return {"unread": list(self._unread)} if self._unread else {}
@@ -661,11 +717,21 @@ class TrainingFile(RecordFile):
         if form is _SCORED:
             scores = [*self.score_range, samples[0].pos_score]
             self.score_range = [min(scores), max(scores)]
+        if form.more is _GRADES and samples[0].neg_scores is not None and not self._notes:
+            key = next(key for key in _GRADES if type(row.get(key)) is list)
+            is_margins = len(row[key]) == len(samples[0].neg_docs)
+            margins = "margins, the positive's score minus each negative's, with 0 for the positive's"
+            self._notes.append(f"{key} is read as a teacher's {margins if is_margins else 'scores'}")
         self.num_rows += 1
         if not self.fewest <= len(samples) <= self.most:
             self.fewest = min(self.fewest or len(samples), len(samples))
             self.most = max(self.most, len(samples))
         return samples
+
+    def end(self) -> None:
+        super().end()
+        if self._reading.corpus_files and self.form is not _TEVATRON_IDS:
+            self._notes.append("--corpus_files is not read for it: its records hold the texts of their documents")
 
     def facts(self) -> dict[str, Any]:
         """What was met in the rows so far: "FlagEmbedding records, 12,345 with 1 to 7 positives", their number, and more."""
@@ -722,9 +788,12 @@ def read_training_records(
     reading: Reading = AS_IT_IS,
     work_dir: Path | None = None,
     on_bad: Callable[[BadRecord], object] | None = None,
+    tell: Callable[[list[str]], object] = lambda _: None,
 ) -> Iterator[tuple[str, TrainingRecord]]:
-    """(place, sample) of training files; see TrainingFile."""
+    """(place, sample) of training files; see TrainingFile. `tell` is given the lines that describe each file."""
     for entry in entries:
-        for where, _, samples in TrainingFile(entry, reading, work_dir).read(on_bad):
+        file = TrainingFile(entry, reading, work_dir)
+        for where, _, samples in file.read(on_bad):
             for sample in samples:
                 yield where, sample
+        tell(file.describe())

@@ -51,10 +51,15 @@ class Tally:
     def __init__(self, *, skip_bad_records: bool = False, skip_unknown: bool = False):
         self._skip_bad_records, self._skip_unknown = skip_bad_records, skip_unknown
         self.counts: dict[str, int] = {}
+        self._told: list[str] = []
         self.skipped = SkippedRecords()
 
     def count(self, name: str, number: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + number
+
+    def tell(self, lines: list[str]) -> None:
+        """Keep lines for the user, which come before the counts."""
+        self._told += lines
 
     def counted(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """Yield the items, counting them."""
@@ -79,7 +84,6 @@ class Tally:
         return Tally(skip_bad_records=self._skip_bad_records, skip_unknown=self._skip_unknown)
 
     def lines(self) -> list[str]:
-        """Lines to print, one for each count and each reason."""
-        return [f"{number:,} {name}" for name, number in self.counts.items()] + describe_skipped(
-            self.skipped.describe()
-        )
+        """Lines to print, for the files that were read, for each count and each reason."""
+        counts = [f"{number:,} {name}" for name, number in self.counts.items()]
+        return self._told + counts + describe_skipped(self.skipped.describe())

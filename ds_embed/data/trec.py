@@ -6,17 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
 from ds_embed.artifact.durable import replaced_when_whole
-from ds_embed.data.files import BadRecord, read_lines
-from ds_embed.data.records import id_of
+from ds_embed.data.files import BadRecord, open_bytes, read_lines, read_records
+from ds_embed.data.records import id_of, present
 from ds_embed.settings.errors import UserError
 
+_LOOK_BYTES = 1 << 12
+_MOST_RELEVANT = 1_000_000  # trec_eval counts the documents of each relevance
 BEIR_HEADER = ("query-id", "corpus-id", "score")
 _FORMS = (
     "'query-id 0 doc-id relevance' (TREC), 'query-id doc-id relevance', with BEIR's header "
-    f"{' '.join(BEIR_HEADER)} or without, or JSON lines with query_id, doc_id and score"
+    f"{' '.join(BEIR_HEADER)} or without, or JSON or Parquet with query_id, doc_id and score"
 )
 # Our keys, and BEIR's names for them.
 _JSON_KEYS = {
@@ -46,21 +46,24 @@ def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
     """Yield (location, judgment) of a file of judgments, whose format is detected from its first line.
 
     Formats: TREC qrels (four columns separated by white space), three columns, the same separated by tabs with BEIR's
-    header, or JSON lines. BadRecord with file and line for other columns, a relevance that is not an integer, or
-    invalid UTF-8.
+    header, or JSON and Parquet with their names as keys. BadRecord with file and line for other columns, a relevance
+    that is not an integer, or invalid UTF-8.
     """
+    with open_bytes(os.fspath(path)) as file:
+        start = file.read(_LOOK_BYTES).lstrip()
+    if start.startswith((b"{", b"[", b"PAR1")):
+        for where, row in read_records(path):
+            yield where, judgment(where, {ours: row.get(present(row, names)) for ours, names in _JSON_KEYS.items()})
+        return
     form = None
     for where, line in read_lines(path):
         if not line.strip():
             continue
         if form is None:
-            form = "json" if line.lstrip().startswith("{") else "columns"
+            form = "columns"
             if tuple(line.split()) == BEIR_HEADER:
                 form = "beir"
                 continue
-        if form == "json":
-            yield where, judgment(where, _json_row(where, line))
-            continue
         by_tabs = line.count("\t") in (2, 3) or (form == "beir" and "\t" in line)  # ids may hold blanks
         columns = [cell.strip() for cell in line.split("\t")] if by_tabs else line.split()
         wanted = (3,) if form == "beir" else (3, 4)
@@ -71,17 +74,6 @@ def read_judgments(path: str | os.PathLike) -> Iterator[tuple[str, Judgment]]:
         elif form != "beir" and len(columns) != int(form[0]):
             raise BadRecord(where, f"{len(columns)} columns, and the lines before have {form[0]}; expected {_FORMS}")
         yield where, judgment(where, {"query_id": columns[0], "doc_id": columns[-2], "relevance": columns[-1]})
-
-
-def _json_row(where: str, line: str) -> dict[str, Any]:
-    """A line of JSON, converted to our keys."""
-    try:
-        found = orjson.loads(line)
-    except ValueError as error:
-        raise BadRecord(where, f"not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise BadRecord(where, f"expected {_FORMS}")
-    return {ours: next((found[name] for name in names if name in found), None) for ours, names in _JSON_KEYS.items()}
 
 
 def unique_judgments(judgments: Iterable[tuple[str, Judgment]]) -> Iterator[tuple[str, Judgment]]:
@@ -115,11 +107,12 @@ def judgment(where: str, row: Mapping[str, Any]) -> Judgment:
     relevance = row.get("relevance")
     try:
         grade = float(relevance)
-        if type(relevance) is bool or not grade.is_integer():
+        if type(relevance) is bool or not grade.is_integer() or abs(grade) > _MOST_RELEVANT:
             raise ValueError
         return Judgment(query_id, doc_id, int(grade))
     except (TypeError, ValueError, OverflowError):
-        raise BadRecord(where, f"relevance '{relevance}', expected a whole number") from None
+        problem = f"relevance '{relevance}', expected a whole number of at most {_MOST_RELEVANT:,}"
+        raise BadRecord(where, problem) from None
 
 
 def run_line(where: str, row: Mapping[str, Any]) -> RunLine:
@@ -158,12 +151,19 @@ def write_trec_qrels(path: Path, judgments: Iterable[Judgment]) -> None:
 
 
 def write_trec_run(path: Path, lines: Iterable[RunLine], tag: str) -> None:
-    """Write lines of `query Q0 document rank score tag`, ranking each query's lines in the order given."""
-    ranks: dict[str, int] = {}
+    """Write lines of `query Q0 document rank score tag`, each query's best first. UserError where the order is another."""
+    before: dict[str, tuple[int, float]] = {}  # of each query
     with replaced_when_whole(path) as file:
         for line in lines:
             _check_ids(path, line)
-            rank = ranks[line.query_id] = ranks.get(line.query_id, 0) + 1
+            rank, score = before.get(line.query_id, (0, math.inf))
+            if line.score > score:
+                problem = (
+                    f"document '{line.doc_id}' of query '{line.query_id}' has score {line.score!r}, behind {score!r}"
+                )
+                raise UserError(f"{path}: {problem}; sort the lines of each query by score, the highest first")
+            rank += 1
+            before[line.query_id] = rank, line.score
             file.write(f"{line.query_id} Q0 {line.doc_id} {rank} {line.score!r} {tag}\n")
 
 

@@ -38,8 +38,11 @@ def resolve_lora(arguments: LoraArguments, source: ModelSource, config: Any, tru
             raise UserError("--new_lora true: the model is no LoRA run, so its matrices are new anyway; leave it out")
         is_decoder = not is_bert_style(config) or kind_of(config, trust_remote_code, source.base).is_causal
         resolved = arguments.with_defaults(16 if is_decoder else 0)
-        if not resolved.lora_rank and arguments.lora_variant is not None:
-            raise UserError(f"--lora_variant {arguments.lora_variant}: needs a --lora_rank, such as 16")
+        # Those of a config.yaml that a run without matrices wrote are the defaults.
+        unused = asdict(arguments).items() if not resolved.lora_rank else ()
+        for name, value in unused:
+            if value not in (None, getattr(LoraArguments().with_defaults(0), name)):
+                raise UserError(f"--{name} {listed(value)}: needs a --lora_rank, such as 16")
         _check_4bit(source, resolved)
         _check_targets(resolved, source, config, trust_remote_code)
         return resolved

@@ -28,19 +28,22 @@ def setting(
     below: float | None = None,
     choices: Sequence[str] = (),
     files: bool = False,
+    needs: str = "",
     **kwargs: Any,
 ) -> Any:
     """A field of a `Settings` class, with constraints on its value or on each value of a list.
 
     files: the value names an existing file or folder, or something that only the reader can resolve: a URL, a data
-    set as NAME:SPLIT, or a glob pattern. A list as default is copied. Other keywords are passed to dataclasses.field.
+    set as NAME:SPLIT, or a glob pattern. needs: the setting without which this one has no effect, then the values that
+    it must have, if not any that is set: "method bm25"; several such are separated by |. A list as default is copied.
+    Other keywords are passed to dataclasses.field.
     """
     given = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     bounds = {name: bound for name, bound in given.items() if bound is not None}
     if bounds:
         help += f" [{', '.join(f'{_BOUNDS[name][1]} {bound}' for name, bound in bounds.items())}]"
     kwargs |= {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(metadata={"help": help, "declared": (bounds, choices, files)}, **kwargs)
+    return dataclasses.field(metadata={"help": help, "declared": (bounds, choices, files), "needs": needs}, **kwargs)
 
 
 def optional(help: str, **declared: Any) -> Any:
@@ -53,11 +56,11 @@ def several(help: str, **declared: Any) -> Any:
     return setting(help, [], **declared)
 
 
-def same_as(owner: Any, name: str) -> Any:
-    """The setting of that name of another dataclass."""
+def same_as(owner: Any, name: str, **changes: str) -> Any:
+    """The setting of that name of another dataclass, but for its `needs`."""
     known = owner.__dataclass_fields__[name]
     given = {word: getattr(known, word) for word in ("default", "default_factory")}
-    return dataclasses.field(metadata=known.metadata, **given)
+    return dataclasses.field(metadata={**known.metadata, **changes}, **given)
 
 
 def check_column(word: str, keys: Sequence[str]) -> None:
@@ -90,6 +93,17 @@ class Settings:
             value = getattr(self, field.name)
             for one in value if isinstance(value, list) else () if value is None else (value,):
                 _check(f"--{field.name} {listed(value)}", "each " if isinstance(value, list) else "", one, field)
+            needs = [need.split() for need in field.metadata["needs"].split("|") if need]
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value != default and needs and not any(self._has(*need) for need in needs):
+                shown = " or ".join(f"--{name} {' or '.join(values)}".strip() for name, *values in needs)
+                without = f"has no effect without {shown}; add that or remove --{field.name}"
+                raise UserError(f"--{field.name} {listed(value)}: {without}")
+
+    def _has(self, name: str, *values: str) -> bool:
+        """Whether a setting is set, or has one of these values; True for one of other arguments."""
+        value = getattr(self, name, values or True)
+        return bool({*values}.intersection(value if isinstance(value, (list, tuple)) else [value]) if values else value)
 
 
 def _check(flag: str, each: str, value: Any, field: dataclasses.Field) -> None:
@@ -108,4 +122,5 @@ def _check(flag: str, each: str, value: Any, field: dataclasses.Field) -> None:
 
 def listed(value: Any) -> str:
     """A value or a list of values, as it is typed after its flag."""
-    return " ".join(map(listed, value)) if isinstance(value, list) else str(value)
+    text = " ".join(map(listed, value)) if isinstance(value, list) else str(value)
+    return text.lower() if isinstance(value, bool) else text

@@ -124,7 +124,7 @@ def _make_parser(types):
         def format_help(self):
             return help_page(list(types), self, self.prog)
 
-        def add_argument(self, *names, declared=None, **kwargs):
+        def add_argument(self, *names, declared=None, needs="", **kwargs):
             return super().add_argument(*names, **kwargs)
 
         def error(self, message):

@@ -84,7 +84,7 @@ class RerankerStepArguments(Settings):
         "listwise",
         choices=LOSSES,
     )
-    distillation_temperature: float = same_as(StepArguments, "distillation_temperature")
+    distillation_temperature: float = same_as(StepArguments, "distillation_temperature", needs="loss kl")
     grad_cache: bool = same_as(StepArguments, "grad_cache")
     gradient_checkpointing: bool = same_as(StepArguments, "gradient_checkpointing")
     negatives: ClassVar[str] = "pair"  # a query's documents are its own
@@ -95,7 +95,8 @@ class RerankerStepArguments(Settings):
 class RerankerValidationArguments(ValidationArguments):
     best_metric: str | None = optional(
         "metric that selects the best checkpoint: nDCG@10 or RR@10 after reranking each held-out record's own documents, "
-        "val_loss (lower is better) or val_accuracy (default: nDCG@10)"
+        "val_loss (lower is better) or val_accuracy (default: nDCG@10)",
+        needs="val_files",
     )
     val_query_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]
     val_doc_files: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc, assignment]

@@ -35,7 +35,9 @@ class OptimizerArguments(Settings):
         above=0,
     )
     learning_rate: float = setting("peak learning rate", 1e-4, above=0)
-    min_learning_rate: float = setting("learning rate at the end of the schedule", 0.0, at_least=0)
+    min_learning_rate: float = setting(
+        "learning rate at the end of the schedule", 0.0, at_least=0, needs="lr_scheduler cosine linear|constant_steps"
+    )
     lr_scheduler: str = setting(f"decay after warmup: {', '.join(SCHEDULES)}", "cosine", choices=SCHEDULES)
     warmup_steps: int = setting("steps of linear warmup to learning_rate", 0, at_least=0)
     warmup_ratio: float | None = optional(
@@ -89,10 +91,15 @@ class RunArguments(JobArguments):
         choices=tuple(MONITORS),
     )
     report_project: str | None = optional(
-        "project in Weights & Biases or Comet (default: from WANDB_PROJECT or COMET_PROJECT_NAME, else ds_embed)"
+        "project in Weights & Biases or Comet (default: from WANDB_PROJECT or COMET_PROJECT_NAME, else ds_embed)",
+        needs="report_to wandb comet",
     )
-    report_team: str | None = optional("team in Weights & Biases, or workspace in Comet (default: your account's)")
-    run_name: str | None = optional("name of the run in Weights & Biases or Comet (default: last part of output_dir)")
+    report_team: str | None = optional(
+        "team in Weights & Biases, or workspace in Comet (default: your account's)", needs="report_to wandb comet"
+    )
+    run_name: str | None = optional(
+        "name of the run in Weights & Biases or Comet (default: last part of output_dir)", needs="report_to wandb comet"
+    )
 
     def __post_init__(self):
         super().__post_init__()

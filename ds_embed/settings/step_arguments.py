@@ -1,6 +1,5 @@
 """The step: the global batch and its loss."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from ds_embed.settings.errors import UserError
@@ -71,7 +70,10 @@ class StepArguments(Settings):
         choices=SCORED_LOSSES,
     )
     pair_temperature: float = setting(
-        "similarities of scored pairs are divided by this in cosent and angle", 0.05, above=0
+        "similarities of scored pairs are divided by this in cosent and angle",
+        0.05,
+        above=0,
+        needs="pair_loss cosent angle",
     )
     distillation_weight: float = setting(
         "weight of distillation_loss, which learns a teacher's scores (pos_score and neg_scores of a record), in the loss",
@@ -84,19 +86,23 @@ class StepArguments(Settings):
         "cosine / temperature, so set temperature and distillation_temperature to bring both to one scale)",
         "kl",
         choices=DISTILLATION_LOSSES,
+        needs="distillation_weight",
     )
-    distillation_temperature: float = setting("the teacher's scores are divided by this", 1.0, above=0)
+    distillation_temperature: float = setting(
+        "the teacher's scores are divided by this", 1.0, above=0, needs="distillation_weight"
+    )
     guide_embeddings: str | None = setting(
         "folder written by generate with another model's vectors of all training texts; negatives whose cosine in it is "
         "above the positive's minus guide_margin are ignored (GISTEmbed)",
         default=None,
         files=True,
     )
-    guide_margin: float = setting("see guide_embeddings", default=0.0, at_least=-2, at_most=2)
+    guide_margin: float = setting("see guide_embeddings", default=0.0, at_least=-2, at_most=2, needs="guide_embeddings")
     guide_margin_strategy: str = setting(
         "meaning of guide_margin: a difference of cosines (absolute), or a fraction of the positive's cosine (relative)",
         default="absolute",
         choices=("absolute", "relative"),
+        needs="guide_embeddings",
     )
     teacher_embeddings: str | None = setting(
         "folder like guide_embeddings, with vectors of a teacher model; teacher_loss is added to the loss. If the "
@@ -109,12 +115,14 @@ class StepArguments(Settings):
         "scores (KL divergence from the teacher's similarities of each query with the documents of the batch)",
         default="cosine",
         choices=TEACHER_LOSSES,
+        needs="teacher_embeddings",
     )
-    teacher_weight: float = setting("weight of teacher_loss", default=1.0, above=0)
+    teacher_weight: float = setting("weight of teacher_loss", default=1.0, above=0, needs="teacher_embeddings")
     teacher_temperature: float | None = setting(
         "the teacher's cosines are divided by this before the softmax, for teacher_loss scores (default: temperature)",
         default=None,
         above=0,
+        needs="teacher_loss scores",
     )
     grad_cache: bool = setting(
         "gradient caching: encode twice, so that any batch size fits in the memory of one micro-batch; gradients are exact",
@@ -130,18 +138,6 @@ class StepArguments(Settings):
                 f"{MIN_LEARNED_TEMPERATURE}"
             )
         self._check_directions()
-        if self.distillation_loss != "kl" and not self.distillation_weight:
-            raise UserError(
-                f"--distillation_loss {self.distillation_loss}: has no effect without --distillation_weight"
-            )
-        for field in dataclasses.fields(self):
-            owner, value = field.name.split("_")[0] + "_embeddings", getattr(self, field.name)
-            if owner != field.name and getattr(self, owner, value) is None and value != field.default:
-                raise UserError(f"--{field.name} {value}: has no effect without --{owner}")
-        if self.teacher_temperature is not None and self.teacher_loss != "scores":
-            raise UserError(
-                f"--teacher_temperature {self.teacher_temperature}: applies only to --teacher_loss scores; remove it"
-            )
         if self.learnable_temperature and self.temperature_per_file:
             raise UserError(
                 "--temperature_per_file: --learnable_temperature true learns one for all; give one of the two"

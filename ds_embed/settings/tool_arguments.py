@@ -1,12 +1,12 @@
 """The settings of the tools: approximate search, mining, reranking, benchmarks, reports, exports, sizing a job."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ds_embed.settings.data_arguments import DataArguments, unescape
+from ds_embed.settings.data_arguments import DataArguments, TextArguments, unescape
 from ds_embed.settings.encode_arguments import EncodeArguments
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, optional, same_as, setting, several
+from ds_embed.settings.fields import Settings, listed, optional, same_as, setting, several
 from ds_embed.settings.model_arguments import ModelArguments
 from ds_embed.settings.run_arguments import JobArguments
 
@@ -17,13 +17,22 @@ INDEX_KINDS = ("flat", "hnsw", "ivf")
 class IndexArguments(Settings):
     """Parameters of FAISS indexes; the search parameters may change from one search to the next."""
 
-    hnsw_links: int = setting("HNSW's M: links per document and layer; more raise recall and memory", 32, at_least=2)
-    hnsw_ef_construction: int = setting("HNSW: candidates considered when a document is added", 200, above=0)
-    hnsw_ef_search: int = setting("HNSW: candidates considered per query, at least top_k", 128, above=0)
-    ivf_lists: int = setting(
-        "IVF's nlist: number of cells; 0 chooses 4 sqrt(documents), but at least 39 documents per cell", 0, at_least=0
+    hnsw_links: int = setting(
+        "HNSW's M: links per document and layer; more raise recall and memory", 32, at_least=2, needs="index hnsw"
     )
-    ivf_probes: int = setting("IVF's nprobe: cells searched per query", 16, above=0)
+    hnsw_ef_construction: int = setting(
+        "HNSW: candidates considered when a document is added", 200, above=0, needs="index hnsw"
+    )
+    hnsw_ef_search: int = setting(
+        "HNSW: candidates considered per query, at least top_k", 128, above=0, needs="index hnsw|index_file"
+    )
+    ivf_lists: int = setting(
+        "IVF's nlist: number of cells; 0 chooses 4 sqrt(documents), but at least 39 documents per cell",
+        0,
+        at_least=0,
+        needs="index ivf",
+    )
+    ivf_probes: int = setting("IVF's nprobe: cells searched per query", 16, above=0, needs="index ivf|index_file")
 
 
 @dataclass
@@ -100,7 +109,7 @@ class MiningArguments(Settings):
     sampling: str = setting(
         "which of the remaining candidates are taken: top (the best) or random", "top", choices=("top", "random")
     )
-    seed: int = setting("seed of --sampling random", 42)
+    seed: int = setting("seed of --sampling random", 42, needs="sampling random")
     keep_existing: bool = setting("append the mined negatives to a record's own neg_doc instead of replacing it", False)
     drop_without_negatives: bool = setting("drop records that end up without a negative", False)
     cross_encoder: str | None = optional(
@@ -111,19 +120,26 @@ class MiningArguments(Settings):
         "maximum pair length for the cross-encoder in tokens (default: as in its training, else what it supports, at most "
         "512)",
         above=0,
+        needs="cross_encoder",
+    )
+    cross_encoder_bf16: bool = setting(
+        "run the cross-encoder in bfloat16, which gives scores of about 3 digits", False, needs="cross_encoder"
     )
     cross_encoder_template: str | None = optional(
         r"text around query and document, such as 'query: {query}\ndocument: {document}\nrelevant:' (default: as the "
-        "cross-encoder's own files say; needed for a decoder without a chat template for pairs)"
+        "cross-encoder's own files say; needed for a decoder without a chat template for pairs)",
+        needs="cross_encoder",
     )
-    cross_encoder_bf16: bool = setting("run the cross-encoder in bfloat16, which gives scores of about 3 digits", False)
     cross_encoder_scores: str = setting(
         "logit (with 2 labels: the second minus the first) or probability (its sigmoid)",
         "logit",
         choices=("logit", "probability"),
+        needs="cross_encoder",
     )
-    bm25_k1: float = setting("BM25's k1: saturation of term frequency", 1.5, at_least=0)
-    bm25_b: float = setting("BM25's b: amount of length normalization", 0.75, at_least=0, at_most=1)
+    bm25_k1: float = setting("BM25's k1: saturation of term frequency", 1.5, at_least=0, needs="method bm25")
+    bm25_b: float = setting(
+        "BM25's b: amount of length normalization", 0.75, at_least=0, at_most=1, needs="method bm25"
+    )
     deepspeed: str | None = optional("DeepSpeed JSON for encoding (default: every rank holds the whole model)")
     bf16: bool = same_as(EncodeArguments, "bf16")
     micro_batch_tokens: int = same_as(EncodeArguments, "micro_batch_tokens")
@@ -149,12 +165,17 @@ class MiningArguments(Settings):
         """Documents in a query's pool."""
         return self.range_min + 10 * self.num_negatives if self.range_max is None else self.range_max
 
-    def check_model(self, model: ModelArguments) -> None:
-        """Raise UserError if the model is missing, or given together with --embeddings or --method bm25."""
+    def check_model(self, model: ModelArguments, text: TextArguments) -> None:
+        """Raise UserError if the model is missing, or it or what tells how it encodes is given where nothing is encoded."""
         if self.method == "model" and (self.embeddings is None) == (not model.model_name_or_path):
             raise UserError("--method model: give either --model_name_or_path or --embeddings")
         if self.method == "bm25" and model.model_name_or_path:
             raise UserError("--method bm25: uses no model; remove --model_name_or_path, or choose --method model")
+        if not model.model_name_or_path:
+            unused = {**asdict(replace(model, model_name_or_path="")), **asdict(text), "deepspeed": self.deepspeed}
+            for name, value in unused.items():
+                if value:
+                    raise UserError(f"--{name} {listed(value)}: has no effect without --model_name_or_path; remove it")
 
 
 @dataclass(kw_only=True)
@@ -200,7 +221,7 @@ class BenchmarkArguments(JobArguments):
     )
     doc_files: list[str] = several("the documents of query_files", files=True)
     qrels: str | None = optional("judgments of query_files, as ds-embed evaluate reads them", files=True)
-    task_name: str = setting("name of the task made of query_files", "own")
+    task_name: str = setting("name of the task made of query_files", "own", needs="query_files")
     ignore_identical_ids: bool = setting(
         "in BEIR folders and your own files, ignore the document that has the same id as the query", False
     )
@@ -323,14 +344,20 @@ class HardwareArguments(Settings):
         "memory of one GPU in GiB, as nvidia-smi shows it (default: that of the local GPU, else 80; for CPU ranks, "
         "their share of the machine's memory)",
         above=0,
+        needs="dry_run",
     )
-    gpu_tflops: float = setting("peak dense throughput of a GPU in 10^12 FLOP/s, in the precision used", 989.0, above=0)
-    efficiency: float = setting("fraction of gpu_tflops that is achieved", 0.41, above=0, at_most=1)
+    gpu_tflops: float = setting(
+        "peak dense throughput of a GPU in 10^12 FLOP/s, in the precision used", 989.0, above=0, needs="dry_run"
+    )
+    efficiency: float = setting("fraction of gpu_tflops that is achieved", 0.41, above=0, at_most=1, needs="dry_run")
     node_gb_per_second: float = setting(
-        "bandwidth from one GPU to the others of its node, in 10^9 bytes per second", 450.0, above=0
+        "bandwidth from one GPU to the others of its node, in 10^9 bytes per second", 450.0, above=0, needs="dry_run"
     )
     network_gb_per_second: float = setting(
-        "bandwidth from one node to the others, over all its network cards, in 10^9 bytes per second", 50.0, above=0
+        "bandwidth from one node to the others, over all its network cards, in 10^9 bytes per second",
+        50.0,
+        above=0,
+        needs="dry_run",
     )
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.fields import Settings, optional, setting, several
 
+_TEST_SETS = "val_query_files|val_sets"
+_ANYTHING = f"val_files|{_TEST_SETS}"
+
 
 @dataclass
 class ValidationArguments(Settings):
@@ -26,41 +29,56 @@ class ValidationArguments(Settings):
         "additional test sets as NAME=FOLDER, with queries.jsonl and docs.jsonl in FOLDER (as convert --output_format "
         "test writes them); their measures are named NAME/nDCG@10, and mean/nDCG@10 is the mean over all sets"
     )
-    val_metrics: list[str] = several("measures, named as in ir-measures (default: nDCG@10 RR@10 R@1 R@10 R@100)")
+    val_metrics: list[str] = several(
+        "measures, named as in ir-measures (default: nDCG@10 RR@10 R@1 R@10 R@100)", needs=_TEST_SETS
+    )
     val_check_interval: int = setting(
         "optimizer steps between validations; 0 validates only after the last step, which is always validated",
         0,
         at_least=0,
+        needs=_ANYTHING,
     )
-    val_each_epoch: bool = setting("also validate at the end of each pass over the training data", False)
-    val_before_training: bool = setting("also validate before the first step; it never counts as the best", False)
+    val_each_epoch: bool = setting(
+        "also validate at the end of each pass over the training data", False, needs=_ANYTHING
+    )
+    val_before_training: bool = setting(
+        "also validate before the first step; it never counts as the best", False, needs=_ANYTHING
+    )
     ignore_identical_ids: bool = setting(
         "ignore the document that has the same id as the query, for queries that are also documents (ArguAna, Quora)",
         False,
+        needs=_TEST_SETS,
     )
     val_save_embeddings: bool = setting(
         "keep the vectors of every validation in output_dir/validation/consumed_samplesX/, as generate writes them",
         False,
+        needs=_TEST_SETS,
     )
     best_metric: str | None = optional(
         "metric that selects the best checkpoint: val_loss (lower is better), val_accuracy, val_spearman or one of "
-        "val_metrics (default: the first of val_metrics on the first test set, or val_loss without a test set)"
+        "val_metrics (default: the first of val_metrics on the first test set, or val_loss without a test set)",
+        needs=_ANYTHING,
     )
     save_top_k: int = setting(
         "number of best checkpoints to save and keep, in addition to the newest save_total_limit ones; 0 keeps none",
         1,
         at_least=0,
+        needs=_ANYTHING,
     )
-    load_best_at_end: bool = setting("write the best checkpoint to output_dir/model instead of the last step", False)
+    load_best_at_end: bool = setting(
+        "write the best checkpoint to output_dir/model instead of the last step", False, needs=_ANYTHING
+    )
     early_stopping_patience: int = setting(
         "end training after this many consecutive validations without an improvement of best_metric; 0 disables this",
         0,
         at_least=0,
+        needs="val_check_interval|val_each_epoch",
     )
     early_stopping_min_delta: float = setting(
         "early stopping counts a change of best_metric as an improvement only if it exceeds this (in the metric's unit)",
         0.0,
         at_least=0,
+        needs="early_stopping_patience",
     )
 
     @property
@@ -88,18 +106,6 @@ class ValidationArguments(Settings):
         for name, other in (("val_query_files", "val_doc_files"), ("val_doc_files", "val_query_files")):
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name}: retrieval needs queries and documents; give --{other} too")
-        texts = "--val_query_files and --val_doc_files, or --val_sets"
-        always = "val_check_interval val_each_epoch val_before_training best_metric load_best_at_end"
-        is_repeated = self.val_check_interval or self.val_each_epoch
-        for names, is_there, needed in (
-            ("val_metrics ignore_identical_ids val_save_embeddings", self.test_sets(), texts),
-            (f"{always} early_stopping_patience", self.is_on, f"--val_files, or {texts}"),
-            ("early_stopping_patience", is_repeated, "--val_check_interval or --val_each_epoch"),
-            ("early_stopping_min_delta", self.early_stopping_patience, "--early_stopping_patience"),
-            ("load_best_at_end", self.save_top_k, "--save_top_k 1 or more"),
-        ):
-            for name in names.split():  # settings that would have no effect
-                value = getattr(self, name)
-                if value and not is_there:
-                    shown = f" {str(value).lower()}" if isinstance(value, (bool, int, float)) else ""
-                    raise UserError(f"--{name}{shown}: has no effect without {needed}; add that or remove --{name}")
+        self.test_sets()
+        if self.load_best_at_end and not self.save_top_k:
+            raise UserError("--load_best_at_end true: has no effect without --save_top_k 1 or more; add that")

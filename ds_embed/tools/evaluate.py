@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_embed.job.ranks import World
 from ds_embed.settings.errors import UserError
-from ds_embed.settings.fields import Settings, listed, optional, setting, several
+from ds_embed.settings.fields import Settings, optional, setting, several
 from ds_embed.settings.tool_arguments import SearchIndexArguments
 from ds_embed.vectors import metrics
 from ds_embed.vectors.compressed import QUANTIZED, describe_compressed, measure_compressed
@@ -37,19 +37,25 @@ class EvaluateArguments(Settings):
     measures: list[str] = setting(
         "measures, named as in ir-measures", default_factory=lambda: list(metrics.DEFAULT_MEASURES)
     )
-    top_k: int = setting("number of documents kept for each query", 100, at_least=1)
+    top_k: int = setting("number of documents kept for each query", 100, at_least=1, needs="embeddings")
     write_run: bool = setting("write run.trec, whose ids must not contain white space", True)
-    device: str = setting("where the search runs: cpu or cuda; with several ranks, each on its own GPU", "cpu")
+    device: str = setting(
+        "where the search runs: cpu or cuda; with several ranks, each on its own GPU", "cpu", needs="embeddings"
+    )
     compare: str | None = optional("results folder of another run, to test the difference query by query")
     truncate_dims: list[int] = several(
-        "also measure vectors truncated to these numbers of dimensions and normalized", at_least=1
+        "also measure vectors truncated to these numbers of dimensions and normalized", at_least=1, needs="embeddings"
     )
     quantize: list[str] = several(
         f"also measure quantized documents: {', '.join(QUANTIZED)} (one byte or one bit per dimension)",
         choices=QUANTIZED,
+        needs="embeddings",
     )
     rescore_multiplier: int = setting(
-        "binary: rescore this many times top_k documents with the float32 query; 0 disables rescoring", 4, at_least=0
+        "binary: rescore this many times top_k documents with the float32 query; 0 disables rescoring",
+        4,
+        at_least=0,
+        needs="quantize binary",
     )
 
     def __post_init__(self) -> None:
@@ -58,12 +64,8 @@ class EvaluateArguments(Settings):
             raise UserError("give either --embeddings or --run_file, to say what is measured")
         if not self.query_files and self.qrels is None:
             raise UserError("--query_files and --qrels are both missing; give one, to say what is right")
-        if self.run_file is not None:
-            for name in ("truncate_dims", "quantize"):
-                if getattr(self, name):
-                    raise UserError(f"--{name} {listed(getattr(self, name))}: needs vectors; give --embeddings")
-            if self.output_dir is None:
-                raise UserError("--output_dir is missing: --run_file has no folder of its own for the results")
+        if self.run_file is not None and self.output_dir is None:
+            raise UserError("--output_dir is missing: --run_file has no folder of its own for the results")
 
 
 def evaluate_and_print(arguments: EvaluateArguments, index: SearchIndexArguments, world: World | None = None) -> None:
@@ -232,5 +234,10 @@ def _judged(
         if number:
             print(f"warning: {source}: {number} {name.removeprefix('num_').replace('_', ' ')}")
     unjudged = metrics.match_qrels(qrels, query_ids, None if arguments.skip_unknown else document_ids, source)
+    without = [query for query, judged in qrels.items() if max(judged.values(), default=0) <= 0]
+    if without:
+        print(
+            f"warning: {source}: {len(without)} queries, such as '{without[0]}', have no relevant document and count as 0"
+        )
     summary = {"num_queries": len(qrels), "num_queries_without_qrels": len(unjudged)}
     return qrels, unjudged, summary | {"ignore_identical_ids": arguments.ignore_identical_ids} | unknown

@@ -253,6 +253,11 @@ def sample_order(store: TrainingStore, data: DataArguments, step: StepArguments,
     """The order of the run's samples. UserError when a file can't fill a batch of its own, or settings are not one for each."""
     for name in ("negatives_per_file", "temperature_per_file"):
         check_one_for_each(name, getattr(step, name), data.train_files)
+    if data.hard_negatives_sampling != "first" and not any(modes_of_files(data, step, len(data.train_files))[1]):
+        raise UserError(
+            f"--hard_negatives_sampling {data.hard_negatives_sampling}: has no effect without --hard_negatives 1 or more; "
+            "add that or remove it"
+        )
     shares = data.sampling_probabilities
     homogeneous = data.batching == "homogeneous"
     documents = (store.first_text, store.text_keys) if data.batching == "clustered" else None

@@ -255,7 +255,9 @@ def evaluate(run: Run, qrels: Qrels, measures: Iterable[str] = DEFAULT_MEASURES)
         for cutoff in cutoffs:
             asked = {_whole(m): str(m) for m in parsed if (_cutoff(m) if m.NAME == "RR" else None) == cutoff}
             cut = {name: dict(rank_documents(scores)[:cutoff]) for name, scores in block if name in qrels}
-            evaluator = ir_measures.pytrec_eval.evaluator(asked, {name: qrels[name] for name in cut})
+            # To trec_eval a relevance below 0 is the same as none, but its arrays begin at 0: it hangs or crashes.
+            judged = {name: {id_: grade for id_, grade in qrels[name].items() if grade >= 0} for name in cut}
+            evaluator = ir_measures.pytrec_eval.evaluator(asked, judged)
             for metric in evaluator.iter_calc(cut):
                 per_query[metric.query_id][asked[metric.measure]] = float(metric.value)
     if seen.isdisjoint(qrels):

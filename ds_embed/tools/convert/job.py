@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from ds_embed.artifact.durable import check_writable_folder, remove
 from ds_embed.data import trec
 from ds_embed.data.forms import Columns, Reading, RecordFile, read_training_records
-from ds_embed.data.records import parse_document_record, parse_query_record
+from ds_embed.data.records import keys_of_document, keys_of_query, parse_document_record, parse_query_record
 from ds_embed.data.retrieval_sets import BeirFolder, OurFiles, RetrievalSet, TrainingSet
 from ds_embed.data.tally import Tally, describe_skipped
 from ds_embed.data.text_table import TextTable
@@ -46,19 +46,38 @@ class ConvertArguments(Settings):
         "be encoded for a guide or a teacher), trec_qrels, beir_qrels; from table also queries, documents, trec_run; from run only table"
     )
     output: str = setting("file to write, or folder for beir, test and texts; must not exist yet")
-    input: list[str] = several("files to read, or one folder for beir", files=True)
-    split: str = setting("name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv", "test")
+    input: list[str] = several(
+        "files to read, or one folder for beir", files=True, needs="input_format beir training table msmarco qrels run"
+    )
+    split: str = setting(
+        "name of the judgments of a BEIR folder, read or written: qrels/SPLIT.tsv",
+        "test",
+        needs="input_format beir|output_format beir",
+    )
     columns: list[str] = several(
         "mapping of our keys to other keys or columns, such as query=question neg_doc=worse,worst (default: detected "
         "from the keys)"
     )
-    corpus_files: list[str] = several("documents that training records refer to by id, as in training", files=True)
+    corpus_files: list[str] = several(
+        "documents that training records refer to by id, as in training",
+        files=True,
+        needs="input_format training table",
+    )
     query_files: list[str] = several("queries of test; for id triples of MS MARCO, lines of id, text", files=True)
     doc_files: list[str] = several("documents of test; for id triples of MS MARCO, lines of id, text", files=True)
     qrels: str | None = optional("judgments of test (default: the doc_id of each query)", files=True)
-    join_titles: bool = setting("put the title of a document in front of its text, as BEIR does", True)
+    join_titles: bool = setting(
+        "put the title of a document in front of its text, as BEIR does",
+        True,
+        needs="input_format beir|output_format documents",
+    )
     judged_negatives: bool = setting("documents judged not relevant become neg_doc of the query's records", False)
-    num_negatives: int = setting("negatives in each row of triplets; a record needs at least this many", 1, above=0)
+    num_negatives: int = setting(
+        "negatives in each row of triplets; a record needs at least this many",
+        1,
+        above=0,
+        needs="output_format triplets",
+    )
     skip_bad_records: bool = setting("skip and count invalid records", False)
     skip_unknown: bool = setting("skip and count judgments and triples whose ids have no text", False)
 
@@ -150,12 +169,22 @@ def _records(arguments: ConvertArguments, work: Path, tally: Tally) -> conversio
     if arguments.input_format in ("training", "table"):
         kinds = ("scored", "labels") if arguments.output_format == "texts" else ()
         reading = Reading(tuple(arguments.columns), tuple(arguments.corpus_files), kinds)
-        return read_training_records(arguments.input, reading, work, tally.refuse)
+        return _told(arguments, read_training_records(arguments.input, reading, work, tally.refuse, tally.tell), tally)
     if arguments.input_format == "beir":
         source, negatives = _retrieval_set(arguments, tally), arguments.judged_negatives
         return conversions.training_records(source, tally, work, judged_negatives=negatives)
     files = arguments.input, arguments.query_files, arguments.doc_files
     return conversions.training_triples(*files, tally, work)
+
+
+def _told(
+    arguments: ConvertArguments, records: conversions.NumberedRecords, tally: Tally
+) -> conversions.NumberedRecords:
+    """The records, counting those that lose the scores of a teacher."""
+    for where, record in records:
+        if arguments.output_format not in ("training", "texts") and (record.pos_score is not None or record.neg_scores):
+            tally.count("records whose scores were left out")
+        yield where, record
 
 
 def _rows(
@@ -164,8 +193,10 @@ def _rows(
     """Yield (location, parsed row) of files of "queries", "documents", "judgments" or "run", with --columns applied."""
     for path in arguments.input:
         mapped = arguments.columns or kind in ("judgments", "run")
-        file = RecordFile(path, parse, Columns(arguments.columns, kind) if mapped else None)
+        keys_read = {"queries": keys_of_query, "documents": keys_of_document}.get(kind)
+        file = RecordFile(path, parse, Columns(arguments.columns, kind) if mapped else None, keys_read)
         yield from ((where, one) for where, _, (one,) in file.read(tally.refuse))
+        tally.tell(file.describe())
 
 
 def _retrieval_set(arguments: ConvertArguments, tally: Tally) -> RetrievalSet:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import mmap
 import unicodedata
 from array import array
@@ -29,6 +30,8 @@ from ds_embed.data.records import TrainingRecord, read_documents
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.tool_arguments import MiningArguments
+
+logger = logging.getLogger(__name__)
 
 _TEXTS_AT_ONCE = 1024
 # kind: (file, key of the text, key of the id), as recipes/generate.py reads them; KIND.names holds the users' ids by
@@ -225,16 +228,18 @@ class CatalogBuilder:
                 self._counts["blank_documents"] += 1
                 continue
             yield None, where, document.pos_doc, document.doc_id
-        for path, where, record in self._records():
+        for path, where, record in self._records(lambda lines: logger.info("%s", "\n".join(lines))):
             if not self._arguments.doc_files:
                 yield path, where, record.pos_doc, record.doc_id
             if self._arguments.include_neg_docs:
                 for negative in record.neg_docs:
                     yield path, where, negative, None
 
-    def _records(self) -> Iterator[tuple[str, str, TrainingRecord]]:
+    def _records(
+        self, tell: Callable[[list[str]], object] = lambda _: None
+    ) -> Iterator[tuple[str, str, TrainingRecord]]:
         for path in self._arguments.train_files:
-            for where, record in read_training_records([path], reading(self._arguments), self._folder):
+            for where, record in read_training_records([path], reading(self._arguments), self._folder, tell=tell):
                 yield path, where, record
 
     def _add_document(

@@ -49,7 +49,7 @@ def mine(world: World, model: ModelArguments, text: TextArguments, arguments: Mi
 
     UserError if inputs do not match each other, or changed since the job was begun.
     """
-    arguments.check_model(model)
+    arguments.check_model(model, text)
     output_file = Path(arguments.output_file).expanduser().resolve()
     work_dir = Path(arguments.work_dir or f"{output_file}.work").expanduser().resolve()
     inputs = world.on_main("mining: what decides the output", lambda: _describe_inputs(model, text, arguments))
