@@ -8,11 +8,16 @@ import signal
 import time
 
 import pytest
-from tiny import check, launch, load_recipe, make_model, sentence, start
+from tiny import check, launch, leave_out_when_fast, load_recipe, make_model, sentence, start
 
 from ds_embed.settings.errors import UserError
 
 INSTRUCTION = "w7 {instruction} w8 "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def not_when_fast():
+    leave_out_when_fast()  # mteb takes seconds to import
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from mining_material import make_files, read_jsonl, run, write_jsonl
-from tiny import make_model
+from tiny import leave_out_when_fast, make_model
 
 from ds_embed.settings.errors import UserError
 from ds_embed.tools.mine import job
@@ -27,6 +27,7 @@ def test_killed_at_any_instant_and_started_again(place, monkeypatch):
 
     Killed as soon as each part appears, and at random instants after that (KILLS=100 for more of them).
     """
+    leave_out_when_fast()
     root = place
     monkeypatch.setattr(job, "CHUNK_QUERIES", 2)
     settings = {

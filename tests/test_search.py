@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from tiny import leave_out_when_fast
 
 from ds_embed.vectors import search as search_module
 from ds_embed.vectors.search import search
@@ -139,6 +140,7 @@ def test_autocast_and_precision_of_a_training_run_change_nothing(monkeypatch):
 
 
 def test_memory_is_bounded_by_the_blocks(tmp_path):
+    leave_out_when_fast()
     # The documents take 154 MB; private memory may grow by 60 MB, so no copy of them can exist.
     np.save(tmp_path / "doc.npy", np.random.default_rng(6).standard_normal((600_000, 64), dtype=np.float32))
     code = textwrap.dedent("""

@@ -15,6 +15,7 @@ import tracemalloc
 import psutil
 import pytest
 from store_material import DOCUMENT, RECORDS, build, contents, make_tokenizer, small_chunks, tokenizer, write_jsonl  # noqa: F401
+from tiny import leave_out_when_fast
 
 from ds_embed.artifact import durable, shared
 from ds_embed.artifact.durable import hold_lock
@@ -171,6 +172,7 @@ def test_no_room_is_a_clear_error_and_leaves_nothing(tmp_path, tokenizer):
 
 
 def test_memory_does_not_grow_with_the_number_of_records(tmp_path, tokenizer, monkeypatch):
+    leave_out_when_fast()
     monkeypatch.setattr(store_writer, "_CHUNK_TEXTS", 500)
     monkeypatch.setattr(store_writer, "_WORKERS_FROM_TEXTS", 1000)
     monkeypatch.setenv("RAYON_NUM_THREADS", "2")
