@@ -12,7 +12,7 @@ from ds_embed.artifact.shared import obtain_folder
 from ds_embed.settings.errors import UserError
 
 # Part of every store's key; increase it when the arrays, their meaning or the tokenization change.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST_NAME = "manifest.json"
 
 
