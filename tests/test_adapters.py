@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import make_model
+from tiny import check, launch, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ds_embed import Embedder
@@ -165,6 +166,16 @@ def test_an_embedding_table_other_than_the_bases_is_named(base, tmp_path, settin
         changed(tmp_path / "other", lambda w: w[next(n for n in w if "base_layer" in n)].mul_(2))
         with pytest.raises(UserError, match="brings an embedding table with other numbers than the base's"):
             states(tmp_path / "other")
+
+
+def test_the_bases_own_table_is_known_also_in_shares(base, tmp_path):
+    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    (tmp_path / "docs.jsonl").write_text('{"pos_doc": "w5 w6", "doc_id": "d"}\n')
+    flags = ("--model_name_or_path", tmp_path / "adapter", "--doc_files", tmp_path / "docs.jsonl", "--bf16", "false")
+    check(launch(2, "recipes/generate.py", "--deepspeed", "zero3", *flags, "--output_prefix", tmp_path / "out"))
+    (found,) = (np.load(path) for path in (tmp_path / "out").rglob("doc.npy"))
+    expected = Embedder.from_pretrained(tmp_path / "adapter", device="cpu", bf16=False).encode_documents(["w5 w6"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):

@@ -105,6 +105,7 @@ MISFITS = {
             ("rope_parameters", {"rope_type": "nope"}),
             ("rope_parameters", [1]),
             ("dtype", "float99"),
+            ("auto_map", "modeling.Model"),
         )
     },
     **{

@@ -10,6 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -175,16 +176,26 @@ def _without_table(backbone: Any, config: Any, weights: dict[str, Tensor], folde
             )
         elif not is_trained:
             del kept[name]
-            known = own.weight.data
-            low = min(known.dtype, table.dtype, key=lambda dtype: dtype.itemsize)  # one of both was rounded
-            if known.device.type != "meta" and not torch.equal(known.cpu().to(low), table.to(low)):
-                reason = "an embedding table with other numbers than the base's"
+            with _whole(own.weight):
+                known = own.weight.data
+                low = min(known.dtype, table.dtype, key=lambda dtype: dtype.itemsize)  # one of both was rounded
+                if known.device.type != "meta" and not torch.equal(known.cpu().to(low), table.to(low)):
+                    reason = "an embedding table with other numbers than the base's"
         if reason is not None:
             raise UserError(
                 f"{folder}: this adapter for {backbone.name_or_path} brings {reason}, which can't be applied here; merge it "
                 "with PEFT (resize_token_embeddings of the base, PeftModel.from_pretrained, merge_and_unload, save_pretrained)"
             )
     return kept
+
+
+def _whole(parameter: Any) -> AbstractContextManager:
+    """Within it, a parameter that ZeRO-3 has shared out is whole on every rank; all must enter it."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters([parameter])
 
 
 def _name_places(config: Any, places: dict[str, str]) -> None:

@@ -280,9 +280,9 @@ def load_config(source: ModelSource, trust_remote_code: bool) -> Any:
                 raise ValueError(error) from None
             why = f"neither a folder here nor a model that could be fetched: {str(error).strip().splitlines()[0]}"
             raise UserError(f"--model_name_or_path {source.base}: {why}") from None
-    config = plain_config(config, source.base)
-    config.return_dict = True  # which names a model's outputs; some files hold false
-    backbone_class(config, trust_remote_code, source.base)  # or says why there is none
+        config = plain_config(config, source.base)
+        config.return_dict = True  # which names a model's outputs; some files hold false
+        backbone_class(config, trust_remote_code, source.base)  # or says why there is none
     return config
 
 
