@@ -174,7 +174,7 @@ def test_the_bases_own_table_is_known_also_in_shares(base, tmp_path):
     flags = ("--model_name_or_path", tmp_path / "adapter", "--doc_files", tmp_path / "docs.jsonl", "--bf16", "false")
     check(launch(2, "recipes/generate.py", "--deepspeed", "zero3", *flags, "--output_prefix", tmp_path / "out"))
     (found,) = (np.load(path) for path in (tmp_path / "out").rglob("doc.npy"))
-    expected = Embedder.from_pretrained(tmp_path / "adapter", device="cpu", bf16=False).encode_documents(["w5 w6"])
+    expected = Embedder.from_pretrained(tmp_path / "adapter", device="cpu", dtype="float32").encode_documents(["w5 w6"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
