@@ -159,7 +159,7 @@ class Speed:
                 global_batch_size=settings.global_batch_size,
                 micro_batch_tokens=settings.micro_batch_tokens,
                 lora_rank=settings.lora_rank,
-                lora_alpha=2 * max(1, settings.lora_rank),
+                **({"lora_alpha": 2 * settings.lora_rank} if settings.lora_rank else {}),
                 grad_cache=str(grad_cache).lower(),
                 bf16=str(bf16).lower(),
                 learning_rate=settings.learning_rate,

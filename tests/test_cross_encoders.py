@@ -14,6 +14,7 @@ from test_tokenizer_kinds import qwen
 from tiny import make_model, sentence
 
 from ds_embed.job.ranks import World
+from ds_embed.models.reranker import identify_reranker
 from ds_embed.settings.errors import UserError
 from ds_embed.vectors.cross_encoder import CrossEncoder
 
@@ -99,6 +100,15 @@ def publish_as(folder, general=(), **content):
     theirs(folder).save_pretrained(str(folder))
     edit(folder / "config_sentence_transformers.json", **dict(general))
     edit(folder / "sentence_bert_config.json", **content)
+
+
+def test_scores_are_of_other_content_when_pairs_are_read_otherwise(bert, tmp_path):
+    """So that work that was begun with another prompt is not gone on with."""
+    theirs(bert, prompts={"query": "w1 "}, default_prompt_name="query").save_pretrained(str(tmp_path))
+    before = identify_reranker(str(tmp_path), "cross_encoder")
+    assert identify_reranker(str(tmp_path), "cross_encoder") == before
+    edit(tmp_path / "config_sentence_transformers.json", prompts={"query": "w2 "})
+    assert identify_reranker(str(tmp_path), "cross_encoder") != before
 
 
 MODULES = [

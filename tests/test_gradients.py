@@ -148,7 +148,7 @@ def cases(num_ranks: int) -> dict[str, dict]:
                 grad_cache=grad_cache,
                 data=data,
                 queries=16,
-                loss=dict(pair_loss=loss, pair_temperature=0.1) | dims,
+                loss=dict(pair_loss=loss) | (dict(pair_temperature=0.1) if loss in ("cosent", "angle") else {}) | dims,
             )
     for zero, grad_cache in ((2, False), (2, True), (3, False), (3, True)):
         add(zero=zero, grad_cache=grad_cache, model="dense", lora=4 * (zero == 3 and grad_cache))
@@ -335,7 +335,7 @@ def reference_gradients(case: dict, material) -> tuple[float, dict[str, torch.Te
         losses.append(contrastive * (group.stop - group.start) / n)
     assert len(batch.scored_groups) == {"scored": 1, "both": 2, "all_files": 2}.get(case["data"], 0)
     for file, start, stop, _ in batch.scored_groups:
-        warmth = temperatures[file] if temperatures else case["loss"]["pair_temperature"]
+        warmth = temperatures[file] if temperatures else case["loss"].get("pair_temperature")
         both = table[batch.num_document_uses :].view(2, -1, table.shape[1])[:, start:stop]
         scores = torch.from_numpy(batch.pair_scores[start:stop]).double()
         for dims, weight in zip(options.get("matryoshka_dims", [32]), options.get("matryoshka_weights", [1.0])):

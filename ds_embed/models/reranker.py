@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ds_embed.artifact.identity import identify_large, identify_weights
 from ds_embed.data.pairs import PairFormat
 from ds_embed.data.tokenize import TextFormat
 from ds_embed.models.card import CARD_NAME
@@ -90,6 +91,13 @@ def find_reranker(name: str, revision: str | None = None, flag: str = "model_nam
             "merged, another by PEFT's merge_and_unload"
         )
     return ModelSource(files.name, None, files.name, None, files.revision)
+
+
+def identify_reranker(name: str, flag: str) -> str:
+    """The content of all that determines its scores: weights, configs, tokenizer, and what says how it reads pairs."""
+    base = find_reranker(name, flag=flag).base
+    texts = [path for path in Path(base).glob("*") if path.suffix in (".json", ".jinja", ".txt", ".model")]
+    return f"{identify_weights(base)}, {identify_large(texts)}"
 
 
 def choose_pairs(

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from ds_embed.artifact.durable import replaced_when_whole
-from ds_embed.artifact.identity import identify_large, identify_weights
+from ds_embed.artifact.identity import identify_large
 from ds_embed.artifact.work import WorkFolder
 from ds_embed.data.files import identify_entries
 from ds_embed.data.records import read_document_texts, read_query_texts
 from ds_embed.job.ranks import World
-from ds_embed.models.reranker import find_reranker
+from ds_embed.models.reranker import identify_reranker
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.tool_arguments import RerankArguments
 from ds_embed.vectors.cross_encoder import CrossEncoder
@@ -87,7 +87,7 @@ def _made_from(output: Path, arguments: RerankArguments) -> dict[str, str]:
     made_from = {
         name: str(settings[name]) for name in ("top_k", "max_length", "template", "bf16", "micro_batch_tokens")
     }
-    made_from["model"] = identify_weights(find_reranker(arguments.model_name_or_path).base)
+    made_from["model"] = identify_reranker(arguments.model_name_or_path, "model_name_or_path")
     made_from |= {name: identify_entries(settings[name]) for name in ("query_files", "doc_files")}
     if arguments.run_file is not None:
         return made_from | {"run_file": identify_entries([arguments.run_file])}

@@ -19,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ds_embed.artifact.durable import remove_unfinished, replaced_when_whole
-from ds_embed.artifact.identity import check_unchanged, identify_large, identify_weights
+from ds_embed.artifact.identity import check_unchanged, identify_large
 from ds_embed.artifact.work import WorkFolder
 from ds_embed.data.files import identify_entries
 from ds_embed.data.identity import ranges
 from ds_embed.data.tokenize import TextTokenizer
 from ds_embed.job.ranks import World
 from ds_embed.models.loading import choose_card, find_source, load_tokenizer
-from ds_embed.models.reranker import find_reranker
+from ds_embed.models.reranker import identify_reranker
 from ds_embed.settings import ModelArguments, TextArguments
 from ds_embed.settings.errors import UserError
 from ds_embed.settings.tool_arguments import MiningArguments
@@ -100,7 +100,7 @@ def _describe_inputs(model: ModelArguments, text: TextArguments, arguments: Mini
     if model.model_name_or_path:
         inputs |= find_source(model).identify(None)
     if arguments.cross_encoder is not None:
-        inputs["cross_encoder"] = identify_weights(find_reranker(arguments.cross_encoder, flag="cross_encoder").base)
+        inputs["cross_encoder"] = identify_reranker(arguments.cross_encoder, "cross_encoder")
     return inputs
 
 
